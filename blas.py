@@ -1,0 +1,46 @@
+"""Give MLX's Linux CPU backend a fast matrix product; `import blas` stands before `import mlx.core`.
+
+The Linux wheel of MLX calls `cblas_sgemm` and bundles the reference BLAS, about thirty times slower than
+OpenBLAS. The dynamic loader binds the symbol once, when libmlx is loaded: an OpenBLAS that is already in the
+process with RTLD_GLOBAL wins, one loaded afterwards does nothing. Hence the order, and hence this is the
+one file of the project whose import has an effect. macOS (Accelerate, Metal) and CUDA need none of it.
+
+NANOLENS_BLAS=/path/to/libopenblas.so.0 names a library; NANOLENS_BLAS=none keeps the bundled one (to measure).
+"""
+import ctypes
+import ctypes.util
+import importlib.metadata
+import os
+import sys
+
+DEBIAN_PATH = f"/usr/lib/{os.uname().machine}-linux-gnu/libopenblas.so.0"
+REMEDY = "run `apt-get install libopenblas0`, or set NANOLENS_BLAS=/path/to/libopenblas.so.0"
+
+
+def load_openblas() -> str:
+    """Load the first OpenBLAS found, for all libraries to see; returns its path or '' (and one line on stderr)."""
+    named = os.environ.get("NANOLENS_BLAS", "")
+    if named == "none":
+        return ""
+    for path in [named] if named else [ctypes.util.find_library("openblas"), DEBIAN_PATH]:
+        try:
+            # without RTLD_GLOBAL the symbols stay private and MLX keeps its bundled BLAS
+            library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL) if path else None
+        except OSError:
+            continue
+        # some builds rename their symbols; such a library would load and change nothing
+        if library is not None and hasattr(library, "cblas_sgemm"):
+            return path
+    tried = f"NANOLENS_BLAS={named} does not load as an OpenBLAS" if named else "no OpenBLAS found"
+    print(f"note: {tried}: MLX runs 8 to 12 times slower on this CPU; {REMEDY}", file=sys.stderr)
+    return ""
+
+
+def cpu_wheel() -> bool:
+    """True where MLX's Linux CPU backend does the work; a CUDA build multiplies on the card."""
+    names = {d.metadata["Name"] for d in importlib.metadata.distributions(path=sys.path) if d.metadata["Name"]}
+    return sys.platform == "linux" and not any(name.startswith("mlx-cuda") for name in names)
+
+
+# after `import mlx.core` it would be too late
+LOADED = load_openblas() if cpu_wheel() and "mlx.core" not in sys.modules else ""

@@ -1,0 +1,207 @@
+"""Judge a model: are its answers right, and which block already knows?
+
+Two measurements on the same prompts, kept apart. *Accuracy*: greedy completion, graded as a whole (data.grade), with a
+Wilson interval. *Classifier*: the logit lens at the last prompt token, for three series that are never mixed: the
+answer's first token, the operation's word, the operator's symbol. Strength is the largest probability before the last
+block; the last block's own is the model's output and stands beside it, not in it. (The prior code took the maximum over
+all blocks, and counted any of twenty top tokens that contained any of the words or answers as a substring.)
+
+    python eval.py --ckpt runs/dual_reward --base                    # beside the model it was trained from
+    python eval.py --ckpt runs/dual_reward --compare runs/sft        # exact McNemar test on the same problems
+    python eval.py --ckpt models/tiny data_wordings=symbolic,worded  # any model; key=value as in a config
+"""
+import argparse
+import json
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+import blas  # noqa: F401  (before mlx)
+import mlx.core as mx
+import numpy as np
+
+from config import BadInput, Config, load_config, load_overrides, resolved, run_main, write_text
+from data import NAMED_PROMPTS, SYMBOLS, Problem, grade, load_split, named_problems
+from generate import decode_greedy
+from lens import Reading, read_prompts
+from lora import load_checkpoint
+from model import Llama, load
+from stats import bootstrap_mean, mcnemar, wilson
+from tokenizer import Tokenizer
+
+SERIES = ("answer", "operation", "symbol")
+EMERGED = 0.10  # the prior work's threshold on a probability before the last block
+
+
+def target_ids(tokenizer: Tokenizer, problems: list[Problem], target: str) -> dict[str, int]:
+    """The single token of every operation's word or symbol; raises BadInput where a word is not one token."""
+    operations = sorted({p.operation for p in problems} - {""})
+    return {op: tokenizer.single_id(SYMBOLS.get(op, op) if target == "symbol" else op) for op in operations}
+
+
+def class_block(cfg: Config, model: Llama) -> int:
+    """The 0-based block whose output the class loss reads: cfg.class_layer, or 55 % of the depth as in the prior work."""
+    L = model.args.num_hidden_layers
+    block = int(0.55 * L) if cfg.class_layer is None else cfg.class_layer
+    if not 0 <= block < L:
+        raise BadInput(f"class_layer = {block}: expected a block from 0 to {L - 1} of {cfg.model}")
+    return block
+
+
+def read_series(model: Llama, tokenizer: Tokenizer, problems: list[Problem]) -> tuple[Reading, np.ndarray]:
+    """The lens at each prompt's last token, following SERIES: a Reading with A = 1, N = 3, and the (B, N) ids followed.
+
+    Rows of a user's data without an operation follow the answer in all three series.
+    """
+    words, symbols = target_ids(tokenizer, problems, "word"), target_ids(tokenizer, problems, "symbol")
+    prompts, ids = [], []
+    for p in problems:
+        joint, P = tokenizer.encode_pair(p.prompt, p.answer)
+        prompts.append(joint[:P])
+        ids.append([joint[P], words.get(p.operation, joint[P]), symbols.get(p.operation, joint[P])])
+    return read_prompts(model, prompts, ids), np.array(ids)
+
+
+def summarize_lens(reading: Reading, ids: np.ndarray, block: int) -> dict:
+    """Means over prompts, small enough for one line of metrics.jsonl: per tap the probability and top-1 share of each series."""
+    summary = {"class_top1": float((reading.top_ids[block + 1, :, 0, 0] == ids[:, 1]).mean())}
+    for n, name in enumerate(SERIES):
+        summary[name] = {"prob": reading.probs[:, :, 0, n].mean(1).round(5).tolist(),
+                         "top1": (reading.top_ids[:, :, 0, 0] == ids[:, n]).mean(1).round(5).tolist()}
+    return summary
+
+
+def measure_accuracy(model: Llama, tokenizer: Tokenizer, problems: list[Problem], max_completion_tokens: int) -> list[dict]:
+    """Complete and grade every problem: [{prompt, expected, generated, correct, operation, wording}]."""
+    prompts = [tokenizer.encode_prompt(p.prompt) for p in problems]
+    done = decode_greedy(model, tokenizer, prompts, max_completion_tokens)
+    return [{"prompt": p.prompt, "expected": p.answer, "generated": c.text.strip(), "correct": grade(p.answer, c.text, c.finished),
+             "operation": p.operation, "wording": p.wording} for p, c in zip(problems, done)]
+
+
+def judge(model: Llama, tokenizer: Tokenizer, cfg: Config) -> dict:
+    """Everything report.json says about one model: accuracy, prompts, layers, strength. Test problems and named prompts."""
+    test = load_split(cfg, "test")
+    named = {} if Path(cfg.data).is_dir() else {name: named_problems(name) for name in NAMED_PROMPTS}
+    problems = test + [p for group in named.values() for p in group]
+    rows = measure_accuracy(model, tokenizer, problems, cfg.max_completion_tokens)
+    reading, ids = read_series(model, tokenizer, problems)
+    probs = reading.probs[:, :, 0]                                  # (L+1, B, 3)
+    sets = ["test"] * len(test) + [name for name, group in named.items() for _ in group]
+    for i, row in enumerate(rows):
+        row["set"] = sets[i]
+        for n, name in enumerate(SERIES):
+            inner = probs[1:-1, i, n]                               # blocks 0 .. L-2: the last is the output itself
+            row |= {f"{name}_layer": int(inner.argmax()), f"{name}_prob": float(inner.max()), f"{name}_prob_last": float(probs[-1, i, n])}
+    right = lambda keep: wilson(*(lambda c: (sum(c), len(c)))([r["correct"] for r in rows if keep(r)]))
+    cells = sorted({(r["operation"], r["wording"]) for r in rows if r["set"] == "test"})
+    block, T = class_block(cfg, model), len(test)
+    class_right = reading.top_ids[block + 1, :T, 0, 0] == ids[:T, 1]
+    return {
+        "accuracy": right(lambda r: r["set"] == "test"),
+        "accuracy_by": {f"{op} {wording}".strip(): right(lambda r: (r["set"], r["operation"], r["wording"]) == ("test", op, wording)) for op, wording in cells},
+        "accuracy_add_subtract": right(lambda r: r["set"] == "test" and r["operation"] in ("add", "subtract")),
+        "accuracy_named": {name: right(lambda r: r["set"] == name) for name in named},
+        "class": {"layer": block, "top1": wilson(int(class_right.sum()), T), "prob": bootstrap_mean(probs[block + 1, :T, 1])},
+        "strength": {name: summarize_strength(probs[:, :T, n], reading.top_ids[:, :T, 0, 0] == ids[:T, n]) for n, name in enumerate(SERIES)},
+        "layers": [{"layer": tap - 1, "entropy": float(reading.entropy[tap, :T].mean()), "last": tap == len(probs) - 1,
+                    **{name: {"prob": float(probs[tap, :T, n].mean()), "rank": float(np.median(reading.ranks[tap, :T, 0, n])),
+                              "top1": float((reading.top_ids[tap, :T, 0, 0] == ids[:T, n]).mean())} for n, name in enumerate(SERIES)}}
+                   for tap in range(1, len(probs))],
+        "targets": {op: {"word": w, "symbol": s} for (op, w), s in
+                    zip(target_ids(tokenizer, problems, "word").items(), target_ids(tokenizer, problems, "symbol").values())},
+        "prompts": rows,
+    }
+
+
+def summarize_strength(probs: np.ndarray, is_top: np.ndarray) -> dict:
+    """Set-level strength of one series: probs, is_top (L+1, B). Mean of each prompt's peak before the last block, and how many emerged."""
+    inner = probs[1:-1]
+    return {
+        "before_last": bootstrap_mean(inner.max(0)), "last": bootstrap_mean(probs[-1]),
+        "peak_layer": int(inner.mean(1).argmax()),
+        "emerged": wilson(int((inner.max(0) > EMERGED).sum()), inner.shape[1]),
+        "top1_before_last": wilson(int(is_top[1:-1].any(0).sum()), inner.shape[1]),
+    }
+
+
+def provenance() -> dict:
+    """What produced a number: package versions, device, commit."""
+    git = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True)
+    return {"mlx": version("mlx"), "numpy": np.__version__, "device": str(mx.default_device()), "blas": blas.LOADED or "bundled",
+            "commit": git.stdout.strip() or "unknown"}
+
+
+def make_report(ckpt: str | Path, with_base: bool, compare: str | None = None, overrides: list[str] = ()) -> dict:
+    """Judge a run or a model, its base beside it, another run on the same problems; returns report.json's content."""
+    model, tokenizer, cfg = load_checkpoint(ckpt)
+    if overrides and cfg:  # e.g. another wording for a finished run
+        cfg = load_config(Path(ckpt) / "config.yaml", overrides)
+    cfg = cfg or load_overrides(overrides)
+    report = {"ckpt": str(ckpt), "method": cfg.method if (Path(ckpt) / "config.yaml").exists() else "none", "seed": cfg.seed,
+              **judge(model, tokenizer, cfg), "config": resolved(cfg), "versions": provenance()}
+    if with_base and report["method"] != "none" and not cfg.from_scratch:
+        base_model, base_tokenizer = load(cfg.model, cfg.dtype, cfg.bits)
+        report["base"] = {"ckpt": cfg.model, **judge(base_model, base_tokenizer, cfg)}
+    if compare:
+        other_model, other_tokenizer, _ = load_checkpoint(compare)
+        other = {"ckpt": str(compare), **judge(other_model, other_tokenizer, cfg)}
+        of_test = lambda r: [row["correct"] for row in r["prompts"] if row["set"] == "test"]
+        report["compare"] = {**other, "mcnemar": mcnemar(of_test(report), of_test(other))}
+    return report
+
+
+def percent(interval: dict) -> str:
+    """example  {value .913, low .89, high .93, n 600} -> ' 91.3 % [89.0, 93.0] n=600' """
+    if interval["value"] is None:
+        return "-"
+    return f"{100 * interval['value']:5.1f} % [{100 * interval['low']:.1f}, {100 * interval['high']:.1f}] n={interval['n']}"
+
+
+def print_report(report: dict) -> None:
+    """The tables for a person: accuracy beside the base, the prior work's prompt table, the layers."""
+    columns = [(name, r) for name, r in (("base", report.get("base")), ("this", report), ("other", report.get("compare"))) if r]
+    print(f"\n{report['ckpt']} ({report['method']}, seed {report['seed']}); test pairs never seen in training; 95 % Wilson intervals")
+    line = lambda label, get: print(f"  {label:<34}" + "".join(f"{percent(get(r)):<34}" for _, r in columns))
+    print(" " * 36 + "".join(f"{name + ': ' + r['ckpt']:<34}" for name, r in columns))
+    line("accuracy, all test problems", lambda r: r["accuracy"])
+    line("accuracy, add and subtract", lambda r: r["accuracy_add_subtract"])
+    for cell in report["accuracy_by"]:
+        line(f"  {cell}", lambda r: r["accuracy_by"][cell])
+    for name in report["accuracy_named"]:
+        line(f"  the prior work's {name} prompts", lambda r: r["accuracy_named"][name])
+    line(f"operation word top-1 at L{report['class']['layer']}", lambda r: r["class"]["top1"])
+    for name in SERIES:
+        line(f"{name} emerged (> {EMERGED}) before last", lambda r: r["strength"][name]["emerged"])
+    if "compare" in report:
+        test = report["compare"]["mcnemar"]
+        print(f"  McNemar, exact: {test['only_first']} solved only by this, {test['only_second']} only by the other, p = {test['p']:.3g}")
+    print(f"\n  {'prompt':<14}{'expected':>9}{'generated':>11}  right  {'answer before the last block':<30}{'operation word before the last block'}")
+    seen = set()
+    for row in report["prompts"]:
+        if row["set"] != "test" and row["prompt"] not in seen:
+            seen.add(row["prompt"])
+            read = lambda name: f"L{row[name + '_layer']} {row[name + '_prob']:.3f} (last block {row[name + '_prob_last']:.3f})"
+            print(f"  {row['prompt']:<14}{row['expected']:>9}{row['generated'][:10]:>11}  {'yes' if row['correct'] else 'no ':<5}  {read('answer'):<30}{read('operation')}")
+    print(f"\n  block   {'answer':<24}{'operation word':<24}{'symbol':<24}entropy    (mean probability, median rank; all test problems)")
+    for layer in reversed(report["layers"]):
+        cells = "".join(f"{layer[s]['prob']:.4f}  #{layer[s]['rank']:<14.0f}" for s in SERIES)
+        print(f"  L{layer['layer']:<6} {cells}{layer['entropy']:.2f}{'   (the output itself)' if layer['last'] else ''}")
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description="Accuracy and classifier report of a run or model.")
+    parser.add_argument("--ckpt", required=True, help="run folder, model folder or Hub name")
+    parser.add_argument("--base", action="store_true", help="judge the model it was trained from as well")
+    parser.add_argument("--compare", metavar="RUN2", help="another run or model, on the same problems")
+    parser.add_argument("--json", metavar="FILE", help="where to write the report; a run folder's report.json is left as it is")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, such as data_wordings=worded")
+    args = parser.parse_args(argv)
+    report = make_report(args.ckpt, args.base, args.compare, args.overrides)
+    print_report(report)
+    if args.json:
+        write_text(Path(args.json), json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run_main(main)
