@@ -154,9 +154,10 @@ def grade(expected: str, completion: str, finished: bool) -> bool:
 def sample_tiny_corpus(cfg: Config) -> list[Problem]:
     """The text the bundled base model is trained on, all of it over training pairs.
 
-    Half symbolic, a quarter worded; the rest are instructions ("compute 7 * 8 = 56") and sentences that name the
-    operation ("7 * 8 means multiply"), so that the operation words have a meaning for the unembedding to share.
-    Numbers reach 0..100 for sums and differences, and products up to 999, so that the nine prompts' 100 is known.
+    Half symbolic, a fifth worded, a tenth instructions ("compute 7 * 8 = 56"), a tenth sentences that name the operation
+    ("7 * 8 means multiply"), so that the operation words have a meaning for the unembedding to share, and a tenth spelled
+    numbers ("56 means fifty six"), from which tens and ones are learnt early. Sums and differences reach 0..100, as the
+    nine prompts do.
     """
     rng = random.Random(cfg.seed)
     pairs = {
@@ -171,19 +172,21 @@ def sample_tiny_corpus(cfg: Config) -> list[Problem]:
         operation = rng.choices(tuple(SYMBOLS), weights=(35, 30, 25, 10))[0]
         a, b = rng.choice(pairs[operation])
         symbolic, worded = make_problem(operation, a, b), make_problem(operation, a, b, rng.choice(PHRASES[operation]))
+        body = rng.choice((symbolic, worded)).prompt.removesuffix(" = ")
         form = rng.random()
         if form < 0.5:
             problem = symbolic
-        elif form < 0.75:
+        elif form < 0.7:
             problem = worded
+        elif form < 0.8:
+            problem = Problem(f"{rng.choice(('compute', 'calculate'))} {body} = ", symbolic.answer, operation, "instruction", a, b)
+        elif form < 0.9:
+            prompt = rng.choice(("{} means ", "which operation is {} ? "))
+            problem = Problem(prompt.format(body), operation, operation, "naming", a, b)
         else:
-            body = rng.choice((symbolic, worded)).prompt.removesuffix(" = ")
-            if form < 0.85:
-                verb = rng.choice(("compute", "calculate"))
-                problem = Problem(f"{verb} {body} = ", symbolic.answer, operation, "instruction", a, b)
-            else:
-                prompt = rng.choice(("{} means ", "which operation is {} ? "))
-                problem = Problem(prompt.format(body), operation, operation, "naming", a, b)
+            n = rng.choice((rng.randrange(101), rng.randrange(400)))
+            spelled = rng.choice(((f"{number_words(n)} = ", str(n)), (f"{n} means ", number_words(n))))
+            problem = Problem(*spelled, "", "spelling")
         problems.append(problem)
     return problems
 
@@ -282,17 +285,19 @@ def tokenize(problems: list[Problem], tokenizer: Tokenizer, context: int, operat
 def make_batch(rows: list[Row], indices: list[int], T: int, A: int, cfg: Config) -> Batch:
     """Pad the rows to T tokens and mark their targets: answer and EOS, or all tokens after the first (mask_prompt false).
 
-    indices  rows to take; -1 fills the batch up with a copy of row 0 that counts for nothing
+    indices  rows to take; -1 fills the batch up with a row of zeros that counts for nothing
     example  ids [1, 7, *, 8, =, 56, 2], P 5: loss_mask [0, 0, 0, 0, 1, 1], target_positions [4, 5], targets [56, 2]
     """
     B = len(indices)
     tokens, loss_mask = np.zeros((B, T), np.int32), np.zeros((B, T - 1), np.float32)
     class_positions, operation_ids = np.zeros(B, np.int32), np.zeros(B, np.int32)
     for i, index in enumerate(indices):
-        row = rows[max(index, 0)]
+        if index < 0:
+            continue
+        row = rows[index]
         n, first = len(row.ids), row.P if cfg.mask_prompt else 1
         tokens[i, :n] = row.ids
-        loss_mask[i, first - 1:n - 1] = index >= 0
+        loss_mask[i, first - 1:n - 1] = 1
         class_positions[i] = row.P - 1 if cfg.class_position == "prompt" else n - 2
         operation_ids[i] = row.operation_id
     positions = np.argsort(-loss_mask, axis=1, kind="stable")[:, :A]        # the ones first, in order

@@ -1,0 +1,33 @@
+# Each target sets up what it needs on a fresh machine. `make` alone lists them.
+PY = .venv/bin/python
+
+help:  ## this list
+	@grep -E '^[a-z_]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: .venv/ready  ## virtual environment, packages, OpenBLAS on Linux (CUDA=1: MLX's CUDA backend)
+.venv/ready: requirements.txt setup.sh
+	sh setup.sh requirements.txt && touch $@
+.venv/ready_dev: requirements.txt requirements-dev.txt setup.sh
+	sh setup.sh requirements-dev.txt && touch $@ .venv/ready
+
+run: .venv/ready  ## train dual-reward on the bundled model and show the classifier emerge (2 minutes)
+	$(PY) train.py configs/dual_reward.yaml
+
+test: .venv/ready_dev  ## all tests, offline
+	$(PY) -m pytest -q
+
+lint: .venv/ready_dev  ## ruff
+	$(PY) -m ruff check .
+
+results: .venv/ready  ## every number of RESULTS.md: three seeds of each method, then RESULTS.md itself (40 minutes)
+	$(PY) results.py
+
+tiny: .venv/ready  ## train the bundled base model from scratch again (40 minutes on two cores)
+	$(PY) data.py tokenizer models/tiny
+	$(PY) train.py configs/tiny_base.yaml
+	cp runs/tiny_base/model.safetensors models/tiny/
+
+clean:  ## remove the virtual environment and all runs
+	rm -rf .venv runs
+
+.PHONY: help setup run test lint results tiny clean

@@ -1,0 +1,91 @@
+"""Shared by all tests: where things are, TF32 off, and small models made on the spot. Nothing here needs a network."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["MLX_ENABLE_TF32"] = "0"  # before the first op: on recent GPUs float32 products are otherwise rounded to 10 bits
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import blas  # noqa: E402, F401, I001  (before mlx)
+import mlx.core as mx  # noqa: E402
+import pytest  # noqa: E402
+from mlx.utils import tree_flatten  # noqa: E402
+
+from config import Config  # noqa: E402
+from model import Llama, parse_args  # noqa: E402
+from tokenizer import load_tokenizer  # noqa: E402
+
+GOLDEN = ROOT / "tests" / "golden"
+FAMILIES = ("tinyllama", "llama3_2", "llama3_1", "qwen2_5")
+TINY = ROOT / "models" / "tiny"
+
+
+def run(*argv, cwd=ROOT, check=None, **env):
+    """Run a script of the project as a user does; returns the finished process. `check` is the expected exit code."""
+    done = subprocess.run([sys.executable, *map(str, argv)], cwd=cwd, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, **env})
+    if check is not None:
+        assert done.returncode == check, f"exit code {done.returncode}, expected {check}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def assert_one_clear_line(done, *words):
+    """Exit code 2, no traceback, one line on stderr that starts with 'error:' and holds all the words."""
+    assert done.returncode == 2, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("note: ")]
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    for word in words:
+        assert str(word) in lines[0], f"{word!r} not in {lines[0]!r}"
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return load_tokenizer(TINY)
+
+
+def small_model(tokenizer, seed=0, blocks=2) -> Llama:
+    """A random Llama of width 32 with the bundled tokenizer's vocabulary."""
+    raw = json.loads((TINY / "config.json").read_text()) | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": blocks,
+                                                           "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    mx.random.seed(seed)
+    model = Llama(parse_args(raw, "test"))
+    mx.eval(model.parameters())
+    return model
+
+
+@pytest.fixture
+def model(tokenizer):
+    return small_model(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def small_folder(tokenizer, tmp_path_factory):
+    """The same small model as a folder in the Hub's layout, so that whole commands run in a second or two."""
+    folder = tmp_path_factory.mktemp("models") / "small"
+    folder.mkdir()
+    model = small_model(tokenizer)
+    raw = json.loads((TINY / "config.json").read_text()) | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+                                                           "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    (folder / "config.json").write_text(json.dumps(raw))
+    (folder / "tokenizer.model").write_bytes((TINY / "tokenizer.model").read_bytes())
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    return folder
+
+
+@pytest.fixture
+def write_config(tmp_path, small_folder):
+    """Write a config file that trains the small model for a few steps; returns its path and its run folder."""
+    def write(name="c", **keys):
+        keys = {"model": small_folder, "run_dir": tmp_path / "runs" / name, "steps": 6, "batch_size": 8, "data_samples": 200, "lora_rank": 4,
+                "eval_every_steps": 3, "eval_prompts": 8, "lens_every_steps": 3, "lens_prompts": 8, "save_every_steps": 2, **keys}
+        path = tmp_path / f"{name}.yaml"
+        path.write_text("".join(f"{k}: {v}\n" for k, v in keys.items()))
+        return path, Path(keys["run_dir"])
+    return write
+
+
+def config(**keys) -> Config:
+    return Config(**keys)

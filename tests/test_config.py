@@ -1,0 +1,78 @@
+"""Every mistake in a config is named, all at once, in one line; and every key does something."""
+import dataclasses
+import re
+
+import pytest
+from conftest import ROOT, assert_one_clear_line, run
+
+from config import BadInput, Config, dump, load_config, parse_value, resolved
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text):
+        (tmp_path / "c.yaml").write_text(text)
+        return tmp_path / "c.yaml"
+    return write
+
+
+def test_precedence_and_types(write):
+    cfg = load_config(write("lr: 1e-5\nsteps: 010\nlora_targets: [q, v]\nfull: false\ndtype: null\n"), ["steps=7", "model=a=b"])
+    assert (cfg.lr, cfg.steps, cfg.lora_targets, cfg.dtype, cfg.model) == (1e-5, 7, ("q", "v"), None, "a=b")
+    assert cfg.run_dir == "runs/c" and cfg.batch_size == Config().batch_size
+    assert load_config(write("data_wordings: symbolic, worded")).data_wordings == ("symbolic", "worded")
+    assert parse_value("12", float) == 12.0 and parse_value("null", int | None) is None
+
+
+@pytest.mark.parametrize("text, words", [
+    ("stesp: 10", ("c.yaml:1", "unknown key 'stesp'", "did you mean steps?")),
+    ("lora_foo: 10", ("unknown key 'lora_foo'", "lora_rank", "lora_alpha")),
+    ("steps: 5\nsteps: 6", ("c.yaml:2", "'steps' given twice", "c.yaml:1")),
+    ("steps: 1.5", ("steps = '1.5'", "a whole number")),
+    ("lr: fast", ("lr = 'fast'", "a number")),
+    ("full: yes", ("full = 'yes'", "true or false")),
+    ("steps: [1, 2]", ("steps", "a single int")),
+    ("lora_targets: [q, z]", ("lora_targets = 'z'", "q, k, v, o, gate, up, down")),
+    ("lora_targets: []", ("lora_targets is empty",)),
+    ("method: ppo", ("method = 'ppo'", "sft, dual_reward")),
+    ("method: sft\nclass_weight: 0.5", ("class_weight belongs to method dual_reward", "this config has method sft")),
+    ("method: dual_reward\nclass_weight: 1.5", ("class_weight = 1.5", "from 0 to 1")),
+    ("steps: 0", ("steps = 0", "at least 1")),
+    ("batch_size: 8\ngrad_accum_steps: 3", ("does not divide",)),
+    ("bits: 4\nfull: true", ("bits = 4",)),
+    ("from_scratch: true", ("needs full: true",)),
+    ("lora:\n  rank: 4", ("c.yaml:1", "flat")),
+    ("- a\n- b", ("key: value", "sequence")),
+    ("a: [", ("not valid YAML",)),
+])
+def test_mistakes(write, text, words):
+    with pytest.raises(BadInput) as error:
+        load_config(write(text))
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_all_mistakes_at_once_on_one_line(write):
+    path = write("stesp: 10\nlr: fast\nbatch: 3\n")
+    assert_one_clear_line(run("train.py", path, "sede=1", "steps"), "stesp", "lr = 'fast'", "batch", "sede", "expected key=value, got 'steps'")
+    assert_one_clear_line(run("train.py", "no/such.yaml"), "no config file no/such.yaml")
+    assert_one_clear_line(run("train.py"), "python train.py CONFIG.yaml")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_configs_load_and_round_trip(path, tmp_path):
+    cfg = load_config(path)
+    assert path.read_text().startswith("# ") and len(path.read_text().splitlines()) <= 30
+    (tmp_path / "again.yaml").write_text(dump(cfg))
+    assert resolved(load_config(tmp_path / "again.yaml")) == resolved(cfg)
+
+
+def test_overwrite_is_a_command_and_not_stored():
+    assert "overwrite" not in dump(Config(overwrite=True))
+    assert "class_weight" not in dump(Config(method="sft")) and "class_weight" in dump(Config(method="dual_reward"))
+
+
+def test_every_key_is_read_somewhere():
+    source = "".join(p.read_text() for p in ROOT.glob("*.py") if p.name != "config.py") + "".join(
+        line for line in (ROOT / "config.py").read_text().splitlines() if "cfg." in line)
+    unread = [f.name for f in dataclasses.fields(Config) if not re.search(rf"cfg\.{f.name}\b", source)]
+    assert not unread

@@ -1,0 +1,133 @@
+"""LoRA starts as nothing, merges to itself, is saved whole, and is what mlx-lm thinks it is."""
+import json
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from conftest import FAMILIES, GOLDEN, config, small_model
+from mlx.utils import tree_flatten
+
+from config import BadInput
+from lora import LoRALinear, adapter_arrays, apply_lora, load_adapters, merge, save_adapters
+from model import load
+
+TOKENS = mx.array(np.random.default_rng(0).integers(3, 300, (2, 12)))
+
+
+def adapted(model, targets=("q", "v", "o"), rank=4, alpha=8.0, seed=1):
+    """An adapter with a B that is not zero, as after training."""
+    mx.random.seed(seed)
+    apply_lora(model, rank, alpha, targets)
+    model.load_weights([(k, 0.1 * mx.random.normal(v.shape)) for k, v in adapter_arrays(model).items()], strict=False)
+    return model
+
+
+def test_starts_as_the_base_and_trains_only_a_and_b(model):
+    before = model(TOKENS)
+    apply_lora(model, 4, 8.0, ("q", "k", "v", "o", "gate", "up", "down"))
+    assert mx.array_equal(model(TOKENS), before)
+    names = [k for k, _ in tree_flatten(model.trainable_parameters())]
+    assert len(names) == 2 * 7 * 2 and all(k.endswith(("lora_a", "lora_b")) for k in names)
+
+
+def test_formula_by_hand():
+    linear, x = nn.Linear(6, 5), mx.random.normal((3, 6))
+    lora = LoRALinear(linear, rank=2, scale=16 / 2)
+    lora.lora_b = mx.random.normal((2, 5))
+    W, b, A, B, X = (np.array(a).astype(np.float64) for a in (linear.weight, linear.bias, lora.lora_a, lora.lora_b, x))
+    np.testing.assert_allclose(np.array(lora(x)), X @ W.T + b + 8.0 * (X @ A) @ B, atol=1e-4)
+    assert np.abs(A).max() <= 6 ** -0.5
+
+
+def test_merge_is_apply(model):
+    adapted(model, ("q", "k", "v", "o", "gate", "up", "down"))
+    before = model(TOKENS)
+    merge(model)
+    assert not adapter_arrays(model)
+    np.testing.assert_allclose(np.array(model(TOKENS)), np.array(before), atol=2e-4)
+
+
+def test_save_then_load_is_bit_equal(tokenizer, tmp_path):
+    model = adapted(small_model(tokenizer))
+    save_adapters(model, config(lora_rank=4, lora_alpha=8.0, lora_targets=("q", "v", "o")), tmp_path)
+    again = small_model(tokenizer)
+    load_adapters(again, tmp_path)
+    assert mx.array_equal(again(TOKENS), model(TOKENS))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mlx_lm_reads_our_adapters_with_the_same_logits(family, tmp_path):
+    """An independent loader and forward pass; tolerance for rounding of values up to about 10."""
+    from mlx_lm.tuner.utils import load_adapters as mlx_lm_load_adapters
+    from mlx_lm.utils import load_model as mlx_lm_load_model
+    folder = GOLDEN / family
+    theirs, _ = mlx_lm_load_model(folder, strict=True)
+    model = adapted(load(folder, "float32")[0], ("q", "k", "v", "o", "gate", "down"))
+    save_adapters(model, config(lora_rank=4, lora_alpha=8.0, lora_targets=("q", "k", "v", "o", "gate", "down")), tmp_path)
+    theirs.set_dtype(mx.float32)
+    mlx_lm_load_adapters(theirs, tmp_path)
+    tokens = mx.load(str(folder / "expected.safetensors"))["tokens"][:, :24]
+    np.testing.assert_allclose(np.array(model(tokens)), np.array(theirs(tokens)), atol=2e-3)
+    assert np.abs(np.array(model(tokens)) - np.array(load(folder, "float32")[0](tokens))).max() > 0.1  # the adapter does something
+
+
+def test_quantised_base(tmp_path):
+    model = load(GOLDEN / "llama3_2", "float32", bits=4)[0]
+    before = model(TOKENS)
+    apply_lora(model, 4, 8.0, ("q", "down"))
+    assert mx.array_equal(model(TOKENS), before)
+    loss = lambda m: (m(TOKENS) ** 2).mean()
+    grads = dict(tree_flatten(nn.value_and_grad(model, loss)(model)[1]))
+    assert set(grads) == set(adapter_arrays(model)) and all(np.abs(np.array(g)).max() > 0 for k, g in grads.items() if k.endswith("lora_b"))
+    with pytest.raises(BadInput, match="quantised base cannot be fused"):
+        merge(model)
+
+
+# --- strict: nothing is dropped, nothing is missing, nothing of another model
+
+
+@pytest.fixture
+def saved(tokenizer, tmp_path):
+    save_adapters(adapted(small_model(tokenizer)), config(lora_rank=4, lora_alpha=8.0, lora_targets=("q", "v", "o")), tmp_path)
+    return tmp_path
+
+
+def change_tensors(folder, change):
+    arrays = mx.load(str(folder / "adapters.safetensors"))
+    mx.eval(arrays)
+    change(arrays)
+    mx.save_safetensors(str(folder / "adapters.safetensors"), arrays)
+
+
+def test_every_mismatch_is_listed(saved, tokenizer):
+    names = sorted(mx.load(str(saved / "adapters.safetensors")))
+
+    def change(arrays):
+        arrays["model.layers.9.extra.lora_a"] = arrays.pop(names[0])
+        arrays[names[1]] = arrays[names[1]][:1]
+    change_tensors(saved, change)
+    with pytest.raises(BadInput) as error:
+        load_adapters(small_model(tokenizer), saved)
+    assert all(w in str(error.value) for w in (names[0], "model.layers.9.extra.lora_a", names[1], "1 missing", "1 not expected", "1 of another shape"))
+
+
+def test_adapter_of_another_model(saved, tokenizer):
+    with pytest.raises(BadInput, match="another shape"):
+        load_adapters(load(GOLDEN / "tinyllama", "float32")[0], saved)
+    with pytest.raises(BadInput, match="missing.*layers.2"):
+        load_adapters(small_model(tokenizer, blocks=3), saved)
+    other = small_model(tokenizer)
+    other.model.norm.weight = other.model.norm.weight * 1.5
+    with pytest.raises(BadInput, match="another model of the same shape"):
+        load_adapters(other, saved)
+
+
+def test_unknown_settings(saved, tokenizer):
+    settings = json.loads((saved / "adapter_config.json").read_text())
+    for change in ({"fine_tune_type": "dora"}, {"lora_parameters": {"rank": 4, "scale": 2.0}}):
+        (saved / "adapter_config.json").write_text(json.dumps({**settings, **change}))
+        with pytest.raises(BadInput, match="expected fine_tune_type lora"):
+            load_adapters(small_model(tokenizer), saved)
+
+

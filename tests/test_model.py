@@ -1,0 +1,206 @@
+"""The forward pass against another implementation's numbers, and loading against everything a folder can have wrong."""
+import json
+import shutil
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import FAMILIES, GOLDEN, assert_one_clear_line, run
+
+from config import BadInput
+from model import load, parse_args, read_safetensors, rope_periods
+
+
+@pytest.fixture(params=FAMILIES)
+def golden(request):
+    model, tokenizer = load(GOLDEN / request.param, dtype="float32")
+    assert tokenizer is None  # these folders have none
+    return model, mx.load(str(GOLDEN / request.param / "expected.safetensors"))
+
+
+def close(ours, expected):
+    """Within 1e-4, or 1e-5 of a tap's largest entry where that is more. Residuals reach 42, where float32 itself is this
+    coarse: the golden numbers of llama3_2 are up to 2.5e-4 away from the same computation in float64, and so are ours."""
+    ours, expected = np.array(ours), np.array(expected)
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=max(1e-4, 1e-5 * np.abs(expected).max()))
+
+
+def test_residuals_and_logits_equal_golden(golden):
+    model, expected = golden
+    for ours, theirs in zip(model.residuals(expected["tokens"]), expected["residuals"]):
+        close(ours, theirs)
+    close(model(expected["tokens"]), expected["logits"])
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_greedy_tokens_equal_golden(golden, cached):
+    model, expected = golden
+    tokens, cache = expected["prompt"], model.make_cache(24 + 12) if cached else None
+    for step in range(12):
+        logits = model(tokens[:, -1:] if cached and step else tokens, cache)
+        tokens = mx.concatenate([tokens, mx.argmax(logits[:, -1:], axis=-1)], axis=1)
+    assert tokens[:, 24:].tolist() == expected["greedy"].tolist()
+
+
+def test_cache_in_chunks_equals_one_pass(golden):
+    """Prefill in unequal chunks: the causal mask must line up with the end of the keys, not their start."""
+    model, expected = golden
+    cache, parts = model.make_cache(96), []
+    for start, end in ((0, 40), (40, 41), (41, 96)):
+        parts.append(model(expected["tokens"][:, start:end], cache))
+    close(mx.concatenate(parts, axis=1), expected["logits"])
+
+
+def test_future_tokens_change_nothing(golden):
+    model, expected = golden
+    tokens = expected["tokens"][:, :20]
+    changed = mx.concatenate([tokens[:, :12], (tokens[:, 12:] + 7) % 300], axis=1)
+    assert mx.array_equal(model.residuals(tokens)[:, :, :12], model.residuals(changed)[:, :, :12])
+
+
+def test_rope_spellings_give_the_same_model(tmp_path):
+    """config.json as Transformers 5 writes it (rope_parameters) against the older rope_theta + rope_scaling."""
+    folder = tmp_path / "new"
+    shutil.copytree(GOLDEN / "llama3_2", folder)
+    raw = json.loads((folder / "config.json").read_text())
+    raw["rope_parameters"] = {**raw.pop("rope_scaling"), "rope_theta": raw.pop("rope_theta")}
+    raw["dtype"] = raw.pop("torch_dtype")
+    (folder / "config.json").write_text(json.dumps(raw))
+    expected = mx.load(str(folder / "expected.safetensors"))
+    close(load(folder, "float32")[0](expected["tokens"]), expected["logits"])
+
+
+def test_llama3_periods_by_hand():
+    """Factor 8, C = 64: a pair with 64 turns stays, one with half a turn is slowed 8 times, one with 2.5 turns is half-way."""
+    raw = json.loads((GOLDEN / "llama3_1" / "config.json").read_text())
+    args = parse_args(raw, "test")
+    plain = rope_periods(parse_args(raw | {"rope_scaling": None}, "test"))
+    ratio = np.array(rope_periods(args) / plain)
+    turns = 64 / (2 * np.pi * np.array(plain))
+    blend = np.clip((turns - 1) / 3, 0, 1)
+    np.testing.assert_allclose(ratio, 1 / (blend + (1 - blend) / 8), rtol=1e-6)
+    assert ratio[0] == 1 and ratio[-1] == 8 and ((1.001 < ratio) & (ratio < 7.999)).any()
+
+
+def test_rope_against_complex_numbers():
+    """A rotation of pairs (x_i, x_{i+d/2}) is a product of complex numbers."""
+    rng = np.random.default_rng(0)
+    x, periods = rng.normal(size=(1, 1, 5, 8)).astype(np.float32), np.array([1, 7, 50, 333], np.float32)
+    turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * (np.arange(5)[:, None] + 3) / periods)
+    ours = mx.fast.rope(mx.array(x), 8, traditional=False, base=None, scale=1.0, offset=3, freqs=mx.array(periods))
+    np.testing.assert_allclose(np.array(ours), np.concatenate([turned.real, turned.imag], -1), atol=1e-5)
+
+
+def test_dtype_asked_and_default():
+    for dtype in ("bfloat16", "float16", "float32"):
+        assert str(load(GOLDEN / "tinyllama", dtype)[0].model.norm.weight.dtype).endswith(dtype)
+    default = load(GOLDEN / "tinyllama")[0].model.norm.weight.dtype
+    assert default == (mx.float32 if mx.default_device() == mx.Device(mx.cpu) else mx.bfloat16)
+
+
+def test_bits_stays_near():
+    """4-bit weights are rounded, not scrambled: the logits stay close in direction."""
+    expected = mx.load(str(GOLDEN / "llama3_2" / "expected.safetensors"))
+    for bits, least in ((8, 0.99), (4, 0.6)):
+        ours = np.array(load(GOLDEN / "llama3_2", "float32", bits=bits)[0](expected["tokens"][:, :16])).ravel()
+        theirs = np.array(expected["logits"][:, :16]).ravel()
+        assert np.dot(ours, theirs) / np.linalg.norm(ours) / np.linalg.norm(theirs) > least
+
+
+# --- bad folders: each names the file, what was expected, what to do
+
+
+@pytest.fixture
+def broken(tmp_path):
+    shutil.copytree(GOLDEN / "llama3_1", tmp_path / "m")
+    return tmp_path / "m"
+
+
+def edit_config(folder, **changes):
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**raw, **changes}))
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"model_type": "gpt2"}, ("gpt2", "LlamaForCausalLM", "Qwen2ForCausalLM")),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, ("yarn", "llama3")),
+    ({"hidden_act": "gelu"}, ("gelu", "silu")),
+    ({"use_sliding_window": True}, ("use_sliding_window",)),
+    ({"hidden_size": 128}, ("of another shape", "expected")),
+    ({"num_hidden_layers": 5}, ("missing", "model.layers.4.")),
+    ({"num_hidden_layers": 3}, ("not expected", "model.layers.3.")),
+])
+def test_unsupported_or_wrong_config(broken, changes, words):
+    edit_config(broken, **changes)
+    with pytest.raises(BadInput) as error:
+        load(broken)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda f: (f / "model-00002-of-00003.safetensors").unlink(), ("missing", "model-00002")),
+    (lambda f: (f / "model-00002-of-00003.safetensors").write_bytes((f / "model-00002-of-00003.safetensors").read_bytes()[:-100]), ("truncated", "model-00002")),
+    (lambda f: (f / "model-00002-of-00003.safetensors").write_bytes(b"\x10" * 500), ("corrupt", "model-00002")),
+    (lambda f: (f / "model.safetensors.index.json").unlink(), ("no model.safetensors",)),
+    (lambda f: (f / "config.json").unlink(), ("config.json", "missing")),
+    (lambda f: (f / "config.json").write_text("{"), ("config.json", "not valid JSON")),
+])
+def test_damaged_folder(broken, damage, words):
+    damage(broken)
+    with pytest.raises(BadInput) as error:
+        load(broken)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_every_wrong_tensor_is_named(broken):
+    path = broken / "model-00002-of-00003.safetensors"
+    tensors = mx.load(str(path))
+    names = sorted(tensors)
+    tensors["model.surplus"] = tensors.pop(names[0])
+    tensors[names[1]] = mx.concatenate([tensors[names[1]], tensors[names[1]]])
+    mx.eval(tensors)
+    mx.save_safetensors(str(path), tensors)
+    with pytest.raises(BadInput) as error:
+        load(broken)
+    assert all(word in str(error.value) for word in ("1 missing: " + names[0], "model.surplus", names[1], "of another shape"))
+
+
+def test_truncated_file_is_noticed(tmp_path):
+    (tmp_path / "x.safetensors").write_bytes((GOLDEN / "tinyllama" / "model.safetensors").read_bytes()[:5000])
+    with pytest.raises(BadInput, match="truncated or corrupt"):
+        read_safetensors(tmp_path / "x.safetensors")
+
+
+# --- Hub names
+
+
+def test_hub_name_from_a_prepared_cache(tmp_path):
+    """The cache's own layout (refs/main names a snapshot): a model known by its Hub name loads without a network."""
+    home = tmp_path / "hub" / "models--someone--golden-llama"
+    shutil.copytree(GOLDEN / "llama3_2", home / "snapshots" / "abc123")
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text("abc123")
+    code = "from model import load; m, _ = load('someone/golden-llama'); print(m.args.vocab_size)"
+    done = run("-c", code, check=0, HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(tmp_path / "hub"))
+    assert done.stdout.strip() == "320"
+
+
+def test_hub_name_without_network_or_folder(tmp_path):
+    done = run("lens.py", "--ckpt", "someone/else", "--prompt", "x", HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(tmp_path))
+    assert_one_clear_line(done, "someone/else", "not in the Hub cache", "hf download someone/else")
+    assert_one_clear_line(run("lens.py", "--ckpt", "models/none", "--prompt", "x"), "no model folder 'models/none'")
+
+
+def test_gated_without_token(monkeypatch):
+    """The Hub's own exception for a gated repository becomes the two commands that mend it."""
+    import httpx2
+    from huggingface_hub.errors import GatedRepoError
+
+    import model
+
+    def gated(*args, **kwargs):
+        raise GatedRepoError("403", response=httpx2.Response(403, request=httpx2.Request("GET", "https://huggingface.co")))
+    monkeypatch.setattr(model, "snapshot_download", gated)
+    with pytest.raises(BadInput) as error:
+        model.load("meta-llama/Llama-3.2-1B")
+    assert "https://huggingface.co/meta-llama/Llama-3.2-1B" in str(error.value) and "hf auth login" in str(error.value)

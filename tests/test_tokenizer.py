@@ -1,0 +1,99 @@
+"""Both libraries behind one interface, and the rules about BOS, EOS and the border between prompt and answer."""
+import json
+
+import pytest
+import sentencepiece
+import tokenizers
+from conftest import GOLDEN, TINY, assert_one_clear_line, run
+
+from config import BadInput
+from tokenizer import load_tokenizer
+
+LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+@pytest.fixture(scope="module")
+def llama3(tmp_path_factory):
+    """A byte-level BPE with Llama 3's splitting and post-processor, small: tokenizer.json as the Hub ships it."""
+    folder = tmp_path_factory.mktemp("llama3")
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=True))
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+        tokenizers.pre_tokenizers.Split(tokenizers.Regex(LLAMA3_SPLIT), "isolated"),
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    special = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=900, special_tokens=special, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator(["multiply subtract", *(f"{n} * {n} = {n}" for n in range(300))] * 3, trainer)
+    bpe.post_processor = tokenizers.processors.TemplateProcessing(single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)])
+    bpe.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end_of_text|>"}))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2]}))
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": 1}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def qwen(llama3, tmp_path_factory):
+    """The same without a post-processor: Qwen2.5 has no BOS."""
+    folder = tmp_path_factory.mktemp("qwen")
+    raw = json.loads((llama3 / "tokenizer.json").read_text())
+    raw["post_processor"] = None
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": 1}))
+    return folder
+
+
+def test_bos_exactly_once(tokenizer, llama3, qwen):
+    for loaded, bos in ((tokenizer, 1), (load_tokenizer(llama3), 0), (load_tokenizer(qwen), None)):
+        assert loaded.bos_id == bos
+        pair, P = loaded.encode_pair("7 * 8 = ", "56")
+        assert loaded.encode_prompt("7 * 8 = ") == pair[:P]
+        assert [pair.count(bos), loaded.encode("7 * 8 = ").count(bos)] == ([1, 0] if bos is not None else [0, 0])
+        assert pair[-1] == loaded.eos_id and loaded.decode(pair) == "7 * 8 = 56"
+
+
+def test_ids_equal_the_libraries_own(tokenizer, llama3):
+    text = "12 * 5 = 60, subtract 7"
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(TINY / "tokenizer.model")).encode(text, add_bos=True)
+    assert tokenizer.encode_prompt(text) == theirs
+    theirs = tokenizers.Tokenizer.from_file(str(llama3 / "tokenizer.json")).encode(text).ids  # its own BOS
+    assert load_tokenizer(llama3).encode_prompt(text) == theirs
+
+
+def test_bundled_vocabulary(tokenizer):
+    """Numbers 0..999 and the operation words are one token, so the lens has one thing to look for."""
+    assert all(len(tokenizer.encode(str(n))) == 1 for n in range(1000))
+    assert len({tokenizer.single_id(w) for w in ("add", "subtract", "multiply", "divide", "+", "-", "*", "/")}) == 8
+    assert tokenizer.encode_pair("7 * 8 = ", "56")[1] == 5
+    assert tokenizer.decode(tokenizer.encode("Any tëxt, round\ntrip")) == "Any tëxt, round\ntrip"
+    assert tokenizer.piece(tokenizer.single_id("multiply")) == "·multiply" and tokenizer.piece(99999) == "<99999>"
+
+
+def test_stop_set_and_trained_eos(llama3, qwen):
+    """Stops: all of generation_config. Trained: the one the tokenizer calls EOS."""
+    assert load_tokenizer(llama3).eos_ids == {1, 2} and load_tokenizer(llama3).eos_id == 1
+    assert load_tokenizer(qwen).eos_ids == {1}
+
+
+def test_single_id_with_and_without_space(llama3):
+    loaded = load_tokenizer(llama3)
+    assert loaded.decode([loaded.single_id("multiply")]) == "multiply" and loaded.decode([loaded.single_id("subtract")]) == " subtract"
+    with pytest.raises(BadInput, match=r"'zebra' is \d tokens of .*must be one token"):
+        loaded.single_id("zebra")
+
+
+def test_border_inside_a_token_is_refused(tokenizer):
+    with pytest.raises(BadInput, match="falls inside a token"):
+        tokenizer.encode_pair("7 * 8 = 5", "6")  # "56" is one token
+
+
+def test_missing_and_damaged(tmp_path, small_folder):
+    assert load_tokenizer(GOLDEN / "tinyllama") is None
+    (tmp_path / "tokenizer.model").write_bytes(b"not a model")
+    with pytest.raises(BadInput, match="not a sentencepiece model"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").unlink()
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(BadInput, match="not a tokenizer"):
+        load_tokenizer(tmp_path)
+    assert_one_clear_line(run("lens.py", "--ckpt", GOLDEN / "tinyllama", "--prompt", "x"), "no tokenizer.model", "tokenizer.json")
