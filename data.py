@@ -169,18 +169,18 @@ def sample_tiny_corpus(cfg: Config) -> list[Problem]:
     pairs = {op: [p for p in all_pairs if split_of(*p) == "train"] for op, all_pairs in pairs.items()}
     problems = []
     for _ in range(cfg.data_samples):
-        operation = rng.choices(tuple(SYMBOLS), weights=(35, 30, 25, 10))[0]
+        operation = rng.choices(tuple(SYMBOLS), weights=(40, 40, 14, 6))[0]
         a, b = rng.choice(pairs[operation])
         symbolic, worded = make_problem(operation, a, b), make_problem(operation, a, b, rng.choice(PHRASES[operation]))
         body = rng.choice((symbolic, worded)).prompt.removesuffix(" = ")
         form = rng.random()
-        if form < 0.5:
+        if form < 0.6:
             problem = symbolic
-        elif form < 0.7:
+        elif form < 0.76:
             problem = worded
-        elif form < 0.8:
+        elif form < 0.84:
             problem = Problem(f"{rng.choice(('compute', 'calculate'))} {body} = ", symbolic.answer, operation, "instruction", a, b)
-        elif form < 0.9:
+        elif form < 0.92:
             prompt = rng.choice(("{} means ", "which operation is {} ? "))
             problem = Problem(prompt.format(body), operation, operation, "naming", a, b)
         else:

@@ -84,33 +84,61 @@ def judge(model: Llama, tokenizer: Tokenizer, cfg: Config) -> dict:
     test = load_split(cfg, "test")
     named = {} if Path(cfg.data).is_dir() else {name: named_problems(name) for name in NAMED_PROMPTS}
     problems = test + [p for group in named.values() for p in group]
-    rows = measure_accuracy(model, tokenizer, problems, cfg.max_completion_tokens)
-    reading, ids = read_series(model, tokenizer, problems)
-    probs = reading.probs[:, :, 0]                                  # (L+1, B, 3)
     sets = ["test"] * len(test) + [name for name, group in named.items() for _ in group]
+    reading, ids = read_series(model, tokenizer, problems)
+    rows = measure_accuracy(model, tokenizer, problems, cfg.max_completion_tokens)
     for i, row in enumerate(rows):
-        row["set"] = sets[i]
-        for n, name in enumerate(SERIES):
-            inner = probs[1:-1, i, n]                               # blocks 0 .. L-2: the last is the output itself
-            row |= {f"{name}_layer": int(inner.argmax()), f"{name}_prob": float(inner.max()), f"{name}_prob_last": float(probs[-1, i, n])}
-    right = lambda keep: wilson(*(lambda c: (sum(c), len(c)))([r["correct"] for r in rows if keep(r)]))
-    cells = sorted({(r["operation"], r["wording"]) for r in rows if r["set"] == "test"})
-    block, T = class_block(cfg, model), len(test)
-    class_right = reading.top_ids[block + 1, :T, 0, 0] == ids[:T, 1]
+        row |= {"set": sets[i], **peak_of_prompt(reading.probs[:, i, 0])}
+    words, symbols = target_ids(tokenizer, problems, "word"), target_ids(tokenizer, problems, "symbol")
     return {
-        "accuracy": right(lambda r: r["set"] == "test"),
-        "accuracy_by": {f"{op} {wording}".strip(): right(lambda r: (r["set"], r["operation"], r["wording"]) == ("test", op, wording)) for op, wording in cells},
-        "accuracy_add_subtract": right(lambda r: r["set"] == "test" and r["operation"] in ("add", "subtract")),
-        "accuracy_named": {name: right(lambda r: r["set"] == name) for name in named},
-        "class": {"layer": block, "top1": wilson(int(class_right.sum()), T), "prob": bootstrap_mean(probs[block + 1, :T, 1])},
-        "strength": {name: summarize_strength(probs[:, :T, n], reading.top_ids[:, :T, 0, 0] == ids[:T, n]) for n, name in enumerate(SERIES)},
-        "layers": [{"layer": tap - 1, "entropy": float(reading.entropy[tap, :T].mean()), "last": tap == len(probs) - 1,
-                    **{name: {"prob": float(probs[tap, :T, n].mean()), "rank": float(np.median(reading.ranks[tap, :T, 0, n])),
-                              "top1": float((reading.top_ids[tap, :T, 0, 0] == ids[:T, n]).mean())} for n, name in enumerate(SERIES)}}
-                   for tap in range(1, len(probs))],
-        "targets": {op: {"word": w, "symbol": s} for (op, w), s in
-                    zip(target_ids(tokenizer, problems, "word").items(), target_ids(tokenizer, problems, "symbol").values())},
+        **summarize_accuracy(rows),
+        **summarize_classifier(reading.first(len(test)), ids[:len(test)], class_block(cfg, model)),
+        "targets": {op: {"word": words[op], "symbol": symbols[op]} for op in words},
         "prompts": rows,
+    }
+
+
+def peak_of_prompt(probs: np.ndarray) -> dict:
+    """One prompt's classifier row: probs (L+1, 3). Where each series peaks before the last block, and the last block's own."""
+    row = {}
+    for n, name in enumerate(SERIES):
+        inner = probs[1:-1, n]  # blocks 0 .. L-2: the last is the output itself
+        row |= {f"{name}_layer": int(inner.argmax()), f"{name}_prob": float(inner.max()), f"{name}_prob_last": float(probs[-1, n])}
+    return row
+
+
+def summarize_accuracy(rows: list[dict]) -> dict:
+    """Wilson intervals over the test problems: all, each operation and wording, + and - together; and the named prompts."""
+    def share(keep) -> dict:
+        correct = [row["correct"] for row in rows if keep(row)]
+        return wilson(sum(correct), len(correct))
+    test = [row for row in rows if row["set"] == "test"]
+    cells = {}
+    for row in test:
+        cells.setdefault(f"{row['operation']} {row['wording']}".strip(), []).append(row["correct"])
+    return {
+        "accuracy": share(lambda row: row["set"] == "test"),
+        "accuracy_by": {cell: wilson(sum(correct), len(correct)) for cell, correct in sorted(cells.items())},
+        "accuracy_add_subtract": share(lambda row: row["set"] == "test" and row["operation"] in ("add", "subtract")),
+        "accuracy_named": {name: share(lambda row, name=name: row["set"] == name) for name in dict.fromkeys(r["set"] for r in rows) if name != "test"},
+    }
+
+
+def summarize_classifier(reading: Reading, ids: np.ndarray, block: int) -> dict:
+    """The set-level classifier figures over B prompts: at the trained block, each series' strength, and every block's means."""
+    probs, ranks = reading.probs[:, :, 0], reading.ranks[:, :, 0]                   # (L+1, B, 3)
+    is_top = reading.top_ids[:, :, 0, :1] == ids                                    # (L+1, B, 3)
+    word = SERIES.index("operation")
+    layers = []
+    for tap in range(1, len(probs)):
+        series = {name: {"prob": float(probs[tap, :, n].mean()), "rank": float(np.median(ranks[tap, :, n])),
+                         "top1": float(is_top[tap, :, n].mean())} for n, name in enumerate(SERIES)}
+        layers.append({"layer": tap - 1, "last": tap == len(probs) - 1, "entropy": float(reading.entropy[tap].mean()), **series})
+    right = is_top[block + 1, :, word]
+    return {
+        "class": {"layer": block, "top1": wilson(int(right.sum()), len(right)), "prob": bootstrap_mean(probs[block + 1, :, word])},
+        "strength": {name: summarize_strength(probs[:, :, n], is_top[:, :, n]) for n, name in enumerate(SERIES)},
+        "layers": layers,
     }
 
 
@@ -160,33 +188,37 @@ def percent(interval: dict) -> str:
 
 def print_report(report: dict) -> None:
     """The tables for a person: accuracy beside the base, the prior work's prompt table, the layers."""
-    columns = [(name, r) for name, r in (("base", report.get("base")), ("this", report), ("other", report.get("compare"))) if r]
     print(f"\n{report['ckpt']} ({report['method']}, seed {report['seed']}); test pairs never seen in training; 95 % Wilson intervals")
-    line = lambda label, get: print(f"  {label:<34}" + "".join(f"{percent(get(r)):<34}" for _, r in columns))
-    print(" " * 36 + "".join(f"{name + ': ' + r['ckpt']:<34}" for name, r in columns))
-    line("accuracy, all test problems", lambda r: r["accuracy"])
-    line("accuracy, add and subtract", lambda r: r["accuracy_add_subtract"])
-    for cell in report["accuracy_by"]:
-        line(f"  {cell}", lambda r: r["accuracy_by"][cell])
-    for name in report["accuracy_named"]:
-        line(f"  the prior work's {name} prompts", lambda r: r["accuracy_named"][name])
-    line(f"operation word top-1 at L{report['class']['layer']}", lambda r: r["class"]["top1"])
-    for name in SERIES:
-        line(f"{name} emerged (> {EMERGED}) before last", lambda r: r["strength"][name]["emerged"])
-    if "compare" in report:
-        test = report["compare"]["mcnemar"]
-        print(f"  McNemar, exact: {test['only_first']} solved only by this, {test['only_second']} only by the other, p = {test['p']:.3g}")
-    print(f"\n  {'prompt':<14}{'expected':>9}{'generated':>11}  right  {'answer before the last block':<30}{'operation word before the last block'}")
-    seen = set()
-    for row in report["prompts"]:
-        if row["set"] != "test" and row["prompt"] not in seen:
-            seen.add(row["prompt"])
-            read = lambda name: f"L{row[name + '_layer']} {row[name + '_prob']:.3f} (last block {row[name + '_prob_last']:.3f})"
-            print(f"  {row['prompt']:<14}{row['expected']:>9}{row['generated'][:10]:>11}  {'yes' if row['correct'] else 'no ':<5}  {read('answer'):<30}{read('operation')}")
-    print(f"\n  block   {'answer':<24}{'operation word':<24}{'symbol':<24}entropy    (mean probability, median rank; all test problems)")
+    print_accuracy(report)
+    print_prompts(report["prompts"])
+    print("\n  block   answer                  operation word          symbol                  entropy    (mean probability, median rank)")
     for layer in reversed(report["layers"]):
         cells = "".join(f"{layer[s]['prob']:.4f}  #{layer[s]['rank']:<14.0f}" for s in SERIES)
         print(f"  L{layer['layer']:<6} {cells}{layer['entropy']:.2f}{'   (the output itself)' if layer['last'] else ''}")
+
+
+def print_accuracy(report: dict) -> None:
+    columns = [(name, r) for name, r in (("base", report.get("base")), ("this", report), ("other", report.get("compare"))) if r]
+    print(" " * 36 + "".join(f"{name + ': ' + r['ckpt']:<34}" for name, r in columns))
+    lines = {"accuracy, all test problems": lambda r: r["accuracy"], "accuracy, add and subtract": lambda r: r["accuracy_add_subtract"]}
+    lines |= {f"  {cell}": lambda r, cell=cell: r["accuracy_by"][cell] for cell in report["accuracy_by"]}
+    lines |= {f"  the prior work's {name} prompts": lambda r, name=name: r["accuracy_named"][name] for name in report["accuracy_named"]}
+    lines[f"operation word top-1 at L{report['class']['layer']}"] = lambda r: r["class"]["top1"]
+    lines |= {f"{name} emerged (> {EMERGED})": lambda r, name=name: r["strength"][name]["emerged"] for name in SERIES}
+    for label, get in lines.items():
+        print(f"  {label:<34}" + "".join(f"{percent(get(r)):<34}" for _, r in columns))
+    if "compare" in report:
+        test = report["compare"]["mcnemar"]
+        print(f"  McNemar, exact: {test['only_first']} solved only by this, {test['only_second']} only by the other, p = {test['p']:.3g}")
+
+
+def print_prompts(rows: list[dict]) -> None:
+    """The prior work's table over its named prompts: expected, generated, right, classifier layer and confidence."""
+    print(f"\n  {'prompt':<14}{'expected':>9}{'generated':>11}  right  {'answer before the last block':<30}operation word before the last block")
+    for row in {r["prompt"]: r for r in rows if r["set"] != "test"}.values():
+        answer, word = (f"L{row[s + '_layer']} {row[s + '_prob']:.3f} (last block {row[s + '_prob_last']:.3f})" for s in ("answer", "operation"))
+        right = "yes" if row["correct"] else "no"
+        print(f"  {row['prompt']:<14}{row['expected']:>9}{row['generated'][:10]:>11}  {right:<7}{answer:<30}{word}")
 
 
 def main(argv: list[str]) -> None:

@@ -43,6 +43,10 @@ class Reading:
     top_ids: np.ndarray     # (L+1, B, A, k) most probable first
     top_probs: np.ndarray   # (L+1, B, A, k)
 
+    def first(self, n: int) -> "Reading":
+        """The reading of the first n rows alone."""
+        return Reading(*(getattr(self, name)[:, :n] for name in Reading.__dataclass_fields__))
+
 
 def read_logits(logits: mx.array, targets: mx.array, k: int) -> tuple[mx.array, ...]:
     """Reduce float32 logits (B, A, V) to the six arrays of a Reading for one tap; targets (B, A, N) int32."""

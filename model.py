@@ -340,6 +340,21 @@ def load_weights(model: Llama, folder: Path, dtype: mx.Dtype | None) -> None:
     mx.eval(model.parameters())  # reads the files now, so that a vanishing disk fails here and not in step 1
 
 
+def init_weights(model: Llama) -> None:
+    """Random weights for training from scratch: sd 1/sqrt(inputs), the two matrices that write to the stream 1/sqrt(2L) of it.
+
+    The embedding starts small, sd 0.02: from a large one the bundled model learnt its sums by heart instead of adding.
+    """
+    scaled = []
+    for name, weight in tree_flatten(model.parameters()):
+        if weight.ndim == 2:
+            sd = 0.02 if "embed" in name or "lm_head" in name else weight.shape[1] ** -0.5
+            writes = "o_proj" in name or "down_proj" in name
+            sd *= (2 * model.args.num_hidden_layers) ** -0.5 if writes else 1
+            scaled.append((name, sd * mx.random.normal(weight.shape)))
+    model.load_weights(scaled, strict=False)  # norm gains stay 1, biases as they are
+
+
 def load(path_or_hub_name: str | Path, dtype: str | mx.Dtype | None = None, bits: int | None = None, from_scratch: bool = False):
     """Return (model, tokenizer) from a folder or Hub name; tokenizer is None where the folder has none.
 
@@ -350,7 +365,9 @@ def load(path_or_hub_name: str | Path, dtype: str | mx.Dtype | None = None, bits
     """
     folder = find_folder(path_or_hub_name)
     model = Llama(parse_args(read_json(folder / "config.json"), str(folder / "config.json")))
-    if not from_scratch:  # else MLX's own start: linear layers uniform in +-1/sqrt(inputs), embedding normal, sd 1/sqrt(D)
+    if from_scratch:
+        init_weights(model)
+    else:
         load_weights(model, folder, DTYPES[dtype] if isinstance(dtype, str) else dtype)
     if bits:
         quantize(model, bits)

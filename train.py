@@ -14,6 +14,7 @@ import resource
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -37,6 +38,7 @@ from tokenizer import Tokenizer
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "state.safetensors", "adapters.safetensors", "adapter_config.json", "model.safetensors",
              "config.json", "report.json", "emergence.png", "failed_batch.json")
+BAR_KEYS = ("loss", "answer_loss", "class_loss", "class_accuracy", "tokens_per_s", "peak_gib")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -158,7 +160,7 @@ class Metrics:
                 record = json.loads(line)
             except ValueError:
                 break
-            if record["step"] > done or (done == 0):
+            if record["step"] > done or done == 0:
                 break
             self.records.append(record)
         write_text(path, "".join(json.dumps(r) + "\n" for r in self.records))
@@ -248,65 +250,84 @@ def inspect(model: Llama, tokenizer: Tokenizer, valid: list, done: int, block: i
     return record if len(record) > 1 else None
 
 
-def train(cfg: Config) -> dict:
-    """Train as cfg says, or continue where the run folder stands; returns the report. Raises BadInput, Stopped, KeyboardInterrupt."""
-    folder = Path(cfg.run_dir)
-    model, tokenizer = prepare_model(cfg)
-    block = class_block(cfg, model)
-    problems, valid = load_split(cfg, "train"), load_split(cfg, "valid")
-    words = target_ids(tokenizer, problems, cfg.class_target)
+@contextmanager
+def deferred_interrupts():
+    """Collect Ctrl-C and SIGTERM instead of raising, so that the loop can finish its step and save; yields the list of them."""
+    seen = []
+    previous = [(number, signal.signal(number, lambda *_: seen.append(number))) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        yield seen
+    finally:
+        for number, handler in previous:
+            signal.signal(number, handler)
+
+
+def load_batches(cfg: Config, model: Llama, tokenizer: Tokenizer) -> Batches:
+    """The training split, tokenised and checked."""
+    problems = load_split(cfg, "train")
     if cfg.method == "dual_reward" and not all(p.operation for p in problems):
         raise BadInput(f"method dual_reward needs an operation in every row of {cfg.data}; some rows have none")
-    batches = Batches(tokenize(problems, tokenizer, model.args.max_position_embeddings, words), cfg)
+    ids = target_ids(tokenizer, problems, cfg.class_target)
+    return Batches(tokenize(problems, tokenizer, model.args.max_position_embeddings, ids), cfg)
+
+
+def describe(cfg: Config, model: Llama, block: int, done: int) -> str:
+    """The first line of a run's output."""
+    scale = cfg.lora_alpha / cfg.lora_rank  # PEFT users know alpha, mlx-lm's know the scale
+    lora = f"LoRA on {', '.join(cfg.lora_targets)}, rank {cfg.lora_rank}, alpha {cfg.lora_alpha:g}, scale {scale:g}"
+    count = sum(v.size for _, v in tree_flatten(model.trainable_parameters()))
+    start = f"continuing after step {done}" if done else f"seed {cfg.seed}"
+    return f"{cfg.method} of {cfg.model}: {'all weights' if cfg.full else lora}; {count:,} trainable; lens at L{block}; {start}"
+
+
+def train(cfg: Config) -> dict:
+    """Train as cfg says, or continue where the run folder stands; returns the report.
+
+    raises   BadInput, Stopped (a number was not finite), KeyboardInterrupt (after a clean save)
+    """
+    model, tokenizer = prepare_model(cfg)
+    block, batches, valid = class_block(cfg, model), load_batches(cfg, model, tokenizer), load_split(cfg, "valid")
     optimizer = optim.AdamW(cfg.lr, weight_decay=cfg.weight_decay, bias_correction=True)
     optimizer.init(model.trainable_parameters())
-    open_run(cfg)  # after everything that can be wrong with the input, so that a mistake leaves no folder behind
+    folder = open_run(cfg)  # after everything that can be wrong with the input: a mistake leaves no folder behind
     done = load_state(folder, model, optimizer)
     if done >= cfg.steps and (folder / "report.json").exists():
         print(f"{folder} is finished ({done} steps); see report.json, or give overwrite=true to train again")
         return json.loads((folder / "report.json").read_text())
+    print(describe(cfg, model, block, done))
     metrics = Metrics(folder / "metrics.jsonl", done)
-    loss_and_grads, update = compile_step(model, optimizer, make_loss(cfg, block))
-    count = sum(v.size for _, v in tree_flatten(model.trainable_parameters()))
-    print(f"{cfg.method}, {'all weights' if cfg.full else f'LoRA on {chr(44).join(cfg.lora_targets)}, rank {cfg.lora_rank}, alpha {cfg.lora_alpha:g}, scale {cfg.lora_alpha / cfg.lora_rank:g}'}: "
-          f"{count:,} trainable; class block L{block}; {len(problems)} rows; seed {cfg.seed}; {folder}{f'; continuing after step {done}' if done else ''}")
-    if done == 0 and (record := inspect(model, tokenizer, valid, 0, block, cfg)):
-        metrics.log(record)
-
-    interrupted = []
-    previous = [(s, signal.signal(s, lambda *_: interrupted.append(1))) for s in (signal.SIGINT, signal.SIGTERM)]
+    if done == 0 and (seen := inspect(model, tokenizer, valid, 0, block, cfg)):
+        metrics.log(seen)
+    loss_and_grads, update = compile_step(model, optimizer, make_loss(cfg, block))  # after the restore
     bar = tqdm(total=cfg.steps, initial=done, disable=None, unit="step", dynamic_ncols=True)
-    say = lambda text: tqdm.write(text, file=sys.stdout)
-    try:
+    with deferred_interrupts() as interrupted, bar:
         for step in range(done, cfg.steps):
-            start = time.perf_counter()
-            micro_batches = batches.at(step)
+            start, micro_batches = time.perf_counter(), batches.at(step)
             try:
                 record = take_step(step, micro_batches, loss_and_grads, update, optimizer, cfg)
             except Stopped:
-                write_text(folder / "failed_batch.json", json.dumps({"step": step + 1, "tokens": [b.tokens.tolist() for b in micro_batches]}) + "\n")
+                tokens = [b.tokens.tolist() for b in micro_batches]
+                write_text(folder / "failed_batch.json", json.dumps({"step": step + 1, "tokens": tokens}) + "\n")
                 save_state(folder, step, model, optimizer, cfg)
                 raise
             mx.eval(model.state, optimizer.state)  # or the next step would grow this step's graph
             done = step + 1
             n_tokens = sum(len(batches.rows[i].ids) for b in micro_batches for i in b.rows if i >= 0)
-            record |= {"tokens_per_s": round(n_tokens / (time.perf_counter() - start)), "peak_gib": round(peak_gib(), 3)}
+            seconds = time.perf_counter() - start
+            record |= {"seconds": round(seconds, 5), "tokens_per_s": round(n_tokens / seconds), "peak_gib": round(peak_gib(), 3)}
             metrics.log({"step": done, **record})
-            bar.set_postfix({k: f"{record[k]:.3g}" for k in ("loss", "answer_loss", "class_loss", "class_accuracy", "tokens_per_s", "peak_gib") if k in record})
+            bar.set_postfix({k: f"{record[k]:.3g}" for k in BAR_KEYS if k in record})
             bar.update()
             if seen := inspect(model, tokenizer, valid, done, block, cfg):
                 metrics.log(seen)
-                say(format_line(record, seen, block))
-            if interrupted or done == cfg.steps or (cfg.save_every_steps and done % cfg.save_every_steps == 0):
+                tqdm.write(format_line(record, seen, block), file=sys.stdout)
+            due = cfg.save_every_steps and done % cfg.save_every_steps == 0
+            if interrupted or due or done == cfg.steps:
                 save_state(folder, done, model, optimizer, cfg)
             if interrupted:
                 save_weights(folder, model, cfg)
-                say(f"interrupted; saved after step {done}. The same command continues.")
+                tqdm.write(f"interrupted; saved after step {done}. The same command continues.", file=sys.stdout)
                 raise KeyboardInterrupt
-    finally:
-        bar.close()
-        for number, handler in previous:
-            signal.signal(number, handler)
     save_weights(folder, model, cfg)
     return finish(folder, cfg, metrics)
 
@@ -325,7 +346,7 @@ def format_line(record: dict, seen: dict, block: int) -> str:
 
 def finish(folder: Path, cfg: Config, metrics: Metrics) -> dict:
     """Judge the saved weights, as eval.py would, beside the base; write report.json and the pictures."""
-    report = make_report(folder, with_base=True)
+    report = make_report(folder, with_base=True) | {"peak_gib": round(peak_gib(), 3)}
     print_report(report)
     plot.emergence(metrics.records, folder / "emergence.png", f"{cfg.method}, {cfg.model}, seed {cfg.seed}")
     write_text(folder / "report.json", json.dumps(report, indent=1) + "\n")  # last: its presence says that the run is finished

@@ -1,11 +1,15 @@
-"""Shared by all tests: where things are, TF32 off, and small models made on the spot. Nothing here needs a network."""
+"""Shared by all tests: where things are, TF32 off, and small models made on the spot.
+
+Nothing here needs a network.
+"""
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-os.environ["MLX_ENABLE_TF32"] = "0"  # before the first op: on recent GPUs float32 products are otherwise rounded to 10 bits
+# before the first op: on recent GPUs float32 products are otherwise rounded to 10 bits
+os.environ["MLX_ENABLE_TF32"] = "0"
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -24,16 +28,23 @@ TINY = ROOT / "models" / "tiny"
 
 
 def run(*argv, cwd=ROOT, check=None, **env):
-    """Run a script of the project as a user does; returns the finished process. `check` is the expected exit code."""
-    done = subprocess.run([sys.executable, *map(str, argv)], cwd=cwd, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, **env})
+    """Run a script of the project as a user does; returns the finished process.
+
+    `check` is the expected exit code.
+    """
+    done = subprocess.run([sys.executable, *map(str, argv)], cwd=cwd, env={**os.environ, **env},
+                          capture_output=True, text=True, timeout=300)
     if check is not None:
-        assert done.returncode == check, f"exit code {done.returncode}, expected {check}\n{done.stdout}\n{done.stderr}"
+        wrong = f"exit code {done.returncode}, expected {check}\n{done.stdout}\n{done.stderr}"
+        assert done.returncode == check, wrong
     return done
 
 
 def assert_one_clear_line(done, *words):
-    """Exit code 2, no traceback, one line on stderr that starts with 'error:' and holds all the words."""
+    """Exit code 2, no traceback, one line on stderr.
+
+    That line starts with 'error:' and holds all the words.
+    """
     assert done.returncode == 2, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
     lines = [line for line in done.stderr.splitlines() if not line.startswith("note: ")]
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
@@ -48,8 +59,9 @@ def tokenizer():
 
 def small_model(tokenizer, seed=0, blocks=2) -> Llama:
     """A random Llama of width 32 with the bundled tokenizer's vocabulary."""
-    raw = json.loads((TINY / "config.json").read_text()) | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": blocks,
-                                                           "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    raw = json.loads((TINY / "config.json").read_text()) | {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": blocks,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
     mx.random.seed(seed)
     model = Llama(parse_args(raw, "test"))
     mx.eval(model.parameters())
@@ -63,12 +75,16 @@ def model(tokenizer):
 
 @pytest.fixture(scope="session")
 def small_folder(tokenizer, tmp_path_factory):
-    """The same small model as a folder in the Hub's layout, so that whole commands run in a second or two."""
+    """The same small model as a folder in the Hub's layout.
+
+    With it, whole commands run in a second or two.
+    """
     folder = tmp_path_factory.mktemp("models") / "small"
     folder.mkdir()
     model = small_model(tokenizer)
-    raw = json.loads((TINY / "config.json").read_text()) | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-                                                           "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    raw = json.loads((TINY / "config.json").read_text()) | {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
     (folder / "config.json").write_text(json.dumps(raw))
     (folder / "tokenizer.model").write_bytes((TINY / "tokenizer.model").read_bytes())
     mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
@@ -77,10 +93,15 @@ def small_folder(tokenizer, tmp_path_factory):
 
 @pytest.fixture
 def write_config(tmp_path, small_folder):
-    """Write a config file that trains the small model for a few steps; returns its path and its run folder."""
+    """Write a config file that trains the small model for a few steps.
+
+    Returns its path and its run folder.
+    """
     def write(name="c", **keys):
-        keys = {"model": small_folder, "run_dir": tmp_path / "runs" / name, "steps": 6, "batch_size": 8, "data_samples": 200, "lora_rank": 4,
-                "eval_every_steps": 3, "eval_prompts": 8, "lens_every_steps": 3, "lens_prompts": 8, "save_every_steps": 2, **keys}
+        keys = {"model": small_folder, "run_dir": tmp_path / "runs" / name,
+                "steps": 6, "batch_size": 8, "data_samples": 200, "lora_rank": 4,
+                "eval_every_steps": 3, "eval_prompts": 8,
+                "lens_every_steps": 3, "lens_prompts": 8, "save_every_steps": 2, **keys}
         path = tmp_path / f"{name}.yaml"
         path.write_text("".join(f"{k}: {v}\n" for k, v in keys.items()))
         return path, Path(keys["run_dir"])

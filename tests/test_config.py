@@ -17,10 +17,13 @@ def write(tmp_path):
 
 
 def test_precedence_and_types(write):
-    cfg = load_config(write("lr: 1e-5\nsteps: 010\nlora_targets: [q, v]\nfull: false\ndtype: null\n"), ["steps=7", "model=a=b"])
-    assert (cfg.lr, cfg.steps, cfg.lora_targets, cfg.dtype, cfg.model) == (1e-5, 7, ("q", "v"), None, "a=b")
+    path = write("lr: 1e-5\nsteps: 010\nlora_targets: [q, v]\nfull: false\ndtype: null\n")
+    cfg = load_config(path, ["steps=7", "model=a=b"])
+    assert (cfg.lr, cfg.steps, cfg.lora_targets) == (1e-5, 7, ("q", "v"))
+    assert (cfg.dtype, cfg.model) == (None, "a=b")
     assert cfg.run_dir == "runs/c" and cfg.batch_size == Config().batch_size
-    assert load_config(write("data_wordings: symbolic, worded")).data_wordings == ("symbolic", "worded")
+    cfg = load_config(write("data_wordings: symbolic, worded"))
+    assert cfg.data_wordings == ("symbolic", "worded")
     assert parse_value("12", float) == 12.0 and parse_value("null", int | None) is None
 
 
@@ -35,7 +38,8 @@ def test_precedence_and_types(write):
     ("lora_targets: [q, z]", ("lora_targets = 'z'", "q, k, v, o, gate, up, down")),
     ("lora_targets: []", ("lora_targets is empty",)),
     ("method: ppo", ("method = 'ppo'", "sft, dual_reward")),
-    ("method: sft\nclass_weight: 0.5", ("class_weight belongs to method dual_reward", "this config has method sft")),
+    ("method: sft\nclass_weight: 0.5",
+     ("class_weight belongs to method dual_reward", "this config has method sft")),
     ("method: dual_reward\nclass_weight: 1.5", ("class_weight = 1.5", "from 0 to 1")),
     ("steps: 0", ("steps = 0", "at least 1")),
     ("batch_size: 8\ngrad_accum_steps: 3", ("does not divide",)),
@@ -53,7 +57,8 @@ def test_mistakes(write, text, words):
 
 def test_all_mistakes_at_once_on_one_line(write):
     path = write("stesp: 10\nlr: fast\nbatch: 3\n")
-    assert_one_clear_line(run("train.py", path, "sede=1", "steps"), "stesp", "lr = 'fast'", "batch", "sede", "expected key=value, got 'steps'")
+    assert_one_clear_line(run("train.py", path, "sede=1", "steps"), "stesp", "lr = 'fast'",
+                          "batch", "sede", "expected key=value, got 'steps'")
     assert_one_clear_line(run("train.py", "no/such.yaml"), "no config file no/such.yaml")
     assert_one_clear_line(run("train.py"), "python train.py CONFIG.yaml")
 
@@ -68,11 +73,13 @@ def test_shipped_configs_load_and_round_trip(path, tmp_path):
 
 def test_overwrite_is_a_command_and_not_stored():
     assert "overwrite" not in dump(Config(overwrite=True))
-    assert "class_weight" not in dump(Config(method="sft")) and "class_weight" in dump(Config(method="dual_reward"))
+    assert "class_weight" not in dump(Config(method="sft"))
+    assert "class_weight" in dump(Config(method="dual_reward"))
 
 
 def test_every_key_is_read_somewhere():
     source = "".join(p.read_text() for p in ROOT.glob("*.py") if p.name != "config.py") + "".join(
         line for line in (ROOT / "config.py").read_text().splitlines() if "cfg." in line)
-    unread = [f.name for f in dataclasses.fields(Config) if not re.search(rf"cfg\.{f.name}\b", source)]
+    names = [f.name for f in dataclasses.fields(Config)]
+    unread = [name for name in names if not re.search(rf"cfg\.{name}\b", source)]
     assert not unread

@@ -28,7 +28,8 @@ def test_greedy_equals_no_cache(model, tokenizer):
 
 def test_completion_ends_at_eos_or_line_break(tokenizer):
     ids = tokenizer.encode("56") + [tokenizer.eos_id] + tokenizer.encode("57")
-    assert (read_completion(ids, tokenizer).text, read_completion(ids, tokenizer).finished) == ("56", True)
+    ended = read_completion(ids, tokenizer)
+    assert (ended.text, ended.finished) == ("56", True)
     assert read_completion(tokenizer.encode("56 57"), tokenizer).finished is False
     cut = read_completion(tokenizer.encode("56\n57"), tokenizer)
     assert (cut.text, cut.finished) == ("56", True)
@@ -42,22 +43,29 @@ def report(model, tokenizer):
 def test_strength_is_the_peak_before_the_last_block(model, tokenizer, report):
     """For one prompt by hand: two blocks, so 'before the last' is block 0 alone."""
     problem = named_problems("nine")[0]
-    row = next(r for r in report["prompts"] if r["set"] == "nine" and r["prompt"] == problem.prompt)
+    row = next(r for r in report["prompts"]
+               if r["set"] == "nine" and r["prompt"] == problem.prompt)
     ids, P = tokenizer.encode_pair(problem.prompt, problem.answer)
     resid = model.residuals(mx.array([ids[:P]]))[:, 0, -1]
     probs = np.array(mx.softmax(model.head(resid), axis=-1))
-    for name, token in (("answer", ids[P]), ("operation", tokenizer.single_id("multiply")), ("symbol", tokenizer.single_id("*"))):
+    tokens = {"answer": ids[P], "operation": tokenizer.single_id("multiply"),
+              "symbol": tokenizer.single_id("*")}
+    for name, token in tokens.items():
         assert row[f"{name}_layer"] == 0
-        assert abs(row[f"{name}_prob"] - probs[1, token]) < 1e-6 and abs(row[f"{name}_prob_last"] - probs[2, token]) < 1e-6
+        assert abs(row[f"{name}_prob"] - probs[1, token]) < 1e-6
+        assert abs(row[f"{name}_prob_last"] - probs[2, token]) < 1e-6
 
 
 def test_report_is_complete_and_adds_up(report):
     test_rows = [r for r in report["prompts"] if r["set"] == "test"]
-    assert len(test_rows) == report["accuracy"]["n"] == sum(c["n"] for c in report["accuracy_by"].values()) == 654
+    in_groups = sum(c["n"] for c in report["accuracy_by"].values())
+    assert len(test_rows) == report["accuracy"]["n"] == in_groups == 654
     assert report["accuracy"] == wilson(sum(r["correct"] for r in test_rows), 654)
-    assert (report["accuracy_named"]["nine"]["n"], report["accuracy_named"]["eight"]["n"]) == (9, 8)
+    named = report["accuracy_named"]
+    assert (named["nine"]["n"], named["eight"]["n"]) == (9, 8)
     assert [layer["last"] for layer in report["layers"]] == [False, True]
-    assert {"prompt", "expected", "generated", "correct", "answer_layer", "answer_prob", "operation_layer", "operation_prob"} <= test_rows[0].keys()
+    assert {"prompt", "expected", "generated", "correct", "answer_layer", "answer_prob",
+            "operation_layer", "operation_prob"} <= test_rows[0].keys()
     assert set(report["targets"]) == {"add", "subtract", "multiply", "divide"}
     json.dumps(report)
 
@@ -65,7 +73,8 @@ def test_report_is_complete_and_adds_up(report):
 def test_graded_rows_are_what_the_model_says(model, tokenizer):
     problems = held_out(config(), "valid")[:5]
     for problem, row in zip(problems, measure_accuracy(model, tokenizer, problems, 3)):
-        assert row["expected"] == problem.answer and row["correct"] == (row["generated"] == problem.answer)
+        assert row["expected"] == problem.answer
+        assert row["correct"] == (row["generated"] == problem.answer)
 
 
 def test_class_block(model):
@@ -77,24 +86,29 @@ def test_class_block(model):
 
 def test_compare_with_itself_and_print(small_folder, capsys):
     report = make_report(small_folder, with_base=False, compare=str(small_folder))
-    assert report["compare"]["mcnemar"]["p"] == 1.0 and report["compare"]["accuracy"] == report["accuracy"]
+    assert report["compare"]["mcnemar"]["p"] == 1.0
+    assert report["compare"]["accuracy"] == report["accuracy"]
     print_report({**report, "base": report["compare"]})
     out = capsys.readouterr().out
-    assert "McNemar, exact: 0 solved only by this" in out and "100 - 43 =" in out and "(the output itself)" in out
+    assert "McNemar, exact: 0 solved only by this" in out
+    assert "100 - 43 =" in out and "(the output itself)" in out
 
 
 def test_command_line(small_folder, tmp_path):
-    done = run("eval.py", "--ckpt", small_folder, "--json", tmp_path / "r.json", "data_operations=add", "data_wordings=worded", check=0)
+    done = run("eval.py", "--ckpt", small_folder, "--json", tmp_path / "r.json",
+               "data_operations=add", "data_wordings=worded", check=0)
     report = json.loads((tmp_path / "r.json").read_text())
     assert list(report["accuracy_by"]) == ["add worded"] and "add worded" in done.stdout
     assert report["versions"]["mlx"] and report["config"]["data_wordings"] == ["worded"]
     assert_one_clear_line(run("eval.py", "--ckpt", "no/such/folder"), "no model folder")
-    assert_one_clear_line(run("eval.py", "--ckpt", small_folder, "data_operation=add"), "did you mean data_operations?")
+    done = run("eval.py", "--ckpt", small_folder, "data_operation=add")
+    assert_one_clear_line(done, "did you mean data_operations?")
 
 
 def test_bundled_model_has_room_to_learn(tokenizer):
     """60 to 88 % on unseen pairs over + and -, the range that DESIGN and the model card promise."""
     from model import load
     model, _ = load(TINY)
-    rows = measure_accuracy(model, tokenizer, [p for p in held_out(config(), "test") if p.operation != "multiply"], 4)
+    problems = [p for p in held_out(config(), "test") if p.operation != "multiply"]
+    rows = measure_accuracy(model, tokenizer, problems, 4)
     assert len(rows) == 600 and 0.60 <= np.mean([r["correct"] for r in rows]) <= 0.88

@@ -19,7 +19,8 @@ def adapted(model, targets=("q", "v", "o"), rank=4, alpha=8.0, seed=1):
     """An adapter with a B that is not zero, as after training."""
     mx.random.seed(seed)
     apply_lora(model, rank, alpha, targets)
-    model.load_weights([(k, 0.1 * mx.random.normal(v.shape)) for k, v in adapter_arrays(model).items()], strict=False)
+    arrays = [(k, 0.1 * mx.random.normal(v.shape)) for k, v in adapter_arrays(model).items()]
+    model.load_weights(arrays, strict=False)
     return model
 
 
@@ -35,7 +36,8 @@ def test_formula_by_hand():
     linear, x = nn.Linear(6, 5), mx.random.normal((3, 6))
     lora = LoRALinear(linear, rank=2, scale=16 / 2)
     lora.lora_b = mx.random.normal((2, 5))
-    W, b, A, B, X = (np.array(a).astype(np.float64) for a in (linear.weight, linear.bias, lora.lora_a, lora.lora_b, x))
+    arrays = (linear.weight, linear.bias, lora.lora_a, lora.lora_b, x)
+    W, b, A, B, X = (np.array(a).astype(np.float64) for a in arrays)
     np.testing.assert_allclose(np.array(lora(x)), X @ W.T + b + 8.0 * (X @ A) @ B, atol=1e-4)
     assert np.abs(A).max() <= 6 ** -0.5
 
@@ -50,7 +52,8 @@ def test_merge_is_apply(model):
 
 def test_save_then_load_is_bit_equal(tokenizer, tmp_path):
     model = adapted(small_model(tokenizer))
-    save_adapters(model, config(lora_rank=4, lora_alpha=8.0, lora_targets=("q", "v", "o")), tmp_path)
+    cfg = config(lora_rank=4, lora_alpha=8.0, lora_targets=("q", "v", "o"))
+    save_adapters(model, cfg, tmp_path)
     again = small_model(tokenizer)
     load_adapters(again, tmp_path)
     assert mx.array_equal(again(TOKENS), model(TOKENS))
@@ -63,13 +66,15 @@ def test_mlx_lm_reads_our_adapters_with_the_same_logits(family, tmp_path):
     from mlx_lm.utils import load_model as mlx_lm_load_model
     folder = GOLDEN / family
     theirs, _ = mlx_lm_load_model(folder, strict=True)
-    model = adapted(load(folder, "float32")[0], ("q", "k", "v", "o", "gate", "down"))
-    save_adapters(model, config(lora_rank=4, lora_alpha=8.0, lora_targets=("q", "k", "v", "o", "gate", "down")), tmp_path)
+    targets = ("q", "k", "v", "o", "gate", "down")
+    model = adapted(load(folder, "float32")[0], targets)
+    save_adapters(model, config(lora_rank=4, lora_alpha=8.0, lora_targets=targets), tmp_path)
     theirs.set_dtype(mx.float32)
     mlx_lm_load_adapters(theirs, tmp_path)
     tokens = mx.load(str(folder / "expected.safetensors"))["tokens"][:, :24]
     np.testing.assert_allclose(np.array(model(tokens)), np.array(theirs(tokens)), atol=2e-3)
-    assert np.abs(np.array(model(tokens)) - np.array(load(folder, "float32")[0](tokens))).max() > 0.1  # the adapter does something
+    base = load(folder, "float32")[0](tokens)
+    assert np.abs(np.array(model(tokens)) - np.array(base)).max() > 0.1  # it does something
 
 
 def test_quantised_base(tmp_path):
@@ -79,7 +84,8 @@ def test_quantised_base(tmp_path):
     assert mx.array_equal(model(TOKENS), before)
     loss = lambda m: (m(TOKENS) ** 2).mean()
     grads = dict(tree_flatten(nn.value_and_grad(model, loss)(model)[1]))
-    assert set(grads) == set(adapter_arrays(model)) and all(np.abs(np.array(g)).max() > 0 for k, g in grads.items() if k.endswith("lora_b"))
+    assert set(grads) == set(adapter_arrays(model))
+    assert all(np.abs(np.array(g)).max() > 0 for k, g in grads.items() if k.endswith("lora_b"))
     with pytest.raises(BadInput, match="quantised base cannot be fused"):
         merge(model)
 
@@ -89,7 +95,8 @@ def test_quantised_base(tmp_path):
 
 @pytest.fixture
 def saved(tokenizer, tmp_path):
-    save_adapters(adapted(small_model(tokenizer)), config(lora_rank=4, lora_alpha=8.0, lora_targets=("q", "v", "o")), tmp_path)
+    cfg = config(lora_rank=4, lora_alpha=8.0, lora_targets=("q", "v", "o"))
+    save_adapters(adapted(small_model(tokenizer)), cfg, tmp_path)
     return tmp_path
 
 
@@ -109,7 +116,9 @@ def test_every_mismatch_is_listed(saved, tokenizer):
     change_tensors(saved, change)
     with pytest.raises(BadInput) as error:
         load_adapters(small_model(tokenizer), saved)
-    assert all(w in str(error.value) for w in (names[0], "model.layers.9.extra.lora_a", names[1], "1 missing", "1 not expected", "1 of another shape"))
+    words = (names[0], "model.layers.9.extra.lora_a", names[1],
+             "1 missing", "1 not expected", "1 of another shape")
+    assert all(word in str(error.value) for word in words)
 
 
 def test_adapter_of_another_model(saved, tokenizer):

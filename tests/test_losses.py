@@ -11,7 +11,8 @@ from losses import dual_reward_loss, gather_positions, masked_cross_entropy, tok
 from train import batch_arrays, make_loss
 
 IDS = {"add": 1010, "subtract": 1011, "multiply": 1012}
-PROBLEMS = [make_problem("add", 3, 4), make_problem("multiply", 12, 11, "what is {a} times {b}"), make_problem("subtract", 95, 7)]
+PROBLEMS = [make_problem("add", 3, 4), make_problem("multiply", 12, 11, "what is {a} times {b}"),
+            make_problem("subtract", 95, 7)]
 
 
 def one_batch(tokenizer, **keys):
@@ -26,7 +27,8 @@ def one_batch(tokenizer, **keys):
 
 def loss_and_grads(model, cfg, batch, block=0):
     n_targets, n_rows = batch.target_mask.sum(), batch.row_mask.sum()
-    (loss, parts), grads = nn.value_and_grad(model, make_loss(cfg, block))(model, batch_arrays(batch), n_targets, n_rows)
+    loss_and_grad = nn.value_and_grad(model, make_loss(cfg, block))
+    (loss, parts), grads = loss_and_grad(model, batch_arrays(batch), n_targets, n_rows)
     return loss, parts, dict(tree_flatten(grads))
 
 
@@ -34,24 +36,30 @@ def test_token_logprobs_in_float64():
     rng = np.random.default_rng(0)
     logits, tokens = rng.normal(size=(4, 5, 30)) * 20, rng.integers(0, 30, (4, 5))
     shifted = logits - logits.max(-1, keepdims=True)
-    expected = np.take_along_axis(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)), tokens[..., None], -1)[..., 0]
-    np.testing.assert_allclose(np.array(token_logprobs(mx.array(logits.astype(np.float32)), mx.array(tokens))), expected, atol=2e-5)
+    logprobs = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    expected = np.take_along_axis(logprobs, tokens[..., None], -1)[..., 0]
+    ours = token_logprobs(mx.array(logits.astype(np.float32)), mx.array(tokens))
+    np.testing.assert_allclose(np.array(ours), expected, atol=2e-5)
     # log(softmax + 1e-10) would floor this one at -23
     assert abs(token_logprobs(mx.array([[0.0, 60.0]]), mx.array([0])).item() + 60) < 1e-5
 
 
 def test_masked_cross_entropy_example():
     """The docstring's numbers, and the denominator that makes micro-batches add up."""
-    logits = mx.log(mx.array([[np.exp(-1), 1 - np.exp(-1)], [np.exp(-3), 1 - np.exp(-3)], [np.exp(-2), 1 - np.exp(-2)]]))
+    logits = mx.log(mx.array([[np.exp(-n), 1 - np.exp(-n)] for n in (1, 3, 2)]))
     targets, mask = mx.array([0, 0, 0]), mx.array([1.0, 1.0, 0.0])
     whole = masked_cross_entropy(logits, targets, mask, mx.array(2.0))
     assert abs(whole.item() - 2.0) < 1e-6
-    parts = [masked_cross_entropy(logits[i:i + 1], targets[i:i + 1], mask[i:i + 1], mx.array(2.0)) for i in range(3)]
+    rows = [slice(i, i + 1) for i in range(3)]
+    parts = [masked_cross_entropy(logits[r], targets[r], mask[r], mx.array(2.0)) for r in rows]
     assert abs(sum(p.item() for p in parts) - 2.0) < 1e-6
 
 
 def test_sft_is_the_models_probability_of_the_answer(model, tokenizer):
-    """Independent of masks and gathers: -log p(answer, EOS | prompt) from the plain logits, row by row."""
+    """Independent of masks and gathers.
+
+    What is expected is -log p(answer, EOS | prompt) from the plain logits, row by row.
+    """
     cfg, batch, rows = one_batch(tokenizer)
     loss, _, _ = loss_and_grads(model, cfg, batch)
     total, count = 0.0, 0
@@ -66,40 +74,51 @@ def test_sft_is_the_models_probability_of_the_answer(model, tokenizer):
 
 def test_mask_prompt_false_counts_every_token(model, tokenizer):
     cfg, batch, rows = one_batch(tokenizer, mask_prompt=False)
-    assert batch.loss_mask.sum().item() == sum(len(r.ids) - 1 for r in rows) == batch.target_mask.sum().item()
+    every = sum(len(r.ids) - 1 for r in rows)
+    assert batch.loss_mask.sum().item() == every == batch.target_mask.sum().item()
 
 
 def test_gathering_first_changes_nothing(model, tokenizer):
     """Unembedding A gathered positions equals gathering from all T logits, in value and gradient."""
     _, batch, _ = one_batch(tokenizer)
+    n_targets = batch.target_mask.sum()
 
     def full(model):
         logits = model(batch.tokens)
         chosen = mx.take_along_axis(logits, batch.target_positions[..., None], axis=1)
-        return masked_cross_entropy(chosen, batch.targets, batch.target_mask, batch.target_mask.sum())
+        return masked_cross_entropy(chosen, batch.targets, batch.target_mask, n_targets)
 
     def gathered(model):
-        logits = model.head(gather_positions(model.final_resid(batch.tokens), batch.target_positions))
-        return masked_cross_entropy(logits, batch.targets, batch.target_mask, batch.target_mask.sum())
+        resid = gather_positions(model.final_resid(batch.tokens), batch.target_positions)
+        logits = model.head(resid)
+        return masked_cross_entropy(logits, batch.targets, batch.target_mask, n_targets)
     (a, grad_a), (b, grad_b) = (nn.value_and_grad(model, f)(model) for f in (full, gathered))
     assert abs(a.item() - b.item()) < 1e-5
     for (name, x), (_, y) in zip(tree_flatten(grad_a), tree_flatten(grad_b)):
         np.testing.assert_allclose(np.array(x), np.array(y), atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("keys", [{}, {"method": "dual_reward", "class_weight": 0.7}, {"method": "dual_reward", "answer_shift": False},
-                                  {"method": "dual_reward", "class_position": "answer"}, {"mask_prompt": False}])
+@pytest.mark.parametrize("keys", [
+    {}, {"method": "dual_reward", "class_weight": 0.7},
+    {"method": "dual_reward", "answer_shift": False},
+    {"method": "dual_reward", "class_position": "answer"}, {"mask_prompt": False},
+])
 def test_gradients_against_finite_differences(tokenizer, keys):
-    """Central differences along random directions of each weight, at a step where float32 noise and curvature balance."""
+    """Central differences along random directions of each weight.
+
+    The step is where float32 noise and curvature balance.
+    """
     model = small_model(tokenizer, seed=3)
     cfg, batch, _ = one_batch(tokenizer, **keys)
     _, _, grads = loss_and_grads(model, cfg, batch)
     loss_fn, counts = make_loss(cfg, 0), (batch.target_mask.sum(), batch.row_mask.sum())
     value = lambda: loss_fn(model, batch_arrays(batch), *counts)[0].item()
     rng = np.random.default_rng(1)
-    for name in ("model.embed_tokens.weight", "model.layers.0.self_attn.v_proj.weight", "model.layers.1.mlp.down_proj.weight", "model.norm.weight"):
+    for name in ("model.embed_tokens.weight", "model.layers.0.self_attn.v_proj.weight",
+                 "model.layers.1.mlp.down_proj.weight", "model.norm.weight"):
         weight = dict(tree_flatten(model.parameters()))[name]
-        direction = mx.array(rng.normal(size=weight.shape).astype(np.float32)) + 3 * grads[name] / mx.maximum(mx.abs(grads[name]).max(), 1e-9)
+        direction = mx.array(rng.normal(size=weight.shape).astype(np.float32))
+        direction = direction + 3 * grads[name] / mx.maximum(mx.abs(grads[name]).max(), 1e-9)
         eps = 2e-2 / mx.sqrt((direction ** 2).sum()).item()
         model.load_weights([(name, weight + eps * direction)], strict=False)
         above = value()
@@ -121,13 +140,17 @@ def test_weight_zero_is_sft_exactly(model, tokenizer):
 
 
 def test_dual_reward_parts(model, tokenizer):
-    """The class part is -log of the lens' probability of the operation at the last prompt token of the asked block."""
+    """The class part is -log of the lens' probability of the operation.
+
+    It is read at the last prompt token of the asked block.
+    """
     for block in (0, 1):
         cfg, batch, rows = one_batch(tokenizer, method="dual_reward", class_weight=0.3)
         loss, parts, grads = loss_and_grads(model, cfg, batch, block)
         expected = 0.0
         for row in rows:
-            logits = np.array(model.head(model.residuals(mx.array([row.ids]))[block + 1])[0, row.P - 1]).astype(np.float64)
+            resid = model.residuals(mx.array([row.ids]))[block + 1]
+            logits = np.array(model.head(resid)[0, row.P - 1]).astype(np.float64)
             expected -= (logits[row.operation_id] - np.log(np.exp(logits).sum())) / len(rows)
         assert abs(parts["class_loss"].item() - expected) < 1e-5
         assert abs(loss.item() - (0.3 * expected + 0.7 * parts["answer_loss"].item())) < 1e-5
@@ -138,23 +161,31 @@ def test_class_loss_alone_never_reaches_blocks_above(model, tokenizer):
     cfg, batch, _ = one_batch(tokenizer, method="dual_reward", class_weight=1.0)
     _, _, grads = loss_and_grads(model, cfg, batch, block=0)
     assert all(not g.any().item() for name, g in grads.items() if ".layers.1." in name)
-    assert all(g.any().item() for name, g in grads.items() if ".layers.0." in name and "k_proj" not in name and "q_proj" not in name)
+    assert all(g.any().item() for name, g in grads.items()
+               if ".layers.0." in name and "k_proj" not in name and "q_proj" not in name)
 
 
 def test_prior_errors_are_what_they_say(model, tokenizer):
-    """Error A asks position t for the token at t; error B reads the class at the last answer token. Both by hand."""
-    cfg, batch, rows = one_batch(tokenizer, method="dual_reward", answer_shift=False, class_position="answer")
+    """Error A asks position t for the token at t; error B reads the class at the last answer token.
+
+    Both by hand.
+    """
+    cfg, batch, rows = one_batch(tokenizer, method="dual_reward", answer_shift=False,
+                                 class_position="answer")
     _, parts, _ = loss_and_grads(model, cfg, batch, block=0)
     answer = word = 0.0
     for row in rows:
         resid = model.residuals(mx.array([row.ids]))
         logprobs = np.array(nn.log_softmax(model.head(resid[-1])[0], axis=-1))
         answer -= sum(logprobs[t, row.ids[t]] for t in range(row.P, len(row.ids))) / 6
-        word -= np.array(nn.log_softmax(model.head(resid[1])[0], axis=-1))[len(row.ids) - 2, row.operation_id] / len(rows)
-    assert abs(parts["answer_loss"].item() - answer) < 1e-5 and abs(parts["class_loss"].item() - word) < 1e-5
+        words = np.array(nn.log_softmax(model.head(resid[1])[0], axis=-1))
+        word -= words[len(row.ids) - 2, row.operation_id] / len(rows)
+    assert abs(parts["answer_loss"].item() - answer) < 1e-5
+    assert abs(parts["class_loss"].item() - word) < 1e-5
 
 
 def test_held_out_rows_have_targets(tokenizer):
     """One-token answers and EOS: exactly two targets a row, whatever the prompt's length."""
-    rows = tokenize(held_out(config(data_wordings=("symbolic", "worded")), "valid"), tokenizer, 128, IDS)
+    problems = held_out(config(data_wordings=("symbolic", "worded")), "valid")
+    rows = tokenize(problems, tokenizer, 128, IDS)
     assert {len(r.ids) - r.P for r in rows} == {2}

@@ -1,4 +1,7 @@
-"""The forward pass against another implementation's numbers, and loading against everything a folder can have wrong."""
+"""The forward pass against another implementation's numbers.
+
+Loading is set against everything a folder can have wrong.
+"""
 import json
 import shutil
 
@@ -19,8 +22,11 @@ def golden(request):
 
 
 def close(ours, expected):
-    """Within 1e-4, or 1e-5 of a tap's largest entry where that is more. Residuals reach 42, where float32 itself is this
-    coarse: the golden numbers of llama3_2 are up to 2.5e-4 away from the same computation in float64, and so are ours."""
+    """Within 1e-4, or 1e-5 of a tap's largest entry where that is more.
+
+    Residuals reach 42, where float32 itself is this coarse: the golden numbers of llama3_2 are
+    up to 2.5e-4 away from the same computation in float64, and so are ours.
+    """
     ours, expected = np.array(ours), np.array(expected)
     np.testing.assert_allclose(ours, expected, rtol=0, atol=max(1e-4, 1e-5 * np.abs(expected).max()))
 
@@ -43,7 +49,10 @@ def test_greedy_tokens_equal_golden(golden, cached):
 
 
 def test_cache_in_chunks_equals_one_pass(golden):
-    """Prefill in unequal chunks: the causal mask must line up with the end of the keys, not their start."""
+    """Prefill in unequal chunks.
+
+    The causal mask must line up with the end of the keys, not their start.
+    """
     model, expected = golden
     cache, parts = model.make_cache(96), []
     for start, end in ((0, 40), (40, 41), (41, 96)):
@@ -59,7 +68,10 @@ def test_future_tokens_change_nothing(golden):
 
 
 def test_rope_spellings_give_the_same_model(tmp_path):
-    """config.json as Transformers 5 writes it (rope_parameters) against the older rope_theta + rope_scaling."""
+    """config.json as Transformers 5 writes it against the older spelling.
+
+    That is, rope_parameters against rope_theta + rope_scaling.
+    """
     folder = tmp_path / "new"
     shutil.copytree(GOLDEN / "llama3_2", folder)
     raw = json.loads((folder / "config.json").read_text())
@@ -71,7 +83,10 @@ def test_rope_spellings_give_the_same_model(tmp_path):
 
 
 def test_llama3_periods_by_hand():
-    """Factor 8, C = 64: a pair with 64 turns stays, one with half a turn is slowed 8 times, one with 2.5 turns is half-way."""
+    """Factor 8, C = 64: a pair with 64 turns stays.
+
+    One with half a turn is slowed 8 times, one with 2.5 turns is half-way.
+    """
     raw = json.loads((GOLDEN / "llama3_1" / "config.json").read_text())
     args = parse_args(raw, "test")
     plain = rope_periods(parse_args(raw | {"rope_scaling": None}, "test"))
@@ -85,10 +100,13 @@ def test_llama3_periods_by_hand():
 def test_rope_against_complex_numbers():
     """A rotation of pairs (x_i, x_{i+d/2}) is a product of complex numbers."""
     rng = np.random.default_rng(0)
-    x, periods = rng.normal(size=(1, 1, 5, 8)).astype(np.float32), np.array([1, 7, 50, 333], np.float32)
+    x = rng.normal(size=(1, 1, 5, 8)).astype(np.float32)
+    periods = np.array([1, 7, 50, 333], np.float32)
     turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * (np.arange(5)[:, None] + 3) / periods)
-    ours = mx.fast.rope(mx.array(x), 8, traditional=False, base=None, scale=1.0, offset=3, freqs=mx.array(periods))
-    np.testing.assert_allclose(np.array(ours), np.concatenate([turned.real, turned.imag], -1), atol=1e-5)
+    expected = np.concatenate([turned.real, turned.imag], -1)
+    ours = mx.fast.rope(mx.array(x), 8, traditional=False, base=None, scale=1.0, offset=3,
+                        freqs=mx.array(periods))
+    np.testing.assert_allclose(np.array(ours), expected, atol=1e-5)
 
 
 def test_dtype_asked_and_default():
@@ -102,7 +120,8 @@ def test_bits_stays_near():
     """4-bit weights are rounded, not scrambled: the logits stay close in direction."""
     expected = mx.load(str(GOLDEN / "llama3_2" / "expected.safetensors"))
     for bits, least in ((8, 0.99), (4, 0.6)):
-        ours = np.array(load(GOLDEN / "llama3_2", "float32", bits=bits)[0](expected["tokens"][:, :16])).ravel()
+        model, _ = load(GOLDEN / "llama3_2", "float32", bits=bits)
+        ours = np.array(model(expected["tokens"][:, :16])).ravel()
         theirs = np.array(expected["logits"][:, :16]).ravel()
         assert np.dot(ours, theirs) / np.linalg.norm(ours) / np.linalg.norm(theirs) > least
 
@@ -137,10 +156,14 @@ def test_unsupported_or_wrong_config(broken, changes, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
+SECOND = "model-00002-of-00003.safetensors"
+
+
 @pytest.mark.parametrize("damage, words", [
-    (lambda f: (f / "model-00002-of-00003.safetensors").unlink(), ("missing", "model-00002")),
-    (lambda f: (f / "model-00002-of-00003.safetensors").write_bytes((f / "model-00002-of-00003.safetensors").read_bytes()[:-100]), ("truncated", "model-00002")),
-    (lambda f: (f / "model-00002-of-00003.safetensors").write_bytes(b"\x10" * 500), ("corrupt", "model-00002")),
+    (lambda f: (f / SECOND).unlink(), ("missing", "model-00002")),
+    (lambda f: (f / SECOND).write_bytes((f / SECOND).read_bytes()[:-100]),
+     ("truncated", "model-00002")),
+    (lambda f: (f / SECOND).write_bytes(b"\x10" * 500), ("corrupt", "model-00002")),
     (lambda f: (f / "model.safetensors.index.json").unlink(), ("no model.safetensors",)),
     (lambda f: (f / "config.json").unlink(), ("config.json", "missing")),
     (lambda f: (f / "config.json").write_text("{"), ("config.json", "not valid JSON")),
@@ -153,7 +176,7 @@ def test_damaged_folder(broken, damage, words):
 
 
 def test_every_wrong_tensor_is_named(broken):
-    path = broken / "model-00002-of-00003.safetensors"
+    path = broken / SECOND
     tensors = mx.load(str(path))
     names = sorted(tensors)
     tensors["model.surplus"] = tensors.pop(names[0])
@@ -162,11 +185,13 @@ def test_every_wrong_tensor_is_named(broken):
     mx.save_safetensors(str(path), tensors)
     with pytest.raises(BadInput) as error:
         load(broken)
-    assert all(word in str(error.value) for word in ("1 missing: " + names[0], "model.surplus", names[1], "of another shape"))
+    words = ("1 missing: " + names[0], "model.surplus", names[1], "of another shape")
+    assert all(word in str(error.value) for word in words)
 
 
 def test_truncated_file_is_noticed(tmp_path):
-    (tmp_path / "x.safetensors").write_bytes((GOLDEN / "tinyllama" / "model.safetensors").read_bytes()[:5000])
+    whole = (GOLDEN / "tinyllama" / "model.safetensors").read_bytes()
+    (tmp_path / "x.safetensors").write_bytes(whole[:5000])
     with pytest.raises(BadInput, match="truncated or corrupt"):
         read_safetensors(tmp_path / "x.safetensors")
 
@@ -175,7 +200,10 @@ def test_truncated_file_is_noticed(tmp_path):
 
 
 def test_hub_name_from_a_prepared_cache(tmp_path):
-    """The cache's own layout (refs/main names a snapshot): a model known by its Hub name loads without a network."""
+    """A model known by its Hub name loads without a network.
+
+    The cache has its own layout, where refs/main names a snapshot.
+    """
     home = tmp_path / "hub" / "models--someone--golden-llama"
     shutil.copytree(GOLDEN / "llama3_2", home / "snapshots" / "abc123")
     (home / "refs").mkdir()
@@ -186,9 +214,11 @@ def test_hub_name_from_a_prepared_cache(tmp_path):
 
 
 def test_hub_name_without_network_or_folder(tmp_path):
-    done = run("lens.py", "--ckpt", "someone/else", "--prompt", "x", HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(tmp_path))
+    done = run("lens.py", "--ckpt", "someone/else", "--prompt", "x",
+               HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(tmp_path))
     assert_one_clear_line(done, "someone/else", "not in the Hub cache", "hf download someone/else")
-    assert_one_clear_line(run("lens.py", "--ckpt", "models/none", "--prompt", "x"), "no model folder 'models/none'")
+    done = run("lens.py", "--ckpt", "models/none", "--prompt", "x")
+    assert_one_clear_line(done, "no model folder 'models/none'")
 
 
 def test_gated_without_token(monkeypatch):
@@ -199,8 +229,10 @@ def test_gated_without_token(monkeypatch):
     import model
 
     def gated(*args, **kwargs):
-        raise GatedRepoError("403", response=httpx2.Response(403, request=httpx2.Request("GET", "https://huggingface.co")))
+        request = httpx2.Request("GET", "https://huggingface.co")
+        raise GatedRepoError("403", response=httpx2.Response(403, request=request))
     monkeypatch.setattr(model, "snapshot_download", gated)
     with pytest.raises(BadInput) as error:
         model.load("meta-llama/Llama-3.2-1B")
-    assert "https://huggingface.co/meta-llama/Llama-3.2-1B" in str(error.value) and "hf auth login" in str(error.value)
+    assert "https://huggingface.co/meta-llama/Llama-3.2-1B" in str(error.value)
+    assert "hf auth login" in str(error.value)

@@ -1,4 +1,4 @@
-"""Both libraries behind one interface, and the rules about BOS, EOS and the border between prompt and answer."""
+"""Both libraries behind one interface; the rules about BOS, EOS and the prompt-answer border."""
 import json
 
 import pytest
@@ -9,12 +9,16 @@ from conftest import GOLDEN, TINY, assert_one_clear_line, run
 from config import BadInput
 from tokenizer import load_tokenizer
 
-LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+                r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
 @pytest.fixture(scope="module")
 def llama3(tmp_path_factory):
-    """A byte-level BPE with Llama 3's splitting and post-processor, small: tokenizer.json as the Hub ships it."""
+    """A small byte-level BPE with Llama 3's splitting and post-processor.
+
+    tokenizer.json is as the Hub ships it.
+    """
     folder = tmp_path_factory.mktemp("llama3")
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=True))
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
@@ -22,9 +26,13 @@ def llama3(tmp_path_factory):
         tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     bpe.decoder = tokenizers.decoders.ByteLevel()
     special = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=900, special_tokens=special, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    bpe.train_from_iterator(["multiply subtract", *(f"{n} * {n} = {n}" for n in range(300))] * 3, trainer)
-    bpe.post_processor = tokenizers.processors.TemplateProcessing(single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)])
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=900, special_tokens=special,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    texts = ["multiply subtract", *(f"{n} * {n} = {n}" for n in range(300))] * 3
+    bpe.train_from_iterator(texts, trainer)
+    bpe.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)])
     bpe.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end_of_text|>"}))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2]}))
@@ -48,25 +56,31 @@ def test_bos_exactly_once(tokenizer, llama3, qwen):
         assert loaded.bos_id == bos
         pair, P = loaded.encode_pair("7 * 8 = ", "56")
         assert loaded.encode_prompt("7 * 8 = ") == pair[:P]
-        assert [pair.count(bos), loaded.encode("7 * 8 = ").count(bos)] == ([1, 0] if bos is not None else [0, 0])
+        counts = [pair.count(bos), loaded.encode("7 * 8 = ").count(bos)]
+        assert counts == ([1, 0] if bos is not None else [0, 0])
         assert pair[-1] == loaded.eos_id and loaded.decode(pair) == "7 * 8 = 56"
 
 
 def test_ids_equal_the_libraries_own(tokenizer, llama3):
     text = "12 * 5 = 60, subtract 7"
-    theirs = sentencepiece.SentencePieceProcessor(model_file=str(TINY / "tokenizer.model")).encode(text, add_bos=True)
-    assert tokenizer.encode_prompt(text) == theirs
-    theirs = tokenizers.Tokenizer.from_file(str(llama3 / "tokenizer.json")).encode(text).ids  # its own BOS
-    assert load_tokenizer(llama3).encode_prompt(text) == theirs
+    library = sentencepiece.SentencePieceProcessor(model_file=str(TINY / "tokenizer.model"))
+    assert tokenizer.encode_prompt(text) == library.encode(text, add_bos=True)
+    library = tokenizers.Tokenizer.from_file(str(llama3 / "tokenizer.json"))
+    assert load_tokenizer(llama3).encode_prompt(text) == library.encode(text).ids  # its own BOS
 
 
 def test_bundled_vocabulary(tokenizer):
-    """Numbers 0..999 and the operation words are one token, so the lens has one thing to look for."""
+    """Numbers 0..999 and the operation words are one token.
+
+    This gives the lens one thing to look for.
+    """
     assert all(len(tokenizer.encode(str(n))) == 1 for n in range(1000))
-    assert len({tokenizer.single_id(w) for w in ("add", "subtract", "multiply", "divide", "+", "-", "*", "/")}) == 8
+    words = ("add", "subtract", "multiply", "divide", "+", "-", "*", "/")
+    assert len({tokenizer.single_id(w) for w in words}) == 8
     assert tokenizer.encode_pair("7 * 8 = ", "56")[1] == 5
     assert tokenizer.decode(tokenizer.encode("Any tëxt, round\ntrip")) == "Any tëxt, round\ntrip"
-    assert tokenizer.piece(tokenizer.single_id("multiply")) == "·multiply" and tokenizer.piece(99999) == "<99999>"
+    assert tokenizer.piece(tokenizer.single_id("multiply")) == "·multiply"
+    assert tokenizer.piece(99999) == "<99999>"
 
 
 def test_stop_set_and_trained_eos(llama3, qwen):
@@ -77,7 +91,8 @@ def test_stop_set_and_trained_eos(llama3, qwen):
 
 def test_single_id_with_and_without_space(llama3):
     loaded = load_tokenizer(llama3)
-    assert loaded.decode([loaded.single_id("multiply")]) == "multiply" and loaded.decode([loaded.single_id("subtract")]) == " subtract"
+    assert loaded.decode([loaded.single_id("multiply")]) == "multiply"
+    assert loaded.decode([loaded.single_id("subtract")]) == " subtract"
     with pytest.raises(BadInput, match=r"'zebra' is \d tokens of .*must be one token"):
         loaded.single_id("zebra")
 
@@ -96,4 +111,5 @@ def test_missing_and_damaged(tmp_path, small_folder):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(BadInput, match="not a tokenizer"):
         load_tokenizer(tmp_path)
-    assert_one_clear_line(run("lens.py", "--ckpt", GOLDEN / "tinyllama", "--prompt", "x"), "no tokenizer.model", "tokenizer.json")
+    done = run("lens.py", "--ckpt", GOLDEN / "tinyllama", "--prompt", "x")
+    assert_one_clear_line(done, "no tokenizer.model", "tokenizer.json")

@@ -1,4 +1,7 @@
-"""The loop: it learns, it stops before harm, and a killed run ends exactly where an unbroken one does."""
+"""The loop: it learns, and it stops before harm.
+
+A killed run ends exactly where an unbroken one does.
+"""
 import json
 import os
 import signal
@@ -28,7 +31,8 @@ def steps(model, cfg, problems, tokenizer, block=0):
     optimizer.init(model.trainable_parameters())
     batches = Batches(tokenize(problems, tokenizer, 128, IDS), cfg)
     functions = compile_step(model, optimizer, make_loss(cfg, block))
-    return [take_step(s, batches.at(s), *functions, optimizer, cfg) for s in range(cfg.steps)], optimizer
+    metrics = [take_step(s, batches.at(s), *functions, optimizer, cfg) for s in range(cfg.steps)]
+    return metrics, optimizer
 
 
 def weights(path):
@@ -44,7 +48,8 @@ def assert_same_bits(a, b):
 
 
 def test_sft_learns_eight_answers(model, tokenizer):
-    problems = [make_problem("add", a, 90 - a) for a in range(3, 7)] + [make_problem("multiply", a, 5) for a in (3, 6, 9, 12)]
+    problems = [make_problem("add", a, 90 - a) for a in range(3, 7)]
+    problems += [make_problem("multiply", a, 5) for a in (3, 6, 9, 12)]
     cfg = config(full=True, steps=80, batch_size=8, lr=1e-2)
     metrics, _ = steps(model, cfg, problems, tokenizer)
     assert metrics[-1]["loss"] < 0.05 < metrics[0]["loss"]
@@ -52,56 +57,76 @@ def test_sft_learns_eight_answers(model, tokenizer):
 
 
 def test_dual_reward_makes_the_word_top_1(model, tokenizer):
-    cfg = config(method="dual_reward", full=True, steps=60, batch_size=16, lr=1e-2, class_weight=0.5)
+    cfg = config(method="dual_reward", full=True, steps=60, batch_size=16, lr=1e-2,
+                 class_weight=0.5)
     metrics, _ = steps(model, cfg, sample_train(cfg)[:64], tokenizer)
-    assert metrics[-1]["class_accuracy"] == 1.0 and metrics[-1]["class_loss"] < 0.1 < metrics[0]["class_loss"]
+    assert metrics[-1]["class_accuracy"] == 1.0
+    assert metrics[-1]["class_loss"] < 0.1 < metrics[0]["class_loss"]
 
 
 def test_accumulation_equals_one_batch(tokenizer):
-    """4 x 8 rows with unequal target counts against 1 x 32: the same step, up to float32 summation order."""
+    """4 x 8 rows with unequal target counts against 1 x 32 make the same step.
+
+    It is the same up to float32 summation order.
+    """
     problems = sample_train(config(data_wordings=("symbolic", "worded")))[:64]
     results = []
     for parts in (1, 4):
         model = small_model(tokenizer)
-        cfg = config(full=True, steps=3, batch_size=32, grad_accum_steps=parts, lr=1e-2, mask_prompt=False)
+        cfg = config(full=True, steps=3, batch_size=32, grad_accum_steps=parts, lr=1e-2,
+                     mask_prompt=False)
         metrics, _ = steps(model, cfg, problems, tokenizer)
         results.append((metrics, dict(tree_flatten(model.parameters()))))
     for a, b in zip(results[0][0], results[1][0]):
         assert abs(a["loss"] - b["loss"]) < 1e-4 and abs(a["grad_norm"] - b["grad_norm"]) < 1e-3
     for name, value in results[0][1].items():
-        np.testing.assert_allclose(np.array(value), np.array(results[1][1][name]), atol=2e-3, err_msg=name)
+        other = results[1][1][name]
+        np.testing.assert_allclose(np.array(value), np.array(other), atol=2e-3, err_msg=name)
 
 
 def test_adamw_and_clipping_against_numpy(model, tokenizer):
-    """Two steps of one weight by the textbook's formulas in float64, from gradients of the uncompiled loss."""
+    """Two steps of one weight by the textbook's formulas in float64.
+
+    They start from gradients of the uncompiled loss.
+    """
     import mlx.nn as nn
+
     from train import batch_arrays
-    cfg = config(full=True, steps=2, batch_size=8, lr=1e-3, weight_decay=0.1, grad_clip=0.5, lr_schedule="constant")
+    cfg = config(full=True, steps=2, batch_size=8, lr=1e-3, weight_decay=0.1, grad_clip=0.5,
+                 lr_schedule="constant")
     problems, name = sample_train(cfg)[:16], "model.layers.0.mlp.up_proj.weight"
     start = small_model(tokenizer)
     weight = np.array(dict(tree_flatten(start.parameters()))[name]).astype(np.float64)
     metrics, _ = steps(model, cfg, problems, tokenizer)
     batch = Batches(tokenize(problems, tokenizer, 128, IDS), cfg).at(0)[0]
-    _, grads = nn.value_and_grad(start, make_loss(cfg, 0))(start, batch_arrays(batch), batch.target_mask.sum(), batch.row_mask.sum())
-    norm = np.sqrt(sum((np.array(g).astype(np.float64) ** 2).sum() for _, g in tree_flatten(grads)))
+    n_targets, n_rows = batch.target_mask.sum(), batch.row_mask.sum()
+    loss_and_grad = nn.value_and_grad(start, make_loss(cfg, 0))
+    _, grads = loss_and_grad(start, batch_arrays(batch), n_targets, n_rows)
+    grads = {k: np.array(g).astype(np.float64) for k, g in tree_flatten(grads)}
+    norm = np.sqrt(sum((g ** 2).sum() for g in grads.values()))
     assert abs(norm - metrics[0]["grad_norm"]) < 1e-4 * norm and norm > 0.5
-    g = np.array(dict(tree_flatten(grads))[name]).astype(np.float64) * 0.5 / norm
+    g = grads[name] * 0.5 / norm
     m, v = 0.1 * g, 0.001 * g * g
     one = weight * (1 - 1e-3 * 0.1) - 1e-3 * (m / 0.1) / (np.sqrt(v / 0.001) + 1e-8)
     model_one = small_model(tokenizer)
     steps(model_one, config(**{**vars(cfg), "steps": 1}), problems, tokenizer)
-    np.testing.assert_allclose(np.array(dict(tree_flatten(model_one.parameters()))[name]), one, atol=2e-5)
+    ours = dict(tree_flatten(model_one.parameters()))[name]
+    np.testing.assert_allclose(np.array(ours), one, atol=2e-5)
 
 
 def test_learning_rate_schedule():
     cfg = config(lr=1.0, steps=10, lr_warmup_steps=2)
     rates = [lr_at(s, cfg) for s in range(10)]
-    assert rates[:3] == [0.5, 1.0, 1.0] and rates == sorted(rates[:2]) + sorted(rates[2:], reverse=True) and 0 < rates[-1] < 0.05
+    assert rates[:3] == [0.5, 1.0, 1.0] and 0 < rates[-1] < 0.05
+    assert rates == sorted(rates[:2]) + sorted(rates[2:], reverse=True)
     assert lr_at(9, config(lr=1.0, steps=10, lr_schedule="constant")) == 1.0
 
 
 def test_few_traces(model, tokenizer):
-    """mx.compile keeps a trace per shape: one per length bucket, and no more when the learning rate or counts change."""
+    """mx.compile keeps a trace per shape, so one per length bucket.
+
+    There are no more when the learning rate or counts change.
+    """
     cfg = config(full=True, steps=12, batch_size=8, data_wordings=("symbolic", "worded"))
     traced = []
     loss_fn = make_loss(cfg, 0)
@@ -120,40 +145,56 @@ def test_few_traces(model, tokenizer):
 def test_a_run_leaves_what_the_readme_names(write_config):
     path, folder = write_config(method="dual_reward")
     done = run("train.py", path, check=0)
-    for name in ("config.yaml", "metrics.jsonl", "state.safetensors", "adapters.safetensors", "adapter_config.json", "report.json", "emergence.png"):
+    for name in ("config.yaml", "metrics.jsonl", "state.safetensors", "adapters.safetensors",
+                 "adapter_config.json", "report.json", "emergence.png"):
         assert (folder / name).exists(), name
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if "loss" in r] == [1, 2, 3, 4, 5, 6]
-    assert [r["step"] for r in records if "lens" in r] == [0, 3, 6] == [r["step"] for r in records if "valid_accuracy" in r]
-    assert {"answer_loss", "class_loss", "class_accuracy", "grad_norm", "lr", "tokens_per_s", "peak_gib"} <= records[1].keys()
-    assert {"base", "accuracy", "layers"} <= json.loads((folder / "report.json").read_text()).keys() and "operation word" in done.stdout
+    assert [r["step"] for r in records if "lens" in r] == [0, 3, 6]
+    assert [r["step"] for r in records if "valid_accuracy" in r] == [0, 3, 6]
+    assert {"answer_loss", "class_loss", "class_accuracy", "grad_norm", "lr", "tokens_per_s",
+            "peak_gib"} <= records[1].keys()
+    report = json.loads((folder / "report.json").read_text())
+    assert {"base", "accuracy", "layers"} <= report.keys() and "operation word" in done.stdout
     # the same command again says so and changes nothing; the stored config is itself a valid input
     before = (folder / "adapters.safetensors").stat().st_mtime_ns
     assert "is finished" in run("train.py", folder / "config.yaml", check=0).stdout
     assert (folder / "adapters.safetensors").stat().st_mtime_ns == before
     run("train.py", path, "overwrite=true", check=0)
     assert (folder / "adapters.safetensors").stat().st_mtime_ns != before
-    for script in (("eval.py", "--ckpt", folder, "--base"), ("lens.py", "--ckpt", folder, "--prompt", "7 * 8 = "), ("generate.py", "--ckpt", folder, "--prompt", "7 * 8 = ")):
-        run(*script, check=0)
-    run("lora.py", "--ckpt", folder, "--out", folder.parent / "fused", check=0)
+    run("eval.py", "--ckpt", folder, "--base", check=0)
+    run("lens.py", "--ckpt", folder, "--prompt", "7 * 8 = ", check=0)
+    run("generate.py", "--ckpt", folder, "--prompt", "7 * 8 = ", check=0)
+    fused = folder.parent / "fused"
+    run("lora.py", "--ckpt", folder, "--out", fused, check=0)
     tokens = mx.array([[1, 10, 20, 30, 40]])
-    np.testing.assert_allclose(np.array(load(folder.parent / "fused")[0](tokens)), np.array(load_checkpoint(folder)[0](tokens)), atol=1e-3)
-    assert_one_clear_line(run("lora.py", "--ckpt", folder, "--out", folder.parent / "fused"), "already holds a model")
+    ours, theirs = load(fused)[0](tokens), load_checkpoint(folder)[0](tokens)
+    np.testing.assert_allclose(np.array(ours), np.array(theirs), atol=1e-3)
+    done = run("lora.py", "--ckpt", folder, "--out", fused)
+    assert_one_clear_line(done, "already holds a model")
 
 
-@pytest.mark.parametrize("keys", [{"full": "true"}, {"full": "true", "from_scratch": "true", "data": "tiny_corpus"}, {"method": "dual_reward", "class_target": "symbol"},
-                                  {"data_operations": "divide", "data_wordings": "worded", "grad_clip": "0"}, {"dtype": "bfloat16", "grad_accum_steps": 2}])
+@pytest.mark.parametrize("keys", [
+    {"full": "true"}, {"full": "true", "from_scratch": "true", "data": "tiny_corpus"},
+    {"method": "dual_reward", "class_target": "symbol"},
+    {"data_operations": "divide", "data_wordings": "worded", "grad_clip": "0"},
+    {"dtype": "bfloat16", "grad_accum_steps": 2},
+])
 def test_other_settings_run(write_config, keys):
     path, folder = write_config(**keys)
     train(load_config(path))
     model, tokenizer, cfg = load_checkpoint(folder)
-    assert cfg.steps == 6 and (folder / ("model.safetensors" if cfg.full else "adapters.safetensors")).exists()
+    name = "model.safetensors" if cfg.full else "adapters.safetensors"
+    assert cfg.steps == 6 and (folder / name).exists()
     assert load(folder)[0].args == model.args if cfg.full else True
 
 
 def test_own_data_folder(write_config, tmp_path):
     for split in ("train", "valid", "test"):
-        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps({"prompt": f"add {n} and ", "response": str(n), "operation": "add"}) + "\n" for n in range(9)))
+        rows = [{"prompt": f"add {n} and ", "response": str(n), "operation": "add"}
+                for n in range(9)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{split}.jsonl").write_text(text)
     path, folder = write_config(data=tmp_path, method="dual_reward", batch_size=4)
     report = train(load_config(path))
     assert report["accuracy"]["n"] == 9 and report["accuracy_named"] == {}
@@ -161,15 +202,21 @@ def test_own_data_folder(write_config, tmp_path):
 
 @pytest.mark.parametrize("full", ["false", "true"])
 def test_kill_9_then_the_same_command_ends_bit_identical(write_config, full):
-    """Killed at several moments, between and during saves; weights, optimizer and metrics equal an unbroken run's."""
-    straight_path, straight = write_config("straight", full=full, steps=40, save_every_steps=3, eval_every_steps=20)
+    """Killed at several moments, between and during saves.
+
+    Weights, optimizer and metrics equal an unbroken run's.
+    """
+    keys = {"full": full, "steps": 40, "save_every_steps": 3, "eval_every_steps": 20}
+    straight_path, straight = write_config("straight", **keys)
     run("train.py", straight_path, check=0)
-    path, folder = write_config("killed", full=full, steps=40, save_every_steps=3, eval_every_steps=20)
+    path, folder = write_config("killed", **keys)
     kills = 0
     for lines in (2, 11, 25):
-        process = subprocess.Popen([sys.executable, "train.py", str(path)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen([sys.executable, "train.py", str(path)], cwd=ROOT,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         metrics = folder / "metrics.jsonl"
-        while process.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) > lines):
+        while process.poll() is None and not (
+                metrics.exists() and len(metrics.read_text().splitlines()) > lines):
             time.sleep(0.005)
         kills += process.poll() is None
         process.send_signal(signal.SIGKILL)
@@ -180,20 +227,26 @@ def test_kill_9_then_the_same_command_ends_bit_identical(write_config, full):
     assert_same_bits(straight / "state.safetensors", folder / "state.safetensors")
     name = "model.safetensors" if full == "true" else "adapters.safetensors"
     assert_same_bits(straight / name, folder / name)
-    timeless = lambda f: [{k: v for k, v in json.loads(line).items() if k not in ("tokens_per_s", "peak_gib")} for line in (f / "metrics.jsonl").read_text().splitlines()]
+    measured = ("seconds", "tokens_per_s", "peak_gib")
+    timeless = lambda f: [{k: v for k, v in json.loads(line).items() if k not in measured}
+                          for line in (f / "metrics.jsonl").read_text().splitlines()]
     assert timeless(straight) == timeless(folder)
 
 
 def test_ctrl_c_saves_and_exits_130(write_config):
-    path, folder = write_config(steps=100000, save_every_steps=0, eval_every_steps=0, lens_every_steps=0)
-    process = subprocess.Popen([sys.executable, "train.py", str(path)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not ((folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").read_text().count("\n") > 3):
+    path, folder = write_config(steps=100000, save_every_steps=0, eval_every_steps=0,
+                                lens_every_steps=0)
+    process = subprocess.Popen([sys.executable, "train.py", str(path)], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    metrics = folder / "metrics.jsonl"
+    while process.poll() is None and not (
+            metrics.exists() and metrics.read_text().count("\n") > 3):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "saved after step" in out and "Traceback" not in err
     saved = int(out.split("saved after step ")[1].split(".")[0])
-    assert saved == json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert saved == json.loads(metrics.read_text().splitlines()[-1])["step"]
     assert (folder / "adapters.safetensors").exists()  # so that eval.py can look at it
 
 
@@ -204,13 +257,16 @@ def test_not_finite_stops_before_the_optimizer_moves(tokenizer, write_config):
     before = {k: np.array(v) for k, v in tree_flatten(model.parameters())}
     with pytest.raises(Stopped, match=r"step 1: loss nan, .* on rows \["):
         steps(model, cfg, sample_train(cfg)[:16], tokenizer)
-    assert all(np.array_equal(v, before[k], equal_nan=True) for k, v in ((k, np.array(v)) for k, v in tree_flatten(model.parameters())))
+    after = {k: np.array(v) for k, v in tree_flatten(model.parameters())}
+    assert all(np.array_equal(v, before[k], equal_nan=True) for k, v in after.items())
 
     path, folder = write_config(lr="1e30", grad_clip=0)
     done = run("train.py", path)
-    assert done.returncode == 3 and "stopped: step 2: loss" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 3
+    assert "stopped: step 2: loss" in done.stderr and "Traceback" not in done.stderr
     assert json.loads((folder / "failed_batch.json").read_text())["step"] == 2
-    assert all(np.isfinite(v).all() for v in weights(folder / "state.safetensors").values() if v.ndim == 0)
+    state = weights(folder / "state.safetensors")
+    assert all(np.isfinite(v).all() for v in state.values() if v.ndim == 0)
 
 
 # --- bad input: one line, exit code 2, nothing lost
@@ -220,7 +276,9 @@ def test_run_folder_of_another_config(write_config):
     path, folder = write_config()
     run("train.py", path, check=0)
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    assert_one_clear_line(run("train.py", path, "lr=0.5", "seed=3"), "holds a run with another config", "lr was", "seed was 0, is 3", "overwrite=true")
+    done = run("train.py", path, "lr=0.5", "seed=3")
+    assert_one_clear_line(done, "holds a run with another config", "lr was", "seed was 0, is 3",
+                          "overwrite=true")
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 
@@ -229,7 +287,8 @@ def test_folder_that_is_no_run(write_config, tmp_path):
     (tmp_path / "precious" / "thesis.txt").write_text("years of work")
     path, _ = write_config(run_dir=tmp_path / "precious")
     for words in ((), ("overwrite=true",)):
-        assert_one_clear_line(run("train.py", path, *words), "is not a run folder", "another run_dir")
+        done = run("train.py", path, *words)
+        assert_one_clear_line(done, "is not a run folder", "another run_dir")
     assert (tmp_path / "precious" / "thesis.txt").read_text() == "years of work"
 
 
@@ -239,8 +298,10 @@ def test_half_written_state(write_config):
     (folder / "report.json").unlink()
     state = (folder / "state.safetensors").read_bytes()
     (folder / "state.safetensors").write_bytes(state[:len(state) // 2])
-    assert_one_clear_line(run("train.py", path), "cannot continue", "state.safetensors is truncated or corrupt", "overwrite=true")
-    assert (folder / "adapters.safetensors").exists() and len((folder / "metrics.jsonl").read_text().splitlines()) >= 6
+    assert_one_clear_line(run("train.py", path), "cannot continue",
+                          "state.safetensors is truncated or corrupt", "overwrite=true")
+    assert (folder / "adapters.safetensors").exists()
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) >= 6
 
 
 def test_state_of_another_shape(write_config):
@@ -256,16 +317,22 @@ def test_state_of_another_shape(write_config):
 
 
 def test_disk_full_while_saving(write_config, tmp_path):
-    """A real full disk where mounting is allowed; a file-size limit, which fails the same write, elsewhere."""
+    """A real full disk where mounting is allowed.
+
+    Elsewhere a file-size limit, which fails the same write.
+    """
     mount = tmp_path / "small"
     mount.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(mount)], capture_output=True).returncode == 0
+    command = ["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(mount)]
+    mounted = subprocess.run(command, capture_output=True).returncode == 0
     try:
-        path, folder = write_config(run_dir=(mount if mounted else tmp_path) / "run", steps=400, save_every_steps=5, lora_rank=4, lora_targets="q,v")
+        path, folder = write_config(run_dir=(mount if mounted else tmp_path) / "run", steps=400,
+                                    save_every_steps=5, lora_rank=4, lora_targets="q,v")
         if mounted:
             done = run("train.py", path)
         else:
-            done = subprocess.run(["bash", "-c", f"trap '' XFSZ; ulimit -f 40; exec {sys.executable} train.py {path}"], cwd=ROOT, capture_output=True, text=True)
+            script = f"trap '' XFSZ; ulimit -f 40; exec {sys.executable} train.py {path}"
+            done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True)
         assert_one_clear_line(done, "could not write", str(folder), "free some disk space")
         leftovers = [p.name for p in folder.iterdir() if "tmp" in p.name]
         assert not leftovers, leftovers
@@ -279,26 +346,32 @@ def test_disk_full_while_saving(write_config, tmp_path):
 
 
 def test_other_bad_input(write_config, small_folder, tmp_path):
-    cases = [({"model": "no/such/folder"}, ("no model folder",)), ({"data_samples": 0}, ("is empty", "data_samples = 0")),
-             ({"method": "dual_reward", "class_layer": 9}, ("class_layer = 9", "from 0 to 1")), ({"data": tmp_path / "none"}, ("expected arithmetic",)),
+    cases = [({"model": "no/such/folder"}, ("no model folder",)),
+             ({"data_samples": 0}, ("is empty", "data_samples = 0")),
+             ({"method": "dual_reward", "class_layer": 9}, ("class_layer = 9", "from 0 to 1")),
+             ({"data": tmp_path / "none"}, ("expected arithmetic",)),
              ({"bits": 4}, ("divide by 64",))]
     for i, (keys, words) in enumerate(cases):
         path, folder = write_config(f"bad{i}", **keys)
         assert_one_clear_line(run("train.py", path), *words)
         assert not folder.exists()  # a mistake leaves no folder behind
     (tmp_path / "rows").mkdir()
+    row = json.dumps({"prompt": "x = ", "response": "1", "operation": "zebra"})
     for split in ("train", "valid", "test"):
-        (tmp_path / "rows" / f"{split}.jsonl").write_text(json.dumps({"prompt": "x = ", "response": "1", "operation": "zebra"}) + "\n")
+        (tmp_path / "rows" / f"{split}.jsonl").write_text(row + "\n")
     path, _ = write_config("word", data=tmp_path / "rows", method="dual_reward")
     assert_one_clear_line(run("train.py", path), "target word 'zebra' is", "must be one token")
     path, _ = write_config("run")
     run("train.py", path, check=0)
     os.remove(tmp_path / "runs" / "run" / "adapters.safetensors")
-    assert_one_clear_line(run("eval.py", "--ckpt", tmp_path / "runs" / "run"), "holds no weights yet")
+    done = run("eval.py", "--ckpt", tmp_path / "runs" / "run")
+    assert_one_clear_line(done, "holds no weights yet")
 
 
 def test_seed_decides_the_start(small_folder):
-    a, b, c = (dict(tree_flatten(prepare_model(config(model=str(small_folder), seed=s))[0].trainable_parameters())) for s in (0, 0, 1))
-    assert all(mx.array_equal(a[k], b[k]) for k in a) and any(not mx.array_equal(a[k], c[k]) for k in a)
+    models = (prepare_model(config(model=str(small_folder), seed=s))[0] for s in (0, 0, 1))
+    a, b, c = (dict(tree_flatten(model.trainable_parameters())) for model in models)
+    assert all(mx.array_equal(a[k], b[k]) for k in a)
+    assert any(not mx.array_equal(a[k], c[k]) for k in a)
     with pytest.raises(BadInput, match="no model folder"):
         prepare_model(config(model="none/such/folder"))
