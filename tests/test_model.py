@@ -28,7 +28,8 @@ def close(ours, expected):
     up to 2.5e-4 away from the same computation in float64, and so are ours.
     """
     ours, expected = np.array(ours), np.array(expected)
-    np.testing.assert_allclose(ours, expected, rtol=0, atol=max(1e-4, 1e-5 * np.abs(expected).max()))
+    atol = max(1e-4, 1e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=atol)
 
 
 def test_residuals_and_logits_equal_golden(golden):

@@ -65,9 +65,9 @@ def test_dual_reward_makes_the_word_top_1(model, tokenizer):
 
 
 def test_accumulation_equals_one_batch(tokenizer):
-    """4 x 8 rows with unequal target counts against 1 x 32 make the same step.
+    """4 x 8 rows with unequal target counts take the same step as 1 x 32.
 
-    It is the same up to float32 summation order.
+    The same, that is, up to float32 summation order.
     """
     problems = sample_train(config(data_wordings=("symbolic", "worded")))[:64]
     results = []
