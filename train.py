@@ -254,7 +254,7 @@ def inspect(model: Llama, tokenizer: Tokenizer, valid: list, done: int, block: i
 def deferred_interrupts():
     """Collect Ctrl-C and SIGTERM instead of raising, so that the loop can finish its step and save; yields the list of them."""
     seen = []
-    previous = [(number, signal.signal(number, lambda *_: seen.append(number))) for number in (signal.SIGINT, signal.SIGTERM)]
+    previous = [(number, signal.signal(number, lambda *_, n=number: seen.append(n))) for number in (signal.SIGINT, signal.SIGTERM)]
     try:
         yield seen
     finally:
