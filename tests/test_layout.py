@@ -1,0 +1,59 @@
+"""The repository keeps its own rules: who imports whom, what an import may do, and a README that does not rot."""
+import ast
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+FILES = sorted(p.name for p in ROOT.glob("*.py"))
+LEVELS = [("blas", "config", "stats"), ("tokenizer", "losses", "plot"), ("model", "data"), ("lora",), ("generate",),
+          ("lens",), ("eval",), ("train", "bench", "results")]
+
+
+def imports_of(name):
+    tree = ast.parse((ROOT / name).read_text())
+    modules = {n.module for n in tree.body if isinstance(n, ast.ImportFrom)}
+    modules |= {alias.name for n in tree.body if isinstance(n, ast.Import) for alias in n.names}
+    return {m for m in modules if f"{m}.py" in FILES}
+
+
+def test_arrows_point_one_way():
+    level = {name: i for i, names in enumerate(LEVELS) for name in names}
+    assert {f"{name}.py" for name in level} == set(FILES)
+    wrong = [(a, b) for a in level for b in imports_of(f"{a}.py") if level[b] >= level[a]]
+    assert not wrong
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_file_rules(name):
+    """An opening that teaches, no project import inside a function, and `import blas` before mlx."""
+    source = (ROOT / name).read_text()
+    tree = ast.parse(source)
+    assert len((ast.get_docstring(tree) or "").split()) >= 12
+    inner = [n for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)
+             if isinstance(n, ast.Import | ast.ImportFrom)]
+    assert not inner
+    if name != "blas.py" and "import mlx" in source:
+        assert 0 < source.index("\nimport blas") < source.index("import mlx")
+
+
+def test_importing_has_no_effect():
+    """No output, no seed, no file: all files imported in a process of their own."""
+    modules = [name[:-3] for name in FILES]
+    code = f"import {', '.join(modules)}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == ""
+    assert all(line.startswith("note: ") for line in done.stderr.splitlines())
+
+
+def test_readme_line_counts_and_files():
+    readme = (ROOT / "README.md").read_text()
+    table = dict(re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", readme, re.M))
+    assert table.keys() == set(FILES)
+    wrong = {n: len((ROOT / n).read_text().splitlines()) for n, lines in table.items()
+             if int(lines) != len((ROOT / n).read_text().splitlines())}
+    assert not wrong, f"README's file table is out of date: {wrong}"
+    for config in re.findall(r"`(\w+\.yaml)`", readme):
+        assert (ROOT / "configs" / config).exists() or config == "config.yaml", config
