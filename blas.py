@@ -1,11 +1,14 @@
-"""Give MLX's Linux CPU backend a fast matrix product; `import blas` stands before `import mlx.core`.
+"""Make MLX's Linux CPU backend fast; `import blas` goes before `import mlx.core`.
 
-The Linux wheel of MLX calls `cblas_sgemm` and bundles the reference BLAS, about thirty times slower than
-OpenBLAS. The dynamic loader binds the symbol once, when libmlx is loaded: an OpenBLAS that is already in the
-process with RTLD_GLOBAL wins, one loaded afterwards does nothing. Hence the order, and hence this is the
-one file of the project whose import has an effect. macOS (Accelerate, Metal) and CUDA need none of it.
-
-NANOLENS_BLAS=/path/to/libopenblas.so.0 names a library; NANOLENS_BLAS=none keeps the bundled one (to measure).
+Two repairs. (1) The Linux wheel of MLX calls `cblas_sgemm` and bundles the reference BLAS, about
+thirty times slower than OpenBLAS. The dynamic loader binds the symbol once, when libmlx is loaded:
+an OpenBLAS that is already in the process with RTLD_GLOBAL wins, one loaded afterwards does
+nothing. Hence the order, and hence this is the one file of the project whose import has an effect.
+NANOLENS_BLAS=/path/to/libopenblas.so.0 names a library; NANOLENS_BLAS=none keeps the bundled one
+(to measure). (2) MLX allocates every array by malloc, and glibc gives large blocks back to the
+kernel at once: the next one is zeroed and mapped anew, page by page, which costs an operation on a
+large array ten times its arithmetic. `keep_freed_memory` tells glibc to keep them. macOS
+(Accelerate, Metal) and CUDA need none of it.
 """
 import ctypes
 import ctypes.util
@@ -18,7 +21,7 @@ REMEDY = "run `apt-get install libopenblas0`, or set NANOLENS_BLAS=/path/to/libo
 
 
 def load_openblas() -> str:
-    """Load the first OpenBLAS found, for all libraries to see; returns its path or '' (and one line on stderr)."""
+    """Load the first OpenBLAS found, for all libraries; returns its path, or '' with a note."""
     named = os.environ.get("NANOLENS_BLAS", "")
     if named == "none":
         return ""
@@ -36,11 +39,23 @@ def load_openblas() -> str:
     return ""
 
 
+def keep_freed_memory() -> None:
+    """Have glibc's malloc serve large blocks from its heap and never trim it; elsewhere nothing."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)             # M_MMAP_MAX: no block gets a mapping of its own
+        libc.mallopt(-1, -1)            # M_TRIM_THRESHOLD: the heap's top is not given back
+        libc.mallopt(-2, 64 << 20)      # M_TOP_PAD: it grows by 64 MiB at a time
+
+
 def cpu_wheel() -> bool:
     """True where MLX's Linux CPU backend does the work; a CUDA build multiplies on the card."""
-    names = {d.metadata["Name"] for d in importlib.metadata.distributions(path=sys.path) if d.metadata["Name"]}
+    names = {d.metadata["Name"] for d in importlib.metadata.distributions(path=sys.path)
+             if d.metadata["Name"]}
     return sys.platform == "linux" and not any(name.startswith("mlx-cuda") for name in names)
 
 
 # after `import mlx.core` it would be too late
 LOADED = load_openblas() if cpu_wheel() and "mlx.core" not in sys.modules else ""
+if cpu_wheel():
+    keep_freed_memory()

@@ -1,11 +1,11 @@
-"""One dataclass holds every default; a YAML file and `key=value` words on the command line change some of them.
+"""One dataclass holds every default; a YAML file and `key=value` arguments change some of them.
 
     python train.py configs/sft.yaml lr=1e-3 steps=100
 
-Precedence: dataclass < file < command line. Values are parsed by the field's type, by the same function for file
-and command line, because plain YAML would read 1e-5 as a string, `on` as true and 010 as 8. Every mistake is
-collected and reported at once. `BadInput` is what all files raise for something the user can mend; `run_main` turns
-it into one line and exit code 2.
+Precedence: dataclass < file < command line. Values are parsed by the field's type, by the same
+function for file and command line, because plain YAML would read 1e-5 as a string, `on` as true and
+010 as 8. Every mistake is collected and reported at once. `BadInput` is what all files raise for
+something the user can mend; `run_main` turns it into one line and exit code 2.
 """
 import dataclasses
 import difflib
@@ -20,12 +20,13 @@ import yaml
 
 METHODS = ("sft", "dual_reward")
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
-# keys that only some methods read; in another method's config they would do nothing, so they are refused
+# keys that only some methods read; in another method's config they would do nothing,
+# so they are refused
 METHOD_KEYS = {"class_": ("dual_reward",), "answer_": ("dual_reward",)}
 
 
 class BadInput(ValueError):
-    """Something the user can mend: the message says what was given, what was expected, where, and how to fix it."""
+    """Something the user can mend: says what was given, what was expected, where, and the fix."""
 
 
 class Stopped(RuntimeError):
@@ -35,68 +36,79 @@ class Stopped(RuntimeError):
 @dataclass
 class Config:
     # --- what is trained, and where it goes
-    model: str = "models/tiny"             # a folder in the Hub's layout, or a Hub name
-    method: str = "sft"                    # sft | dual_reward
-    run_dir: str = ""                      # empty: runs/<name of the config file>
-    overwrite: bool = False                # start over in a run folder that holds another run
-    seed: int = 0                          # LoRA's start, data sampling and order
-    dtype: str | None = None               # float32 | bfloat16 | float16; null: float32 on CPU, the checkpoint's on GPU
-    bits: int | None = None                # 4 or 8: quantise the frozen base (QLoRA)
-    from_scratch: bool = False             # random weights of model's config.json instead of its checkpoint
+    model: str = "models/tiny"      # a folder in the Hub's layout, or a Hub name
+    method: str = "sft"             # sft | dual_reward
+    run_dir: str = ""               # empty: runs/<name of the config file>
+    overwrite: bool = False         # start over in a run folder that holds another run
+    seed: int = 0                   # LoRA's start, data sampling and order
+    # float32 | bfloat16 | float16; null: float32 on CPU, the checkpoint's on GPU
+    dtype: str | None = None
+    bits: int | None = None         # 4 or 8: quantise the frozen base (QLoRA)
+    # random weights of model's config.json instead of its checkpoint
+    from_scratch: bool = False
 
     # --- data
-    data: str = "arithmetic"               # arithmetic | tiny_corpus | a folder of train/valid/test.jsonl
-    data_samples: int = 5000               # training rows drawn from the training pairs
+    data: str = "arithmetic"        # arithmetic | tiny_corpus | a folder of train/valid/test.jsonl
+    data_samples: int = 5000        # training rows drawn from the training pairs
     data_operations: tuple[str, ...] = ("add", "subtract", "multiply")
     data_wordings: tuple[str, ...] = ("symbolic",)   # symbolic, worded
-    mask_prompt: bool = True               # loss on answer and EOS only; false: on every token
+    mask_prompt: bool = True        # loss on answer and EOS only; false: on every token
 
     # --- optimisation (AdamW)
     steps: int = 500
-    batch_size: int = 32                   # rows per optimizer step
-    grad_accum_steps: int = 1              # the step's rows in so many equal parts: less memory, same gradient
+    batch_size: int = 32            # rows per optimizer step
+    # the step's rows in so many equal parts: less memory, same gradient
+    grad_accum_steps: int = 1
     lr: float = 1e-3
-    lr_warmup_steps: int = 0               # linear, from 0
-    lr_schedule: str = "cosine"            # cosine (to 0 at the last step) | constant
+    lr_warmup_steps: int = 0        # linear, from 0
+    lr_schedule: str = "cosine"     # cosine (to 0 at the last step) | constant
     weight_decay: float = 0.0
-    grad_clip: float = 1.0                 # largest global norm of the gradient; 0: no clipping
+    grad_clip: float = 1.0          # largest global norm of the gradient; 0: no clipping
 
     # --- LoRA, or everything
-    full: bool = False                     # train all weights; lora_* are then unused
+    full: bool = False              # train all weights; lora_* are then unused
     lora_rank: int = 16
-    lora_alpha: float = 32.0               # the update is scaled by alpha / rank
+    lora_alpha: float = 32.0        # the update is scaled by alpha / rank
     lora_targets: tuple[str, ...] = ("q", "k", "v", "o")
 
-    # --- dual-reward: class_weight * CE(lens at class_layer, operation word) + (1 - class_weight) * CE(answer)
+    # --- dual-reward:
+    # class_weight * CE(lens at class_layer, operation word) + (1 - class_weight) * CE(answer)
     class_weight: float = 0.7
-    class_layer: int | None = None         # 0-based block whose output is read; null: int(0.55 * blocks)
-    class_target: str = "word"             # word ("multiply") | symbol ("*")
-    class_position: str = "prompt"         # prompt: last prompt token | answer: last answer token (prior code's error B)
-    answer_shift: bool = True              # false: the prior code's error A, each position told to repeat its own input
+    class_layer: int | None = None  # 0-based block whose output is read; null: int(0.55 * blocks)
+    class_target: str = "word"      # word ("multiply") | symbol ("*")
+    # prompt: last prompt token | answer: last answer token (prior code's error B)
+    class_position: str = "prompt"
+    # false: the prior code's error A, each position told to repeat its own input
+    answer_shift: bool = True
 
     # --- looking inside, and saving
-    eval_every_steps: int = 50             # validation accuracy; 0: never
-    eval_prompts: int = 200                # validation prompts for the accuracy on the way
-    lens_every_steps: int = 50             # the lens on validation prompts, for the emergence curve; 0: never
+    eval_every_steps: int = 50      # validation accuracy; 0: never
+    eval_prompts: int = 200         # validation prompts for the accuracy on the way
+    # the lens on validation prompts, for the emergence curve; 0: never
+    lens_every_steps: int = 50
     lens_prompts: int = 64
-    save_every_steps: int = 100            # resumable state; 0: only at the end
+    save_every_steps: int = 100     # resumable state; 0: only at the end
     max_completion_tokens: int = 8
 
 
 CHOICES = {
-    "method": METHODS, "dtype": ("float32", "bfloat16", "float16"), "bits": (4, 8), "lr_schedule": ("cosine", "constant"),
-    "data_operations": ("add", "subtract", "multiply", "divide"), "data_wordings": ("symbolic", "worded"),
-    "lora_targets": LORA_TARGETS, "class_target": ("word", "symbol"), "class_position": ("prompt", "answer"),
+    "method": METHODS, "dtype": ("float32", "bfloat16", "float16"), "bits": (4, 8),
+    "lr_schedule": ("cosine", "constant"),
+    "data_operations": ("add", "subtract", "multiply", "divide"),
+    "data_wordings": ("symbolic", "worded"), "lora_targets": LORA_TARGETS,
+    "class_target": ("word", "symbol"), "class_position": ("prompt", "answer"),
 }
-AT_LEAST = {"data_samples": 0, "steps": 1, "batch_size": 1, "grad_accum_steps": 1, "lr_warmup_steps": 0, "weight_decay": 0,
-            "grad_clip": 0, "lora_rank": 1, "eval_every_steps": 0, "eval_prompts": 1, "lens_every_steps": 0, "lens_prompts": 1,
+AT_LEAST = {"data_samples": 0, "steps": 1, "batch_size": 1, "grad_accum_steps": 1,
+            "lr_warmup_steps": 0, "weight_decay": 0, "grad_clip": 0, "lora_rank": 1,
+            "eval_every_steps": 0, "eval_prompts": 1, "lens_every_steps": 0, "lens_prompts": 1,
             "save_every_steps": 0, "max_completion_tokens": 1, "seed": 0, "lr": 0}
 
 
 def parse_value(text, kind) -> object:
     """Parse one scalar or comma list by the field's type; raises ValueError with what was expected.
 
-    example  ("1e-5", float) -> 1e-05;  ("q,v", tuple[str, ...]) -> ("q", "v");  ("null", int | None) -> None
+    example  ("1e-5", float) -> 1e-05;  ("q,v", tuple[str, ...]) -> ("q", "v");
+             ("null", int | None) -> None
     """
     if typing.get_origin(kind) is types.UnionType:
         inner = next(k for k in typing.get_args(kind) if k is not type(None))
@@ -117,7 +129,7 @@ def parse_value(text, kind) -> object:
 
 
 def read_yaml(path: Path) -> list[tuple[str, object, int]]:
-    """The file's (key, text, line) triples: scalars stay text, so that `parse_value` alone decides their type."""
+    """The file's (key, text, line) triples: scalars stay text, `parse_value` alone types them."""
     try:
         node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except FileNotFoundError:
@@ -134,9 +146,11 @@ def read_yaml(path: Path) -> list[tuple[str, object, int]]:
     for key, value in node.value:
         line = key.start_mark.line + 1
         if isinstance(value, yaml.MappingNode):
-            raise BadInput(f"{path}:{line}: {key.value} holds keys of its own; all keys are flat, such as lora_rank: 16")
+            raise BadInput(f"{path}:{line}: {key.value} holds keys of its own; "
+                           "all keys are flat, such as lora_rank: 16")
         items = isinstance(value, yaml.SequenceNode)
-        triples.append((key.value, [item.value for item in value.value] if items else value.value, line))
+        text = [item.value for item in value.value] if items else value.value
+        triples.append((key.value, text, line))
     return triples
 
 
@@ -149,7 +163,7 @@ def explain_unknown(key: str, names: list[str]) -> str:
 
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
-    """Read a YAML file and `key=value` words into a Config; raises BadInput listing every mistake at once."""
+    """Read a YAML file and `key=value` words into a Config; raises BadInput with all mistakes."""
     path = Path(path)
     kinds = typing.get_type_hints(Config)
     given = [(key, text, f"{path}:{line}") for key, text, line in read_yaml(path)]
@@ -188,7 +202,7 @@ def load_overrides(overrides: list[str]) -> Config:
 
 
 def validate(cfg: Config, given: set[str]) -> list[str]:
-    """Cross-checks that need no model: allowed values, ranges, keys of another method. Returns the mistakes."""
+    """The mistakes found without a model: allowed values, ranges, keys of another method."""
     mistakes = []
     for key, allowed in CHOICES.items():
         value = getattr(cfg, key)
@@ -196,29 +210,36 @@ def validate(cfg: Config, given: set[str]) -> list[str]:
             if item is not None and item not in allowed:
                 mistakes.append(f"{key} = {item!r}: expected one of {', '.join(map(str, allowed))}")
         if value == ():
-            mistakes.append(f"{key} is empty: expected one or more of {', '.join(map(str, allowed))}")
-    mistakes += [f"{key} = {getattr(cfg, key)}: expected at least {low}" for key, low in AT_LEAST.items() if getattr(cfg, key) < low]
+            mistakes.append(f"{key} is empty: "
+                            f"expected one or more of {', '.join(map(str, allowed))}")
+    mistakes += [f"{key} = {getattr(cfg, key)}: expected at least {low}"
+                 for key, low in AT_LEAST.items() if getattr(cfg, key) < low]
     for key in sorted(given):
         owners = next((m for prefix, m in METHOD_KEYS.items() if key.startswith(prefix)), METHODS)
         if cfg.method in METHODS and cfg.method not in owners:
-            mistakes.append(f"{key} belongs to method {' or '.join(owners)}, and this config has method {cfg.method}; remove one")
+            mistakes.append(f"{key} belongs to method {' or '.join(owners)}, "
+                            f"and this config has method {cfg.method}; remove one")
     if not 0 <= cfg.class_weight <= 1:
         mistakes.append(f"class_weight = {cfg.class_weight}: expected a number from 0 to 1")
     if cfg.batch_size % cfg.grad_accum_steps:
-        mistakes.append(f"grad_accum_steps = {cfg.grad_accum_steps} does not divide batch_size = {cfg.batch_size}")
+        mistakes.append(f"grad_accum_steps = {cfg.grad_accum_steps} "
+                        f"does not divide batch_size = {cfg.batch_size}")
     if cfg.bits and (cfg.full or cfg.from_scratch):
-        mistakes.append(f"bits = {cfg.bits} freezes the base weights, so full and from_scratch must be false")
+        mistakes.append(f"bits = {cfg.bits} freezes the base weights, "
+                        "so full and from_scratch must be false")
     if cfg.from_scratch and not cfg.full:
         mistakes.append("from_scratch: true starts from random weights and needs full: true")
     return mistakes
 
 
 def resolved(cfg: Config) -> dict:
-    """The keys this method reads, with their values: what is stored with a run, itself a valid config file.
+    """The keys this method reads, with their values: stored with a run, itself a valid config file.
 
-    `overwrite` is a command, not a property of the run: stored, it would delete the run when its own file is given again.
+    `overwrite` is a command, not a property of the run: stored, it would delete the run when its
+    own file is given again.
     """
-    mine = lambda key: key != "overwrite" and all(cfg.method in m for prefix, m in METHOD_KEYS.items() if key.startswith(prefix))
+    mine = lambda key: key != "overwrite" and all(
+        cfg.method in m for prefix, m in METHOD_KEYS.items() if key.startswith(prefix))
     return {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if mine(f.name)}
 
 
@@ -227,19 +248,20 @@ def dump(cfg: Config) -> str:
     def text(value):
         if isinstance(value, bool) or value is None:
             return {True: "true", False: "false", None: "null"}[value]
-        return f"[{', '.join(value)}]" if isinstance(value, tuple) else yaml.safe_dump(value).split("\n")[0]
+        return (f"[{', '.join(value)}]" if isinstance(value, tuple)
+                else yaml.safe_dump(value).split("\n")[0])
     return "".join(f"{key}: {text(value)}\n" for key, value in resolved(cfg).items())
 
 
 def replace_file(temporary: Path, path: Path) -> None:
-    """Make the bytes durable before the name points at them; otherwise a power cut can leave an empty file."""
+    """Make the bytes durable before the name points at them, or a power cut can empty the file."""
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a small file under a temporary name, then rename: a reader sees the old file or the new one. Raises BadInput."""
+    """Write a temporary file, then rename: a reader sees the old or the new. Raises BadInput."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -247,7 +269,8 @@ def write_bytes(path: Path, data: bytes) -> None:
         replace_file(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise BadInput(f"could not write {path} ({error.strerror}); free some disk space: what was saved before is intact") from None
+        raise BadInput(f"could not write {path} ({error.strerror}); free some disk space: "
+                       "what was saved before is intact") from None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -255,7 +278,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def run_main(main) -> None:
-    """Call an entry point and turn its outcome into an exit code: 0 done, 2 bad input, 3 guard, 130 interrupted."""
+    """Call an entry point and exit with a code: 0 done, 2 bad input, 3 guard, 130 interrupted."""
     try:
         code = main(sys.argv[1:])
     except BadInput as error:

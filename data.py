@@ -1,12 +1,13 @@
-"""Arithmetic problems whose test pairs are never seen, and batches that say which tokens the loss counts.
+"""Arithmetic problems whose test pairs are never seen, and batches that say what the loss counts.
 
     symbolic   "7 * 8 = " -> "56"          worded   "what is seven times eight = " -> "56"
 
-Ranges follow the prior work (multiply 2..20, add and subtract 1..99, divide up to 12 * 12). Where we differ: it drew
-train and validation rows from one pool, so half of its validation rows were training rows, and four of its nine
-evaluation prompts too. Here the *operand pairs* are partitioned before anything is drawn. A pair belongs to train,
-valid or test by a hash of its unordered numbers, so 3 * 4, 4 * 3, 4 - 3 and "the sum of three and four" are on one side,
-for every seed, every method and the bundled base model alike. The named evaluation prompts' pairs are test pairs.
+Ranges follow the prior work (multiply 2..20, add and subtract 1..99, divide up to 12 * 12). Where
+we differ: it drew train and validation rows from one pool, so half of its validation rows were
+training rows, and four of its nine evaluation prompts too. Here the *operand pairs* are partitioned
+before anything is drawn. A pair belongs to train, valid or test by a hash of its unordered numbers,
+so 3 * 4, 4 * 3, 4 - 3 and "the sum of three and four" are on one side, for every seed, every method
+and the bundled base model alike. The named evaluation prompts' pairs are test pairs.
 
     python data.py tokenizer models/tiny     # writes the bundled model's tokenizer.model
     python data.py show [key=value ...]      # prints sizes and a few problems of each split
@@ -29,23 +30,29 @@ from config import BadInput, Config, load_overrides, run_main, write_bytes
 from tokenizer import Tokenizer
 
 SYMBOLS = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/"}
-# each phrase names one (operation, a, b) and no other; "{a} and {b}" is safe as no operand here is "x hundred and y"
+# each phrase names one (operation, a, b) and no other;
+# "{a} and {b}" is safe as no operand here is "x hundred and y"
 PHRASES = {
-    "multiply": ("{a} times {b}", "{a} multiplied by {b}", "the product of {a} and {b}", "multiply {a} by {b}", "what is {a} times {b}"),
-    "add": ("{a} plus {b}", "{a} and {b}", "the sum of {a} and {b}", "add {a} and {b}", "what is {a} plus {b}"),
-    "subtract": ("{a} minus {b}", "{a} take away {b}", "the difference between {a} and {b}", "subtract {b} from {a}", "what is {a} minus {b}"),
-    "divide": ("{a} divided by {b}", "{a} over {b}", "the quotient of {a} and {b}", "divide {a} by {b}", "what is {a} divided by {b}"),
+    "multiply": ("{a} times {b}", "{a} multiplied by {b}", "the product of {a} and {b}",
+                 "multiply {a} by {b}", "what is {a} times {b}"),
+    "add": ("{a} plus {b}", "{a} and {b}", "the sum of {a} and {b}",
+            "add {a} and {b}", "what is {a} plus {b}"),
+    "subtract": ("{a} minus {b}", "{a} take away {b}", "the difference between {a} and {b}",
+                 "subtract {b} from {a}", "what is {a} minus {b}"),
+    "divide": ("{a} divided by {b}", "{a} over {b}", "the quotient of {a} and {b}",
+               "divide {a} by {b}", "what is {a} divided by {b}"),
 }
-ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-        "eighteen nineteen").split()
+ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+        "fifteen sixteen seventeen eighteen nineteen").split()
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 
 # the prior work's evaluation prompts, as (operation, a, b)
 NAMED_PROMPTS = {
-    "nine": [("multiply", 7, 8), ("multiply", 12, 5), ("multiply", 9, 9), ("add", 23, 45), ("add", 17, 38), ("add", 55, 27),
+    "nine": [("multiply", 7, 8), ("multiply", 12, 5), ("multiply", 9, 9),
+             ("add", 23, 45), ("add", 17, 38), ("add", 55, 27),
              ("subtract", 89, 34), ("subtract", 65, 28), ("subtract", 100, 43)],
-    "eight": [("multiply", 7, 8), ("multiply", 12, 5), ("add", 23, 45), ("add", 17, 38), ("subtract", 50, 23), ("subtract", 89, 34),
-              ("divide", 48, 6), ("divide", 81, 9)],
+    "eight": [("multiply", 7, 8), ("multiply", 12, 5), ("add", 23, 45), ("add", 17, 38),
+              ("subtract", 50, 23), ("subtract", 89, 34), ("divide", 48, 6), ("divide", 81, 9)],
 }
 NAMED_PAIRS = {tuple(sorted((a, b))) for prompts in NAMED_PROMPTS.values() for _, a, b in prompts}
 TEST_PROBLEMS_PER_CELL = 300  # of each operation and wording, where there are so many
@@ -53,7 +60,7 @@ TEST_PROBLEMS_PER_CELL = 300  # of each operation and wording, where there are s
 
 @dataclass(frozen=True)
 class Problem:
-    """One question. `operation` is '' and `wording` 'file' for rows of a user's own data without an operation."""
+    """One question. A row of a user's data has `wording` 'file', and may have `operation` ''."""
     prompt: str
     answer: str
     operation: str
@@ -70,16 +77,17 @@ def number_words(n: int) -> str:
 
 
 def split_of(a: int, b: int) -> str:
-    """The side a pair of operands is on: 15 % test, 5 % valid, 80 % train, whatever the order, operation, wording or seed."""
+    """A pair's side: 15 % test, 5 % valid, 80 % train, for any order, operation, wording, seed."""
     low, high = sorted((a, b))
     if (low, high) in NAMED_PAIRS:
         return "test"
-    bucket = int.from_bytes(hashlib.blake2b(f"{low},{high}".encode(), digest_size=4).digest(), "big") % 100
+    digest = hashlib.blake2b(f"{low},{high}".encode(), digest_size=4).digest()
+    bucket = int.from_bytes(digest, "big") % 100
     return "test" if bucket < 15 else "valid" if bucket < 20 else "train"
 
 
 def operand_pairs(operation: str) -> list[tuple[int, int]]:
-    """All ordered operand pairs of an operation, in the prior work's ranges; differences are never negative."""
+    """An operation's ordered operand pairs, in the prior work's ranges; differences are >= 0."""
     if operation == "multiply":
         return [(a, b) for a in range(2, 21) for b in range(2, 21)]
     if operation == "divide":
@@ -93,8 +101,10 @@ def compute(operation: str, a: int, b: int) -> int:
 
 def make_problem(operation: str, a: int, b: int, phrase: str | None = None) -> Problem:
     """The symbolic problem, or the worded one of a phrase."""
-    text = f"{a} {SYMBOLS[operation]} {b}" if phrase is None else phrase.format(a=number_words(a), b=number_words(b))
-    return Problem(f"{text} = ", str(compute(operation, a, b)), operation, "symbolic" if phrase is None else "worded", a, b)
+    text = (f"{a} {SYMBOLS[operation]} {b}" if phrase is None
+            else phrase.format(a=number_words(a), b=number_words(b)))
+    return Problem(f"{text} = ", str(compute(operation, a, b)), operation,
+                   "symbolic" if phrase is None else "worded", a, b)
 
 
 @functools.cache
@@ -103,7 +113,7 @@ def pairs_in(operation: str, split: str) -> list[tuple[int, int]]:
 
 
 def sample_train(cfg: Config) -> list[Problem]:
-    """Draw cfg.data_samples training problems: operation, then wording, then phrase, then pair, each uniformly.
+    """Draw cfg.data_samples training problems: operation, wording, phrase and pair, each uniformly.
 
     With replacement: multiplication has 306 training pairs and a third of the rows.
     """
@@ -117,15 +127,17 @@ def sample_train(cfg: Config) -> list[Problem]:
 
 
 def held_out(cfg: Config, split: str, per_cell: int = TEST_PROBLEMS_PER_CELL) -> list[Problem]:
-    """Distinct problems of the valid or test pairs, at most `per_cell` of each operation and wording.
+    """Distinct problems of the valid or test pairs, at most `per_cell` per operation and wording.
 
-    The choice does not depend on cfg.seed: two runs with other seeds are judged on the same problems, so they can be paired.
+    The choice does not depend on cfg.seed: two runs with other seeds are judged on the same
+    problems, so they can be paired.
     """
     problems = []
     for operation in cfg.data_operations:
         for wording in cfg.data_wordings:
             phrases = PHRASES[operation] if wording == "worded" else (None,)
-            cell = [make_problem(operation, a, b, phrase) for a, b in pairs_in(operation, split) for phrase in phrases]
+            cell = [make_problem(operation, a, b, phrase)
+                    for a, b in pairs_in(operation, split) for phrase in phrases]
             random.Random(f"{split} {operation} {wording}").shuffle(cell)
             problems += cell[:per_cell]
     return problems
@@ -137,7 +149,7 @@ def named_problems(name: str) -> list[Problem]:
 
 
 def grade(expected: str, completion: str, finished: bool) -> bool:
-    """Whether the whole completion is the answer: one number and nothing else, compared as integers; a cut one is wrong.
+    """Whether the whole completion is the answer: one number, as an integer; a cut one is wrong.
 
     example  ("37", " 37", True) -> True;  "373737", "37 38", "37.0" or an unfinished "37" -> False
     """
@@ -147,17 +159,17 @@ def grade(expected: str, completion: str, finished: bool) -> bool:
     return bool(finished and match and int(match[1]) == int(expected))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the bundled model's text
 
 
 def sample_tiny_corpus(cfg: Config) -> list[Problem]:
     """The text the bundled base model is trained on, all of it over training pairs.
 
-    Half symbolic, a fifth worded, a tenth instructions ("compute 7 * 8 = 56"), a tenth sentences that name the operation
-    ("7 * 8 means multiply"), so that the operation words have a meaning for the unembedding to share, and a tenth spelled
-    numbers ("56 means fifty six"), from which tens and ones are learnt early. Sums and differences reach 0..100, as the
-    nine prompts do.
+    Half symbolic, a fifth worded, a tenth instructions ("compute 7 * 8 = 56"), a tenth sentences
+    that name the operation ("7 * 8 means multiply"), so that the operation words have a meaning for
+    the unembedding to share, and a tenth spelled numbers ("56 means fifty six"), from which tens
+    and ones are learnt early. Sums and differences reach 0..100, as the nine prompts do.
     """
     rng = random.Random(cfg.seed)
     pairs = {
@@ -166,12 +178,14 @@ def sample_tiny_corpus(cfg: Config) -> list[Problem]:
         "multiply": operand_pairs("multiply"),
         "divide": operand_pairs("divide"),
     }
-    pairs = {op: [p for p in all_pairs if split_of(*p) == "train"] for op, all_pairs in pairs.items()}
+    pairs = {op: [p for p in all_pairs if split_of(*p) == "train"]
+             for op, all_pairs in pairs.items()}
     problems = []
     for _ in range(cfg.data_samples):
         operation = rng.choices(tuple(SYMBOLS), weights=(40, 40, 14, 6))[0]
         a, b = rng.choice(pairs[operation])
-        symbolic, worded = make_problem(operation, a, b), make_problem(operation, a, b, rng.choice(PHRASES[operation]))
+        symbolic = make_problem(operation, a, b)
+        worded = make_problem(operation, a, b, rng.choice(PHRASES[operation]))
         body = rng.choice((symbolic, worded)).prompt.removesuffix(" = ")
         form = rng.random()
         if form < 0.6:
@@ -179,41 +193,49 @@ def sample_tiny_corpus(cfg: Config) -> list[Problem]:
         elif form < 0.76:
             problem = worded
         elif form < 0.84:
-            problem = Problem(f"{rng.choice(('compute', 'calculate'))} {body} = ", symbolic.answer, operation, "instruction", a, b)
+            problem = Problem(f"{rng.choice(('compute', 'calculate'))} {body} = ", symbolic.answer,
+                              operation, "instruction", a, b)
         elif form < 0.92:
             prompt = rng.choice(("{} means ", "which operation is {} ? "))
             problem = Problem(prompt.format(body), operation, operation, "naming", a, b)
         else:
             n = rng.choice((rng.randrange(101), rng.randrange(400)))
-            spelled = rng.choice(((f"{number_words(n)} = ", str(n)), (f"{n} means ", number_words(n))))
+            spelled = rng.choice(((f"{number_words(n)} = ", str(n)),
+                                  (f"{n} means ", number_words(n))))
             problem = Problem(*spelled, "", "spelling")
         problems.append(problem)
     return problems
 
 
 def write_tiny_tokenizer(folder: Path) -> None:
-    """Write tokenizer.model: numbers 0..999 and the corpus' words are one token each, anything else letters and bytes."""
-    words = {word for phrases in PHRASES.values() for phrase in phrases for word in phrase.split() if "{" not in word}
-    words |= {*ONES, *TENS, "hundred", *SYMBOLS, *SYMBOLS.values(), "=", "?", "compute", "calculate", "means", "which", "operation", "is", "answer"}
+    """Write tokenizer.model: a token per number 0..999 and corpus word, else letters, bytes."""
+    words = {word for phrases in PHRASES.values() for phrase in phrases
+             for word in phrase.split() if "{" not in word}
+    words |= {*ONES, *TENS, "hundred", *SYMBOLS, *SYMBOLS.values(), "=", "?",
+              "compute", "calculate", "means", "which", "operation", "is", "answer"}
     symbols = [f"▁{n}" for n in range(1000)] + [f"▁{word}" for word in sorted(words)]
-    letters = "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ 0123456789 . , : ; ! ? ' ( ) + - * / ="
+    letters = ("abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ 0123456789 "
+               ". , : ; ! ? ' ( ) + - * / =")
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([letters] * 20), model_writer=model, model_type="unigram", vocab_size=4 + 256 + len(symbols) + 80,
-        hard_vocab_limit=False, user_defined_symbols=symbols, byte_fallback=True, normalization_rule_name="identity", minloglevel=2)
+        sentence_iterator=iter([letters] * 20), model_writer=model, model_type="unigram",
+        vocab_size=4 + 256 + len(symbols) + 80, hard_vocab_limit=False,
+        user_defined_symbols=symbols, byte_fallback=True,
+        normalization_rule_name="identity", minloglevel=2)
     write_bytes(folder / "tokenizer.model", model.getvalue())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # a user's own data
 
 
 def read_jsonl(path: Path) -> list[Problem]:
-    """Rows {"prompt": ..., "response": ..., "operation": optional}; raises BadInput with the first five bad lines and a count."""
+    """Rows {"prompt", "response", optional "operation"}; BadInput names the first bad lines."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"could not read {path} ({error}); a data folder holds train.jsonl, valid.jsonl and test.jsonl") from None
+        raise BadInput(f"could not read {path} ({error}); "
+                       "a data folder holds train.jsonl, valid.jsonl and test.jsonl") from None
     problems, bad = [], []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -227,7 +249,8 @@ def read_jsonl(path: Path) -> list[Problem]:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             bad.append(f"line {number} ({error!r})")
     if bad:
-        raise BadInput(f'{path}: {len(bad)} bad rows: {", ".join(bad[:5])}; expected {{"prompt": "...", "response": "...", "operation": "..."}}')
+        raise BadInput(f'{path}: {len(bad)} bad rows: {", ".join(bad[:5])}; '
+                       'expected {"prompt": "...", "response": "...", "operation": "..."}')
     return problems
 
 
@@ -239,13 +262,15 @@ def load_split(cfg: Config, split: str) -> list[Problem]:
     elif Path(cfg.data).is_dir():
         problems = read_jsonl(Path(cfg.data) / f"{split}.jsonl")
     else:
-        raise BadInput(f"data = {cfg.data!r}: expected arithmetic, tiny_corpus, or a folder holding train.jsonl, valid.jsonl and test.jsonl")
+        raise BadInput(f"data = {cfg.data!r}: expected arithmetic, tiny_corpus, "
+                       "or a folder holding train.jsonl, valid.jsonl and test.jsonl")
     if not problems:
-        raise BadInput(f"the {split} split of data = {cfg.data!r} is empty (data_samples = {cfg.data_samples}); nothing to do")
+        raise BadInput(f"the {split} split of data = {cfg.data!r} is empty "
+                       f"(data_samples = {cfg.data_samples}); nothing to do")
     return problems
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # from problems to batches
 
 
@@ -262,7 +287,7 @@ class Batch:
     """What one forward pass needs. A is the largest number of targets in a row of the data set."""
     tokens: mx.array            # (B, T) int32, right-padded
     loss_mask: mx.array         # (B, T-1) float32: 1 where token t+1 is a target
-    target_positions: mx.array  # (B, A) int32: the positions t of the mask's ones; only these are unembedded
+    target_positions: mx.array  # (B, A) int32: t of the mask's ones; only these are unembedded
     targets: mx.array           # (B, A) int32: the tokens t+1 there
     target_mask: mx.array       # (B, A) float32: 1 for a target, 0 for filling
     class_positions: mx.array   # (B,) int32: last prompt token, or last answer token
@@ -271,22 +296,26 @@ class Batch:
     rows: list[int]             # which rows of the data set, to name a batch that fails
 
 
-def tokenize(problems: list[Problem], tokenizer: Tokenizer, context: int, operation_ids: dict[str, int]) -> list[Row]:
-    """Encode prompt + answer + EOS jointly; raises BadInput naming a row that does not fit the context."""
+def tokenize(problems: list[Problem], tokenizer: Tokenizer, context: int,
+             operation_ids: dict[str, int]) -> list[Row]:
+    """Encode prompt + answer + EOS jointly; raises BadInput naming a row beyond the context."""
     rows = []
     for problem in problems:
         ids, P = tokenizer.encode_pair(problem.prompt, problem.answer)
         if len(ids) > context:
-            raise BadInput(f"row {problem.prompt[:60]!r} has {len(ids)} tokens with its answer, and the model's context is {context}; shorten the row")
+            raise BadInput(f"row {problem.prompt[:60]!r} has {len(ids)} tokens with its answer, "
+                           f"and the model's context is {context}; shorten the row")
         rows.append(Row(ids, P, operation_ids.get(problem.operation, 0)))
     return rows
 
 
 def make_batch(rows: list[Row], indices: list[int], T: int, A: int, cfg: Config) -> Batch:
-    """Pad the rows to T tokens and mark their targets: answer and EOS, or all tokens after the first (mask_prompt false).
+    """Pad the rows to T tokens and mark their targets.
 
+    targets  answer and EOS, or all tokens after the first (mask_prompt false)
     indices  rows to take; -1 fills the batch up with a row of zeros that counts for nothing
-    example  ids [1, 7, *, 8, =, 56, 2], P 5: loss_mask [0, 0, 0, 0, 1, 1], target_positions [4, 5], targets [56, 2]
+    example  ids [1, 7, *, 8, =, 56, 2], P 5: loss_mask [0, 0, 0, 0, 1, 1],
+             target_positions [4, 5], targets [56, 2]
     """
     B = len(indices)
     tokens, loss_mask = np.zeros((B, T), np.int32), np.zeros((B, T - 1), np.float32)
@@ -300,19 +329,23 @@ def make_batch(rows: list[Row], indices: list[int], T: int, A: int, cfg: Config)
         loss_mask[i, first - 1:n - 1] = 1
         class_positions[i] = row.P - 1 if cfg.class_position == "prompt" else n - 2
         operation_ids[i] = row.operation_id
-    positions = np.argsort(-loss_mask, axis=1, kind="stable")[:, :A]        # the ones first, in order
+    positions = np.argsort(-loss_mask, axis=1, kind="stable")[:, :A]  # the ones first, in order
     return Batch(
-        tokens=mx.array(tokens), loss_mask=mx.array(loss_mask), target_positions=mx.array(positions.astype(np.int32)),
+        tokens=mx.array(tokens), loss_mask=mx.array(loss_mask),
+        target_positions=mx.array(positions.astype(np.int32)),
         targets=mx.array(np.take_along_axis(tokens, positions + 1, 1)),
-        target_mask=mx.array(np.take_along_axis(loss_mask, positions, 1)), class_positions=mx.array(class_positions),
-        operation_ids=mx.array(operation_ids), row_mask=mx.array(np.array([i >= 0 for i in indices], np.float32)), rows=list(indices))
+        target_mask=mx.array(np.take_along_axis(loss_mask, positions, 1)),
+        class_positions=mx.array(class_positions), operation_ids=mx.array(operation_ids),
+        row_mask=mx.array(np.array([i >= 0 for i in indices], np.float32)), rows=list(indices))
 
 
 class Batches:
-    """Endless batches over fixed rows. `at(step)` depends on rows, config and step alone, so a resumed run needs no position.
+    """Endless batches over fixed rows.
 
-    Rows are grouped into few lengths (multiples of 4 for short rows, of 32 otherwise): little padding, and few distinct
-    shapes, since `mx.compile` keeps one trace for each. Each epoch shuffles rows within lengths and the order of batches.
+    `at(step)` depends on rows, config and step alone, so a resumed run needs no position. Rows are
+    grouped into few lengths (multiples of 4 for short rows, of 32 otherwise): little padding, and
+    few distinct shapes, since `mx.compile` keeps one trace for each. Each epoch shuffles rows
+    within lengths and the order of batches.
     """
 
     def __init__(self, rows: list[Row], cfg: Config):
@@ -323,11 +356,12 @@ class Batches:
         targets = [len(r.ids) - (r.P if cfg.mask_prompt else 1) for r in rows]
         self.A = max(targets)
         self.lengths = sorted(set(self.padded.tolist()))
-        self.per_epoch = sum(-(-int((self.padded == n).sum()) // cfg.batch_size) for n in self.lengths)
+        self.per_epoch = sum(-(-int((self.padded == n).sum()) // cfg.batch_size)
+                             for n in self.lengths)
         self._epoch, self._plan = -1, []
 
     def _shuffle(self, epoch: int) -> list[tuple[int, list[int]]]:
-        """One epoch's (length, row indices) in order; the last batch of a length is filled up with -1."""
+        """One epoch's (length, row indices) in order; a length's last batch is filled with -1."""
         rng, B, plan = np.random.default_rng((self.cfg.seed, epoch)), self.cfg.batch_size, []
         for n in self.lengths:
             order = rng.permutation(np.flatnonzero(self.padded == n))
@@ -336,13 +370,14 @@ class Batches:
         return [plan[i] for i in rng.permutation(len(plan))]
 
     def at(self, step: int) -> list[Batch]:
-        """The micro-batches of a 0-based step: cfg.grad_accum_steps equal parts of its cfg.batch_size rows."""
+        """The micro-batches of a 0-based step: cfg.grad_accum_steps equal parts of its rows."""
         epoch, k = divmod(step, self.per_epoch)
         if epoch != self._epoch:
             self._epoch, self._plan = epoch, self._shuffle(epoch)
         T, indices = self._plan[k]
         part = len(indices) // self.cfg.grad_accum_steps
-        return [make_batch(self.rows, indices[i:i + part], T, min(self.A, T - 1), self.cfg) for i in range(0, len(indices), part)]
+        return [make_batch(self.rows, indices[i:i + part], T, min(self.A, T - 1), self.cfg)
+                for i in range(0, len(indices), part)]
 
 
 def main(argv: list[str]) -> None:
@@ -354,9 +389,11 @@ def main(argv: list[str]) -> None:
             problems = load_split(cfg, split)
             print(f"{split}: {len(problems)} problems, {len(set(problems))} distinct")
             for problem in problems[:3] + problems[-3:]:
-                print(f"  {problem.prompt!r} -> {problem.answer!r}  ({problem.operation}, {problem.wording})")
+                print(f"  {problem.prompt!r} -> {problem.answer!r}  "
+                      f"({problem.operation}, {problem.wording})")
     else:
-        raise BadInput(f"expected `python data.py tokenizer FOLDER` or `python data.py show [key=value ...]`, got {' '.join(argv) or 'nothing'}")
+        raise BadInput("expected `python data.py tokenizer FOLDER` or "
+                       f"`python data.py show [key=value ...]`, got {' '.join(argv) or 'nothing'}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 """Judge a model: are its answers right, and which block already knows?
 
-Two measurements on the same prompts, kept apart. *Accuracy*: greedy completion, graded as a whole (data.grade), with a
-Wilson interval. *Classifier*: the logit lens at the last prompt token, for three series that are never mixed: the
-answer's first token, the operation's word, the operator's symbol. Strength is the largest probability before the last
-block; the last block's own is the model's output and stands beside it, not in it. (The prior code took the maximum over
-all blocks, and counted any of twenty top tokens that contained any of the words or answers as a substring.)
+Two measurements on the same prompts, kept apart. *Accuracy*: greedy completion, graded as a whole
+(data.grade), with a Wilson interval. *Classifier*: the logit lens at the last prompt token, for
+three series that are never mixed: the answer's first token, the operation's word, the operator's
+symbol. Strength is the largest probability before the last block; the last block's own is the
+model's output and stands beside it, not in it. (The prior code took the maximum over all blocks,
+and counted any of twenty top tokens that contained any of the words or answers as a substring.)
 
-    python eval.py --ckpt runs/dual_reward --base                    # beside the model it was trained from
-    python eval.py --ckpt runs/dual_reward --compare runs/sft        # exact McNemar test on the same problems
-    python eval.py --ckpt models/tiny data_wordings=symbolic,worded  # any model; key=value as in a config
+    python eval.py --ckpt runs/dual_reward --base                    # beside its base model
+    python eval.py --ckpt runs/dual_reward --compare runs/sft        # exact McNemar, same problems
+    python eval.py --ckpt models/tiny data_wordings=symbolic,worded  # any model; any config key
 """
 import argparse
 import json
@@ -34,13 +35,14 @@ EMERGED = 0.10  # the prior work's threshold on a probability before the last bl
 
 
 def target_ids(tokenizer: Tokenizer, problems: list[Problem], target: str) -> dict[str, int]:
-    """The single token of every operation's word or symbol; raises BadInput where a word is not one token."""
+    """The one token of each operation's word or symbol; raises BadInput where it is not one."""
     operations = sorted({p.operation for p in problems} - {""})
-    return {op: tokenizer.single_id(SYMBOLS.get(op, op) if target == "symbol" else op) for op in operations}
+    return {op: tokenizer.single_id(SYMBOLS.get(op, op) if target == "symbol" else op)
+            for op in operations}
 
 
 def class_block(cfg: Config, model: Llama) -> int:
-    """The 0-based block whose output the class loss reads: cfg.class_layer, or 55 % of the depth as in the prior work."""
+    """The 0-based block the class loss reads: cfg.class_layer, or 55 % of depth (prior work)."""
     L = model.args.num_hidden_layers
     block = int(0.55 * L) if cfg.class_layer is None else cfg.class_layer
     if not 0 <= block < L:
@@ -48,12 +50,14 @@ def class_block(cfg: Config, model: Llama) -> int:
     return block
 
 
-def read_series(model: Llama, tokenizer: Tokenizer, problems: list[Problem]) -> tuple[Reading, np.ndarray]:
-    """The lens at each prompt's last token, following SERIES: a Reading with A = 1, N = 3, and the (B, N) ids followed.
+def read_series(model: Llama, tokenizer: Tokenizer,
+                problems: list[Problem]) -> tuple[Reading, np.ndarray]:
+    """The lens at each prompt's last token: a Reading (A = 1, N = 3) of SERIES, and its ids (B, N).
 
     Rows of a user's data without an operation follow the answer in all three series.
     """
-    words, symbols = target_ids(tokenizer, problems, "word"), target_ids(tokenizer, problems, "symbol")
+    words = target_ids(tokenizer, problems, "word")
+    symbols = target_ids(tokenizer, problems, "symbol")
     prompts, ids = [], []
     for p in problems:
         joint, P = tokenizer.encode_pair(p.prompt, p.answer)
@@ -63,33 +67,38 @@ def read_series(model: Llama, tokenizer: Tokenizer, problems: list[Problem]) -> 
 
 
 def summarize_lens(reading: Reading, ids: np.ndarray, block: int) -> dict:
-    """Means over prompts, small enough for one line of metrics.jsonl: per tap the probability and top-1 share of each series."""
+    """Means over prompts for metrics.jsonl: per tap each series' probability and top-1 share."""
     summary = {"class_top1": float((reading.top_ids[block + 1, :, 0, 0] == ids[:, 1]).mean())}
     for n, name in enumerate(SERIES):
-        summary[name] = {"prob": reading.probs[:, :, 0, n].mean(1).round(5).tolist(),
-                         "top1": (reading.top_ids[:, :, 0, 0] == ids[:, n]).mean(1).round(5).tolist()}
+        summary[name] = {
+            "prob": reading.probs[:, :, 0, n].mean(1).round(5).tolist(),
+            "top1": (reading.top_ids[:, :, 0, 0] == ids[:, n]).mean(1).round(5).tolist()}
     return summary
 
 
-def measure_accuracy(model: Llama, tokenizer: Tokenizer, problems: list[Problem], max_completion_tokens: int) -> list[dict]:
-    """Complete and grade every problem: [{prompt, expected, generated, correct, operation, wording}]."""
+def measure_accuracy(model: Llama, tokenizer: Tokenizer, problems: list[Problem],
+                     max_completion_tokens: int) -> list[dict]:
+    """Complete and grade problems: [{prompt, expected, generated, correct, operation, wording}]."""
     prompts = [tokenizer.encode_prompt(p.prompt) for p in problems]
     done = decode_greedy(model, tokenizer, prompts, max_completion_tokens)
-    return [{"prompt": p.prompt, "expected": p.answer, "generated": c.text.strip(), "correct": grade(p.answer, c.text, c.finished),
+    return [{"prompt": p.prompt, "expected": p.answer, "generated": c.text.strip(),
+             "correct": grade(p.answer, c.text, c.finished),
              "operation": p.operation, "wording": p.wording} for p, c in zip(problems, done)]
 
 
 def judge(model: Llama, tokenizer: Tokenizer, cfg: Config) -> dict:
-    """Everything report.json says about one model: accuracy, prompts, layers, strength. Test problems and named prompts."""
+    """Everything report.json says about one model, over test problems and named prompts."""
     test = load_split(cfg, "test")
-    named = {} if Path(cfg.data).is_dir() else {name: named_problems(name) for name in NAMED_PROMPTS}
+    named = {} if Path(cfg.data).is_dir() else {
+        name: named_problems(name) for name in NAMED_PROMPTS}
     problems = test + [p for group in named.values() for p in group]
     sets = ["test"] * len(test) + [name for name, group in named.items() for _ in group]
     reading, ids = read_series(model, tokenizer, problems)
     rows = measure_accuracy(model, tokenizer, problems, cfg.max_completion_tokens)
     for i, row in enumerate(rows):
         row |= {"set": sets[i], **peak_of_prompt(reading.probs[:, i, 0])}
-    words, symbols = target_ids(tokenizer, problems, "word"), target_ids(tokenizer, problems, "symbol")
+    words = target_ids(tokenizer, problems, "word")
+    symbols = target_ids(tokenizer, problems, "symbol")
     return {
         **summarize_accuracy(rows),
         **summarize_classifier(reading.first(len(test)), ids[:len(test)], class_block(cfg, model)),
@@ -99,16 +108,17 @@ def judge(model: Llama, tokenizer: Tokenizer, cfg: Config) -> dict:
 
 
 def peak_of_prompt(probs: np.ndarray) -> dict:
-    """One prompt's classifier row: probs (L+1, 3). Where each series peaks before the last block, and the last block's own."""
+    """Where each series peaks before the last block, and the last block's own; probs (L+1, 3)."""
     row = {}
     for n, name in enumerate(SERIES):
         inner = probs[1:-1, n]  # blocks 0 .. L-2: the last is the output itself
-        row |= {f"{name}_layer": int(inner.argmax()), f"{name}_prob": float(inner.max()), f"{name}_prob_last": float(probs[-1, n])}
+        row |= {f"{name}_layer": int(inner.argmax()), f"{name}_prob": float(inner.max()),
+                f"{name}_prob_last": float(probs[-1, n])}
     return row
 
 
 def summarize_accuracy(rows: list[dict]) -> dict:
-    """Wilson intervals over the test problems: all, each operation and wording, + and - together; and the named prompts."""
+    """Wilson intervals: all test problems, each operation and wording, + and -; named prompts."""
     def share(keep) -> dict:
         correct = [row["correct"] for row in rows if keep(row)]
         return wilson(sum(correct), len(correct))
@@ -118,32 +128,39 @@ def summarize_accuracy(rows: list[dict]) -> dict:
         cells.setdefault(f"{row['operation']} {row['wording']}".strip(), []).append(row["correct"])
     return {
         "accuracy": share(lambda row: row["set"] == "test"),
-        "accuracy_by": {cell: wilson(sum(correct), len(correct)) for cell, correct in sorted(cells.items())},
-        "accuracy_add_subtract": share(lambda row: row["set"] == "test" and row["operation"] in ("add", "subtract")),
-        "accuracy_named": {name: share(lambda row, name=name: row["set"] == name) for name in dict.fromkeys(r["set"] for r in rows) if name != "test"},
+        "accuracy_by": {cell: wilson(sum(correct), len(correct))
+                        for cell, correct in sorted(cells.items())},
+        "accuracy_add_subtract": share(
+            lambda row: row["set"] == "test" and row["operation"] in ("add", "subtract")),
+        "accuracy_named": {name: share(lambda row, name=name: row["set"] == name)
+                           for name in dict.fromkeys(r["set"] for r in rows) if name != "test"},
     }
 
 
 def summarize_classifier(reading: Reading, ids: np.ndarray, block: int) -> dict:
-    """The set-level classifier figures over B prompts: at the trained block, each series' strength, and every block's means."""
+    """The classifier's figures over B prompts: at the trained block, per series, per block."""
     probs, ranks = reading.probs[:, :, 0], reading.ranks[:, :, 0]                   # (L+1, B, 3)
     is_top = reading.top_ids[:, :, 0, :1] == ids                                    # (L+1, B, 3)
     word = SERIES.index("operation")
     layers = []
     for tap in range(1, len(probs)):
-        series = {name: {"prob": float(probs[tap, :, n].mean()), "rank": float(np.median(ranks[tap, :, n])),
+        series = {name: {"prob": float(probs[tap, :, n].mean()),
+                         "rank": float(np.median(ranks[tap, :, n])),
                          "top1": float(is_top[tap, :, n].mean())} for n, name in enumerate(SERIES)}
-        layers.append({"layer": tap - 1, "last": tap == len(probs) - 1, "entropy": float(reading.entropy[tap].mean()), **series})
+        layers.append({"layer": tap - 1, "last": tap == len(probs) - 1,
+                       "entropy": float(reading.entropy[tap].mean()), **series})
     right = is_top[block + 1, :, word]
     return {
-        "class": {"layer": block, "top1": wilson(int(right.sum()), len(right)), "prob": bootstrap_mean(probs[block + 1, :, word])},
-        "strength": {name: summarize_strength(probs[:, :, n], is_top[:, :, n]) for n, name in enumerate(SERIES)},
+        "class": {"layer": block, "top1": wilson(int(right.sum()), len(right)),
+                  "prob": bootstrap_mean(probs[block + 1, :, word])},
+        "strength": {name: summarize_strength(probs[:, :, n], is_top[:, :, n])
+                     for n, name in enumerate(SERIES)},
         "layers": layers,
     }
 
 
 def summarize_strength(probs: np.ndarray, is_top: np.ndarray) -> dict:
-    """Set-level strength of one series: probs, is_top (L+1, B). Mean of each prompt's peak before the last block, and how many emerged."""
+    """A series' mean peak before the last block, and how many emerged; probs, is_top (L+1, B)."""
     inner = probs[1:-1]
     return {
         "before_last": bootstrap_mean(inner.max(0)), "last": bootstrap_mean(probs[-1]),
@@ -155,19 +172,23 @@ def summarize_strength(probs: np.ndarray, is_top: np.ndarray) -> dict:
 
 def provenance() -> dict:
     """What produced a number: package versions, device, commit."""
-    git = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True)
-    return {"mlx": version("mlx"), "numpy": np.__version__, "device": str(mx.default_device()), "blas": blas.LOADED or "bundled",
-            "commit": git.stdout.strip() or "unknown"}
+    git = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+                         capture_output=True, text=True)
+    return {"mlx": version("mlx"), "numpy": np.__version__, "device": str(mx.default_device()),
+            "blas": blas.LOADED or "bundled", "commit": git.stdout.strip() or "unknown"}
 
 
-def make_report(ckpt: str | Path, with_base: bool, compare: str | None = None, overrides: list[str] = ()) -> dict:
-    """Judge a run or a model, its base beside it, another run on the same problems; returns report.json's content."""
+def make_report(ckpt: str | Path, with_base: bool, compare: str | None = None,
+                overrides: list[str] = ()) -> dict:
+    """Judge a run or a model, its base, another run on the same problems: report.json's content."""
     model, tokenizer, cfg = load_checkpoint(ckpt)
     if overrides and cfg:  # e.g. another wording for a finished run
         cfg = load_config(Path(ckpt) / "config.yaml", overrides)
     cfg = cfg or load_overrides(overrides)
-    report = {"ckpt": str(ckpt), "method": cfg.method if (Path(ckpt) / "config.yaml").exists() else "none", "seed": cfg.seed,
-              **judge(model, tokenizer, cfg), "config": resolved(cfg), "versions": provenance()}
+    report = {"ckpt": str(ckpt),
+              "method": cfg.method if (Path(ckpt) / "config.yaml").exists() else "none",
+              "seed": cfg.seed, **judge(model, tokenizer, cfg),
+              "config": resolved(cfg), "versions": provenance()}
     if with_base and report["method"] != "none" and not cfg.from_scratch:
         base_model, base_tokenizer = load(cfg.model, cfg.dtype, cfg.bits)
         report["base"] = {"ckpt": cfg.model, **judge(base_model, base_tokenizer, cfg)}
@@ -183,51 +204,70 @@ def percent(interval: dict) -> str:
     """example  {value .913, low .89, high .93, n 600} -> ' 91.3 % [89.0, 93.0] n=600' """
     if interval["value"] is None:
         return "-"
-    return f"{100 * interval['value']:5.1f} % [{100 * interval['low']:.1f}, {100 * interval['high']:.1f}] n={interval['n']}"
+    return (f"{100 * interval['value']:5.1f} % "
+            f"[{100 * interval['low']:.1f}, {100 * interval['high']:.1f}] n={interval['n']}")
 
 
 def print_report(report: dict) -> None:
-    """The tables for a person: accuracy beside the base, the prior work's prompt table, the layers."""
-    print(f"\n{report['ckpt']} ({report['method']}, seed {report['seed']}); test pairs never seen in training; 95 % Wilson intervals")
+    """Tables for a person: accuracy beside the base, the prior work's prompt table, the layers."""
+    print(f"\n{report['ckpt']} ({report['method']}, seed {report['seed']}); "
+          "test pairs never seen in training; 95 % Wilson intervals")
     print_accuracy(report)
     print_prompts(report["prompts"])
-    print("\n  block   answer                  operation word          symbol                  entropy    (mean probability, median rank)")
+    print("\n  block   answer                  operation word          "
+          "symbol                  entropy    (mean probability, median rank)")
     for layer in reversed(report["layers"]):
         cells = "".join(f"{layer[s]['prob']:.4f}  #{layer[s]['rank']:<14.0f}" for s in SERIES)
-        print(f"  L{layer['layer']:<6} {cells}{layer['entropy']:.2f}{'   (the output itself)' if layer['last'] else ''}")
+        print(f"  L{layer['layer']:<6} {cells}{layer['entropy']:.2f}"
+              f"{'   (the output itself)' if layer['last'] else ''}")
 
 
 def print_accuracy(report: dict) -> None:
-    columns = [(name, r) for name, r in (("base", report.get("base")), ("this", report), ("other", report.get("compare"))) if r]
+    reports = (("base", report.get("base")), ("this", report), ("other", report.get("compare")))
+    columns = [(name, r) for name, r in reports if r]
     print(" " * 36 + "".join(f"{name + ': ' + r['ckpt']:<34}" for name, r in columns))
-    lines = {"accuracy, all test problems": lambda r: r["accuracy"], "accuracy, add and subtract": lambda r: r["accuracy_add_subtract"]}
-    lines |= {f"  {cell}": lambda r, cell=cell: r["accuracy_by"][cell] for cell in report["accuracy_by"]}
-    lines |= {f"  the prior work's {name} prompts": lambda r, name=name: r["accuracy_named"][name] for name in report["accuracy_named"]}
+    lines = {"accuracy, all test problems": lambda r: r["accuracy"],
+             "accuracy, add and subtract": lambda r: r["accuracy_add_subtract"]}
+    lines |= {f"  {cell}": lambda r, cell=cell: r["accuracy_by"][cell]
+              for cell in report["accuracy_by"]}
+    lines |= {f"  the prior work's {name} prompts": lambda r, name=name: r["accuracy_named"][name]
+              for name in report["accuracy_named"]}
     lines[f"operation word top-1 at L{report['class']['layer']}"] = lambda r: r["class"]["top1"]
-    lines |= {f"{name} emerged (> {EMERGED})": lambda r, name=name: r["strength"][name]["emerged"] for name in SERIES}
+    lines |= {f"{name} emerged (> {EMERGED})": lambda r, name=name: r["strength"][name]["emerged"]
+              for name in SERIES}
     for label, get in lines.items():
         print(f"  {label:<34}" + "".join(f"{percent(get(r)):<34}" for _, r in columns))
     if "compare" in report:
         test = report["compare"]["mcnemar"]
-        print(f"  McNemar, exact: {test['only_first']} solved only by this, {test['only_second']} only by the other, p = {test['p']:.3g}")
+        print(f"  McNemar, exact: {test['only_first']} solved only by this, "
+              f"{test['only_second']} only by the other, p = {test['p']:.3g}")
 
 
 def print_prompts(rows: list[dict]) -> None:
-    """The prior work's table over its named prompts: expected, generated, right, classifier layer and confidence."""
-    print(f"\n  {'prompt':<14}{'expected':>9}{'generated':>11}  right  {'answer before the last block':<30}operation word before the last block")
+    """The prior work's table over its named prompts, with the classifier's layer and confidence."""
+    print(f"\n  {'prompt':<14}{'expected':>9}{'generated':>11}  right  "
+          f"{'answer before the last block':<30}operation word before the last block")
     for row in {r["prompt"]: r for r in rows if r["set"] != "test"}.values():
-        answer, word = (f"L{row[s + '_layer']} {row[s + '_prob']:.3f} (last block {row[s + '_prob_last']:.3f})" for s in ("answer", "operation"))
+        answer, word = (
+            f"L{row[s + '_layer']} {row[s + '_prob']:.3f} (last block {row[s + '_prob_last']:.3f})"
+            for s in ("answer", "operation"))
         right = "yes" if row["correct"] else "no"
-        print(f"  {row['prompt']:<14}{row['expected']:>9}{row['generated'][:10]:>11}  {right:<7}{answer:<30}{word}")
+        print(f"  {row['prompt']:<14}{row['expected']:>9}{row['generated'][:10]:>11}  "
+              f"{right:<7}{answer:<30}{word}")
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description="Accuracy and classifier report of a run or model.")
+    parser = argparse.ArgumentParser(
+        description="Accuracy and classifier report of a run or model.")
     parser.add_argument("--ckpt", required=True, help="run folder, model folder or Hub name")
-    parser.add_argument("--base", action="store_true", help="judge the model it was trained from as well")
-    parser.add_argument("--compare", metavar="RUN2", help="another run or model, on the same problems")
-    parser.add_argument("--json", metavar="FILE", help="where to write the report; a run folder's report.json is left as it is")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, such as data_wordings=worded")
+    parser.add_argument("--base", action="store_true",
+                        help="judge the model it was trained from as well")
+    parser.add_argument("--compare", metavar="RUN2",
+                        help="another run or model, on the same problems")
+    parser.add_argument("--json", metavar="FILE", help="where to write the report; "
+                        "a run folder's report.json is left as it is")
+    parser.add_argument("overrides", nargs="*", metavar="key=value",
+                        help="config keys, such as data_wordings=worded")
     args = parser.parse_args(argv)
     report = make_report(args.ckpt, args.base, args.compare, args.overrides)
     print_report(report)

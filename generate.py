@@ -1,6 +1,7 @@
 """Decode greedily for many prompts at once, with a KV cache.
 
-Prompts of equal length share a batch, so no row is padded and no mask is needed: arithmetic prompts have few lengths.
+Prompts of equal length share a batch, so no row is padded and no mask is needed: arithmetic prompts
+have few lengths.
 
     python generate.py --ckpt runs/sft --prompt "7 * 8 = "
 """
@@ -29,7 +30,8 @@ def check_context(prompts: list[list[int]], max_completion_tokens: int, model: L
     """Raises BadInput where prompt and completion together would not fit the model's context."""
     context, longest = model.args.max_position_embeddings, max(map(len, prompts))
     if longest + max_completion_tokens > context:
-        raise BadInput(f"a prompt of {longest} tokens and {max_completion_tokens} more exceed the model's context of {context}; shorten the prompt")
+        raise BadInput(f"a prompt of {longest} tokens and {max_completion_tokens} more exceed "
+                       f"the model's context of {context}; shorten the prompt")
 
 
 def read_completion(ids: list[int], tokenizer: Tokenizer) -> Completion:
@@ -40,8 +42,9 @@ def read_completion(ids: list[int], tokenizer: Tokenizer) -> Completion:
     return Completion(ids, text, stop is not None or bool(line_break))
 
 
-def decode_greedy(model: Llama, tokenizer: Tokenizer, prompts: list[list[int]], max_completion_tokens: int) -> list[Completion]:
-    """The most probable token again and again, until EOS, a line break or the limit; results in the prompts' order.
+def decode_greedy(model: Llama, tokenizer: Tokenizer, prompts: list[list[int]],
+                  max_completion_tokens: int) -> list[Completion]:
+    """The top token again and again, until EOS, a line break or the limit; in the prompts' order.
 
     raises   BadInput if a prompt does not fit the context
     """
@@ -57,10 +60,11 @@ def decode_greedy(model: Llama, tokenizer: Tokenizer, prompts: list[list[int]], 
             tokens = mx.array([prompts[j] for j in part])               # (B, length)
             sampled: list[list[int]] = [[] for _ in part]
             for _ in range(max_completion_tokens):
-                # slice the residual stream, not the logits: the unembedding runs for one position only
+                # slice the stream, not the logits: the unembedding runs for one position only
                 logits = model.head(model.final_resid(tokens, cache)[:, -1])    # (B, V)
                 tokens = mx.argmax(logits, axis=-1)[:, None]            # (B, 1)
-                for ids, token in zip(sampled, tokens[:, 0].tolist()):  # tolist evaluates: one host sync per token
+                # tolist evaluates: one host sync per token
+                for ids, token in zip(sampled, tokens[:, 0].tolist()):
                     ids.append(token)
                 done = [read_completion(ids, tokenizer) for ids in sampled]
                 if all(c.finished for c in done):
@@ -72,12 +76,14 @@ def decode_greedy(model: Llama, tokenizer: Tokenizer, prompts: list[list[int]], 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description="Complete prompts greedily.")
     parser.add_argument("--ckpt", required=True, help="run folder, model folder or Hub name")
-    parser.add_argument("--prompt", required=True, action="append", help="may be given several times")
+    parser.add_argument("--prompt", required=True, action="append",
+                        help="may be given several times")
     parser.add_argument("--max-tokens", type=int, default=32)
     args = parser.parse_args(argv)
     model, tokenizer, _ = load_checkpoint(args.ckpt)
     prompts = [tokenizer.encode_prompt(text) for text in args.prompt]
-    for text, completion in zip(args.prompt, decode_greedy(model, tokenizer, prompts, args.max_tokens)):
+    completions = decode_greedy(model, tokenizer, prompts, args.max_tokens)
+    for text, completion in zip(args.prompt, completions):
         print(f"{text}{completion.text}")
 
 

@@ -1,15 +1,19 @@
 """A Llama, from the checkpoint's folder to logits, with its residual stream open to view.
 
-One forward pass serves training, generation and the lens: `stream` yields the residual stream after the embedding
-and after every block, and `head` (final norm, then unembedding) turns any of them into logits. At the last tap that
-is the model's output; at an earlier tap it is the logit lens. So the lens cannot drift from the model it looks at.
+One forward pass serves training, generation and the lens: `stream` yields the residual stream after
+the embedding and after every block, and `head` (final norm, then unembedding) turns any of them
+into logits. At the last tap that is the model's output; at an earlier tap it is the logit lens. So
+the lens cannot drift from the model it looks at.
 
-Families, told apart by config.json: Llama-2 and TinyLlama (plain RoPE), Llama-3.x (llama3-scaled RoPE, tied or untied
-unembedding), Qwen2.5 (bias on q, k, v). Parameter names equal the Hub checkpoint's keys, so loading renames nothing.
-Sources: Llama 2307.09288, Llama 3 2407.21783, RoPE 2104.09864, GQA 2305.13245, SwiGLU 2002.05202, Qwen2.5 2412.15115.
+Families, told apart by config.json: Llama-2 and TinyLlama (plain RoPE), Llama-3.x (llama3-scaled
+RoPE, tied or untied unembedding), Qwen2.5 (bias on q, k, v). Parameter names equal the Hub
+checkpoint's keys, so loading renames nothing.
+Sources: Llama 2307.09288, Llama 3 2407.21783, RoPE 2104.09864, GQA 2305.13245, SwiGLU 2002.05202,
+Qwen2.5 2412.15115.
 
-Shapes, for the whole project: B batch, T tokens, D model width, H query heads, K key-value heads, d head width,
-F MLP width, V vocabulary, L blocks, r LoRA rank. Tap 0 is after the embedding, tap l after block l-1, up to tap L.
+Shapes, for the whole project: B batch, T tokens, D model width, H query heads, K key-value heads,
+d head width, F MLP width, V vocabulary, L blocks, r LoRA rank. Tap 0 is after the embedding,
+tap l after block l-1, up to tap L.
 """
 import json
 import math
@@ -27,6 +31,7 @@ from mlx.utils import tree_flatten
 from safetensors import SafetensorError, safe_open
 
 from config import BadInput, replace_file, write_bytes
+from fastexp import silu
 from tokenizer import load_tokenizer
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
@@ -53,22 +58,26 @@ class ModelArgs:
 
 
 def parse_args(raw: dict, where: str) -> ModelArgs:
-    """Read config.json's fields, in the Hub's older and newer spelling; raises BadInput on what we would compute wrongly."""
+    """Read config.json, old or new spelling; raises BadInput on what we would compute wrongly."""
     family = raw.get("model_type")
     if family not in FAMILIES.values():
         names = ", ".join(f"{name} ({model_type})" for name, model_type in FAMILIES.items())
         raise BadInput(f"{where}: model_type {family!r} is not supported; expected {names}")
-    missing = [k for k in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size") if k not in raw]
+    missing = [k for k in ("hidden_size", "intermediate_size", "num_hidden_layers",
+                           "num_attention_heads", "vocab_size") if k not in raw]
     if missing:
         raise BadInput(f"{where}: missing {', '.join(missing)}")
-    # Transformers 5 writes rope_parameters; before it, rope_theta stood beside rope_scaling. Reading only one of the
-    # spellings gives a model that runs and is wrong from the first token on.
-    rope = raw.get("rope_parameters") or {"rope_theta": raw.get("rope_theta", 10000.0), **(raw.get("rope_scaling") or {})}
+    # Transformers 5 writes rope_parameters; before it, rope_theta stood beside rope_scaling.
+    # Reading only one of them gives a model that runs and is wrong from the first token on.
+    rope = raw.get("rope_parameters") or {"rope_theta": raw.get("rope_theta", 10000.0),
+                                          **(raw.get("rope_scaling") or {})}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "llama3", "linear"):
-        raise BadInput(f"{where}: RoPE type {rope_type!r} is not supported; expected default, llama3 or linear")
+        raise BadInput(f"{where}: RoPE type {rope_type!r} is not supported; "
+                       "expected default, llama3 or linear")
     if raw.get("hidden_act", "silu") != "silu":
-        raise BadInput(f"{where}: hidden_act {raw['hidden_act']!r} is not supported; expected 'silu'")
+        raise BadInput(f"{where}: hidden_act {raw['hidden_act']!r} is not supported; "
+                       "expected 'silu'")
     if raw.get("use_sliding_window"):
         raise BadInput(f"{where}: use_sliding_window is not supported; expected false")
     heads, bias = raw["num_attention_heads"], raw.get("attention_bias", False)
@@ -77,10 +86,12 @@ def parse_args(raw: dict, where: str) -> ModelArgs:
         num_hidden_layers=raw["num_hidden_layers"], num_attention_heads=heads,
         num_key_value_heads=raw.get("num_key_value_heads") or heads,
         head_dim=raw.get("head_dim") or raw["hidden_size"] // heads, vocab_size=raw["vocab_size"],
-        max_position_embeddings=raw.get("max_position_embeddings", 2048), rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+        max_position_embeddings=raw.get("max_position_embeddings", 2048),
+        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
         rope_theta=rope.get("rope_theta") or raw.get("rope_theta") or 10000.0,
         rope_scaling=None if rope_type == "default" else {**rope, "rope_type": rope_type},
-        qkv_bias=family == "qwen2" or bias, o_bias=family == "llama" and bias, mlp_bias=raw.get("mlp_bias", False),
+        qkv_bias=family == "qwen2" or bias, o_bias=family == "llama" and bias,
+        mlp_bias=raw.get("mlp_bias", False),
         tie_word_embeddings=raw.get("tie_word_embeddings", False),
     )
 
@@ -88,9 +99,10 @@ def parse_args(raw: dict, where: str) -> ModelArgs:
 def rope_periods(args: ModelArgs) -> mx.array:
     """Return the d/2 reciprocal rotation frequencies, which is what `mx.fast.rope` calls `freqs`.
 
-    Plain RoPE turns pair i by position / theta^(2i/d). Llama 3's scaling leaves fast pairs (wavelength below
-    C / high), slows slow ones by `factor` (above C / low), and blends between; C is the original context.
-    It acts at every position, the first included, so leaving it out is never harmless.
+    Plain RoPE turns pair i by position / theta^(2i/d). Llama 3's scaling leaves fast pairs
+    (wavelength below C / high), slows slow ones by `factor` (above C / low), and blends between;
+    C is the original context. It acts at every position, the first included, so leaving it out
+    is never harmless.
     source   Llama 3.1 model card and transformers' modeling_rope_utils
     """
     d = args.head_dim
@@ -101,14 +113,14 @@ def rope_periods(args: ModelArgs) -> mx.array:
     elif scaling:
         context, factor = scaling["original_max_position_embeddings"], scaling["factor"]
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        turns = context * freqs / (2 * math.pi)                     # full turns within the original context
-        blend = np.clip((turns - low) / (high - low), 0, 1)         # 0: slow pair, 1: fast pair
+        turns = context * freqs / (2 * math.pi)              # full turns in the original context
+        blend = np.clip((turns - low) / (high - low), 0, 1)  # 0: slow pair, 1: fast pair
         freqs = (1 - blend) * freqs / factor + blend * freqs
     return mx.array((1 / freqs).astype(np.float32))
 
 
 class KVCache:
-    """Keys and values of one block for up to `capacity` tokens, allocated once so that no step copies the past."""
+    """A block's keys and values, allocated once for `capacity` tokens: no step copies the past."""
 
     def __init__(self, capacity: int):
         self.capacity, self.offset = capacity, 0
@@ -133,7 +145,8 @@ class Attention(nn.Module):
 
     def __init__(self, args: ModelArgs):
         super().__init__()
-        D, H, K, d = args.hidden_size, args.num_attention_heads, args.num_key_value_heads, args.head_dim
+        D, H, K, d = (args.hidden_size, args.num_attention_heads, args.num_key_value_heads,
+                      args.head_dim)
         self.head_dim = d
         self.q_proj = nn.Linear(D, H * d, bias=args.qkv_bias)
         self.k_proj = nn.Linear(D, K * d, bias=args.qkv_bias)
@@ -145,16 +158,19 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         d = self.head_dim
         split = lambda y: y.reshape(B, T, -1, d).transpose(0, 2, 1, 3)
-        q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))  # (B, H, T, d), (B, K, T, d) twice
+        # (B, H, T, d), then (B, K, T, d) twice
+        q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
         offset = cache.offset if cache else 0
         # traditional=False pairs feature i with i + d/2: the layout of the Hub's weights
-        rotate = lambda y: mx.fast.rope(y, d, traditional=False, base=None, scale=1.0, offset=offset, freqs=self._periods)
+        rotate = lambda y: mx.fast.rope(y, d, traditional=False, base=None, scale=1.0,
+                                        offset=offset, freqs=self._periods)
         q, k = rotate(q), rotate(k)
         if cache:
             k, v = cache.update(k, v)
-        # "causal" lines the last query up with the last key, so it is also right behind a cache; right padding
-        # needs no mask of its own, since no real token can look to its right
-        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=d ** -0.5, mask="causal" if T > 1 else None)
+        # "causal" lines the last query up with the last key, so it is also right behind a cache;
+        # right padding needs no mask of its own, since no real token can look to its right
+        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=d ** -0.5,
+                                                 mask="causal" if T > 1 else None)
         return self.o_proj(y.transpose(0, 2, 1, 3).reshape(B, T, -1))  # (B, T, D)
 
 
@@ -169,11 +185,11 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(F, D, bias=args.mlp_bias)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
-    """Read the residual stream through a norm, add attention's result; the same again with the MLP."""
+    """Read the stream through a norm, add attention's result; the same again with the MLP."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()
@@ -223,12 +239,14 @@ class Llama(nn.Module):
         return resid
 
     def head(self, resid: mx.array) -> mx.array:
-        """Final norm, then unembedding: (..., D) -> float32 logits (..., V). The logit lens is this at an earlier tap.
+        """Final norm, then unembedding: (..., D) -> float32 logits (..., V).
 
-        float32, because bfloat16 leaves a vocabulary of 128,256 about a thousand distinct logits: ranks become arbitrary.
+        The logit lens is this at an earlier tap. float32, because bfloat16 leaves a vocabulary of
+        128,256 about a thousand distinct logits: ranks become arbitrary.
         """
         normed = self.model.norm(resid)
-        unembed = self.model.embed_tokens.as_linear if self.args.tie_word_embeddings else self.lm_head
+        unembed = (self.model.embed_tokens.as_linear if self.args.tie_word_embeddings
+                   else self.lm_head)
         return unembed(normed).astype(mx.float32)
 
     def __call__(self, tokens: mx.array, cache: list[KVCache] | None = None) -> mx.array:
@@ -236,37 +254,45 @@ class Llama(nn.Module):
         return self.head(self.final_resid(tokens, cache))
 
     def residuals(self, tokens: mx.array) -> mx.array:
-        """All taps at once, (L+1, B, T, D), before the final norm. For tests and small inputs; prefer `stream`."""
+        """All taps at once, (L+1, B, T, D), before the norm. For small inputs; prefer `stream`."""
         return mx.stack(list(self.stream(tokens)))
 
     def make_cache(self, capacity: int) -> list[KVCache]:
         return [KVCache(capacity) for _ in self.model.layers]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # from a folder or a Hub name to a model
 
 
 def find_folder(name: str | Path) -> Path:
-    """A local folder as it is; otherwise the Hub's name, from the cache or the network. Raises BadInput saying what to run."""
+    """A local folder as it is, else the Hub's, from cache or network; BadInput says what to run."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
     parts = str(name).split("/")
     if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~", "models", "runs"):
-        raise BadInput(f"no model folder {str(name)!r} (from {Path.cwd()}); give a folder in the Hub's layout, or a Hub name such as meta-llama/Llama-3.2-1B")
+        raise BadInput(f"no model folder {str(name)!r} (from {Path.cwd()}); give a folder in the "
+                       "Hub's layout, or a Hub name such as meta-llama/Llama-3.2-1B")
     fetch = f"run `.venv/bin/hf download {name}` where there is a network, or give a local folder"
     try:
         # weights, configs and tokenizers only: nothing that could be executed
-        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "tokenizer.model"], ignore_patterns=["*/*"]))
+        return Path(snapshot_download(
+            str(name), allow_patterns=["*.json", "*.safetensors", "tokenizer.model"],
+            ignore_patterns=["*/*"]))
     except hub_errors.GatedRepoError:
-        raise BadInput(f"{name} is gated: accept its licence at https://huggingface.co/{name}, then run `.venv/bin/hf auth login`") from None
+        raise BadInput(f"{name} is gated: accept its licence at https://huggingface.co/{name}, "
+                       "then run `.venv/bin/hf auth login`") from None
     except hub_errors.RepositoryNotFoundError:
-        raise BadInput(f"no folder {str(name)!r} here and no such model on the Hub; check the spelling, or for a private or gated model run `.venv/bin/hf auth login`") from None
+        raise BadInput(
+            f"no folder {str(name)!r} here and no such model on the Hub; check the spelling, or "
+            "for a private or gated model run `.venv/bin/hf auth login`") from None
     except (hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled):
-        raise BadInput(f"no folder {str(name)!r} here, {name} is not in the Hub cache, and the Hub is not reachable; {fetch}") from None
+        raise BadInput(f"no folder {str(name)!r} here, {name} is not in the Hub cache, "
+                       f"and the Hub is not reachable; {fetch}") from None
     except (hub_errors.HfHubHTTPError, OSError) as error:
-        raise BadInput(f"the Hub did not deliver {name} ({' '.join(str(error).split())[:200]}); {fetch}") from None
+        raise BadInput(f"the Hub did not deliver {name} ({' '.join(str(error).split())[:200]}); "
+                       f"{fetch}") from None
 
 
 def read_json(path: Path) -> dict:
@@ -274,7 +300,8 @@ def read_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise BadInput(f"{path} is missing; expected a folder in the Hub's layout (config.json, *.safetensors, tokenizer)") from None
+        raise BadInput(f"{path} is missing; expected a folder in the Hub's layout "
+                       "(config.json, *.safetensors, tokenizer)") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise BadInput(f"{path} is not valid JSON ({error}); fetch it again") from None
     if not isinstance(value, dict):
@@ -283,21 +310,23 @@ def read_json(path: Path) -> dict:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder: the shards that its index names, or model.safetensors."""
+    """A model folder's safetensors files: the shards that its index names, or model.safetensors."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
         files = sorted({folder / name for name in read_json(index).get("weight_map", {}).values()})
         missing = [f.name for f in files if not f.exists()]
         if missing or not files:
-            raise BadInput(f"{index} names shards that are missing: {', '.join(missing) or 'all'}; fetch the model again")
+            raise BadInput(f"{index} names shards that are missing: {', '.join(missing) or 'all'}; "
+                           "fetch the model again")
         return files
     if not (folder / "model.safetensors").exists():
-        raise BadInput(f"{folder} has no model.safetensors and no model.safetensors.index.json; only safetensors weights are read")
+        raise BadInput(f"{folder} has no model.safetensors and no model.safetensors.index.json; "
+                       "only safetensors weights are read")
     return [folder / "model.safetensors"]
 
 
 def read_safetensors(path: Path) -> dict[str, mx.array]:
-    """Read one file; raises BadInput if it is truncated or corrupt (MLX alone would notice late, or not at all)."""
+    """Read one file; raises BadInput if truncated or corrupt (MLX notices late, or not at all)."""
     try:
         with safe_open(path, framework="numpy"):  # checks the header and that all bytes are there
             pass
@@ -305,24 +334,27 @@ def read_safetensors(path: Path) -> dict[str, mx.array]:
     except FileNotFoundError:
         raise BadInput(f"{path} is missing") from None
     except (SafetensorError, RuntimeError, OSError) as error:
-        raise BadInput(f"{path} is truncated or corrupt ({' '.join(str(error).split())}); fetch or write it again") from None
+        raise BadInput(f"{path} is truncated or corrupt ({' '.join(str(error).split())}); "
+                       "fetch or write it again") from None
 
 
 def check_tensors(found: dict[str, mx.array], expected: dict[str, mx.array], where: str) -> None:
-    """Compare names and shapes; raises BadInput listing every mismatch (the first eight of each kind), never some silently."""
+    """Compare names and shapes; raises BadInput with every mismatch (the first 8 of each kind)."""
     kinds = {
         "missing": [k for k in expected if k not in found],
         "not expected": [k for k in found if k not in expected],
-        "of another shape": [f"{k} {found[k].shape}, expected {expected[k].shape}" for k in found if k in expected and found[k].shape != expected[k].shape],
+        "of another shape": [f"{k} {found[k].shape}, expected {expected[k].shape}" for k in found
+                             if k in expected and found[k].shape != expected[k].shape],
     }
-    show = lambda names: ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    show = lambda names: ", ".join(names[:8]) + (
+        f" and {len(names) - 8} more" if len(names) > 8 else "")
     mistakes = [f"{len(names)} {kind}: {show(names)}" for kind, names in kinds.items() if names]
     if mistakes:
         raise BadInput(f"{where}: tensors do not fit: {'; '.join(mistakes)}")
 
 
 def default_dtype() -> mx.Dtype | None:
-    """float32 on a CPU, where half precision is emulated and slow; None, the checkpoint's own, on a GPU."""
+    """float32 on a CPU, where half precision is emulated; on a GPU None, the checkpoint's own."""
     return mx.float32 if mx.default_device() == mx.Device(mx.cpu) else None
 
 
@@ -331,19 +363,22 @@ def load_weights(model: Llama, folder: Path, dtype: mx.Dtype | None) -> None:
     weights = {}
     for file in weight_files(folder):
         weights.update(read_safetensors(file))
-    weights = {k: v for k, v in weights.items() if not k.endswith("rotary_emb.inv_freq")}  # derived, in old checkpoints
+    # derived, in old checkpoints
+    weights = {k: v for k, v in weights.items() if not k.endswith("rotary_emb.inv_freq")}
     if model.args.tie_word_embeddings:
         weights.pop("lm_head.weight", None)  # some exporters store the tied matrix twice
     check_tensors(weights, dict(tree_flatten(model.parameters())), str(folder))
     kind = dtype or default_dtype()
     model.load_weights([(k, v.astype(kind) if kind else v) for k, v in weights.items()])
-    mx.eval(model.parameters())  # reads the files now, so that a vanishing disk fails here and not in step 1
+    # reads the files now, so that a vanishing disk fails here and not in step 1
+    mx.eval(model.parameters())
 
 
 def init_weights(model: Llama) -> None:
-    """Random weights for training from scratch: sd 1/sqrt(inputs), the two matrices that write to the stream 1/sqrt(2L) of it.
+    """Random weights for training from scratch: sd 1/sqrt(inputs).
 
-    The embedding starts small, sd 0.02: from a large one the bundled model learnt its sums by heart instead of adding.
+    The two matrices that write to the stream have 1/sqrt(2L) of it. The embedding starts small,
+    sd 0.02: from a large one the bundled model learnt its sums by heart instead of adding.
     """
     scaled = []
     for name, weight in tree_flatten(model.parameters()):
@@ -355,12 +390,15 @@ def init_weights(model: Llama) -> None:
     model.load_weights(scaled, strict=False)  # norm gains stay 1, biases as they are
 
 
-def load(path_or_hub_name: str | Path, dtype: str | mx.Dtype | None = None, bits: int | None = None, from_scratch: bool = False):
-    """Return (model, tokenizer) from a folder or Hub name; tokenizer is None where the folder has none.
+def load(path_or_hub_name: str | Path, dtype: str | mx.Dtype | None = None,
+         bits: int | None = None, from_scratch: bool = False):
+    """Return (model, tokenizer) from a folder or Hub name; tokenizer None where there is none.
 
     dtype         float32, bfloat16, float16, or None: float32 on CPU, the checkpoint's on GPU
-    bits          4 or 8 quantises the blocks' linear layers in groups of 64 (affine); embedding and unembedding stay
-    from_scratch  random weights from MLX's current random state; only config.json and the tokenizer are read
+    bits          4 or 8 quantises the blocks' linear layers in groups of 64 (affine);
+                  embedding and unembedding stay
+    from_scratch  random weights from MLX's current random state;
+                  only config.json and the tokenizer are read
     raises        BadInput
     """
     folder = find_folder(path_or_hub_name)
@@ -376,38 +414,47 @@ def load(path_or_hub_name: str | Path, dtype: str | mx.Dtype | None = None, bits
 
 
 def quantize(model: Llama, bits: int) -> None:
-    """Replace the blocks' linear layers by affine-quantised ones, in place; raises BadInput where a width does not divide by 64."""
-    wrong = sorted({m.weight.shape[-1] for _, m in model.model.named_modules() if isinstance(m, nn.Linear) and m.weight.shape[-1] % 64})
+    """Quantise the blocks' linear layers in place; raises BadInput on widths 64 does not divide."""
+    wrong = sorted({m.weight.shape[-1] for _, m in model.model.named_modules()
+                    if isinstance(m, nn.Linear) and m.weight.shape[-1] % 64})
     if wrong:
-        raise BadInput(f"bits = {bits}: quantised layers need input widths that divide by 64; this model has {wrong}")
-    nn.quantize(model.model, group_size=64, bits=bits, class_predicate=lambda _, m: isinstance(m, nn.Linear))
+        raise BadInput(f"bits = {bits}: quantised layers need input widths that divide by 64; "
+                       f"this model has {wrong}")
+    nn.quantize(model.model, group_size=64, bits=bits,
+                class_predicate=lambda _, m: isinstance(m, nn.Linear))
 
 
-def save_safetensors(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str] | None = None) -> None:
-    """Write under a temporary name, check, sync, rename: a reader sees the old file or the new one, never a part.
+def save_safetensors(path: Path, arrays: dict[str, mx.array],
+                     metadata: dict[str, str] | None = None) -> None:
+    """Write aside, check, sync, rename: a reader sees the old file or the new one, never a part.
 
     raises   BadInput if the disk is full or not writable; the old file is then untouched
     """
-    temporary = path.with_name(f".{path.name}.tmp.safetensors")  # mx appends .safetensors to any other ending
+    # mx appends .safetensors to any other ending
+    temporary = path.with_name(f".{path.name}.tmp.safetensors")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         mx.eval(arrays)
         mx.save_safetensors(str(temporary), arrays, metadata={"format": "mlx", **(metadata or {})})
-        with safe_open(temporary, framework="numpy"):  # a full disk can leave a short file without an exception
+        # a full disk can leave a short file without an exception
+        with safe_open(temporary, framework="numpy"):
             pass
         replace_file(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
-        raise BadInput(f"could not write {path} ({' '.join(str(error).split())}); free some disk space: what was saved before is intact") from None
+        raise BadInput(f"could not write {path} ({' '.join(str(error).split())}); "
+                       "free some disk space: what was saved before is intact") from None
 
 
 def save_model(model: Llama, folder: Path, source: str | Path) -> None:
-    """Write a folder in the Hub's layout: weights under their Hub names, and config and tokenizer files copied from the source."""
+    """Write a folder in the Hub's layout: weights; config and tokenizer copied from the source."""
     origin = find_folder(source)
     raw = read_json(origin / "config.json")
     raw["torch_dtype"] = raw["dtype"] = str(model.model.norm.weight.dtype).removeprefix("mlx.core.")
     for file in origin.iterdir():
-        if file.name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json"):
+        if file.name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
+                         "generation_config.json", "special_tokens_map.json"):
             write_bytes(folder / file.name, file.read_bytes())
     save_safetensors(folder / "model.safetensors", dict(tree_flatten(model.parameters())))
-    write_bytes(folder / "config.json", (json.dumps(raw, indent=2) + "\n").encode())  # last: its presence says that all is there
+    # last: its presence says that all is there
+    write_bytes(folder / "config.json", (json.dumps(raw, indent=2) + "\n").encode())

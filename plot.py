@@ -1,8 +1,9 @@
 """Pictures from the numbers that runs and lenses write; nothing is computed or loaded here.
 
-Conventions: the last block is always on top and always drawn; one picture shows one named quantity with its scale.
+Conventions: the last block is always on top and always drawn; one picture shows one named quantity
+with its scale.
 
-    python plot.py runs/dual_reward        # draws the run's emergence.png again from its metrics.jsonl
+    python plot.py runs/dual_reward    # draws the run's emergence.png again from its metrics.jsonl
 """
 import html
 import io
@@ -31,65 +32,83 @@ def show_text(token: str, limit: int = 9) -> str:
 
 
 def lens_heatmap(view: dict, path: str | Path) -> None:
-    """Blocks by positions: the cell's text is the top token, its colour that token's probability."""
+    """Blocks by positions: the cell's text is the top token, its colour the token's probability."""
     taps, T = len(view["taps"]), len(view["tokens"])
     probs = np.array([[cells[0][1] for cells in row] for row in view["top"]])   # (taps, T)
     figure, axes = plt.subplots(figsize=(1.5 + 0.95 * T, 1.0 + 0.36 * taps))
     image = axes.imshow(probs, origin="lower", aspect="auto", cmap="viridis", vmin=0, vmax=1)
     for tap in range(taps):
         for t in range(T):
-            axes.text(t, tap, show_text(view["top"][tap][t][0][0]), ha="center", va="center", fontsize=8, color="black" if probs[tap, t] > 0.6 else "white")
+            axes.text(t, tap, show_text(view["top"][tap][t][0][0]), ha="center", va="center",
+                      fontsize=8, color="black" if probs[tap, t] > 0.6 else "white")
     axes.set_xticks(range(T), [show_text(token) for token in view["tokens"]])
     axes.set_yticks(range(taps), view["taps"])
-    axes.set(xlabel="position (its token; the cell is what follows it)", ylabel="after block", title=f"logit lens: {view['prompt']!r}".replace("$", r"\$"))
+    axes.set(xlabel="position (its token; the cell is what follows it)", ylabel="after block",
+             title=f"logit lens: {view['prompt']!r}".replace("$", r"\$"))
     figure.colorbar(image, label="probability of the top token")
     save_figure(figure, path)
 
 
 def lens_page(view: dict) -> str:
-    """One HTML page without scripts or links: the same heat map, with each cell's ten top tokens on hover."""
+    """One HTML page without scripts or links: the same heat map, each cell's top ten on hover."""
     def cell(tap: int, t: int) -> str:
         (token, prob), *_ = top = view["top"][tap][t]
         tip = "".join(f"<tr><td>{html.escape(w)}</td><td>{100 * p:.1f} %</td></tr>" for w, p in top)
         style = f"background:rgba(20,110,140,{prob:.3f});color:{'#fff' if prob > 0.5 else '#111'}"
-        return f'<td class="cell" style="{style}">{html.escape(token)}<table class="tip"><caption>entropy {view["entropy"][tap][t]:.2f} nats</caption>{tip}</table></td>'
+        return (f'<td class="cell" style="{style}">{html.escape(token)}<table class="tip">'
+                f'<caption>entropy {view["entropy"][tap][t]:.2f} nats</caption>{tip}</table></td>')
     header = "".join(f"<th>{html.escape(token)}</th>" for token in view["tokens"])
-    rows = "".join(f"<tr><th>{name}</th>{''.join(cell(tap, t) for t in range(len(view['tokens'])))}</tr>"
-                   for tap, name in reversed(list(enumerate(view["taps"]))))
-    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>logit lens</title>
-<style>body{{font:14px system-ui,sans-serif;margin:2em}}table{{border-collapse:collapse}}td,th{{padding:.3em .6em;font-family:monospace;text-align:left}}
-.cell{{border:1px solid #ddd;position:relative}}.tip{{display:none;position:absolute;left:60%;top:80%;z-index:1;background:#fff;color:#111;border:1px solid #888;white-space:nowrap}}
-.cell:hover .tip{{display:table}}.tip td{{padding:.1em .6em}}</style>
-<h1>logit lens: <code>{html.escape(view["prompt"])}</code></h1><p>Rows: after each block, the last on top. Colour: probability of the top token. Hover: the ten most probable.</p>
-<table><tr><th></th>{header}</tr>{rows}</table></html>
-"""
+    rows = "".join(
+        f"<tr><th>{name}</th>{''.join(cell(tap, t) for t in range(len(view['tokens'])))}</tr>"
+        for tap, name in reversed(list(enumerate(view["taps"]))))
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>logit lens</title>\n'
+        "<style>body{font:14px system-ui,sans-serif;margin:2em}table{border-collapse:collapse}"
+        "td,th{padding:.3em .6em;font-family:monospace;text-align:left}\n"
+        ".cell{border:1px solid #ddd;position:relative}.tip{display:none;position:absolute;"
+        "left:60%;top:80%;z-index:1;background:#fff;color:#111;border:1px solid #888;"
+        "white-space:nowrap}\n"
+        ".cell:hover .tip{display:table}.tip td{padding:.1em .6em}</style>\n"
+        f'<h1>logit lens: <code>{html.escape(view["prompt"])}</code></h1>'
+        "<p>Rows: after each block, the last on top. Colour: probability of the top token. "
+        "Hover: the ten most probable.</p>\n"
+        f"<table><tr><th></th>{header}</tr>{rows}</table></html>\n")
 
 
 def emergence(records: list[dict], path: str | Path, title: str) -> None:
-    """The run as a curve: blocks by training steps for the operation word and for the answer, and accuracy below.
+    """The run as a curve: blocks by steps for operation word and answer, and accuracy below.
 
-    records  the lines of metrics.jsonl; those with "lens" hold mean probabilities per block on validation prompts
+    records  the lines of metrics.jsonl; those with "lens" hold mean probabilities per block on
+             validation prompts
     """
     lens = [r for r in records if "lens" in r]
     accuracy = [r for r in records if "valid_accuracy" in r]
     if not lens and not accuracy:
         return
-    panels = [(key, label) for key, label in (("operation", "operation word"), ("answer", "answer")) if lens and key in lens[0]["lens"]]
-    figure, axes = plt.subplots(len(panels) + 1, 1, figsize=(8, 2.6 * (len(panels) + 1)), sharex=True, layout="constrained")
+    panels = [(key, label) for key, label in (("operation", "operation word"), ("answer", "answer"))
+              if lens and key in lens[0]["lens"]]
+    figure, axes = plt.subplots(len(panels) + 1, 1, figsize=(8, 2.6 * (len(panels) + 1)),
+                                sharex=True, layout="constrained")
     axes = np.atleast_1d(axes)
     steps = [r["step"] for r in lens]
     for axis, (key, label) in zip(axes, panels):
-        grid = np.array([r["lens"][key]["prob"][1:] for r in lens]).T           # (L, checkpoints), embedding left out
+        # (L, checkpoints), embedding left out
+        grid = np.array([r["lens"][key]["prob"][1:] for r in lens]).T
         edges = np.append(steps, steps[-1] + (steps[-1] - steps[-2] if len(steps) > 1 else 1))
-        image = axis.pcolormesh(edges, np.arange(len(grid) + 1) - 0.5, grid, cmap="viridis", vmin=0, vmax=1)
-        axis.set(ylabel="after block", title=f"{label}: mean lens probability at the last prompt token")
+        image = axis.pcolormesh(edges, np.arange(len(grid) + 1) - 0.5, grid,
+                                cmap="viridis", vmin=0, vmax=1)
+        axis.set(ylabel="after block",
+                 title=f"{label}: mean lens probability at the last prompt token")
         figure.colorbar(image, ax=axis)
     axis = axes[-1]
     if accuracy:
-        axis.plot([r["step"] for r in accuracy], [r["valid_accuracy"] for r in accuracy], "o-", ms=3, label="answers right")
+        axis.plot([r["step"] for r in accuracy], [r["valid_accuracy"] for r in accuracy],
+                  "o-", ms=3, label="answers right")
     if lens and "class_top1" in lens[0]["lens"]:
-        axis.plot(steps, [r["lens"]["class_top1"] for r in lens], "s--", ms=3, label="operation word top-1 at the trained block")
-    axis.set(xlabel="training step", ylabel="share", ylim=(-0.03, 1.03), title="validation prompts (unseen operand pairs)")
+        axis.plot(steps, [r["lens"]["class_top1"] for r in lens], "s--", ms=3,
+                  label="operation word top-1 at the trained block")
+    axis.set(xlabel="training step", ylabel="share", ylim=(-0.03, 1.03),
+             title="validation prompts (unseen operand pairs)")
     axis.legend(loc="lower right")
     axis.grid(alpha=0.3)
     figure.suptitle(title)
@@ -101,7 +120,8 @@ def read_records(path: Path) -> list[dict]:
     try:
         return [json.loads(line) for line in path.read_text().splitlines()]
     except (OSError, ValueError) as error:
-        raise BadInput(f"could not read {path} ({error}); expected a run folder with metrics.jsonl") from None
+        raise BadInput(f"could not read {path} ({error}); "
+                       "expected a run folder with metrics.jsonl") from None
 
 
 def main(argv: list[str]) -> None:

@@ -39,10 +39,10 @@ Written by `make results` (results.py). {machine}.
 Seeds {seeds}: each decides LoRA's start, the training rows and their order; the test problems are
 the same. Test problems: 300 of each operation where there are so many, operand pairs never seen in
 training, by any model here. "+ and −" has n = 600 a seed. Brackets are 95 % Wilson intervals,
-pooled over seeds. "Word" is the operation's name by the logit lens at the last prompt token; "before the
-last block" is the mean over prompts of its largest probability there. "Lowest on the way" is
-validation accuracy at its worst after step 0, mean over seeds. Seconds are wall time of the whole
-command (training, report, pictures), GiB its peak memory.
+pooled over seeds. "Word" is the operation's name by the logit lens at the last prompt token;
+"before the last block" is the mean over prompts of its largest probability there. "Lowest on the
+way" is validation accuracy at its worst after step 0, mean over seeds. Seconds are wall time of the
+whole command (training, report, pictures), GiB its peak memory.
 
 {table}
 
@@ -101,7 +101,7 @@ def lowest_accuracy(report: dict) -> float:
 
 
 def table(reports: dict[str, list[dict]], base: dict) -> str:
-    """One row a condition: each seed's accuracy, and the Wilson interval over all seeds together."""
+    """One row a condition: each seed's accuracy, and the Wilson interval over all seeds."""
     lines = ["| condition | + and − right, % (each seed) | all three, % | word top-1 at L4, % "
              "| word before the last block | lowest on the way, % | s | GiB |",
              "|---|---|---|---|---|---|---|---|"]
@@ -157,9 +157,9 @@ def main(argv: list[str]) -> None:
     machine = f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}"
     blas = "bundled BLAS" if versions["blas"] == "bundled" else "OpenBLAS"
     write_text(Path("RESULTS.md"), TEXT.format(
-        machine=f"{machine}; MLX {versions['mlx']}, {versions['device']}, {blas}", seeds=", ".join(map(str, SEEDS)),
-        table=table(reports, reports["sft"][0]["base"]), paired=paired_tests(reports),
-        cells=cells(base), speed="\n".join(speed)))
+        machine=f"{machine}; MLX {versions['mlx']}, {versions['device']}, {blas}",
+        seeds=", ".join(map(str, SEEDS)), table=table(reports, reports["sft"][0]["base"]),
+        paired=paired_tests(reports), cells=cells(base), speed="\n".join(speed)))
     print(Path("RESULTS.md").read_text())
 
 

@@ -14,18 +14,20 @@ def wilson(successes: int, n: int, level: float = 0.95) -> dict:
     if n == 0:
         return {"value": None, "n": 0, "low": None, "high": None}
     interval = stats.binomtest(successes, n).proportion_ci(level, method="wilson")
-    return {"value": successes / n, "n": n, "low": float(interval.low), "high": float(interval.high)}
+    return {"value": successes / n, "n": n,
+            "low": float(interval.low), "high": float(interval.high)}
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> dict:
-    """Exact McNemar test of two runs on the same problems: only those that one solves and the other does not count.
+    """Exact McNemar test of two runs on the same problems: only those that just one solves count.
 
     returns  {only_first, only_second, p}, p two-sided binomial on the discordant pairs
     example  10 only by the first, 2 only by the second -> p 0.0386
     raises   ValueError if the lengths differ
     """
     if len(first) != len(second):
-        raise ValueError(f"McNemar needs the same problems in both runs: got {len(first)} and {len(second)}")
+        raise ValueError("McNemar needs the same problems in both runs: "
+                         f"got {len(first)} and {len(second)}")
     only_first = sum(a and not b for a, b in zip(first, second))
     only_second = sum(b and not a for a, b in zip(first, second))
     discordant = only_first + only_second
@@ -34,7 +36,7 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> dict:
 
 
 def bootstrap_mean(values: Sequence[float], level: float = 0.95, draws: int = 2000) -> dict:
-    """A mean with its percentile bootstrap interval over the given units: {value, n, low, high}; the draws are seeded."""
+    """A mean with its seeded percentile bootstrap interval over units: {value, n, low, high}."""
     values = np.asarray(values, dtype=np.float64)
     if len(values) == 0:
         return {"value": None, "n": 0, "low": None, "high": None}

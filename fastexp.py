@@ -1,0 +1,67 @@
+"""exp, and what is built on it, at the speed of memory on MLX's Linux CPU backend.
+
+That backend computes exp one element at a time, 16 ns each; a SwiGLU layer of a small model then
+spends more time in it than in its matrix products. Written as arithmetic that `mx.compile` fuses
+and the C compiler vectorises, it takes 3 ns. On Metal and CUDA these are MLX's own functions.
+
+    exp(x) = 2^i * exp(r),  i = round(x / ln 2),  r = x - i ln 2 in [-0.35, 0.35]
+
+with a polynomial for exp(r) (Cephes' expf), and 2^i put together from its bits.
+"""
+import blas  # noqa: F401  (before mlx)
+import mlx.core as mx
+import mlx.nn as nn
+
+LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4  # in two parts: i * LN2_HIGH is exact in float32
+COEFFICIENTS = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2,
+                1.6666665459e-1, 5.0000001201e-1)
+
+
+def cephes_exp(x: mx.array) -> mx.array:
+    """float32 exp to 4e-7 relative; inputs beyond -87 and 88 give the values there, never inf."""
+    x = mx.clip(x, -87, 88)
+    i = mx.floor(x * 1.4426950408889634 + 0.5)
+    r = x - i * LN2_HIGH - i * LN2_LOW
+    p = COEFFICIENTS[0]
+    for c in COEFFICIENTS[1:]:
+        p = p * r + c
+    power_of_two = ((i.astype(mx.int32) + 127) << 23).view(mx.float32)
+    return (p * r * r + r + 1) * power_of_two
+
+
+def silu_by_exp(x: mx.array) -> mx.array:
+    return x / (1 + cephes_exp(-x))
+
+
+def silu_gradient(x: mx.array, cotangent: mx.array) -> mx.array:
+    s = 1 / (1 + cephes_exp(-x))
+    return cotangent * s * (1 + x * (1 - s))
+
+
+def linux_cpu() -> bool:
+    return blas.cpu_wheel() and mx.default_device() == mx.Device(mx.cpu)
+
+
+def make_exp():
+    """exp for float32; its gradient reuses the output."""
+    # custom: autodiff cannot see through the bits of 2^i
+    exp = mx.custom_function(mx.compile(cephes_exp))
+    exp.vjp(lambda x, cotangent, output: cotangent * output)
+    return exp
+
+
+def make_silu():
+    """silu(x) = x sigmoid(x) for float32; other types take MLX's own."""
+    fast, gradient = mx.custom_function(mx.compile(silu_by_exp)), mx.compile(silu_gradient)
+    fast.vjp(lambda x, cotangent, _: gradient(x, cotangent))
+    return lambda x: fast(x) if x.dtype == mx.float32 else nn.silu(x)
+
+
+exp, silu = (make_exp(), make_silu()) if linux_cpu() else (mx.exp, nn.silu)
+
+
+def logsumexp(x: mx.array) -> mx.array:
+    """log sum exp over the last axis: (..., V) float32 -> (...)."""
+    # stop_gradient: the shift cancels in value and gradient
+    top = mx.stop_gradient(mx.max(x, axis=-1, keepdims=True))
+    return top[..., 0] + mx.log(exp(x - top).sum(-1))

@@ -1,0 +1,44 @@
+"""exp and what is built on it against float64, at every size of input, and their gradients."""
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import fastexp
+
+
+def test_exp_in_float64():
+    x = np.linspace(-86, 87, 200_001).astype(np.float32)
+    expected = np.exp(x.astype(np.float64))
+    relative = np.array(fastexp.cephes_exp(mx.array(x)), np.float64) / expected - 1
+    assert np.abs(relative).max() < 4e-7
+
+
+def test_extremes():
+    """Tiny instead of 0 below -87, saturated above 88, NaN stays NaN: a guard must see it."""
+    ends = np.array(fastexp.cephes_exp(mx.array([-1e30, -np.inf, 1e30, np.nan])))
+    assert 0 <= ends[0] < 2e-38 and 0 <= ends[1] < 2e-38
+    assert 1e38 < ends[2] < np.inf and np.isnan(ends[3])
+
+
+@pytest.mark.parametrize("make", [fastexp.make_silu, lambda: fastexp.silu])
+def test_silu_and_gradient(make):
+    """The written form and the platform's choice, against x / (1 + e^-x) in float64."""
+    silu, x = make(), np.array([-200, -50, -20, -3, -0.1, 0, 0.1, 3, 20, 200], np.float32)
+    x64 = x.astype(np.float64)
+    s = 1 / (1 + np.exp(-x64))
+    np.testing.assert_allclose(np.array(silu(mx.array(x))), x64 * s, rtol=1e-6, atol=1e-7)
+    grad = mx.grad(lambda x: (silu(x) * 2).sum())(mx.array(x))
+    np.testing.assert_allclose(np.array(grad), 2 * s * (1 + x64 * (1 - s)), rtol=1e-6, atol=1e-7)
+    half = silu(mx.array(x).astype(mx.bfloat16))  # another type keeps its type
+    assert half.dtype == mx.bfloat16
+
+
+def test_logsumexp_and_gradient():
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(3, 4, 1000)) * 30).astype(np.float32)
+    x64 = x.astype(np.float64)
+    top = x64.max(-1, keepdims=True)
+    expected = top[..., 0] + np.log(np.exp(x64 - top).sum(-1))
+    np.testing.assert_allclose(np.array(fastexp.logsumexp(mx.array(x))), expected, rtol=1e-6)
+    grad = np.array(mx.grad(lambda x: fastexp.logsumexp(x).sum())(mx.array(x)))
+    np.testing.assert_allclose(grad, np.exp(x64 - expected[..., None]), atol=1e-6)
