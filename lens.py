@@ -25,8 +25,8 @@ import mlx.core as mx
 import numpy as np
 
 import plot
-from config import BadInput, run_main
-from fastexp import exp, logsumexp, write_text
+from config import BadInput, run_main, write_text
+from fastexp import exp, logsumexp
 from generate import check_context
 from lora import load_checkpoint
 from losses import gather_positions
