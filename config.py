@@ -18,11 +18,12 @@ from pathlib import Path
 
 import yaml
 
-METHODS = ("sft", "dual_reward")
+METHODS = ("sft", "dual_reward", "grpo")
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 # keys that only some methods read; in another method's config they would do nothing,
 # so they are refused
-METHOD_KEYS = {"class_": ("dual_reward",), "answer_": ("dual_reward",)}
+METHOD_KEYS = {"class_": ("dual_reward",), "answer_": ("dual_reward",),
+               "mask_": ("sft", "dual_reward"), "grpo_": ("grpo",)}
 
 
 class BadInput(ValueError):
@@ -37,7 +38,7 @@ class Stopped(RuntimeError):
 class Config:
     # --- what is trained, and where it goes
     model: str = "models/tiny"      # a folder in the Hub's layout, or a Hub name
-    method: str = "sft"             # sft | dual_reward
+    method: str = "sft"             # sft | dual_reward | grpo
     run_dir: str = ""               # empty: runs/<name of the config file>
     overwrite: bool = False         # start over in a run folder that holds another run
     seed: int = 0                   # LoRA's start, data sampling and order
@@ -81,6 +82,25 @@ class Config:
     # false: the prior code's error A, each position told to repeat its own input
     answer_shift: bool = True
 
+    # --- GRPO: batch_size completions a step, in groups of one prompt each
+    grpo_group_size: int = 8
+    grpo_temperature: float = 1.0
+    # correct | self (the drill's) | FILE.py:FUNCTION of (problem, completion)
+    grpo_reward: str = "correct"
+    grpo_advantage: str = "none"    # what divides R - mean: none | batch | group (their spread)
+    grpo_norm: str = "constant"     # constant | token | sequence; see grpo.token_weights
+    grpo_clip_low: float = 0.2      # the ratio to the old policy is clipped to 1 - low, 1 + high
+    grpo_clip_high: float = 0.28
+    grpo_dual_clip: float = 3.0     # bound of the loss where the advantage is negative; 0: none
+    grpo_kl_weight: float = 0.02    # of KL(policy || adapters off), k2; 0: no reference is scored
+    grpo_entropy_weight: float = 0.0
+    grpo_epochs: int = 1            # passes over one step's rollouts
+    grpo_minibatches: int = 1       # optimizer steps in a pass
+    grpo_kl_stop: float = 0.02      # KL(old || policy) that ends a step's passes; 0: never
+    grpo_guard: bool = True         # on collapse: best weights back, half the learning rate
+    # sampler | base: the published error, ratio against the frozen base and no other leash
+    grpo_ratio: str = "sampler"
+
     # --- looking inside, and saving
     eval_every_steps: int = 50      # validation accuracy; 0: never
     eval_prompts: int = 200         # validation prompts for the accuracy on the way
@@ -97,11 +117,16 @@ CHOICES = {
     "data_operations": ("add", "subtract", "multiply", "divide"),
     "data_wordings": ("symbolic", "worded"), "lora_targets": LORA_TARGETS,
     "class_target": ("word", "symbol"), "class_position": ("prompt", "answer"),
+    "grpo_advantage": ("none", "batch", "group"), "grpo_norm": ("constant", "token", "sequence"),
+    "grpo_ratio": ("sampler", "base"),
 }
 AT_LEAST = {"data_samples": 0, "steps": 1, "batch_size": 1, "grad_accum_steps": 1,
             "lr_warmup_steps": 0, "weight_decay": 0, "grad_clip": 0, "lora_rank": 1,
             "eval_every_steps": 0, "eval_prompts": 1, "lens_every_steps": 0, "lens_prompts": 1,
-            "save_every_steps": 0, "max_completion_tokens": 1, "seed": 0, "lr": 0}
+            "save_every_steps": 0, "grpo_group_size": 2, "grpo_clip_low": 0, "grpo_clip_high": 0,
+            "grpo_dual_clip": 0, "grpo_kl_weight": 0, "grpo_entropy_weight": 0, "grpo_epochs": 1,
+            "grpo_minibatches": 1, "grpo_kl_stop": 0, "max_completion_tokens": 1,
+            "seed": 0, "lr": 0}
 
 
 def parse_value(text, kind) -> object:
@@ -224,11 +249,29 @@ def validate(cfg: Config, given: set[str]) -> list[str]:
     if cfg.batch_size % cfg.grad_accum_steps:
         mistakes.append(f"grad_accum_steps = {cfg.grad_accum_steps} "
                         f"does not divide batch_size = {cfg.batch_size}")
+    if cfg.method == "grpo":
+        mistakes += validate_grpo(cfg)
     if cfg.bits and (cfg.full or cfg.from_scratch):
         mistakes.append(f"bits = {cfg.bits} freezes the base weights, "
                         "so full and from_scratch must be false")
     if cfg.from_scratch and not cfg.full:
         mistakes.append("from_scratch: true starts from random weights and needs full: true")
+    return mistakes
+
+
+def validate_grpo(cfg: Config) -> list[str]:
+    """GRPO's own cross-checks."""
+    mistakes, parts = [], cfg.grpo_minibatches * cfg.grad_accum_steps
+    if cfg.batch_size % cfg.grpo_group_size or cfg.batch_size // cfg.grpo_group_size % parts:
+        mistakes.append(
+            f"batch_size = {cfg.batch_size}: expected whole groups of completions, a multiple of "
+            "grpo_group_size * grpo_minibatches * grad_accum_steps = "
+            f"{cfg.grpo_group_size * parts}")
+    if cfg.grpo_temperature <= 0:
+        mistakes.append(f"grpo_temperature = {cfg.grpo_temperature}: expected a number above 0")
+    if cfg.full and (cfg.grpo_kl_weight > 0 or cfg.grpo_ratio == "base"):
+        mistakes.append("grpo_kl_weight and grpo_ratio: base compare with the model whose adapters "
+                        "are off, and full: true has none; set grpo_kl_weight: 0, or train LoRA")
     return mistakes
 
 

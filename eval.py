@@ -23,10 +23,10 @@ import numpy as np
 
 from config import BadInput, Config, load_config, load_overrides, resolved, run_main, write_text
 from data import NAMED_PROMPTS, SYMBOLS, Problem, grade, load_split, named_problems
-from generate import decode_greedy
+from generate import sample
 from lens import Reading, read_prompts
-from lora import load_checkpoint
-from model import Llama, load
+from lora import load_base, load_checkpoint
+from model import Llama
 from stats import bootstrap_mean, mcnemar, wilson
 from tokenizer import Tokenizer
 
@@ -80,7 +80,7 @@ def measure_accuracy(model: Llama, tokenizer: Tokenizer, problems: list[Problem]
                      max_completion_tokens: int) -> list[dict]:
     """Complete and grade problems: [{prompt, expected, generated, correct, operation, wording}]."""
     prompts = [tokenizer.encode_prompt(p.prompt) for p in problems]
-    done = decode_greedy(model, tokenizer, prompts, max_completion_tokens)
+    done = sample(model, tokenizer, prompts, max_completion_tokens)
     return [{"prompt": p.prompt, "expected": p.answer, "generated": c.text.strip(),
              "correct": grade(p.answer, c.text, c.finished),
              "operation": p.operation, "wording": p.wording} for p, c in zip(problems, done)]
@@ -190,7 +190,7 @@ def make_report(ckpt: str | Path, with_base: bool, compare: str | None = None,
               "seed": cfg.seed, **judge(model, tokenizer, cfg),
               "config": resolved(cfg), "versions": provenance()}
     if with_base and report["method"] != "none" and not cfg.from_scratch:
-        base_model, base_tokenizer = load(cfg.model, cfg.dtype, cfg.bits)
+        base_model, base_tokenizer = load_base(cfg.model, cfg.dtype, cfg.bits)
         report["base"] = {"ckpt": cfg.model, **judge(base_model, base_tokenizer, cfg)}
     if compare:
         other_model, other_tokenizer, _ = load_checkpoint(compare)

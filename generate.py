@@ -1,29 +1,37 @@
-"""Decode greedily for many prompts at once, with a KV cache.
+"""Sample completions of many prompts at once, and keep the log-probability of every token.
 
-Prompts of equal length share a batch, so no row is padded and no mask is needed: arithmetic prompts
-have few lengths.
+Prompts are left-padded into one batch, so that all rows decode in step; each prompt is prefilled
+once and its keys and values repeated for the G completions of its group. Rows that have stopped
+leave the batch. Every token is drawn by inverting the cumulative distribution at one uniform number
+fixed beforehand for its row and position: which rows share a batch, and when they leave it, changes
+no draw. (The usual Gumbel trick needs two logarithms for every entry of the vocabulary.)
 
-    python generate.py --ckpt runs/sft --prompt "7 * 8 = "
+    python generate.py --ckpt runs/sft --prompt "7 * 8 = " --temperature 0.8 --top-p 0.95 --seed 1
 """
 import argparse
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
+import numpy as np
 
 from config import BadInput, run_main
+from fastexp import exp
 from lora import load_checkpoint
 from model import Llama
 from tokenizer import Tokenizer
 
-ROWS_PER_BATCH = 256
+ROWS_PER_BATCH = 512
 
 
 @dataclass
 class Completion:
-    ids: list[int]      # sampled tokens, the stop token included
-    text: str           # decoded, cut at the first line break
-    finished: bool      # ended by EOS or a line break; otherwise cut by the length limit
+    ids: list[int]          # sampled tokens, the stop token included
+    text: str               # decoded, cut at the first line break
+    finished: bool          # ended by EOS or a line break; otherwise cut by the length limit
+    logprobs: np.ndarray    # (len(ids),) float32 at the temperature used; empty for greedy
+    entropies: np.ndarray   # (len(ids),) float32 nats of the distribution drawn from; the same
 
 
 def check_context(prompts: list[list[int]], max_completion_tokens: int, model: Llama) -> None:
@@ -34,57 +42,152 @@ def check_context(prompts: list[list[int]], max_completion_tokens: int, model: L
                        f"the model's context of {context}; shorten the prompt")
 
 
-def read_completion(ids: list[int], tokenizer: Tokenizer) -> Completion:
-    """Cut sampled ids at the first EOS, and their text at the first line break."""
-    stop = next((i for i, token in enumerate(ids) if token in tokenizer.eos_ids), None)
-    ids = ids if stop is None else ids[:stop + 1]
-    text, line_break, _ = tokenizer.decode(ids).partition("\n")
-    return Completion(ids, text, stop is not None or bool(line_break))
+def left_pad(prompts: list[list[int]]) -> tuple[mx.array, mx.array | None]:
+    """Tokens (P, T), and where each row starts, (P,), or None where all are of one length."""
+    T = max(map(len, prompts))
+    starts = [T - len(p) for p in prompts]
+    tokens = mx.array([[0] * s + p for s, p in zip(starts, prompts)])
+    return tokens, mx.array(starts) if any(starts) else None
 
 
-def decode_greedy(model: Llama, tokenizer: Tokenizer, prompts: list[list[int]],
-                  max_completion_tokens: int) -> list[Completion]:
-    """The top token again and again, until EOS, a line break or the limit; in the prompts' order.
+def choose(logits: mx.array, uniform: mx.array | None, temperature: float, top_k: int = 0,
+           top_p: float = 1.0) -> tuple[mx.array, mx.array, mx.array]:
+    """Next tokens: logits (B, V), uniform (B,) in [0, 1) -> tokens, log-probabilities, entropies.
 
+    temperature  0 takes the most probable token; log-probability and entropy are then 0, unread
+    top_k        only the k most probable; top_p: only the most probable that hold so much together.
+                 Log-probabilities are those of the whole distribution at this temperature.
+    """
+    if temperature == 0:
+        tokens = mx.argmax(logits, axis=-1)
+        return tokens, mx.zeros(tokens.shape), mx.zeros(tokens.shape)
+    shifted = (logits - mx.max(logits, axis=-1, keepdims=True)) / temperature
+    mass = exp(shifted)                                                 # (B, V), not normalised
+    total = mass.sum(-1, keepdims=True)
+    kept = mass
+    if 0 < top_k < logits.shape[-1]:
+        kept = mx.where(mass >= mx.topk(mass, top_k).min(-1, keepdims=True), kept, 0)
+    if top_p < 1:
+        falling = -mx.sort(-mass, axis=-1)
+        inside = mx.cumsum(falling, axis=-1) - falling < top_p * total  # the first always is
+        kept = mx.where(mass >= mx.where(inside, falling, mx.inf).min(-1, keepdims=True), kept, 0)
+    cdf = mx.cumsum(kept, axis=-1)
+    # a hair below 1, or rounding could ask for more than the last entry and find no token
+    tokens = mx.argmax(cdf > cdf[:, -1:] * uniform[:, None] * (1 - 1e-6), axis=-1)
+    logprobs = mx.take_along_axis(shifted, tokens[:, None], axis=-1) - mx.log(total)
+    entropy = mx.log(total[:, 0]) - (mass * shifted).sum(-1) / total[:, 0]
+    return tokens, logprobs[:, 0], entropy
+
+
+def sample(model: Llama, tokenizer: Tokenizer, prompts: list[list[int]],
+           max_completion_tokens: int, group: int = 1, temperature: float = 0.0, top_k: int = 0,
+           top_p: float = 1.0, key: mx.array | None = None) -> list[Completion]:
+    """Complete every prompt `group` times, until EOS, a line break or the limit.
+
+    key      MLX random key; the same key gives the same completions, however rows are batched
+    returns  len(prompts) * group completions, a prompt's in a row, in the prompts' order
     raises   BadInput if a prompt does not fit the context
     """
     check_context(prompts, max_completion_tokens, model)
-    groups: dict[int, list[int]] = {}
-    for index, prompt in enumerate(prompts):
-        groups.setdefault(len(prompt), []).append(index)
-    completions: dict[int, Completion] = {}
-    for length, members in groups.items():
-        for i in range(0, len(members), ROWS_PER_BATCH):
-            part = members[i:i + ROWS_PER_BATCH]
-            cache = model.make_cache(length + max_completion_tokens)
-            tokens = mx.array([prompts[j] for j in part])               # (B, length)
-            sampled: list[list[int]] = [[] for _ in part]
-            for _ in range(max_completion_tokens):
-                # slice the stream, not the logits: the unembedding runs for one position only
-                logits = model.head(model.final_resid(tokens, cache)[:, -1])    # (B, V)
-                tokens = mx.argmax(logits, axis=-1)[:, None]            # (B, 1)
-                # tolist evaluates: one host sync per token
-                for ids, token in zip(sampled, tokens[:, 0].tolist()):
-                    ids.append(token)
-                done = [read_completion(ids, tokenizer) for ids in sampled]
-                if all(c.finished for c in done):
-                    break
-            completions.update(zip(part, done))
-    return [completions[index] for index in range(len(prompts))]
+    is_stop = np.zeros(model.args.vocab_size, bool)
+    is_stop[[i for i in tokenizer.stop_ids if i < len(is_stop)]] = True
+    uniforms = mx.random.uniform(shape=(len(prompts) * group, max_completion_tokens), key=key)
+    pick = lambda logits, u: choose(logits, u, temperature, top_k, top_p)
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    per_batch, completions = max(1, ROWS_PER_BATCH // group), {}
+    for i in range(0, len(prompts), per_batch):
+        part = by_length[i:i + per_batch]
+        rows = np.array([j * group + g for j in part for g in range(group)])
+        drawn = sample_batch(model, [prompts[j] for j in part], group, pick,
+                             uniforms[mx.array(rows)], mx.array(is_stop))
+        for row, (ids, logprobs, entropies) in zip(rows.tolist(), zip(*drawn)):
+            stops = np.flatnonzero(is_stop[ids])
+            n = stops[0] + 1 if len(stops) else len(ids)
+            text = tokenizer.decode(ids[:n]).partition("\n")[0]
+            kept = n if temperature else 0
+            completions[row] = Completion(ids[:n].tolist(), text, len(stops) > 0,
+                                          logprobs[:kept], entropies[:kept])
+    return [completions[row] for row in range(len(prompts) * group)]
+
+
+def sample_batch(model: Llama, prompts: list[list[int]], group: int, pick, uniforms: mx.array,
+                 is_stop: mx.array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Decode one batch of R = P * group rows; returns ids, log-probabilities, entropies, (R, C).
+
+    What stands behind a row's stop token is arbitrary.
+    """
+    R, C = uniforms.shape
+    tokens, start = left_pad(prompts)
+    cache = model.make_cache(tokens.shape[1], start)
+    # slice the residual stream, not the logits: the unembedding runs for one position only
+    logits = mx.repeat(model.head(model.final_resid(tokens, cache)[:, -1]), group, axis=0)  # (R, V)
+    cache = [c.repeat(group, room=C) for c in cache]
+    out = np.zeros((R, C), np.int32), np.zeros((R, C), np.float32), np.zeros((R, C), np.float32)
+    alive, stopped, pending = np.arange(R), mx.zeros(R, mx.bool_), []
+    for t in range(C):
+        drawn = pick(logits, uniforms[:, t])
+        pending.append(drawn)
+        stopped = stopped | is_stop[drawn[0]]
+        mx.async_eval(drawn, stopped)   # the device goes on while Python builds the next step
+        n = t + 1
+        if n == C or n & (n - 1) == 0 or n % 8 == 0:    # asking the device makes it wait: rarely
+            for array, column in zip(out, zip(*pending)):
+                array[alive, n - len(pending):n] = np.array(mx.stack(column, axis=1))
+            pending, going = [], np.flatnonzero(~np.array(stopped))
+            if n == C or not len(going):
+                break
+            if len(going) <= 0.75 * len(alive):         # worth copying the cache
+                rows, alive = mx.array(going), alive[going]
+                drawn = [x[rows] for x in drawn]
+                stopped, uniforms, cache = stopped[rows], uniforms[rows], [c.take(rows)
+                                                                           for c in cache]
+        logits = model.head(model.final_resid(drawn[0][:, None], cache)[:, -1])
+    return out
+
+
+def stream_text(model: Llama, tokenizer: Tokenizer, prompt: list[int], max_completion_tokens: int,
+                temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
+                key: mx.array | None = None) -> Iterator[str]:
+    """Yield one completion's text as it grows; the same tokens as `sample` with the same key."""
+    check_context([prompt], max_completion_tokens, model)
+    uniforms = mx.random.uniform(shape=(1, max_completion_tokens), key=key)
+    cache, tokens = model.make_cache(len(prompt) + max_completion_tokens), mx.array([prompt])
+    ids, shown = [], ""
+    for t in range(max_completion_tokens):
+        logits = model.head(model.final_resid(tokens, cache)[:, -1])
+        token, _, _ = choose(logits, uniforms[:, t], temperature, top_k, top_p)
+        ids.append(token.item())
+        text = tokenizer.decode(ids).partition("\n")[0]
+        if not text.endswith("\ufffd"):     # half of a multi-byte character waits for the rest
+            yield text[len(shown):]
+            shown = text
+        if ids[-1] in tokenizer.stop_ids:
+            return
+        tokens = token[:, None]
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description="Complete prompts greedily.")
+    parser = argparse.ArgumentParser(description="Complete prompts, printing as they grow.")
     parser.add_argument("--ckpt", required=True, help="run folder, model folder or Hub name")
-    parser.add_argument("--prompt", required=True, action="append",
-                        help="may be given several times")
+    parser.add_argument("--prompt", required=True, action="append", help="may be given repeatedly")
     parser.add_argument("--max-tokens", type=int, default=32)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: most probable token")
+    parser.add_argument("--top-k", type=int, default=0, help="0: all")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    if args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1 or args.max_tokens < 1:
+        raise BadInput(f"temperature {args.temperature}, top-k {args.top_k}, top-p {args.top_p}, "
+                       f"max-tokens {args.max_tokens}: expected at least 0, at least 0, "
+                       "above 0 and at most 1, at least 1")
     model, tokenizer, _ = load_checkpoint(args.ckpt)
-    prompts = [tokenizer.encode_prompt(text) for text in args.prompt]
-    completions = decode_greedy(model, tokenizer, prompts, args.max_tokens)
-    for text, completion in zip(args.prompt, completions):
-        print(f"{text}{completion.text}")
+    for n, text in enumerate(args.prompt):
+        print(text, end="", flush=True)
+        key = mx.random.key(args.seed + n)
+        for piece in stream_text(model, tokenizer, tokenizer.encode_prompt(text), args.max_tokens,
+                                 args.temperature, args.top_k, args.top_p, key):
+            print(piece, end="", flush=True)
+        print()
 
 
 if __name__ == "__main__":

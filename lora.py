@@ -10,6 +10,8 @@ q and v where it found no list of targets, dropped the rest silently, and evalua
 import argparse
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import blas  # noqa: F401  (before mlx)
@@ -23,6 +25,7 @@ from model import (
     Llama,
     check_tensors,
     load,
+    quantize,
     read_json,
     read_safetensors,
     save_model,
@@ -49,9 +52,11 @@ class LoRALinear(nn.Module):
         self.linear = linear
         self.lora_a = mx.random.uniform(-1, 1, (in_dims, rank)) * in_dims ** -0.5
         self.lora_b = mx.zeros((rank, out_dims))
-        self.scale = scale
+        self.scale, self.enabled = scale, True
 
     def __call__(self, x: mx.array) -> mx.array:
+        if not self.enabled:
+            return self.linear(x)
         update = (x @ self.lora_a.astype(x.dtype)) @ self.lora_b.astype(x.dtype)
         # cast back: a float32 scale would turn a bfloat16 model's whole residual stream to float32
         return self.linear(x) + (self.scale * update).astype(x.dtype)
@@ -61,10 +66,14 @@ class LoRALinear(nn.Module):
         if isinstance(self.linear, nn.QuantizedLinear):
             raise BadInput("a quantised base cannot be fused: rounding would eat the update; "
                            "run from the adapter, or train without bits")
+        self.linear.weight = self.fused_weight()
+        return self.linear
+
+    def fused_weight(self) -> mx.array:
+        """W + scale * (A B)^T, computed in float32, in W's type."""
         weight = self.linear.weight
         update = self.scale * (self.lora_a @ self.lora_b).T
-        self.linear.weight = (weight.astype(mx.float32) + update).astype(weight.dtype)
-        return self.linear
+        return (weight.astype(mx.float32) + update).astype(weight.dtype)
 
 
 def apply_lora(model: Llama, rank: int, alpha: float, targets: tuple[str, ...]) -> None:
@@ -89,6 +98,39 @@ def merge(model: Llama) -> None:
         fused = [(name, module.fused()) for name, module in block.named_modules()
                  if isinstance(module, LoRALinear)]
         block.update_modules(tree_unflatten(fused))
+
+
+@contextmanager
+def adapters_off(model: Llama) -> Iterator[None]:
+    """Within, the model computes as its base: the reference policy without a second copy."""
+    layers = [m for _, m in model.named_modules() if isinstance(m, LoRALinear)]
+    try:
+        for layer in layers:
+            layer.enabled = False
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
+
+
+@contextmanager
+def fused_for_decoding(model: Llama) -> Iterator[None]:
+    """Within, each float32 LoRALinear is one matrix: decoding is spared two small products.
+
+    Other types stay as they are: bfloat16 would round the update away, and what samples would no
+    longer be what is trained.
+    """
+    layers = [m for _, m in model.named_modules()
+              if isinstance(m, LoRALinear) and m.linear.weight.dtype == mx.float32]
+    weights = [layer.linear.weight for layer in layers]
+    try:
+        for layer in layers:
+            layer.linear.weight, layer.enabled = layer.fused_weight(), False
+        mx.eval([layer.linear.weight for layer in layers])
+        yield
+    finally:
+        for layer, weight in zip(layers, weights):
+            layer.linear.weight, layer.enabled = weight, True
 
 
 def fingerprint(model: Llama) -> str:
@@ -141,6 +183,29 @@ def load_adapters(model: Llama, folder: str | Path) -> None:
     mx.eval(model.parameters())
 
 
+def root_model(name: str | Path) -> str | Path:
+    """The model under a run's adapter, under whatever runs it was itself trained on."""
+    while (Path(name) / "adapter_config.json").exists() and (Path(name) / "config.yaml").exists():
+        name = load_config(Path(name) / "config.yaml").model
+    return name
+
+
+def load_base(name: str | Path, dtype: str | None = None, bits: int | None = None,
+              from_scratch: bool = False) -> tuple[Llama, Tokenizer | None]:
+    """`model.load`, where name may also be a run: its adapter is merged first.
+
+    So that an adapter trained on top is all that separates the policy from where it started, and
+    switching it off gives the reference. raises  BadInput
+    """
+    if root_model(name) == name or from_scratch:
+        return load(root_model(name), dtype, bits, from_scratch)
+    model, tokenizer, _ = load_checkpoint(name)
+    merge(model)
+    if bits:
+        quantize(model, bits)
+    return model, tokenizer
+
+
 def load_checkpoint(ckpt: str | Path) -> tuple[Llama, Tokenizer, Config | None]:
     """A run folder (adapter or full weights), model folder or Hub name -> (model, tokenizer, cfg).
 
@@ -157,7 +222,7 @@ def load_checkpoint(ckpt: str | Path) -> tuple[Llama, Tokenizer, Config | None]:
     if adapter and cfg is None:
         raise BadInput(f"{folder} holds an adapter but no config.yaml, so its base model is "
                        "unknown; use load_adapters on a model you loaded")
-    model, tokenizer = load(cfg.model if adapter else ckpt, cfg.dtype if cfg else None,
+    model, tokenizer = load_base(cfg.model if adapter else ckpt, cfg.dtype if cfg else None,
                             cfg.bits if cfg else None)
     if adapter:
         load_adapters(model, folder)
@@ -179,7 +244,7 @@ def main(argv: list[str]) -> None:
     if (args.out / "config.json").exists():
         raise BadInput(f"{args.out} already holds a model; name a new folder")
     merge(model)
-    save_model(model, args.out, cfg.model)
+    save_model(model, args.out, root_model(cfg.model))
     print(f"fused {args.ckpt} into {args.out}")
 
 

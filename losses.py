@@ -13,7 +13,7 @@ prompt token (`class_position: answer`).
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 
-from fastexp import logsumexp
+from fastexp import exp, logsumexp
 
 
 def token_logprobs(logits: mx.array, tokens: mx.array) -> mx.array:
@@ -52,3 +52,47 @@ def masked_cross_entropy(logits: mx.array, targets: mx.array, mask: mx.array,
 def dual_reward_loss(class_loss: mx.array, answer_loss: mx.array, weight: mx.array) -> mx.array:
     """w * class_loss + (1 - w) * answer_loss; at w = 0 exactly SFT's value and gradient."""
     return weight * class_loss + (1 - weight) * answer_loss
+
+
+def policy_loss(logprobs: mx.array, old_logprobs: mx.array, advantages: mx.array,
+                weights: mx.array, clip_low: float, clip_high: float,
+                dual_clip: float) -> tuple[mx.array, dict[str, mx.array]]:
+    """PPO's clipped objective over sampled tokens, negated: (scalar, arrays (N, C) to report).
+
+    logprobs      (N, C) of the sampled tokens under the policy being trained
+    old_logprobs  (N, C) under the policy that sampled them, constants; not under the reference
+    advantages    (N, 1), constants
+    weights       (N, C), zero behind the stop token. They hold the normalisation, fixed for the
+                  whole update beforehand (grpo.token_weights), so micro-batches add up exactly
+    dual_clip     bound c of the loss where A < 0: at most c |A| (1912.09729); 0: none
+    example       ratio 1.5, A 1, clip_high .28 -> -1.28; ratio 5, A -1, dual_clip 3 -> 3
+    source        PPO 1707.06347; clip_high > clip_low: DAPO 2503.14476
+    """
+    # beyond e^20 the gradient is clipped away in any case, and e^89 would be inf
+    ratio = mx.exp(mx.clip(logprobs - old_logprobs, -20, 20))
+    clipped = mx.clip(ratio, 1 - clip_low, 1 + clip_high)
+    surrogate = mx.minimum(ratio * advantages, clipped * advantages)
+    bounded = mx.zeros(surrogate.shape, mx.bool_)
+    if dual_clip:
+        bounded = (advantages < 0) & (surrogate < dual_clip * advantages)
+        surrogate = mx.where(bounded, dual_clip * advantages, surrogate)
+    report = {"ratio": ratio, "clip_low": (advantages < 0) & (ratio < 1 - clip_low),
+              "clip_high": (advantages > 0) & (ratio > 1 + clip_high), "dual_clip": bounded}
+    return -(weights * surrogate).sum(), report
+
+
+def kl_estimates(logprobs: mx.array, ref_logprobs: mx.array) -> dict[str, mx.array]:
+    """Per-token estimates of KL(policy || reference) on the policy's own samples, (N, C) each.
+
+    k1 = d is unbiased but its gradient as a loss is zero on average; k2 = d^2 / 2 has exactly the
+    gradient of the KL, so it is the one in the loss; k3 = e^-d + d - 1 is unbiased, never negative,
+    and the one to look at. d = log policy - log reference. source  Schulman, "Approximating KL"
+    """
+    d = logprobs - ref_logprobs
+    return {"kl_k1": d, "kl_k2": d * d / 2, "kl_k3": mx.exp(mx.clip(-d, -20, 20)) + d - 1}
+
+
+def token_entropy(logits: mx.array) -> mx.array:
+    """Entropy of softmax(logits) in nats: (..., V) -> (...)."""
+    logprobs = logits - logsumexp(logits)[..., None]
+    return -(exp(logprobs) * logprobs).sum(-1)

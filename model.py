@@ -120,10 +120,13 @@ def rope_periods(args: ModelArgs) -> mx.array:
 
 
 class KVCache:
-    """A block's keys and values, allocated once for `capacity` tokens: no step copies the past."""
+    """Keys and values of one block for up to `capacity` tokens, allocated once: no step copies.
 
-    def __init__(self, capacity: int):
-        self.capacity, self.offset = capacity, 0
+    start   (B,) int32: where each row's tokens begin, for left-padded prompts; None: all at 0
+    """
+
+    def __init__(self, capacity: int, start: mx.array | None = None):
+        self.capacity, self.start, self.offset = capacity, start, 0
         self.keys = self.values = None
 
     def update(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
@@ -138,6 +141,31 @@ class KVCache:
         self.values[:, :, self.offset:end] = values
         self.offset = end
         return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def mask(self, T: int) -> mx.array | str | None:
+        """What the next T queries may see: "causal", nothing to hide (T = 1), or (B, 1, T, S) bool.
+
+        "causal" lines the last query up with the last key, so it is also right behind a cache.
+        """
+        if self.start is None:
+            return "causal" if T > 1 else None
+        key, query = mx.arange(self.offset + T), self.offset + mx.arange(T)[:, None]
+        real = key >= self.start[:, None, None, None]
+        # a padding query sees itself: with nothing to see softmax gives NaN, and 0 * NaN is NaN
+        return (real & (key <= query)) | (key == query)
+
+    def repeat(self, times: int, room: int) -> "KVCache":
+        """Each row `times` times over, with room for more tokens: one prefill serves a group."""
+        return self._rows(lambda x: mx.repeat(x, times, axis=0), self.offset + room)
+
+    def take(self, rows: mx.array) -> "KVCache":
+        """Only these rows: what goes on when others have finished."""
+        return self._rows(lambda x: mx.take(x, rows, axis=0), self.capacity)
+
+    def _rows(self, pick, capacity: int) -> "KVCache":
+        cache = KVCache(capacity, None if self.start is None else pick(self.start))
+        cache.update(pick(self.keys[:, :, :self.offset]), pick(self.values[:, :, :self.offset]))
+        return cache
 
 
 class Attention(nn.Module):
@@ -165,12 +193,11 @@ class Attention(nn.Module):
         rotate = lambda y: mx.fast.rope(y, d, traditional=False, base=None, scale=1.0,
                                         offset=offset, freqs=self._periods)
         q, k = rotate(q), rotate(k)
+        mask = cache.mask(T) if cache else "causal"
         if cache:
             k, v = cache.update(k, v)
-        # "causal" lines the last query up with the last key, so it is also right behind a cache;
         # right padding needs no mask of its own, since no real token can look to its right
-        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=d ** -0.5,
-                                                 mask="causal" if T > 1 else None)
+        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=d ** -0.5, mask=mask)
         return self.o_proj(y.transpose(0, 2, 1, 3).reshape(B, T, -1))  # (B, T, D)
 
 
@@ -257,8 +284,25 @@ class Llama(nn.Module):
         """All taps at once, (L+1, B, T, D), before the norm. For small inputs; prefer `stream`."""
         return mx.stack(list(self.stream(tokens)))
 
-    def make_cache(self, capacity: int) -> list[KVCache]:
-        return [KVCache(capacity) for _ in self.model.layers]
+    def completion_resid(self, prompts: mx.array, start: mx.array | None,
+                         completions: mx.array) -> mx.array:
+        """The final residual stream that scores each completion token, (P * G, C, D).
+
+        prompts      (P, T) int32, left-padded up to start (P,), or None where none is padded
+        completions  (P * G, C) int32, a prompt's G in a row. The prompt is computed once for all
+                     of them, gradients included: P (T + G C) tokens instead of P G (T + C).
+        """
+        G, C = completions.shape[0] // prompts.shape[0], completions.shape[1]
+        cache = self.make_cache(prompts.shape[1], start)
+        first = self.final_resid(prompts, cache)[:, -1:]                # (P, 1, D): scores token 0
+        cache = [c.repeat(G, room=C - 1) for c in cache]
+        first = mx.repeat(first, G, axis=0)
+        if C == 1:
+            return first
+        return mx.concatenate([first, self.final_resid(completions[:, :-1], cache)], axis=1)
+
+    def make_cache(self, capacity: int, start: mx.array | None = None) -> list[KVCache]:
+        return [KVCache(capacity, start) for _ in self.model.layers]
 
 
 # --------------------------------------------------------------------------------------------------

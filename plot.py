@@ -115,6 +115,33 @@ def emergence(records: list[dict], path: str | Path, title: str) -> None:
     save_figure(figure, path)
 
 
+def rollout_curves(records: list[dict], path: str | Path, title: str) -> None:
+    """GRPO's health in one picture: what a collapse shows in, over steps; reverts as red lines."""
+    panels = {"reward": ("reward", "accuracy"), "entropy": ("entropy",),
+              "KL to the reference, a token": ("kl_k1", "kl_k3"), "ratio": ("ratio", "ratio_max"),
+              "length": ("length", "length_right", "length_wrong"), "repetition": ("repetition",),
+              "flat groups, truncated": ("flat_groups", "truncated"),
+              "gradient norm": ("grad_norm",)}
+    rows = [r for r in records if "reward" in r]
+    if not rows:
+        return
+    figure, axes = plt.subplots(2, 4, figsize=(14, 5.5), sharex=True, layout="constrained")
+    reverts = [b["step"] for a, b in zip(rows, rows[1:]) if b["reverts"] > a["reverts"]]
+    for axis, (label, keys) in zip(axes.flat, panels.items()):
+        for key in keys:
+            points = [(r["step"], r[key]) for r in rows if r.get(key) is not None]
+            if points:
+                axis.plot(*zip(*points), lw=1, label=key)
+        for step in reverts:
+            axis.axvline(step, color="red", lw=1)
+        axis.set(title=label)
+        axis.legend(fontsize=7)
+        axis.grid(alpha=0.3)
+    figure.supxlabel("training step")
+    figure.suptitle(title)
+    save_figure(figure, path)
+
+
 def read_records(path: Path) -> list[dict]:
     """The lines of a metrics.jsonl; raises BadInput if there is none."""
     try:
@@ -128,8 +155,10 @@ def main(argv: list[str]) -> None:
     if len(argv) != 1:
         raise BadInput("expected one run folder: python plot.py runs/dual_reward")
     folder = Path(argv[0])
-    emergence(read_records(folder / "metrics.jsonl"), folder / "emergence.png", folder.name)
-    print(f"wrote {folder / 'emergence.png'}")
+    records = read_records(folder / "metrics.jsonl")
+    emergence(records, folder / "emergence.png", folder.name)
+    rollout_curves(records, folder / "curves.png", folder.name)
+    print(f"wrote the pictures in {folder}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ lens all call it. (2) Prompt and answer are encoded jointly, since encode(a) + e
 encode(a + b) in general, and the prompt's ids are checked to be a prefix of the whole. (3) EOS is a
 set: an instruct model may stop at any of several ids.
 """
+import functools
 import json
 from pathlib import Path
 
@@ -57,6 +58,12 @@ class Tokenizer:
         ids = [int(i) for i in ids if int(i) not in special]
         return (self._backend.decode(ids) if self._is_sentencepiece
                 else self._backend.decode(ids, skip_special_tokens=True))
+
+    @functools.cached_property
+    def stop_ids(self) -> set[int]:
+        """What ends a completion: EOS, and every token that holds a line break."""
+        plain = (i for i in range(self.vocab_size) if i not in self.eos_ids | {self.bos_id})
+        return self.eos_ids | {i for i in plain if "\n" in self._backend.decode([i])}
 
     def piece(self, token: int) -> str:
         """One token as a reader sees it in a table: spaces as '·', line breaks as '⏎'."""

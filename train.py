@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -40,15 +41,26 @@ from eval import (
     summarize_lens,
     target_ids,
 )
-from lora import apply_lora, save_adapters
-from losses import dual_reward_loss, gather_positions, masked_cross_entropy
-from model import Llama, check_tensors, load, read_safetensors, save_model, save_safetensors
+from grpo import CollapseGuard, Rollouts
+from lora import apply_lora, load_base, root_model, save_adapters
+from losses import (
+    dual_reward_loss,
+    gather_positions,
+    kl_estimates,
+    masked_cross_entropy,
+    policy_loss,
+    token_entropy,
+    token_logprobs,
+)
+from model import Llama, check_tensors, read_safetensors, save_model, save_safetensors
 from tokenizer import Tokenizer
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "state.safetensors", "adapters.safetensors",
              "adapter_config.json", "model.safetensors", "config.json", "report.json",
-             "emergence.png", "failed_batch.json")
-BAR_KEYS = ("loss", "answer_loss", "class_loss", "class_accuracy", "tokens_per_s", "peak_gib")
+             "emergence.png", "curves.png", "failed_batch.json")
+BAR_KEYS = ("loss", "answer_loss", "class_loss", "class_accuracy", "reward", "entropy", "kl_k3",
+            "tokens_per_s", "peak_gib")
+MAX_MEAN_RATIO = 10  # of a GRPO update; above it the samples say nothing about the policy
 
 
 # --------------------------------------------------------------------------------------------------
@@ -56,11 +68,13 @@ BAR_KEYS = ("loss", "answer_loss", "class_loss", "class_accuracy", "tokens_per_s
 
 
 def make_loss(cfg: Config, block: int):
-    """Return loss(model, batch arrays, n_targets, n_rows) -> (scalar, parts) for cfg.method.
+    """Return loss(model, batch arrays) -> (scalar, parts) for cfg.method.
 
-    n_targets, n_rows are the whole step's counts, so that micro-batches add up to the step's mean.
+    n_targets, n_rows in the batch are the whole step's counts, so that micro-batches add up to the
+    step's mean. GRPO's weights hold their denominators likewise.
     """
-    def loss_fn(model: Llama, batch: dict[str, mx.array], n_targets: mx.array, n_rows: mx.array):
+    def loss_fn(model: Llama, batch: dict[str, mx.array]):
+        n_targets, n_rows = batch["n_targets"], batch["n_rows"]
         tokens, positions = batch["tokens"], batch["target_positions"]      # (B, T), (B, A)
         if cfg.answer_shift:
             tokens = tokens[:, :-1]     # the last token predicts nothing
@@ -86,14 +100,50 @@ def make_loss(cfg: Config, block: int):
         loss = dual_reward_loss(class_loss, answer_loss, mx.array(cfg.class_weight))
         return loss, {"answer_loss": answer_loss, "class_loss": class_loss,
                       "class_accuracy": class_right}
-    return loss_fn
+
+    def grpo_loss(model: Llama, batch: dict[str, mx.array]):
+        tokens, weights, shares = batch["completions"], batch["weights"], batch["shares"]  # (N, C)
+        resid = model.completion_resid(batch["prompts"], batch.get("start"), tokens)
+        logits = model.head(resid) / cfg.grpo_temperature                   # (N, C, V)
+        logprobs = token_logprobs(logits, tokens)                           # (N, C)
+        # the first update of a step trains the very policy that sampled: the ratio is exactly 1,
+        # and only its gradient counts. Afterwards the kept log-probabilities are the old ones
+        now = mx.stop_gradient(logprobs)
+        old = mx.where(batch["stale"], batch["kept_logprobs"], now)
+        policy, old_policy = logprobs, old
+        if cfg.grpo_ratio == "base":    # the published error: means over tokens, against the base
+            mean = lambda x: (x * shares).sum(1, keepdims=True) / mx.maximum(
+                shares.sum(1, keepdims=True), 1e-12)
+            policy, old_policy = mean(logprobs), mean(batch["ref_logprobs"])    # (N, 1)
+        loss, report = policy_loss(policy, old_policy, batch["advantages"], weights,
+                                   cfg.grpo_clip_low, cfg.grpo_clip_high, cfg.grpo_dual_clip)
+        average = lambda x: (x * shares).sum()
+        parts = {"policy_loss": loss, "ratio_max": mx.where(shares > 0, report["ratio"], 0).max(),
+                 "kl_old": average(kl_estimates(now, old)["kl_k3"]),
+                 "sampler_diff_max": mx.where(
+                     batch["stale"] | (shares == 0), 0, mx.abs(now - batch["kept_logprobs"])).max(),
+                 **{name: average(value) for name, value in report.items()}}
+        if "ref_logprobs" in batch:
+            kl = kl_estimates(logprobs, batch["ref_logprobs"])
+            parts |= {name: average(value) for name, value in kl.items()}
+            if cfg.grpo_kl_weight:
+                # weighted by the ratio, since the samples are the old policy's
+                ratio = mx.stop_gradient(mx.exp(mx.clip(logprobs - old, -20, 20)))
+                loss = loss + cfg.grpo_kl_weight * (weights * ratio * kl["kl_k2"]).sum()
+        if cfg.grpo_entropy_weight:
+            loss = loss - cfg.grpo_entropy_weight * (weights * token_entropy(logits)).sum()
+        return loss, parts
+
+    return grpo_loss if cfg.method == "grpo" else loss_fn
 
 
-def batch_arrays(batch: Batch) -> dict[str, mx.array]:
-    """The arrays the loss reads, as a tree that mx.compile can take."""
+def batch_arrays(micro_batches: list[Batch]) -> list[dict[str, mx.array]]:
+    """What the loss reads of each micro-batch, as a tree that mx.compile can take."""
     names = ("tokens", "target_positions", "targets", "target_mask",
              "class_positions", "operation_ids", "row_mask")
-    return {name: getattr(batch, name) for name in names}
+    counts = {"n_targets": mx.array(float(sum(b.target_mask.sum().item() for b in micro_batches))),
+              "n_rows": mx.array(float(sum(b.row_mask.sum().item() for b in micro_batches)))}
+    return [{name: getattr(b, name) for name in names} | counts for b in micro_batches]
 
 
 def lr_at(step: int, cfg: Config) -> float:
@@ -136,18 +186,34 @@ def open_run(cfg: Config) -> Path:
     return folder
 
 
-def save_state(folder: Path, step: int, model: Llama, optimizer: optim.Optimizer,
-               cfg: Config) -> None:
-    """Write all that continuing needs as one file, by one rename: kill -9 leaves no mixture."""
+def state_arrays(model: Llama, optimizer: optim.Optimizer) -> dict[str, mx.array]:
+    """What training changes: trainable weights and the optimizer's state."""
     arrays = {f"trainable.{k}": v for k, v in tree_flatten(model.trainable_parameters())}
-    arrays |= {f"optimizer.{k}": v for k, v in tree_flatten(optimizer.state)}
+    return arrays | {f"optimizer.{k}": v for k, v in tree_flatten(optimizer.state)}
+
+
+def restore_arrays(arrays: dict[str, mx.array], model: Llama, optimizer: optim.Optimizer) -> None:
+    """Put state_arrays back in place. A compiled step still holds the old ones: compile anew."""
+    pick = lambda prefix: [(k.removeprefix(prefix), v) for k, v in arrays.items()
+                           if k.startswith(prefix)]
+    model.load_weights(pick("trainable."), strict=False)
+    optimizer.state = tree_unflatten(pick("optimizer."))
+
+
+def save_state(folder: Path, step: int, model: Llama, optimizer: optim.Optimizer,
+               cfg: Config, source) -> None:
+    """Write all that continuing needs as one file, by one rename: kill -9 leaves no mixture."""
+    arrays = state_arrays(model, optimizer)
     # random state and data position are functions of these two (data.Batches.at)
-    save_safetensors(folder / "state.safetensors", arrays,
-                     {"step": str(step), "seed": str(cfg.seed)})
+    about = {"step": str(step), "seed": str(cfg.seed)}
+    if cfg.method == "grpo":
+        arrays |= {f"best.{k}": v for k, v in source.best.items()}
+        about |= {"position": str(source.position), "guard": json.dumps(asdict(source.guard))}
+    save_safetensors(folder / "state.safetensors", arrays, about)
 
 
-def load_state(folder: Path, model: Llama, optimizer: optim.Optimizer) -> int:
-    """Restore trainable weights and optimizer in place; returns the steps done, 0 if no state."""
+def load_state(folder: Path, model: Llama, optimizer: optim.Optimizer, source) -> int:
+    """Restore weights, optimizer and batch source in place; returns the steps done, 0 if none."""
     path = folder / "state.safetensors"
     if not path.exists():
         return 0
@@ -156,21 +222,22 @@ def load_state(folder: Path, model: Llama, optimizer: optim.Optimizer) -> int:
     except BadInput as error:
         raise BadInput(
             f"cannot continue {folder}: {error}, or overwrite=true to start over") from None
-    expected = {f"trainable.{k}": v for k, v in tree_flatten(model.trainable_parameters())}
-    expected |= {f"optimizer.{k}": v for k, v in tree_flatten(optimizer.state)}
-    check_tensors(arrays, expected, str(path))
-    pick = lambda prefix: [(k.removeprefix(prefix), v) for k, v in arrays.items()
-                           if k.startswith(prefix)]
-    model.load_weights(pick("trainable."), strict=False)  # all of them fit: just checked
-    optimizer.state = tree_unflatten(pick("optimizer."))
+    best = {k.removeprefix("best."): v for k, v in arrays.items() if k.startswith("best.")}
+    arrays = {k: v for k, v in arrays.items() if not k.startswith("best.")}
+    check_tensors(arrays, state_arrays(model, optimizer), str(path))
+    restore_arrays(arrays, model, optimizer)
     with safe_open(path, framework="numpy") as file:
-        return int(file.metadata()["step"])
+        about = file.metadata()
+    if "guard" in about:
+        source.best, source.position = best, int(about["position"])
+        source.guard = CollapseGuard(**json.loads(about["guard"]))
+    return int(about["step"])
 
 
 def save_weights(folder: Path, model: Llama, cfg: Config) -> None:
     """Write what eval.py, lens.py and others load: the adapter, or the whole model."""
     if cfg.full:
-        save_model(model, folder, cfg.model)
+        save_model(model, folder, root_model(cfg.model))
     else:
         save_adapters(model, cfg, folder)
 
@@ -215,7 +282,7 @@ def peak_gib() -> float:
 def prepare_model(cfg: Config) -> tuple[Llama, Tokenizer]:
     """Load the base, make LoRA's arrays or all weights trainable; random numbers from cfg.seed."""
     mx.random.seed(cfg.seed)
-    model, tokenizer = load(cfg.model, cfg.dtype, cfg.bits, cfg.from_scratch)
+    model, tokenizer = load_base(cfg.model, cfg.dtype, cfg.bits, cfg.from_scratch)
     if tokenizer is None:
         raise BadInput(f"{cfg.model} has no tokenizer.model and no tokenizer.json; "
                        "add the model's own")
@@ -233,8 +300,8 @@ def compile_step(model: Llama, optimizer: optim.Optimizer, loss_fn):
     as it is now, and the loss would stay the same for ever. Build them after a restore, not before.
     """
     @partial(mx.compile, inputs=[model.state], outputs=[model.state])
-    def loss_and_grads(batch, n_targets, n_rows):
-        return nn.value_and_grad(model, loss_fn)(model, batch, n_targets, n_rows)
+    def loss_and_grads(batch):
+        return nn.value_and_grad(model, loss_fn)(model, batch)
 
     state = [model.state, optimizer.state]
 
@@ -245,29 +312,39 @@ def compile_step(model: Llama, optimizer: optim.Optimizer, loss_fn):
     return loss_and_grads, update
 
 
-def take_step(step: int, micro_batches: list[Batch], loss_and_grads, update, optimizer,
-              cfg: Config) -> dict:
-    """Take one step, return its metrics; raises Stopped, nothing moved, if one is not finite."""
-    n_targets = mx.array(float(sum(b.target_mask.sum().item() for b in micro_batches)))
-    n_rows = mx.array(float(sum(b.row_mask.sum().item() for b in micro_batches)))
+def take_step(step: int, micro_batches: list[dict[str, mx.array]], loss_and_grads, update,
+              optimizer, lr: float, cfg: Config) -> dict:
+    """Take one optimizer step, return its metrics.
+
+    GRPO leaves the optimizer alone and says so (`skipped`, `early_stop`) where an update would do
+    harm. Multiplying the loss by 0 would not do: AdamW's momentum still moves the weights.
+    raises   Stopped, nothing moved, if loss or gradient is not finite
+    """
     grads, metrics = None, {}
     for batch in micro_batches:
-        (loss, parts), part_grads = loss_and_grads(batch_arrays(batch), n_targets, n_rows)
+        (loss, parts), part_grads = loss_and_grads(batch)
         grads = part_grads if grads is None else tree_map(mx.add, grads, part_grads)
         for name, value in {"loss": loss, **parts}.items():
-            metrics[name] = metrics.get(name, 0) + value
+            combine = mx.maximum if name.endswith("_max") else mx.add
+            metrics[name] = combine(metrics[name], value) if name in metrics else value
         # or the graph, and with it all activations, of every micro-batch would be held at once
         mx.eval(grads, metrics)
     norm = mx.sqrt(sum((g.astype(mx.float32) ** 2).sum() for _, g in tree_flatten(grads)))
     metrics = {name: value.item() for name, value in {**metrics, "grad_norm": norm}.items()}
-    if not np.isfinite([metrics["loss"], metrics["grad_norm"]]).all():
-        raise Stopped(
-            f"step {step + 1}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}, "
-            f"on rows {[i for b in micro_batches for i in b.rows]}")
-    optimizer.learning_rate = lr_at(step, cfg)
+    finite = np.isfinite([metrics["loss"], metrics["grad_norm"]]).all()
+    if cfg.method == "grpo" and cfg.grpo_guard:
+        if not finite or metrics["ratio"] > MAX_MEAN_RATIO:
+            return {**metrics, "skipped": 1}
+        if cfg.grpo_kl_stop and metrics["kl_old"] > 1.5 * cfg.grpo_kl_stop:
+            return {**metrics, "early_stop": 1}
+    if not finite:
+        raise Stopped(f"step {step + 1}: loss {metrics['loss']}, "
+                      f"gradient norm {metrics['grad_norm']}")
+    optimizer.learning_rate = lr
     scale = min(1.0, cfg.grad_clip / max(metrics["grad_norm"], 1e-12)) if cfg.grad_clip else 1.0
     update(grads, mx.array(scale))
-    return {**metrics, "lr": lr_at(step, cfg)}
+    mx.eval(optimizer.state)  # or the next step would grow this step's graph
+    return {**metrics, "lr": lr}
 
 
 def inspect(model: Llama, tokenizer: Tokenizer, valid: list, done: int, block: int,
@@ -299,14 +376,26 @@ def deferred_interrupts():
             signal.signal(number, handler)
 
 
-def load_batches(cfg: Config, model: Llama, tokenizer: Tokenizer) -> Batches:
-    """The training split, tokenised and checked."""
+def load_source(cfg: Config, model: Llama, tokenizer: Tokenizer) -> Batches | Rollouts:
+    """Where batches come from: the training split, tokenised and checked, or rollouts over it."""
     problems = load_split(cfg, "train")
+    if cfg.method == "grpo":
+        return Rollouts(model, tokenizer, problems, cfg)
     if cfg.method == "dual_reward" and not all(p.operation for p in problems):
         raise BadInput(f"method dual_reward needs an operation in every row of {cfg.data}; "
                        "some rows have none")
     ids = target_ids(tokenizer, problems, cfg.class_target)
     return Batches(tokenize(problems, tokenizer, model.args.max_position_embeddings, ids), cfg)
+
+
+def next_updates(source: Batches | Rollouts, step: int, cfg: Config) -> tuple[list, dict]:
+    """The updates of a 0-based step, each a list of micro-batches, and what is known of them."""
+    if cfg.method == "grpo":
+        return source.at(step)
+    micro_batches = source.at(step)
+    rows = [i for b in micro_batches for i in b.rows if i >= 0]
+    return [batch_arrays(micro_batches)], {"rows": rows, "n_tokens": sum(
+        len(source.rows[i].ids) for i in rows)}
 
 
 def describe(cfg: Config, model: Llama, block: int, done: int) -> str:
@@ -323,16 +412,16 @@ def describe(cfg: Config, model: Llama, block: int, done: int) -> str:
 def train(cfg: Config) -> dict:
     """Train as cfg says, or continue where the run folder stands; returns the report.
 
-    raises   BadInput, Stopped (a number was not finite), KeyboardInterrupt (after a clean save)
+    raises   BadInput, Stopped (a guard), KeyboardInterrupt (after a clean save)
     """
     model, tokenizer = prepare_model(cfg)
-    block, batches = class_block(cfg, model), load_batches(cfg, model, tokenizer)
+    block, source = class_block(cfg, model), load_source(cfg, model, tokenizer)
     valid = load_split(cfg, "valid")
     optimizer = optim.AdamW(cfg.lr, weight_decay=cfg.weight_decay, bias_correction=True)
     optimizer.init(model.trainable_parameters())
     # after everything that can be wrong with the input: a mistake leaves no folder behind
     folder = open_run(cfg)
-    done = load_state(folder, model, optimizer)
+    done = load_state(folder, model, optimizer, source)
     if done >= cfg.steps and (folder / "report.json").exists():
         print(f"{folder} is finished ({done} steps); see report.json, "
               "or give overwrite=true to train again")
@@ -342,26 +431,38 @@ def train(cfg: Config) -> dict:
     if done == 0 and (seen := inspect(model, tokenizer, valid, 0, block, cfg)):
         metrics.log(seen)
     # after the restore
-    loss_and_grads, update = compile_step(model, optimizer, make_loss(cfg, block))
+    compiled = compile_step(model, optimizer, make_loss(cfg, block))
     bar = tqdm(total=cfg.steps, initial=done, disable=None, unit="step", dynamic_ncols=True)
     with deferred_interrupts() as interrupted, bar:
         for step in range(done, cfg.steps):
-            start, micro_batches = time.perf_counter(), batches.at(step)
+            start = time.perf_counter()
+            updates, about = next_updates(source, step, cfg)
+            if reason := about.pop("collapsed", ""):
+                recover(folder, step, model, optimizer, cfg, source, reason)
+                compiled = compile_step(model, optimizer, make_loss(cfg, block))
+            elif about.pop("best", False):
+                source.best = state_arrays(model, optimizer)    # references, nothing is copied
+            lr, record = lr_at(step, cfg), {}
+            if cfg.method == "grpo":
+                lr *= 0.5 ** source.guard.reverts
             try:
-                record = take_step(step, micro_batches, loss_and_grads, update, optimizer, cfg)
-            except Stopped:
-                tokens = [b.tokens.tolist() for b in micro_batches]
+                for micro_batches in updates:
+                    record = take_step(step, micro_batches, *compiled, optimizer, lr, cfg)
+                    if "early_stop" in record:
+                        break
+            except Stopped as stopped:
+                tokens = [b.get("tokens", b.get("completions")).tolist() for b in micro_batches]
                 write_text(folder / "failed_batch.json",
                            json.dumps({"step": step + 1, "tokens": tokens}) + "\n")
-                save_state(folder, step, model, optimizer, cfg)
-                raise
-            mx.eval(model.state, optimizer.state)  # or the next step would grow this step's graph
-            done = step + 1
-            n_tokens = sum(len(batches.rows[i].ids)
-                           for b in micro_batches for i in b.rows if i >= 0)
-            seconds = time.perf_counter() - start
-            record |= {"seconds": round(seconds, 5), "tokens_per_s": round(n_tokens / seconds),
-                       "peak_gib": round(peak_gib(), 3)}
+                save_state(folder, step, model, optimizer, cfg, source)
+                raise Stopped(f"{stopped}, on rows {about['rows']}") from None
+            done, seconds = step + 1, time.perf_counter() - start
+            record |= {k: v for k, v in about.items() if k not in ("rows", "n_tokens")}
+            record |= {"seconds": round(seconds, 5), "peak_gib": round(peak_gib(), 3),
+                       "tokens_per_s": round(about["n_tokens"] / seconds)}
+            if cfg.method == "grpo":
+                record["completions_per_s"] = round(cfg.batch_size / seconds)
+                record["update_s"] = seconds - record["rollout_s"] - record["score_s"]
             metrics.log({"step": done, **record})
             bar.set_postfix({k: f"{record[k]:.3g}" for k in BAR_KEYS if k in record})
             bar.update()
@@ -370,7 +471,7 @@ def train(cfg: Config) -> dict:
                 tqdm.write(format_line(record, seen, block), file=sys.stdout)
             due = cfg.save_every_steps and done % cfg.save_every_steps == 0
             if interrupted or due or done == cfg.steps:
-                save_state(folder, done, model, optimizer, cfg)
+                save_state(folder, done, model, optimizer, cfg, source)
             if interrupted:
                 save_weights(folder, model, cfg)
                 tqdm.write(f"interrupted; saved after step {done}. The same command continues.",
@@ -380,8 +481,28 @@ def train(cfg: Config) -> dict:
     return finish(folder, cfg, metrics)
 
 
+def recover(folder: Path, step: int, model: Llama, optimizer: optim.Optimizer, cfg: Config,
+            source: Rollouts, reason: str) -> None:
+    """Put the best weights and optimizer back after a collapse; the data moves on.
+
+    raises   Stopped after CollapseGuard.MAX_REVERTS times
+    """
+    restore_arrays(source.best, model, optimizer)
+    if source.guard.reverts >= source.guard.MAX_REVERTS:
+        save_state(folder, step, model, optimizer, cfg, source)
+        save_weights(folder, model, cfg)
+        raise Stopped(f"step {step + 1}: the policy collapsed a {source.guard.reverts + 1}th time "
+                      f"({reason}); the best weights are saved in {folder}. Lower lr, or raise "
+                      "grpo_kl_weight")
+    source.guard.reverted()
+    tqdm.write(f"step {step + 1:5d}  collapse: {reason}; best weights restored, learning rate "
+               f"times {0.5 ** source.guard.reverts:g}", file=sys.stdout)
+
+
 def format_line(record: dict, seen: dict, block: int) -> str:
     """One line of fixed width: the keys of metrics.jsonl, shortened."""
+    if "reward" in record:
+        return format_rollouts(record, seen)
     parts = [f"step {seen['step']:5d}", f"loss {record['loss']:7.4f}"]
     if "class_loss" in record:
         parts.append(f"answer {record['answer_loss']:7.4f}  class {record['class_loss']:7.4f}")
@@ -393,12 +514,30 @@ def format_line(record: dict, seen: dict, block: int) -> str:
                               f"{record['peak_gib']:.2f} GiB"])
 
 
+def format_rollouts(record: dict, seen: dict) -> str:
+    """The same for GRPO: rewards, distances, and where the time goes."""
+    parts = [f"step {seen['step']:5d}", f"reward {record['reward']:7.3f}",
+             f"right {100 * record['accuracy']:5.1f} %"]
+    if "valid_accuracy" in seen:
+        parts.append(f"valid {100 * seen['valid_accuracy']:5.1f} %")
+    if "kl_k3" in record:
+        parts.append(f"KL {record['kl_k3']:.4f}")
+    shares = [100 * record[k] / record["seconds"] for k in ("rollout_s", "score_s", "update_s")]
+    return "  ".join(parts + [
+        f"entropy {record['entropy']:.3f}", f"length {record['length']:.2f}",
+        f"flat {100 * record['flat_groups']:3.0f} %", f"{record['completions_per_s']:5d} compl/s",
+        "time rollout {:.0f}, score {:.0f}, update {:.0f} %".format(*shares),
+        f"{record['peak_gib']:.2f} GiB"])
+
+
 def finish(folder: Path, cfg: Config, metrics: Metrics) -> dict:
     """Judge the saved weights, as eval.py would, beside the base; write report and pictures."""
     report = make_report(folder, with_base=True) | {"peak_gib": round(peak_gib(), 3)}
     print_report(report)
     plot.emergence(metrics.records, folder / "emergence.png",
                    f"{cfg.method}, {cfg.model}, seed {cfg.seed}")
+    if cfg.method == "grpo":
+        plot.rollout_curves(metrics.records, folder / "curves.png", f"{cfg.model}, seed {cfg.seed}")
     # last: its presence says that the run is finished
     write_text(folder / "report.json", json.dumps(report, indent=1) + "\n")
     print(f"\nwrote {folder}/report.json, metrics.jsonl, emergence.png "

@@ -1,0 +1,385 @@
+"""GRPO's batches: sample a group of completions for every prompt, reward them, compare within it.
+
+A completion's advantage is its reward minus the mean of its group's others, so no value network is
+needed (DeepSeekMath 2402.03300). This file makes the batches; losses.policy_loss reads them, and
+the optimizer stays in train.py. Where we differ from the paper: the mean leaves the completion
+itself out (RLOO 2402.14740) and is not divided by the group's spread, and the loss is divided by a
+constant, not by each completion's length (Dr. GRPO 2503.20783); both are options. Three mistakes of
+public code are tested against: completions scored without their prompt, an EOS that is never
+trained, and the *reference* policy in the place of the *old* one.
+
+    old policy        the weights that sampled; its log-probabilities are kept while sampling
+    reference policy  the base model: this model with its adapters off; only the KL term reads it
+
+Level blindness: advantages compare inside a group, so a policy that gets worse everywhere sees
+nothing wrong. The KL term and CollapseGuard are what does.
+"""
+import importlib.util
+import math
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import blas  # noqa: F401  (before mlx)
+import mlx.core as mx
+import numpy as np
+
+from config import BadInput, Config
+from data import Problem, grade
+from generate import Completion, check_context, left_pad, sample
+from lora import adapters_off, fused_for_decoding
+from losses import gather_positions, token_logprobs
+from model import Llama
+from tokenizer import Tokenizer
+
+FLAT = 1e-6      # a group whose rewards differ by less carries no signal
+REDRAWS = 3      # fresh prompts, where every group of a step is flat
+PAD_GROUPS = 8   # updates hold a multiple of so many groups: few shapes, few traces of mx.compile
+
+
+# --------------------------------------------------------------------------------------------------
+# rewards: pure functions of a problem and a completion
+
+
+def reward_correct(problem: Problem, completion: Completion) -> tuple[float, dict[str, float]]:
+    """1 where the whole completion is the answer and it stopped by itself, else 0. No part marks.
+
+    Substrings, lists of numbers, cut completions: nothing. Each was exploited somewhere.
+    """
+    right = float(grade(problem.answer, completion.text, completion.finished))
+    return right, {"correct": right}
+
+
+def load_reward(name: str):
+    """`correct`, or FILE.py:FUNCTION of (problem, completion) -> float or (float, parts).
+
+    raises   BadInput
+    """
+    if name == "correct":
+        return reward_correct
+    path, colon, function = name.rpartition(":")
+    if not colon or not path.endswith(".py"):
+        raise BadInput(f"grpo_reward = {name!r}: expected correct, self, or FILE.py:FUNCTION")
+    try:
+        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return getattr(module, function)
+    except (OSError, SyntaxError, ImportError, AttributeError) as error:
+        raise BadInput(f"grpo_reward = {name!r} does not load ({error!r})") from None
+
+
+def score_completion(reward, problem: Problem, completion: Completion) -> tuple[float, dict]:
+    """Call a reward function; raises BadInput where it raises or returns what is no number."""
+    where = f"grpo_reward on prompt {problem.prompt!r}, completion {completion.text[:40]!r}"
+    try:
+        result = reward(problem, completion)
+        value, parts = result if isinstance(result, tuple) else (result, {})
+        value = float(value)
+    except Exception as error:  # a user's function may raise anything
+        raise BadInput(f"{where} raised {error!r}; mend the function") from None
+    if not math.isfinite(value):
+        raise BadInput(f"{where} returned {value}; expected a finite number")
+    return value, {name: float(part) for name, part in parts.items()}
+
+
+def self_reward(model: Llama, tokenizer: Tokenizer, problems: list[Problem],
+                completions: list[Completion]) -> np.ndarray:
+    """log p(answer, EOS | BOS, completion, "=") under the model itself, nats per token, (N,).
+
+    The judge is the patient: if the weights drift, every completion of a group sinks together, and
+    advantages do not see it. The reward of the published collapse; configs/collapse.yaml uses it.
+    """
+    bos, rows, answers = len(tokenizer.encode_prompt("=")) - len(tokenizer.encode("=")), [], []
+    for problem, completion in zip(problems, completions):
+        ids, P = tokenizer.encode_pair("= ", problem.answer)
+        thought = [i for i in completion.ids if i not in tokenizer.stop_ids]
+        rows.append(ids[:bos] + thought + ids[bos:])
+        answers.append(len(ids) - P)
+    T, A = max(map(len, rows)), max(answers)
+    tokens = np.array([row + [0] * (T - len(row)) for row in rows])                     # (N, T)
+    # the A positions up to the row's last; those before its answer are masked out
+    targets = np.array([len(row) for row in rows])[:, None] - A + np.arange(A)          # (N, A)
+    mask = np.arange(A) >= A - np.array(answers)[:, None]
+    resid = model.final_resid(mx.array(tokens))
+    logits = model.head(gather_positions(resid, mx.array(np.maximum(targets - 1, 0))))
+    chosen = mx.array(np.take_along_axis(tokens, np.maximum(targets, 0), axis=1))
+    logprobs = np.array(token_logprobs(logits, chosen))
+    return (logprobs * mask).sum(1) / mask.sum(1)
+
+
+# --------------------------------------------------------------------------------------------------
+# advantages
+
+
+def group_advantages(rewards: np.ndarray, scale: str = "none") -> np.ndarray:
+    """Leave-one-out advantages of (P, G) rewards; a flat group's are exactly 0.
+
+    scale    none | batch (divide by the standard deviation of all rewards) | group (by the group's
+             own, as DeepSeekMath: it weighs a prompt of success rate p by 1 / sqrt(p (1 - p)))
+    example  [[1, 0, 0, 0]] -> [[1, -1/3, -1/3, -1/3]]: R_i minus the mean of the other three
+    The zero test is on the spread itself: dividing by (std + 1e-8) turns twelve float32 rewards of
+    1.35, whose std is 2e-7 by rounding, into advantages near 1.
+    """
+    G = rewards.shape[1]
+    flat = np.ptp(rewards, axis=1) < FLAT
+    advantages = (rewards - rewards.mean(1, keepdims=True)) * G / (G - 1)
+    if scale == "group":
+        advantages /= np.where(flat, 1, rewards.std(1))[:, None]
+    elif scale == "batch" and not flat.all():
+        advantages /= rewards.std()
+    advantages[flat] = 0
+    return advantages
+
+
+def token_weights(mask: np.ndarray, norm: str, n_rows: float, n_tokens: float,
+                  max_completion_tokens: int) -> np.ndarray:
+    """What each token counts in the loss, (N, C), from the (N, C) mask of a micro-batch.
+
+    norm              constant: 1 / (n_rows * max_completion_tokens), no length bias (Dr. GRPO)
+                      token:    1 / n_tokens (DAPO 2503.14476)
+                      sequence: 1 / (n_rows * the completion's length): a long wrong answer is
+                                punished less for each of its tokens (DeepSeekMath)
+    n_rows, n_tokens  of the whole update, so that micro-batches of any size add up to the same
+    """
+    if norm == "token":
+        return mask / n_tokens
+    if norm == "sequence":
+        return mask / (n_rows * np.maximum(mask.sum(1, keepdims=True), 1))
+    return mask / (n_rows * max_completion_tokens)
+
+
+# --------------------------------------------------------------------------------------------------
+# the collapse guard
+
+
+def repetition(ids: list[int]) -> float:
+    """Share of a completion's trigrams that are repeats; 0 where it has fewer than two.
+
+    example  [4, 4, 4, 4, 4] -> 2/3: three trigrams, one distinct
+    """
+    trigrams = list(zip(ids, ids[1:], ids[2:]))
+    return 1 - len(set(trigrams)) / len(trigrams) if len(trigrams) > 1 else 0.0
+
+
+@dataclass
+class CollapseGuard:
+    """Say when a policy has collapsed, from each step's rollouts. Plain numbers: saved as JSON.
+
+    A step is alarming where its reward lies below the best running mean by half of the spread that
+    single rewards had at the start; or by a twentieth of it, if entropy has fallen under a tenth of
+    its start or repetition has doubled to above 0.3. (Entropy alone says nothing: a policy that has
+    learnt the answers is as sure.) Three alarming steps of five are a collapse. Thresholds are
+    judgement; tests hold them against the published collapse and 4444 completions.
+    """
+    rewards: list[float] = field(default_factory=list)      # of the last WINDOW steps
+    alarms: list[bool] = field(default_factory=list)        # the same
+    start: dict = field(default_factory=dict)               # sums over the first WINDOW steps
+    steps: int = 0
+    best: float = -math.inf                                 # highest running mean of reward
+    reverts: int = 0
+
+    WINDOW, ALARMS, MAX_REVERTS = 5, 3, 3   # no annotations: class constants, not fields
+
+    def observe(self, reward: float, spread: float, entropy: float, repeated: float) -> str:
+        """Take one step's means in; returns "", "best" (worth keeping) or the collapse's reason."""
+        self.steps += 1
+        if self.steps <= self.WINDOW:
+            seen = {"spread": spread, "entropy": entropy, "repeated": repeated}
+            self.start = {k: self.start.get(k, 0) + v / self.WINDOW for k, v in seen.items()}
+        self.rewards = (self.rewards + [reward])[-self.WINDOW:]
+        drop = self.best - reward
+        if self.steps <= self.WINDOW or not math.isfinite(self.best):
+            reason = ""
+        elif drop > 0.5 * self.start["spread"]:
+            reason = f"reward {reward:.3g} fell from a running mean of {self.best:.3g}"
+        elif drop > 0.05 * self.start["spread"] and entropy < 0.1 * self.start["entropy"]:
+            reason = f"entropy {entropy:.3g} fell from {self.start['entropy']:.3g}"
+        elif drop > 0.05 * self.start["spread"] and repeated > max(2 * self.start["repeated"], 0.3):
+            reason = f"repetition {repeated:.2f} rose from {self.start['repeated']:.2f}"
+        else:
+            reason = ""
+        self.alarms = (self.alarms + [bool(reason)])[-self.WINDOW:]
+        if sum(self.alarms) >= self.ALARMS:
+            return reason
+        mean = sum(self.rewards) / len(self.rewards)
+        if len(self.rewards) == self.WINDOW and mean > self.best:
+            self.best = mean
+            return "best"
+        return ""
+
+    def reverted(self) -> None:
+        """Note that the best weights are back: the window starts anew, the best stays."""
+        self.reverts += 1
+        self.rewards, self.alarms = [], []
+
+
+# --------------------------------------------------------------------------------------------------
+# the batch source
+
+
+def draw_problems(problems: list[Problem], seed: int, start: int, count: int) -> list[Problem]:
+    """Problems start .. start + count - 1 of an endless stream, shuffled anew at every epoch."""
+    n, drawn = len(problems), []
+    for epoch in range(start // n, (start + count - 1) // n + 1):
+        order = np.random.default_rng((seed, epoch)).permutation(n)
+        first, last = max(start - epoch * n, 0), min(start + count - epoch * n, n)
+        drawn += [problems[i] for i in order[first:last]]
+    return drawn
+
+
+@dataclass
+class Group:
+    """One prompt and its G completions, rewarded and compared."""
+    prompt: list[int]
+    completions: list[Completion]
+    advantages: np.ndarray      # (G,)
+
+
+class Rollouts:
+    """Batches sampled from the model as it is now.
+
+    `at` is a function of the weights, the seed and `position`, the number of problems drawn so far,
+    so that a resumed run draws and samples what the uninterrupted one would have.
+    """
+
+    def __init__(self, model: Llama, tokenizer: Tokenizer, problems: list[Problem], cfg: Config):
+        self.model, self.tokenizer, self.problems, self.cfg = model, tokenizer, problems, cfg
+        self.P = cfg.batch_size // cfg.grpo_group_size
+        self.position, self.guard, self.best = 0, CollapseGuard(), {}
+        self.reward = None if cfg.grpo_reward == "self" else load_reward(cfg.grpo_reward)
+        self.needs_reference = cfg.grpo_kl_weight > 0 or cfg.grpo_ratio == "base"
+        prompts = [tokenizer.encode_prompt(p.prompt) for p in problems]
+        check_context(prompts, cfg.max_completion_tokens, model)
+        # the state is an input, or the compiled function would keep today's weights for ever
+        self.score = partial(mx.compile, inputs=[model.state])(self._score)
+
+    def _score(self, arrays: dict[str, mx.array]) -> mx.array:
+        resid = self.model.completion_resid(arrays["prompts"], arrays.get("start"),
+                                            arrays["completions"])
+        logits = self.model.head(resid) / self.cfg.grpo_temperature
+        return token_logprobs(logits, arrays["completions"])            # (N, C)
+
+    def at(self, step: int) -> tuple[list[list[dict[str, mx.array]]], dict]:
+        """Sample, reward and compare; returns (updates, metrics), an update being micro-batches.
+
+        No updates where all groups are flat, or where the guard sees a collapse: `collapsed` in the
+        metrics then says why; `best` says that the weights are the best so far.
+        raises   BadInput, for flat groups at step 0: then the data is at fault
+        """
+        start = time.perf_counter()
+        for redraw in range(1 + REDRAWS):
+            groups, metrics = self.rollout()
+            live = [g for g in groups if g.advantages.any()]
+            if live:
+                break
+        metrics["redraws"] = redraw
+        if not live and step == 0:
+            raise BadInput(
+                f"every group of {1 + REDRAWS} batches is flat: all {self.cfg.grpo_group_size} "
+                f"completions of a prompt earn the same reward (mean {metrics['reward']:.3g}), so "
+                "there is nothing to compare; use problems of middling difficulty, another "
+                "grpo_reward, a larger grpo_group_size, or train with SFT first")
+        verdict = self.guard.observe(metrics["reward"], metrics["reward_std"], metrics["entropy"],
+                                     metrics["repetition"]) if self.cfg.grpo_guard else ""
+        if verdict == "best":
+            metrics["best"] = True
+        elif verdict:
+            live, metrics["collapsed"] = [], verdict
+        metrics["reverts"] = self.guard.reverts
+        sampled = time.perf_counter()
+        updates = self.make_updates(live) if live else []
+        metrics["rollout_s"], metrics["score_s"] = sampled - start, time.perf_counter() - sampled
+        return updates, metrics
+
+    def rollout(self) -> tuple[list[Group], dict]:
+        """Draw P problems, sample G completions of each, reward them; (groups, metrics)."""
+        cfg, G = self.cfg, self.cfg.grpo_group_size
+        problems = draw_problems(self.problems, cfg.seed, self.position, self.P)
+        key = mx.random.key((cfg.seed << 32) + self.position)
+        self.position += self.P
+        prompts = [self.tokenizer.encode_prompt(p.prompt) for p in problems]
+        with fused_for_decoding(self.model):
+            done = sample(self.model, self.tokenizer, prompts, cfg.max_completion_tokens, G,
+                          cfg.grpo_temperature, key=key)
+        asked = [p for p in problems for _ in range(G)]
+        if self.reward is None:
+            rewards, parts = self_reward(self.model, self.tokenizer, asked, done), []
+        else:
+            scored = [score_completion(self.reward, p, c) for p, c in zip(asked, done)]
+            rewards, parts = np.array([r for r, _ in scored]), [p for _, p in scored]
+        right = np.array([grade(p.answer, c.text, c.finished) for p, c in zip(asked, done)])
+        advantages = group_advantages(rewards.reshape(-1, G), cfg.grpo_advantage)
+        groups = [Group(prompt, done[i * G:(i + 1) * G], advantages[i])
+                  for i, prompt in enumerate(prompts)]
+        lengths = np.array([len(c.ids) for c in done])
+        # rows and tokens of an update, flat groups included
+        self.totals = len(done) / cfg.grpo_minibatches, lengths.sum() / cfg.grpo_minibatches
+        of = lambda which: float(lengths[which].mean()) if which.any() else None
+        metrics = {
+            "reward": float(rewards.mean()), "reward_std": float(rewards.std()),
+            "reward_min": float(rewards.min()), "reward_max": float(rewards.max()),
+            **{f"reward_{n}": float(np.mean([p[n] for p in parts]))
+               for n in (parts[0] if parts else {})},
+            "accuracy": float(right.mean()),
+            "flat_groups": float(1 - np.mean([g.advantages.any() for g in groups])),
+            "length": float(lengths.mean()), "length_right": of(right), "length_wrong": of(~right),
+            "truncated": float(np.mean([not c.finished for c in done])),
+            "entropy": float(np.mean(np.concatenate([c.entropies for c in done]))),
+            "logprob": float(np.mean(np.concatenate([c.logprobs for c in done]))),
+            "repetition": float(np.mean([repetition(c.ids) for c in done])),
+            "n_tokens": int(lengths.sum()), "rows": [self.position - self.P, self.position],
+        }
+        return groups, metrics
+
+    def make_updates(self, live: list[Group]) -> list[list[dict[str, mx.array]]]:
+        """Cut the groups with a signal into updates, epochs outside, and those into micro-batches.
+
+        Flat groups are left out, of the KL term too, but count in the denominators.
+        """
+        cfg, rng = self.cfg, np.random.default_rng((self.cfg.seed, self.position))
+        n_updates, n_parts = cfg.grpo_minibatches, cfg.grad_accum_steps
+        updates = []
+        for epoch in range(cfg.grpo_epochs):
+            order = rng.permutation(len(live)) if n_updates > 1 else np.arange(len(live))
+            for chosen in np.array_split(order, n_updates):
+                if not len(chosen):
+                    continue
+                parts = [p.tolist() for p in np.array_split(chosen, n_parts) if len(p)]
+                size = max(map(len, parts))
+                size = min(-(-size // PAD_GROUPS) * PAD_GROUPS, -(-self.P // n_parts))
+                tokens = sum(len(c.ids) for i in chosen for c in live[i].completions)
+                stale = epoch > 0 or len(updates) > 0
+                updates.append([self.make_arrays([live[i] for i in part], size, tokens, stale)
+                                for part in parts])
+        return updates
+
+    def make_arrays(self, groups: list[Group], size: int, update_tokens: int,
+                    stale: bool) -> dict[str, mx.array]:
+        """One micro-batch, filled up to `size` groups with copies that weigh nothing."""
+        cfg, n = self.cfg, len(groups)
+        groups = groups + [groups[0]] * (size - n)
+        done = [c for g in groups for c in g.completions]
+        longest = max(len(c.ids) for c in done)
+        C = min(-(-longest // 4) * 4, cfg.max_completion_tokens)
+        table = lambda rows, kind: np.array(
+            [list(row) + [0] * (C - len(row)) for row in rows], kind)           # (N, C)
+        mask = table([[1] * len(c.ids) for c in done], np.float32)
+        mask[n * cfg.grpo_group_size:] = 0
+        prompts, start = left_pad([g.prompt for g in groups])
+        arrays = {
+            "prompts": prompts, "completions": mx.array(table([c.ids for c in done], np.int32)),
+            "kept_logprobs": mx.array(table([c.logprobs for c in done], np.float32)),
+            "advantages": mx.array(np.concatenate([g.advantages for g in groups])[:, None]
+                                   .astype(np.float32)),                        # (N, 1)
+            "weights": mx.array(token_weights(mask, cfg.grpo_norm, *self.totals,
+                                              cfg.max_completion_tokens)),
+            "shares": mx.array(mask / update_tokens), "stale": mx.array(stale),
+        }
+        if start is not None:
+            arrays["start"] = start
+        if self.needs_reference:
+            with adapters_off(self.model):
+                arrays["ref_logprobs"] = self.score(arrays)
+        return arrays
