@@ -72,8 +72,9 @@ def choose(logits: mx.array, uniform: mx.array | None, temperature: float, top_k
         inside = mx.cumsum(falling, axis=-1) - falling < top_p * total  # the first always is
         kept = mx.where(mass >= mx.where(inside, falling, mx.inf).min(-1, keepdims=True), kept, 0)
     cdf = mx.cumsum(kept, axis=-1)
-    # a hair below 1, or rounding could ask for more than the last entry and find no token
-    tokens = mx.argmax(cdf > cdf[:, -1:] * uniform[:, None] * (1 - 1e-6), axis=-1)
+    # a hair inside (0, 1): at 0 a token of no probability would do, at 1 rounding could find none
+    level = (1e-7 + (1 - 1e-6) * uniform[:, None]) * cdf[:, -1:]
+    tokens = mx.argmax(cdf > level, axis=-1)
     logprobs = mx.take_along_axis(shifted, tokens[:, None], axis=-1) - mx.log(total)
     entropy = mx.log(total[:, 0]) - (mass * shifted).sum(-1) / total[:, 0]
     return tokens, logprobs[:, 0], entropy

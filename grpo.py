@@ -167,52 +167,50 @@ def repetition(ids: list[int]) -> float:
 class CollapseGuard:
     """Say when a policy has collapsed, from each step's rollouts. Plain numbers: saved as JSON.
 
-    A step is alarming where its reward lies below the best running mean by half of the spread that
-    single rewards had at the start; or by a twentieth of it, if entropy has fallen under a tenth of
-    its start or repetition has doubled to above 0.3. (Entropy alone says nothing: a policy that has
-    learnt the answers is as sure.) Three alarming steps of five are a collapse. Thresholds are
-    judgement; tests hold them against the published collapse and 4444 completions.
+    Everything is a running mean over WINDOW steps. It is alarming if the reward lies below its best
+    by half of the spread that single rewards had at the start, plus four standard errors; or by a
+    tenth of that, if entropy has fallen under a tenth of its start or repetition has doubled to
+    above 0.3. (Entropy alone says nothing: a policy that has learnt the answers is as sure.) Three
+    alarming steps of five are a collapse. The thresholds are judgement; tests hold them against the
+    published collapse, a healthy run and completions of 4444.
     """
-    rewards: list[float] = field(default_factory=list)      # of the last WINDOW steps
-    alarms: list[bool] = field(default_factory=list)        # the same
-    start: dict = field(default_factory=dict)               # sums over the first WINDOW steps
-    steps: int = 0
-    best: float = -math.inf                                 # highest running mean of reward
+    recent: list[list[float]] = field(default_factory=list)  # last WINDOW of (reward, entropy, ...)
+    alarms: list[bool] = field(default_factory=list)         # of the last five steps
+    start: list[float] = field(default_factory=list)         # entropy, repetition, margin at start
+    best: float = -math.inf                                  # highest running mean of reward
     reverts: int = 0
 
-    WINDOW, ALARMS, MAX_REVERTS = 5, 3, 3   # no annotations: class constants, not fields
+    WINDOW, MAX_REVERTS = 10, 3     # no annotation: constants, not fields
 
     def observe(self, reward: float, spread: float, entropy: float, repeated: float) -> str:
         """Take one step's means in; returns "", "best" (worth keeping) or the collapse's reason."""
-        self.steps += 1
-        if self.steps <= self.WINDOW:
-            seen = {"spread": spread, "entropy": entropy, "repeated": repeated}
-            self.start = {k: self.start.get(k, 0) + v / self.WINDOW for k, v in seen.items()}
-        self.rewards = (self.rewards + [reward])[-self.WINDOW:]
-        drop = self.best - reward
-        if self.steps <= self.WINDOW or not math.isfinite(self.best):
-            reason = ""
-        elif drop > 0.5 * self.start["spread"]:
-            reason = f"reward {reward:.3g} fell from a running mean of {self.best:.3g}"
-        elif drop > 0.05 * self.start["spread"] and entropy < 0.1 * self.start["entropy"]:
-            reason = f"entropy {entropy:.3g} fell from {self.start['entropy']:.3g}"
-        elif drop > 0.05 * self.start["spread"] and repeated > max(2 * self.start["repeated"], 0.3):
-            reason = f"repetition {repeated:.2f} rose from {self.start['repeated']:.2f}"
-        else:
-            reason = ""
-        self.alarms = (self.alarms + [bool(reason)])[-self.WINDOW:]
-        if sum(self.alarms) >= self.ALARMS:
-            return reason
-        mean = sum(self.rewards) / len(self.rewards)
-        if len(self.rewards) == self.WINDOW and mean > self.best:
-            self.best = mean
+        self.recent = (self.recent + [[reward, spread, entropy, repeated]])[-self.WINDOW:]
+        if len(self.recent) < self.WINDOW:
+            return ""
+        reward, spread, entropy, repeated = np.mean(self.recent, axis=0).tolist()
+        if not self.start:
+            noise = float(np.std([row[0] for row in self.recent])) / self.WINDOW ** 0.5
+            self.start = [entropy, repeated, 0.5 * spread + 4 * noise]
+        entropy_then, repeated_then, margin = self.start
+        drop, reason = self.best - reward, ""
+        if drop > margin:
+            reason = f"reward {reward:.3g} fell from {self.best:.3g}"
+        elif drop > 0.1 * margin and entropy < 0.1 * entropy_then:
+            reason = f"entropy {entropy:.3g} fell from {entropy_then:.3g}, and reward with it"
+        elif drop > 0.1 * margin and repeated > max(2 * repeated_then, 0.3):
+            reason = f"repetition {repeated:.2f} rose from {repeated_then:.2f}, and reward fell"
+        self.alarms = (self.alarms + [bool(reason)])[-5:]
+        if sum(self.alarms) >= 3:
+            return reason or "alarms in three of five steps"
+        if reward > self.best:
+            self.best = reward
             return "best"
         return ""
 
     def reverted(self) -> None:
-        """Note that the best weights are back: the window starts anew, the best stays."""
+        """Note that the best weights are back: the window starts anew, best and start stay."""
         self.reverts += 1
-        self.rewards, self.alarms = [], []
+        self.recent, self.alarms = [], []
 
 
 # --------------------------------------------------------------------------------------------------
@@ -380,6 +378,8 @@ class Rollouts:
         if start is not None:
             arrays["start"] = start
         if self.needs_reference:
+            # the graph is traced, if it has to be, while the adapters are off
             with adapters_off(self.model):
                 arrays["ref_logprobs"] = self.score(arrays)
+            mx.eval(arrays)  # now: lazily it would be scored, and timed, within the update
         return arrays

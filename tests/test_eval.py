@@ -9,30 +9,7 @@ from conftest import TINY, assert_one_clear_line, config, run
 from config import BadInput
 from data import held_out, named_problems
 from eval import class_block, judge, make_report, measure_accuracy, print_report
-from generate import decode_greedy, read_completion
 from stats import wilson
-
-
-def test_greedy_equals_no_cache(model, tokenizer):
-    """Batched, grouped by length and cached, against one prompt at a time without a cache."""
-    texts = ["7 * 8 = ", "12 + 5 = ", "what is nine minus two = ", "add one and two = ", "3 - 1 = "]
-    prompts = [tokenizer.encode_prompt(t) for t in texts]
-    for ids, completion in zip(prompts, decode_greedy(model, tokenizer, prompts, 6)):
-        expected = list(ids)
-        for _ in range(6):
-            expected.append(mx.argmax(model(mx.array([expected]))[0, -1]).item())
-            if expected[-1] in tokenizer.eos_ids:
-                break
-        assert expected[len(ids):][:len(completion.ids)] == completion.ids
-
-
-def test_completion_ends_at_eos_or_line_break(tokenizer):
-    ids = tokenizer.encode("56") + [tokenizer.eos_id] + tokenizer.encode("57")
-    ended = read_completion(ids, tokenizer)
-    assert (ended.text, ended.finished) == ("56", True)
-    assert read_completion(tokenizer.encode("56 57"), tokenizer).finished is False
-    cut = read_completion(tokenizer.encode("56\n57"), tokenizer)
-    assert (cut.text, cut.finished) == ("56", True)
 
 
 @pytest.fixture

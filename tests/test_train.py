@@ -21,7 +21,7 @@ from data import Batches, make_problem, sample_train, tokenize
 from eval import measure_accuracy
 from lora import load_checkpoint
 from model import load
-from train import compile_step, lr_at, make_loss, prepare_model, take_step, train
+from train import batch_arrays, compile_step, lr_at, make_loss, prepare_model, take_step, train
 
 IDS = {"add": 1010, "subtract": 1011, "multiply": 1012}
 
@@ -31,7 +31,8 @@ def steps(model, cfg, problems, tokenizer, block=0):
     optimizer.init(model.trainable_parameters())
     batches = Batches(tokenize(problems, tokenizer, 128, IDS), cfg)
     functions = compile_step(model, optimizer, make_loss(cfg, block))
-    metrics = [take_step(s, batches.at(s), *functions, optimizer, cfg) for s in range(cfg.steps)]
+    metrics = [take_step(s, batch_arrays(batches.at(s)), *functions, optimizer, lr_at(s, cfg), cfg)
+               for s in range(cfg.steps)]
     return metrics, optimizer
 
 
@@ -91,7 +92,6 @@ def test_adamw_and_clipping_against_numpy(model, tokenizer):
     """
     import mlx.nn as nn
 
-    from train import batch_arrays
     cfg = config(full=True, steps=2, batch_size=8, lr=1e-3, weight_decay=0.1, grad_clip=0.5,
                  lr_schedule="constant")
     problems, name = sample_train(cfg)[:16], "model.layers.0.mlp.up_proj.weight"
@@ -99,9 +99,7 @@ def test_adamw_and_clipping_against_numpy(model, tokenizer):
     weight = np.array(dict(tree_flatten(start.parameters()))[name]).astype(np.float64)
     metrics, _ = steps(model, cfg, problems, tokenizer)
     batch = Batches(tokenize(problems, tokenizer, 128, IDS), cfg).at(0)[0]
-    n_targets, n_rows = batch.target_mask.sum(), batch.row_mask.sum()
-    loss_and_grad = nn.value_and_grad(start, make_loss(cfg, 0))
-    _, grads = loss_and_grad(start, batch_arrays(batch), n_targets, n_rows)
+    _, grads = nn.value_and_grad(start, make_loss(cfg, 0))(start, batch_arrays([batch])[0])
     grads = {k: np.array(g).astype(np.float64) for k, g in tree_flatten(grads)}
     norm = np.sqrt(sum((g ** 2).sum() for g in grads.values()))
     assert abs(norm - metrics[0]["grad_norm"]) < 1e-4 * norm and norm > 0.5
@@ -135,7 +133,7 @@ def test_few_traces(model, tokenizer):
     batches = Batches(tokenize(sample_train(cfg)[:96], tokenizer, 128, IDS), cfg)
     functions = compile_step(model, optimizer, lambda *args: traced.append(1) or loss_fn(*args))
     for s in range(12):
-        take_step(s, batches.at(s), *functions, optimizer, cfg)
+        take_step(s, batch_arrays(batches.at(s)), *functions, optimizer, lr_at(s, cfg), cfg)
     assert 1 < len(batches.lengths) and len(traced) <= len(batches.lengths)
 
 

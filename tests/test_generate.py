@@ -1,0 +1,143 @@
+"""Sampling against plain forward passes, exact distributions, and itself batched otherwise."""
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import TINY, assert_one_clear_line, run
+
+import generate
+from generate import choose, sample, stream_text
+from losses import token_logprobs
+from model import load
+
+TEXTS = ["7 * 8 = ", "12 + 5 = ", "what is nine minus two = ", "add one and two = ", "3 - 1 = "]
+
+
+@pytest.fixture
+def prompts(tokenizer):
+    return [tokenizer.encode_prompt(text) for text in TEXTS]
+
+
+def test_greedy_equals_no_cache(model, tokenizer, prompts):
+    """Batched, left-padded and cached, against one prompt at a time without a cache."""
+    for ids, completion in zip(prompts, sample(model, tokenizer, prompts, 6)):
+        expected = list(ids)
+        for _ in range(6):
+            expected.append(mx.argmax(model(mx.array([expected]))[0, -1]).item())
+            if expected[-1] in tokenizer.stop_ids:
+                break
+        assert expected[len(ids):] == completion.ids
+
+
+def test_left_padding_leaves_the_stream_as_it_is(model, prompts):
+    """Padded prompts' last residuals against each prompt by itself."""
+    tokens, start = generate.left_pad(prompts)
+    padded = model.final_resid(tokens, model.make_cache(tokens.shape[1], start))[:, -1]
+    for i, ids in enumerate(prompts):
+        alone = model.final_resid(mx.array([ids]))[0, -1]
+        assert mx.abs(padded[i] - alone).max().item() < 1e-5
+
+
+def test_kept_logprobs_and_entropy(model, tokenizer, prompts):
+    """Against a full forward pass at the same temperature, in float64."""
+    for completion, ids in zip(sample(model, tokenizer, prompts, 6, temperature=0.8,
+                                      key=mx.random.key(3)), prompts):
+        logits = model(mx.array([ids + completion.ids]))[0, len(ids) - 1:-1] / 0.8
+        expected = np.array(token_logprobs(logits, mx.array(completion.ids)))
+        np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
+        p = np.array(mx.softmax(logits, axis=-1), np.float64)
+        np.testing.assert_allclose(completion.entropies, -(p * np.log(p)).sum(-1), atol=1e-4)
+
+
+def test_batching_and_dropping_change_no_token(model, tokenizer, prompts, monkeypatch):
+    """All rows together, one prompt a batch, and no row ever dropped: the same completions."""
+    draw = lambda: [c.ids for c in sample(model, tokenizer, prompts, 12, group=4, temperature=1.0,
+                                          key=mx.random.key(0))]
+    # make stopping likely: every tenth token is a stop
+    monkeypatch.setattr(tokenizer, "stop_ids", set(range(0, 1394, 10)))
+    together = draw()
+    assert 3 < len({len(ids) for ids in together})
+    monkeypatch.setattr(generate, "ROWS_PER_BATCH", 4)
+    assert draw() == together
+    monkeypatch.setattr(generate, "ROWS_PER_BATCH", 512)
+    monkeypatch.setattr(generate.np, "flatnonzero", lambda x: np.nonzero(np.ravel(x))[0])
+    alone = [c.ids for i in range(len(prompts)) for c in sample(
+        model, tokenizer, [prompts[i]], 12, temperature=0.0)]
+    assert alone == [c.ids for c in sample(model, tokenizer, prompts, 12)]
+
+
+def test_choose_draws_the_distribution():
+    """100,000 evenly spaced uniforms give each token its probability; entropy and log-p exact."""
+    logits = np.array([1.0, 3.0, -2.0, 0.5, 2.0], np.float32)
+    uniforms = mx.array((np.arange(100_000) + 0.5) / 100_000)
+    many = mx.broadcast_to(mx.array(logits), (100_000, 5))
+    for temperature in (1.0, 0.5):
+        p = np.exp(logits / temperature) / np.exp(logits / temperature).sum()
+        tokens, logprobs, entropy = choose(many, uniforms, temperature)
+        share = np.bincount(np.array(tokens), minlength=5) / 100_000
+        np.testing.assert_allclose(share, p, atol=2e-5)
+        np.testing.assert_allclose(np.array(logprobs), np.log(p)[np.array(tokens)], atol=1e-5)
+        np.testing.assert_allclose(np.array(entropy)[0], -(p * np.log(p)).sum(), atol=1e-5)
+
+
+@pytest.mark.parametrize("keys,allowed", [
+    ({"top_k": 2}, {1, 4}), ({"top_p": 0.5}, {1}), ({"top_p": 0.7}, {1, 4}),
+    ({"top_k": 3, "top_p": 0.99}, {0, 1, 4}), ({"top_k": 99}, {0, 1, 2, 3, 4})])
+def test_top_k_and_top_p(keys, allowed):
+    """p = .09, .64, .004, .05, .22: what is left keeps its proportions, and its own log-p."""
+    logits = mx.broadcast_to(mx.array([1.0, 3.0, -2.0, 0.5, 2.0]), (20_000, 5))
+    tokens, logprobs, _ = choose(logits, mx.array((np.arange(20_000) + 0.5) / 20_000), 1.0, **keys)
+    p = np.array(mx.softmax(logits[0]))
+    share = np.bincount(np.array(tokens), minlength=5) / 20_000
+    kept = np.array([p[i] if i in allowed else 0 for i in range(5)])
+    np.testing.assert_allclose(share, kept / kept.sum(), atol=2e-4)
+    np.testing.assert_allclose(np.array(logprobs), np.log(p)[np.array(tokens)], atol=1e-5)
+
+
+def test_extreme_uniforms_choose_a_possible_token():
+    """0 and the largest float below 1 never name a token of probability 0."""
+    logits = mx.array([[-1e9, 2.0, -1e9]] * 2)
+    tokens, _, _ = choose(logits, mx.array([0.0, float(np.nextafter(np.float32(1), 0))]), 1.0)
+    assert tokens.tolist() == [1, 1]
+
+
+def test_stops_at_eos_or_line_break(model, tokenizer, prompts, monkeypatch):
+    eos, line_break = tokenizer.eos_id, tokenizer.encode("\n")[-1]
+    assert {eos, line_break} <= tokenizer.stop_ids and tokenizer.encode("56")[0] not in (
+        tokenizer.stop_ids)
+    script = iter([*tokenizer.encode("56"), line_break, *tokenizer.encode("57"), eos])
+
+    def scripted(logits, *_):
+        return mx.full(len(logits), next(script)), mx.zeros(len(logits)), mx.zeros(len(logits))
+    monkeypatch.setattr(generate, "choose", scripted)
+    done = sample(model, tokenizer, prompts[:1], 4)[0]
+    assert done.ids[-1] == line_break and done.text == "56" and done.finished
+
+
+def test_cut_completion_is_not_finished(model, tokenizer, prompts):
+    done = sample(model, tokenizer, prompts, 2)
+    assert all(c.finished == (c.ids[-1] in tokenizer.stop_ids) for c in done)
+    assert not all(c.finished for c in done)
+
+
+def test_streaming_equals_sampling():
+    model, tokenizer = load(TINY)
+    for text in TEXTS:
+        ids, key = tokenizer.encode_prompt(text), mx.random.key(5)
+        whole = sample(model, tokenizer, [ids], 8, temperature=1.5, key=key)[0].text
+        assert "".join(stream_text(model, tokenizer, ids, 8, temperature=1.5, key=key)) == whole
+
+
+def test_command_line():
+    ask = lambda *words: run("generate.py", "--ckpt", TINY, "--prompt", "3 + 4 = ", *words, check=0)
+    assert ask().stdout == "3 + 4 = 7\n"
+    hot = ("--temperature", 3, "--max-tokens", 5)
+    assert ask(*hot, "--seed", 1).stdout == ask(*hot, "--seed", 1).stdout
+    assert len({ask(*hot, "--seed", seed).stdout for seed in range(3)}) > 1
+    assert ask(*hot, "--top-k", 1).stdout == "3 + 4 = 7\n"
+
+
+@pytest.mark.parametrize("words", [("--temperature", -1), ("--top-p", 0), ("--top-k", -1),
+                                   ("--max-tokens", 0)])
+def test_bad_values(words):
+    done = run("generate.py", "--ckpt", TINY, "--prompt", "3 + 4 = ", *words)
+    assert_one_clear_line(done, words[0].strip("-"), "expected")

@@ -1,0 +1,583 @@
+"""GRPO against hand-written REINFORCE, finite differences and itself cut into other pieces."""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+from conftest import ROOT, TINY, assert_one_clear_line, config, run, small_model
+from mlx.utils import tree_flatten
+
+from config import BadInput
+from data import make_problem, sample_train
+from generate import Completion, sample
+from grpo import (
+    CollapseGuard,
+    Rollouts,
+    draw_problems,
+    group_advantages,
+    load_reward,
+    repetition,
+    reward_correct,
+    score_completion,
+    token_weights,
+)
+from lora import adapters_off, apply_lora, fused_for_decoding, load_base
+from losses import kl_estimates, policy_loss, token_entropy, token_logprobs
+from train import compile_step, make_loss, state_arrays, take_step
+
+PROBLEMS = [make_problem("add", 3, 4), make_problem("multiply", 12, 11, "what is {a} times {b}"),
+            make_problem("subtract", 95, 7), make_problem("add", 60, 9)]
+
+
+def by_length(problem, completion):
+    """A reward with a spread on a random model: something to learn from at once."""
+    return len(completion.ids) + 0.1 * (completion.ids[0] % 7)
+
+
+def rollouts(model, tokenizer, **keys):
+    keys = {"method": "grpo", "batch_size": 16, "grpo_group_size": 4, "max_completion_tokens": 5,
+            "lora_rank": 4, **keys}
+    source = Rollouts(model, tokenizer, PROBLEMS, config(**keys))
+    source.reward = by_length
+    return source
+
+
+def lora_model(tokenizer, touched=True):
+    model = small_model(tokenizer)
+    apply_lora(model, 4, 8.0, ("q", "k", "v", "o"))
+    if touched:  # B away from 0, as after some training
+        mx.random.seed(1)
+        model.load_weights([(k, mx.random.normal(v.shape) * 0.3) for k, v in
+                            tree_flatten(model.trainable_parameters()) if "lora_b" in k],
+                           strict=False)
+    return model
+
+
+def grads_of(model, cfg, micro_batches):
+    """Summed over micro-batches, as train.take_step does; (loss, parts, {name: gradient})."""
+    total, losses, last = {}, 0, None
+    for batch in micro_batches:
+        (loss, last), grads = nn.value_and_grad(model, make_loss(cfg, 0))(model, batch)
+        losses += loss.item()
+        for name, grad in tree_flatten(grads):
+            total[name] = total.get(name, 0) + np.array(grad)
+    return losses, last, total
+
+
+def close(a, b, tolerance):
+    return max(np.abs(a[k] - b[k]).max() for k in a) <= tolerance
+
+
+# --- the objective by itself
+
+
+def test_policy_loss_by_hand():
+    """Each branch of the docstring: clipped above, below, dual clip, and a plain token."""
+    cases = [  # ratio, A -> surrogate
+        (1.5, 1.0, 1.28), (1.1, 1.0, 1.1), (0.5, 1.0, 0.5),
+        (0.5, -1.0, -0.8), (1.5, -1.0, -1.5), (5.0, -1.0, -3.0)]
+    for ratio, advantage, surrogate in cases:
+        loss, _ = policy_loss(mx.array([[math.log(ratio)]]), mx.zeros((1, 1)),
+                              mx.array([[advantage]]), mx.ones((1, 1)), 0.2, 0.28, 3.0)
+        assert abs(-loss.item() - surrogate) < 1e-5, (ratio, advantage)
+    unbounded, _ = policy_loss(mx.log(mx.array([[5.0]])), mx.zeros((1, 1)), mx.array([[-1.0]]),
+                               mx.ones((1, 1)), 0.2, 0.28, 0)
+    assert abs(unbounded.item() - 5) < 1e-5
+
+
+def reinforce(theta, tokens, advantages, weights):
+    """Sum of weight * A * log softmax(theta[position])[token], negated: float64, no library."""
+    logprobs = theta - np.log(np.exp(theta).sum(-1, keepdims=True))
+    chosen = np.take_along_axis(logprobs[None].repeat(len(tokens), 0), tokens[..., None], -1)
+    return -(weights * advantages * chosen[..., 0]).sum()
+
+
+def test_gradient_is_reinforce_on_five_tokens():
+    """At ratio 1: against REINFORCE's finite differences, for a table policy of 3 positions."""
+    rng = np.random.default_rng(0)
+    theta, tokens = rng.normal(size=(3, 5)), rng.integers(0, 5, (6, 3))
+    advantages, weights = rng.normal(size=(6, 1)), rng.random((6, 3))
+    numeric = np.zeros_like(theta)
+    for i in np.ndindex(*theta.shape):
+        step = np.zeros_like(theta)
+        step[i] = 1e-5
+        numeric[i] = (reinforce(theta + step, tokens, advantages, weights)
+                      - reinforce(theta - step, tokens, advantages, weights)) / 2e-5
+    as32 = lambda x: mx.array(x.astype(np.float32))
+
+    def ours(table):
+        logprobs = token_logprobs(mx.broadcast_to(table, (6, 3, 5)), mx.array(tokens))
+        return policy_loss(logprobs, mx.stop_gradient(logprobs), as32(advantages), as32(weights),
+                           0.2, 0.28, 3.0)[0]
+    np.testing.assert_allclose(np.array(mx.grad(ours)(as32(theta))), numeric, atol=2e-6)
+
+
+def test_kl_estimates():
+    """On average over the policy: k1 and k3 are the KL; k2's gradient is the KL's, k1's is 0."""
+    rng = np.random.default_rng(1)
+    theta, ref = rng.normal(size=6).astype(np.float32), mx.array(rng.normal(size=6))
+    log_softmax = lambda x: x - mx.logsumexp(x)
+    exact = lambda t: (mx.softmax(t) * (log_softmax(t) - log_softmax(ref))).sum()
+    p = mx.softmax(mx.array(theta))
+    kl = exact(mx.array(theta)).item()
+
+    def expected(name):
+        return lambda t: (p * kl_estimates(log_softmax(t), log_softmax(ref))[name]).sum()
+    assert abs(expected("kl_k1")(mx.array(theta)).item() - kl) < 1e-5
+    assert abs(expected("kl_k3")(mx.array(theta)).item() - kl) < 1e-5
+    true = np.array(mx.grad(exact)(mx.array(theta)))
+    gradient = lambda name: np.array(mx.grad(expected(name))(mx.array(theta)))
+    np.testing.assert_allclose(gradient("kl_k2"), true, atol=1e-5)
+    np.testing.assert_allclose(gradient("kl_k1"), 0, atol=1e-6)
+    assert np.abs(gradient("kl_k3") - true).max() > 0.05
+
+
+def test_entropy():
+    assert abs(token_entropy(mx.zeros((2, 8)))[0].item() - math.log(8)) < 1e-5
+    assert token_entropy(mx.array([[0.0, 100.0]])).item() < 1e-6
+
+
+def test_advantages():
+    np.testing.assert_allclose(group_advantages(np.array([[1.0, 0, 0, 0]])),
+                               [[1, -1 / 3, -1 / 3, -1 / 3]])
+    rewards = np.random.default_rng(0).normal(size=(3, 5))
+    loo = [[r - (row.sum() - r) / 4 for r in row] for row in rewards]
+    np.testing.assert_allclose(group_advantages(rewards), loo)
+    np.testing.assert_allclose(group_advantages(rewards, "group").std(1), 1.25)
+    np.testing.assert_allclose(group_advantages(rewards, "batch"), loo / rewards.std())
+
+
+@pytest.mark.parametrize("scale", ["none", "batch", "group"])
+def test_flat_groups_are_exactly_zero(scale):
+    """Twelve float32 rewards of 1.35: their std is rounding, and must not be divided by."""
+    flat = np.full((1, 12), np.float32(1.35)) + np.float32(1e-7) * (np.arange(12) % 2)
+    mixed = np.concatenate([flat, np.eye(1, 12)])
+    advantages = group_advantages(mixed, scale)
+    assert (advantages[0] == 0).all() and (advantages[1] != 0).all()
+    assert (group_advantages(flat, scale) == 0).all()
+
+
+def test_token_weights():
+    mask = np.array([[1, 1, 0, 0], [1, 1, 1, 1]], float)
+    assert token_weights(mask, "constant", 2, 6, 8).sum() == 6 / 16
+    assert token_weights(mask, "token", 2, 6, 8).sum() == 1
+    np.testing.assert_allclose(token_weights(mask, "sequence", 2, 6, 8).sum(1), [0.5, 0.5])
+
+
+# --- rewards
+
+
+# all of them are graded as finished, except the last two: right, but cut by the length limit
+HACKS = ["37 37", "373737", "37.0", "37 38", "1 37", "3 7", "37!", "37,", "--37", "-37", "37    37",
+         "the answer is 37", "answer=37", "thirty seven", "30 + 7", "9**9**9", "0x25", "1e2", "",
+         "٣٧", "3" * 5000, "037 ", "37"]
+
+
+@pytest.mark.parametrize("text", HACKS)
+def test_reward_hacks_score_nothing(text):
+    problem = make_problem("add", 30, 7)
+    completion = Completion([5], text, text not in HACKS[-2:], np.zeros(1), np.zeros(1))
+    assert reward_correct(problem, completion) == (0.0, {"correct": 0.0})
+
+
+def test_reward_right_answer():
+    completion = Completion([5], "37", True, np.zeros(1), np.zeros(1))
+    assert reward_correct(make_problem("add", 30, 7), completion) == (1.0, {"correct": 1.0})
+
+
+@pytest.mark.parametrize("body,message", [
+    ("1 / 0", "ZeroDivisionError"), ("float('nan')", "nan"), ("'high'", "ValueError"),
+    ("None", "TypeError"), ("float('inf')", "inf")])
+def test_bad_rewards(tmp_path, body, message):
+    path = tmp_path / "mine.py"
+    path.write_text(f"def reward(problem, completion):\n    return {body}\n")
+    completion = Completion([5], "37", True, np.zeros(1), np.zeros(1))
+    with pytest.raises(BadInput, match=message):
+        score_completion(load_reward(f"{path}:reward"), PROBLEMS[0], completion)
+
+
+def test_own_reward_and_parts(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("def reward(p, c):\n    return 0.5, {'short': len(c.text) < 3}\n")
+    completion = Completion([5], "37", True, np.zeros(1), np.zeros(1))
+    assert score_completion(load_reward(f"{path}:reward"), PROBLEMS[0], completion) == (
+        0.5, {"short": 1.0})
+
+
+# --- rollouts and their scoring on a model
+
+
+def test_first_update_has_ratio_one_and_no_kl(tokenizer):
+    """Adapters untouched: ratio exactly 1, KL exactly 0, and a policy gradient all the same."""
+    model = lora_model(tokenizer, touched=False)
+    source = rollouts(model, tokenizer)
+    updates, metrics = source.at(0)
+    _, parts, grads = grads_of(model, source.cfg, updates[0])
+    assert [parts[k].item() for k in ("ratio", "ratio_max")] == pytest.approx([1, 1], abs=1e-5)
+    assert parts["ratio_max"].item() == 1.0
+    assert [parts[k].item() for k in ("kl_k1", "kl_k2", "kl_k3", "kl_old")] == [0, 0, 0, 0]
+    assert parts["clip_high"].item() == parts["clip_low"].item() == parts["dual_clip"].item() == 0
+    assert max(np.abs(g).max() for g in grads.values()) > 0
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_kept_logprobs_equal_rescored(tokenizer, temperature):
+    """Sampling: fused weights, shared prefill, dropped rows. Scoring: LoRA, one pass, padding."""
+    model = lora_model(tokenizer)
+    source = rollouts(model, tokenizer, grpo_temperature=temperature)
+    updates, _ = source.at(0)
+    for arrays in updates[0]:
+        rescored, kept = np.array(source._score(arrays)), np.array(arrays["kept_logprobs"])
+        real = np.array(arrays["weights"]) > 0
+        assert real.sum() > 10 and np.abs(rescored - kept)[real].max() < 1e-4
+    _, parts, _ = grads_of(model, source.cfg, updates[0])
+    assert parts["sampler_diff_max"].item() < 1e-4
+
+
+def test_scores_equal_the_plain_forward(tokenizer):
+    """Shared, left-padded prompts against each row by itself, through model(tokens)."""
+    model = lora_model(tokenizer)
+    source = rollouts(model, tokenizer)
+    groups, _ = source.rollout()
+    arrays = source.make_updates(groups)[0][0]
+    scored = np.array(source._score(arrays))
+    assert "start" in arrays
+    row = 0
+    for group in groups:
+        for completion in group.completions:
+            ids = group.prompt + completion.ids
+            logprobs = token_logprobs(model(mx.array([ids]))[:, :-1], mx.array([ids])[:, 1:])
+            expected = np.array(logprobs)[0, len(group.prompt) - 1:]
+            assert np.abs(scored[row, :len(expected)] - expected).max() < 1e-5
+            row += 1
+
+
+def test_the_prompt_matters(tokenizer):
+    """Another prompt changes every token's log-probability: completions are scored behind it."""
+    model = lora_model(tokenizer)
+    source = rollouts(model, tokenizer)
+    arrays = source.at(0)[0][0][0]
+    other = {**arrays, "prompts": mx.where(arrays["prompts"] > 2, arrays["prompts"] + 1, 1)}
+    real = np.array(arrays["weights"]) > 0
+    change = np.abs(np.array(source._score(arrays)) - np.array(source._score(other)))
+    assert change[real].min() > 0
+
+
+def test_eos_is_trained_and_nothing_after_it(tokenizer):
+    """The stop token carries weight; changing what stands behind it changes no gradient."""
+    model = lora_model(tokenizer)
+    source = rollouts(model, tokenizer, max_completion_tokens=4)
+    groups, _ = source.rollout()
+    for group in groups:  # as if every row had stopped at its second token
+        for c in group.completions:
+            c.ids[:] = [c.ids[0], tokenizer.eos_id]
+            c.logprobs = c.logprobs[:1].repeat(2)
+    arrays = source.make_updates(groups)[0][0]
+    weights = np.array(arrays["weights"])
+    assert (weights[:, 1] > 0).all() and (weights[:, 2:] == 0).all()
+    _, _, grads = grads_of(model, source.cfg, [arrays])
+    garbage = np.array(arrays["completions"])
+    garbage[:, 2:] = 77
+    _, _, same = grads_of(model, source.cfg, [{**arrays, "completions": mx.array(garbage)}])
+    assert close(grads, same, 0)
+    without = {**arrays, "weights": mx.array(np.where(np.arange(4) == 1, 0, weights))}
+    _, _, other = grads_of(model, source.cfg, [without])
+    assert not close(grads, other, 1e-6)
+
+
+@pytest.mark.parametrize("norm", ["constant", "token", "sequence"])
+def test_micro_batches_and_order_change_nothing(tokenizer, norm):
+    """1, 2 and 4 parts, and the groups in another order: same loss and gradient."""
+    results, in_order = [], [0, 1, 2, 3]
+    for parts, order in ((1, in_order), (2, in_order), (4, in_order), (1, [2, 0, 3, 1])):
+        model = lora_model(tokenizer)
+        source = rollouts(model, tokenizer, grpo_norm=norm, grad_accum_steps=parts,
+                          grpo_entropy_weight=0.01)
+        groups, _ = source.rollout()
+        update = source.make_updates([groups[i] for i in order])[0]
+        assert len(update) == parts
+        results.append(grads_of(model, source.cfg, update))
+    for loss, _, grads in results[1:]:
+        assert abs(loss - results[0][0]) < 1e-5 and close(grads, results[0][2], 1e-5)
+
+
+def test_padding_groups_weigh_nothing(tokenizer):
+    """One live group, filled up with copies, against the same without copies."""
+    model = lora_model(tokenizer)
+    source = rollouts(model, tokenizer)
+    groups, _ = source.rollout()
+    alone, filled = (source.make_arrays(groups[:1], size, 20, False) for size in (1, 4))
+    assert filled["completions"].shape[0] == 16
+    a, b = (grads_of(model, source.cfg, [x]) for x in (alone, filled))
+    assert abs(a[0] - b[0]) < 1e-6 and close(a[2], b[2], 1e-6)
+
+
+def test_flat_groups_make_no_update(tokenizer):
+    source = rollouts(lora_model(tokenizer), tokenizer)
+    source.reward = lambda p, c: 1.35
+    updates, metrics = source.at(step=3)
+    assert updates == [] and metrics["flat_groups"] == 1 and metrics["redraws"] == 3
+    assert source.position == 4 * 4     # four draws of four prompts
+    with pytest.raises(BadInput, match="flat"):
+        source.at(step=0)
+
+
+def test_reference_is_the_start_and_fusing_changes_nothing(tokenizer):
+    model, tokens = lora_model(tokenizer), mx.array([[1, 5, 9, 11]])
+    base, own = small_model(tokenizer)(tokens), model(tokens)
+    with adapters_off(model):
+        assert mx.array_equal(model(tokens), base)
+    with fused_for_decoding(model):
+        assert mx.abs(model(tokens) - own).max().item() < 1e-5
+    assert mx.array_equal(model(tokens), own) and not mx.array_equal(own, base)
+
+
+def test_later_epochs_use_the_kept_logprobs(tokenizer):
+    """Second pass: the ratio is policy now over policy that sampled, 1 only by accident."""
+    model = lora_model(tokenizer)
+    source = rollouts(model, tokenizer, grpo_epochs=2, grpo_minibatches=2)
+    groups, _ = source.rollout()
+    updates = source.make_updates(groups)
+    assert len(updates) == 4 and [bool(u[0]["stale"].item()) for u in updates] == [0, 1, 1, 1]
+    model.load_weights([(k, v * 1.3) for k, v in tree_flatten(model.trainable_parameters())
+                        if "lora_b" in k], strict=False)
+    _, parts, _ = grads_of(model, source.cfg, updates[1])
+    arrays = updates[1][0]
+    ratio = np.exp(np.array(source._score(arrays)) - np.array(arrays["kept_logprobs"]))
+    real = np.array(arrays["weights"]) > 0
+    assert abs(parts["ratio_max"].item() - ratio[real].max()) < 1e-4
+    assert parts["ratio_max"].item() > 1.01 and parts["kl_old"].item() > 0
+
+
+@pytest.mark.parametrize("keys,stale,scale", [
+    ({"grpo_kl_weight": 0, "grpo_entropy_weight": 0.1}, True, 1.0),
+    # at the first update the old policy is the present one: only the KL term's value moves
+    ({"grpo_kl_weight": 0.5}, False, 0.0)])
+def test_model_gradient_against_finite_differences(tokenizer, keys, stale, scale):
+    """The whole real path along random directions: policy and entropy term, then the KL term."""
+    model = lora_model(tokenizer)
+    source = rollouts(model, tokenizer, **keys)
+    arrays = [{**a, "stale": mx.array(stale), "advantages": a["advantages"] * scale}
+              for a in source.at(0)[0][0]]
+    _, _, grads = grads_of(model, source.cfg, arrays)
+    rng, start = np.random.default_rng(0), dict(tree_flatten(model.trainable_parameters()))
+    for _ in range(3):
+        direction = {k: rng.normal(size=v.shape).astype(np.float32) for k, v in start.items()}
+        values = []
+        for sign in (1, -1):
+            model.load_weights([(k, start[k] + sign * 1e-3 * mx.array(d))
+                                for k, d in direction.items()], strict=False)
+            values.append(grads_of(model, source.cfg, arrays)[0])
+        model.load_weights(list(start.items()), strict=False)
+        numeric = (values[0] - values[1]) / 2e-3
+        analytic = sum((grads[k] * d).sum() for k, d in direction.items())
+        assert abs(numeric) > 1e-3 and abs(numeric - analytic) < 0.01 * abs(numeric)
+
+
+# --- guards
+
+
+def test_skipping_leaves_everything_untouched(tokenizer):
+    """Ratio beyond 10, a loss that is not finite: weights and AdamW's state keep their bits."""
+    model = lora_model(tokenizer)
+    source = rollouts(model, tokenizer, lr=0.1)
+    updates, _ = source.at(0)
+    optimizer = optim.AdamW(0.1)
+    optimizer.init(model.trainable_parameters())
+    functions = compile_step(model, optimizer, make_loss(source.cfg, 0))
+    take_step(0, updates[0], *functions, optimizer, 0.1, source.cfg)    # momentum is no longer 0
+    before = {k: np.array(v) for k, v in state_arrays(model, optimizer).items()}
+    stale = {**updates[0][0], "stale": mx.array(True)}
+    far = {**stale, "kept_logprobs": stale["kept_logprobs"] - 5}
+    broken = {**updates[0][0], "advantages": updates[0][0]["advantages"] * mx.nan}
+    late = {**stale, "kept_logprobs": stale["kept_logprobs"] + 0.8}
+    for batch, word in ((far, "skipped"), (broken, "skipped"), (late, "early_stop")):
+        record = take_step(1, [batch], *functions, optimizer, 0.1, source.cfg)
+        assert record[word] == 1
+        after = state_arrays(model, optimizer)
+        assert all(np.array_equal(before[k], np.array(after[k])) for k in before)
+    take_step(1, updates[0], *functions, optimizer, 0.1, source.cfg)
+    assert not all(np.array_equal(before[k], np.array(v))
+                   for k, v in state_arrays(model, optimizer).items())
+
+
+def feed(guard, series):
+    return [guard.observe(*map(float, row)) for row in series]
+
+
+def fired(verdicts):
+    return [i for i, v in enumerate(verdicts) if v not in ("", "best")]
+
+
+def test_guard_on_the_published_runs():
+    """ARC: answer log-probability -1.8 at first, healthy at step 99, -41 by 999. GSM8K: rising.
+
+    The logs print a few steps; straight lines and the noise of 12 samples stand between them.
+    """
+    rng = np.random.default_rng(0)
+    noise = lambda n, sd: sd * rng.normal(size=n)
+    arc = np.concatenate([np.full(100, -1.8), np.linspace(-1.8, -41, 900)]) + noise(1000, 0.4)
+    first = fired(feed(CollapseGuard(), [(r, 0.8, 2.0, 0.05) for r in arc]))[0]
+    assert 100 < first < 300
+    gsm = np.linspace(-2.0, -0.3, 2000) + noise(2000, 0.4)
+    assert not fired(feed(CollapseGuard(), [(r, 0.8, e, 0.05)
+                                            for r, e in zip(gsm, np.linspace(2, 0.5, 2000))]))
+
+
+def test_guard_sees_4444_and_lost_entropy():
+    healthy = [(0.5, 0.5, 1.0, 0.1)] * 12
+    for row, word in (((0.4, 0.5, 0.02, 0.1), "entropy"), ((0.4, 0.5, 0.9, 0.9), "repetition"),
+                      ((0.1, 0.5, 0.9, 0.1), "reward")):
+        guard = CollapseGuard()
+        assert not fired(feed(guard, healthy))
+        verdicts = feed(guard, [row] * 14)
+        assert word in verdicts[fired(verdicts)[0]]
+
+
+def test_guard_is_silent_where_a_policy_just_learns():
+    """Reward up to 1, entropy down to nothing: certainty, not collapse."""
+    rng = np.random.default_rng(0)
+    series = [(min(1, 0.4 + 0.01 * i + 0.02 * rng.normal()), 0.49, 0.5 * 0.93 ** i, 0.0)
+              for i in range(100)]
+    assert not fired(feed(CollapseGuard(), series))
+
+
+def test_repetition():
+    assert repetition([4] * 5) == pytest.approx(2 / 3)
+    assert repetition([1, 2, 3, 4, 5]) == repetition([4, 4, 4]) == repetition([]) == 0
+
+
+def test_problem_stream():
+    """Every epoch holds each problem once; the stream does not depend on how it is cut."""
+    problems = list(range(10))
+    whole = draw_problems(problems, 3, 0, 40)
+    assert all(sorted(whole[i:i + 10]) == problems for i in range(0, 40, 10))
+    assert whole[:10] != whole[10:20]
+    assert [draw_problems(problems, 3, i, 7) for i in (0, 7)] == [whole[:7], whole[7:14]]
+
+
+# --- whole runs
+
+
+def first_token_is_odd(tmp_path):
+    path = tmp_path / "odd.py"
+    path.write_text("def reward(problem, completion):\n    return float(completion.ids[0] % 2)\n")
+    return f"{path}:reward"
+
+
+GRPO_KEYS = {"method": "grpo", "batch_size": 16, "grpo_group_size": 4, "max_completion_tokens": 4,
+             "lr": "1e-2"}
+
+
+def test_it_learns(write_config, tmp_path):
+    """A random model is taught to begin with a token of odd number, from samples alone."""
+    keys = GRPO_KEYS | {"batch_size": 64, "full": "true", "grpo_kl_weight": 0}
+    path, folder = write_config(**keys, grpo_reward=first_token_is_odd(tmp_path), steps=40,
+                                eval_every_steps=0)
+    run("train.py", path, check=0)
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rewards = [r["reward"] for r in records if "reward" in r]
+    assert 0.3 < np.mean(rewards[:3]) < 0.7 and np.mean(rewards[-3:]) > 0.85
+    assert (folder / "curves.png").exists()
+
+
+def test_kill_and_resume_to_the_same_bits(write_config, tmp_path):
+    """Weights, optimizer, draws, guard and best weights: an unbroken run and a killed one."""
+    keys = GRPO_KEYS | {"steps": 14, "grpo_reward": first_token_is_odd(tmp_path), "grpo_epochs": 2,
+                        "grpo_minibatches": 2}
+    path, whole = write_config("whole", **keys)
+    run("train.py", path, check=0)
+    path, killed = write_config("killed", **keys)
+    process = subprocess.Popen([sys.executable, "train.py", path], cwd=ROOT,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (killed / "state.safetensors").exists() and process.poll() is None:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (killed / "report.json").exists()
+    run("train.py", path, check=0)
+    a, b = (mx.load(str(f / "state.safetensors"), return_metadata=True) for f in (whole, killed))
+    assert a[0].keys() == b[0].keys() and any(k.startswith("best.") for k in a[0])
+    assert all(np.array_equal(np.array(a[0][k]), np.array(b[0][k])) for k in a[0])
+    assert a[1] == b[1] and len(json.loads(a[1]["guard"])["recent"]) == 10
+    lines = [(f / "metrics.jsonl").read_text().splitlines() for f in (whole, killed)]
+    clocks = ("seconds", "tokens_per_s", "peak_gib", "completions_per_s", "rollout_s", "score_s",
+              "update_s")
+    plain = [[{k: v for k, v in json.loads(line).items() if k not in clocks} for line in ls]
+             for ls in lines]
+    assert plain[0] == plain[1]
+
+
+def test_collapse_recovers_then_stops(write_config, tmp_path):
+    """A reward that turns round after some calls: reverts, and at the fourth collapse exit 3."""
+    path = tmp_path / "turn.py"
+    path.write_text("calls = 0\n\ndef reward(problem, completion):\n    global calls\n"
+                    "    calls += 1\n    return completion.ids[0] % 2 - 5.0 * (calls > 16 * 14)\n")
+    config_path, folder = write_config(**GRPO_KEYS, steps=90, grpo_reward=f"{path}:reward",
+                                       eval_every_steps=0, lens_every_steps=0)
+    done = run("train.py", config_path, check=3)
+    assert done.stdout.count("best weights restored") == 3
+    assert "4th time" in done.stderr and "Traceback" not in done.stderr
+    assert (folder / "adapters.safetensors").exists()
+
+
+def test_sft_run_is_merged_as_the_start(write_config, tmp_path, tokenizer):
+    """model: a run folder. Adapters off is then the trained policy, not the base below it."""
+    path, sft = write_config("sft", lr="1e-2")
+    run("train.py", path, check=0)
+    model, _ = load_base(sft)
+    assert not any("lora" in k for k, _ in tree_flatten(model.parameters()))
+    path, folder = write_config("rl", **GRPO_KEYS, model=sft, steps=2,
+                                grpo_reward=first_token_is_odd(tmp_path))
+    run("train.py", path, check=0)
+    first = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert next(r for r in first if "kl_k3" in r)["kl_k3"] == 0
+    run("lora.py", "--ckpt", folder, "--out", tmp_path / "fused", check=0)
+
+
+@pytest.mark.parametrize("keys,words", [
+    ({"grpo_group_size": 1}, ["grpo_group_size", "at least 2"]),
+    ({"batch_size": 18}, ["batch_size", "multiple", 4]),
+    ({"max_completion_tokens": 200}, ["context", 128]),
+    ({"grpo_reward": "beauty"}, ["beauty", "correct", "FILE.py:FUNCTION"]),
+    ({"grpo_reward": "nowhere.py:reward"}, ["nowhere.py"]),
+    ({"full": "true"}, ["grpo_kl_weight", "full"]),
+    ({"grpo_temperature": 0}, ["grpo_temperature", "above 0"]),
+    ({"grpo_norm": "mean"}, ["grpo_norm", "constant, token, sequence"]),
+    ({"grpo_reward": "correct"}, ["flat", "SFT first"]),     # a random model is never right
+    ({"mask_prompt": "false"}, ["mask_prompt", "sft or dual_reward"]),
+])
+def test_bad_input(write_config, keys, words):
+    path, folder = write_config(**GRPO_KEYS | keys)
+    assert_one_clear_line(run("train.py", path), *words)
+    assert not (folder / "adapters.safetensors").exists()
+
+
+@pytest.mark.parametrize("body,word", [("1 / 0", "ZeroDivisionError"), ("float('nan')", "nan")])
+def test_bad_reward_function(write_config, tmp_path, body, word):
+    path = tmp_path / "bad.py"
+    path.write_text(f"def reward(problem, completion):\n    return {body}\n")
+    config_path, _ = write_config(**GRPO_KEYS, grpo_reward=f"{path}:reward")
+    assert_one_clear_line(run("train.py", config_path), word, "grpo_reward", "prompt")
+
+
+def test_the_bundled_model_samples_what_it_scores():
+    """On the real weights: kept against rescored, at the size of a real step."""
+    model, tokenizer = load_base(TINY)
+    apply_lora(model, 8, 16.0, ("q", "v"))
+    cfg = config(method="grpo", batch_size=128)
+    source = Rollouts(model, tokenizer, sample_train(cfg), cfg)
+    updates, metrics = source.at(0)
+    _, parts, _ = grads_of(model, cfg, updates[0])
+    assert parts["sampler_diff_max"].item() < 1e-4 and parts["ratio_max"].item() == 1
+    assert 0.4 < metrics["accuracy"] < 0.95 and metrics["truncated"] < 0.05
+    again = sample(model, tokenizer, [tokenizer.encode_prompt("3 + 4 = ")], 4)
+    assert again[0].text == "7"
