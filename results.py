@@ -5,6 +5,7 @@ Finished runs are not repeated, so that an interrupted one continues.
     python results.py            # 40 minutes on two CPU cores; make results
 """
 import json
+import math
 import os
 import platform
 import statistics
@@ -18,19 +19,35 @@ from stats import mcnemar, wilson
 
 SEEDS = (0, 1, 2)
 PRIOR_WORK = ["class_weight=0.7", "lr=5e-4", "lr_schedule=constant"]
+RIGHT_LOSS = ["grpo_ratio=sampler", "grpo_kl_weight=1", "grpo_norm=token", "grpo_advantage=none",
+              "grpo_dual_clip=3", "grpo_guard=true"]
 CONDITIONS = {  # name: (config, overrides)
     "sft": ("configs/sft.yaml", []),
     "sft_full": ("configs/sft_full.yaml", []),
     "dual_reward": ("configs/dual_reward.yaml", []),
     "dual_reward_w07_500": ("configs/dual_reward.yaml", ["steps=500", *PRIOR_WORK]),
     "dual_reward_w07_1500": ("configs/dual_reward.yaml", ["steps=1500", *PRIOR_WORK]),
+    # GRPO's 100 steps of 64 prompts are 6,400 problems; so are these 200 steps of 32 rows
+    "sft_6400": ("configs/sft.yaml", ["steps=200"]),
+    "dual_reward_6400": ("configs/dual_reward.yaml", ["steps=200"]),
+    "grpo": ("configs/grpo.yaml", []),
+    "grpo_full": ("configs/grpo_full.yaml", []),
+    "collapse": ("configs/collapse.yaml", []),
+    "collapse_guarded": ("configs/collapse.yaml", ["grpo_guard=true"]),
+    "collapse_right": ("configs/collapse.yaml", RIGHT_LOSS),
 }
 LABELS = {
     "sft": "SFT, LoRA q/k/v/o", "sft_full": "SFT, all weights",
     "dual_reward": "dual-reward, LoRA v/o (default)",
     "dual_reward_w07_500": "dual-reward as in the prior work: w 0.7, lr 5e-4, 500 steps",
     "dual_reward_w07_1500": "the same, 1,500 steps",
+    "sft_6400": "SFT, LoRA q/k/v/o, 6,400 problems", "grpo": "GRPO, LoRA q/k/v/o, 6,400 problems",
+    "dual_reward_6400": "dual-reward, LoRA v/o, 6,400 problems",
+    "grpo_full": "GRPO, all weights, 6,400 problems",
+    "collapse": "the published error", "collapse_guarded": "the same, guards on",
+    "collapse_right": "the same learning rate, right loss, guards on",
 }
+DRILL = ("collapse", "collapse_guarded", "collapse_right")
 
 
 TEXT = """# Results
@@ -49,6 +66,13 @@ whole command (training, report, pictures), GiB its peak memory.
 Dual-reward against SFT, same steps, samples and seed:
 
 {paired}
+
+## The collapse drill: configs/collapse.yaml
+
+The ratio is taken against the frozen base, the KL term is dropped, the learning rate is high, and
+the model's own log-probability of the answer is the reward. Means over the last ten steps.
+
+{drill}
 
 ## The bundled base, per operation and wording
 
@@ -110,6 +134,8 @@ def table(reports: dict[str, list[dict]], base: dict) -> str:
     row("base", interval_text(b), percent(base["accuracy"]["value"]),
         percent(base["class"]["top1"]["value"]), f"{word_strength(base):.3f}", "", "", "")
     for name, runs in reports.items():
+        if name in DRILL:
+            continue
         of = lambda key, runs=runs: [r[key]["value"] for r in runs]
         right = sum(round(600 * value) for value in of("accuracy_add_subtract"))
         pooled = wilson(right, 600 * len(runs))
@@ -137,6 +163,25 @@ def paired_tests(reports: dict[str, list[dict]]) -> str:
     return "\n".join(lines)
 
 
+def drill_table(reports: dict[str, list[dict]]) -> str:
+    """One row a condition and seed of the collapse drill, from metrics.jsonl."""
+    lines = ["| condition | seed | + and − right, % | reward, nats: first | last | entropy | length | "
+             "KL to the base | skipped updates | reverts |", "|---|---|---|---|---|---|---|---|---|---|"]
+    for name in DRILL:
+        for seed, report in zip(SEEDS, reports[name]):
+            text = (Path(report["ckpt"]) / "metrics.jsonl").read_text().splitlines()
+            steps = [r for r in map(json.loads, text) if "reward" in r]
+            mean = lambda key, rows: statistics.mean(r.get(key, math.nan) for r in rows)
+            ten = [r for r in steps if "kl_k3" in r][-10:]
+            lines.append(
+                f"| {LABELS[name]} | {seed} | {interval_text(report['accuracy_add_subtract'])} | "
+                f"{mean('reward', steps[:10]):.2f} | {mean('reward', steps[-10:]):.2f} | "
+                f"{mean('entropy', steps[-10:]):.2f} | {mean('length', steps[-10:]):.2f} | "
+                f"{mean('kl_k3', ten):.2f} | {sum(r.get('skipped', 0) for r in steps)} | "
+                f"{steps[-1]['reverts']} |")
+    return "\n".join(lines)
+
+
 def cells(base: dict) -> str:
     lines = ["| test problems | base right, % | n |", "|---|---|---|"]
     cells_of = base["accuracy_by"].items()
@@ -159,7 +204,7 @@ def main(argv: list[str]) -> None:
     write_text(Path("RESULTS.md"), TEXT.format(
         machine=f"{machine}; MLX {versions['mlx']}, {versions['device']}, {blas}",
         seeds=", ".join(map(str, SEEDS)), table=table(reports, reports["sft"][0]["base"]),
-        paired=paired_tests(reports), cells=cells(base), speed="\n".join(speed)))
+        paired=paired_tests(reports), cells=cells(base), drill=drill_table(reports), speed="\n".join(speed)))
     print(Path("RESULTS.md").read_text())
 
 
