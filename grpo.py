@@ -66,7 +66,7 @@ def load_reward(name: str):
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return getattr(module, function)
-    except (OSError, SyntaxError, ImportError, AttributeError) as error:
+    except Exception as error:  # a user's file may raise anything
         raise BadInput(f"grpo_reward = {name!r} does not load ({error!r})") from None
 
 
@@ -296,7 +296,6 @@ class Rollouts:
         cfg, G = self.cfg, self.cfg.grpo_group_size
         problems = draw_problems(self.problems, cfg.seed, self.position, self.P)
         key = mx.random.key((cfg.seed << 32) + self.position)
-        self.position += self.P
         prompts = [self.tokenizer.encode_prompt(p.prompt) for p in problems]
         with fused_for_decoding(self.model):
             done = sample(self.model, self.tokenizer, prompts, cfg.max_completion_tokens, G,
@@ -307,6 +306,7 @@ class Rollouts:
         else:
             scored = [score_completion(self.reward, p, c) for p, c in zip(asked, done)]
             rewards, parts = np.array([r for r, _ in scored]), [p for _, p in scored]
+        self.position += self.P     # not before: a reward that raised is asked again after resuming
         right = np.array([grade(p.answer, c.text, c.finished) for p, c in zip(asked, done)])
         advantages = group_advantages(rewards.reshape(-1, G), cfg.grpo_advantage)
         groups = [Group(prompt, done[i * G:(i + 1) * G], advantages[i])

@@ -9,6 +9,8 @@ It is supervised, no reward is involved; the name is historical. The prior code 
 that made its conclusions void: it compared the logits at position t with the token *at* t, not t+1
 (`answer_shift: false`), and it trained the class at the last answer token but read it at the last
 prompt token (`class_position: answer`).
+
+GRPO's terms stand below: the clipped policy loss, estimates of the KL to the reference, entropy.
 """
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx

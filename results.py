@@ -78,7 +78,7 @@ the model's own log-probability of the answer is the reward. Means over the last
 
 {cells}
 
-## OpenBLAS against MLX's bundled BLAS, seconds of the same training step
+## Speed, side by side (bench.py)
 
 {speed}
 """
@@ -165,8 +165,8 @@ def paired_tests(reports: dict[str, list[dict]]) -> str:
 
 def drill_table(reports: dict[str, list[dict]]) -> str:
     """One row a condition and seed of the collapse drill, from metrics.jsonl."""
-    lines = ["| condition | seed | + and − right, % | reward, nats: first | last | entropy | length | "
-             "KL to the base | skipped updates | reverts |", "|---|---|---|---|---|---|---|---|---|---|"]
+    lines = ["| condition | seed | + and − right, % | reward, nats: first | last | entropy | "
+             "length | KL to the base | skipped updates | reverts |", "|" + "---|" * 10]
     for name in DRILL:
         for seed, report in zip(SEEDS, reports[name]):
             text = (Path(report["ckpt"]) / "metrics.jsonl").read_text().splitlines()
@@ -197,14 +197,16 @@ def main(argv: list[str]) -> None:
     everything = ["data_operations=add,subtract,multiply,divide", "data_wordings=symbolic,worded"]
     base = measured(["eval.py", "--ckpt", "models/tiny", *everything], "base.json")
     bench = measured(["bench.py"], "bench.json")
-    speed = [f"- `{b['work']}`: {p['ratio']:.1f} times" for b in bench for p in b["peers"].values()]
+    speed = [f"- `{b['work']}`: {p['ratio']:.1f} times as fast as {name}"
+             for b in bench for name, p in b["peers"].items()]
     versions = reports["sft"][0]["versions"]
     machine = f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}"
     blas = "bundled BLAS" if versions["blas"] == "bundled" else "OpenBLAS"
     write_text(Path("RESULTS.md"), TEXT.format(
         machine=f"{machine}; MLX {versions['mlx']}, {versions['device']}, {blas}",
         seeds=", ".join(map(str, SEEDS)), table=table(reports, reports["sft"][0]["base"]),
-        paired=paired_tests(reports), cells=cells(base), drill=drill_table(reports), speed="\n".join(speed)))
+        paired=paired_tests(reports), cells=cells(base), drill=drill_table(reports),
+        speed="\n".join(speed)))
     print(Path("RESULTS.md").read_text())
 
 

@@ -1,14 +1,16 @@
-"""The one training loop. Methods differ in their loss, and nothing else.
+"""The one training loop. Methods differ in their batch source and loss, and nothing else.
 
     python train.py configs/sft.yaml                       # LoRA on the bundled model
     python train.py configs/sft_full.yaml                  # the same, all weights
     python train.py configs/dual_reward.yaml               # also the operation, at a middle block
+    python train.py configs/grpo.yaml                      # from samples and a reward
     python train.py configs/sft.yaml lr=1e-3 steps=200     # any key on the command line
 
 One step: a batch as a pure function of (seed, step) -> loss and gradients of its micro-batches,
 summed -> finite? -> clip -> AdamW. Since nothing depends on a hidden position or random state, a
 run that was killed continues bit for bit from its last saved state: the same command again. A loss
-or gradient that is not finite stops the run before the optimizer has moved.
+or gradient that is not finite stops the run before the optimizer has moved. A GRPO step samples its
+batch from the weights as they are, and may hold several updates; its guards skip instead of stop.
 """
 import json
 import resource
@@ -436,7 +438,11 @@ def train(cfg: Config) -> dict:
     with deferred_interrupts() as interrupted, bar:
         for step in range(done, cfg.steps):
             start = time.perf_counter()
-            updates, about = next_updates(source, step, cfg)
+            try:
+                updates, about = next_updates(source, step, cfg)
+            except BadInput:    # a user's reward function: nothing is lost
+                save_state(folder, step, model, optimizer, cfg, source)
+                raise
             if reason := about.pop("collapsed", ""):
                 recover(folder, step, model, optimizer, cfg, source, reason)
                 compiled = compile_step(model, optimizer, make_loss(cfg, block))
@@ -540,8 +546,9 @@ def finish(folder: Path, cfg: Config, metrics: Metrics) -> dict:
         plot.rollout_curves(metrics.records, folder / "curves.png", f"{cfg.model}, seed {cfg.seed}")
     # last: its presence says that the run is finished
     write_text(folder / "report.json", json.dumps(report, indent=1) + "\n")
-    print(f"\nwrote {folder}/report.json, metrics.jsonl, emergence.png "
-          f"and {'model' if cfg.full else 'adapters'}.safetensors")
+    curves = "curves.png, " if cfg.method == "grpo" else ""
+    print(f"\nwrote {folder}/report.json, metrics.jsonl, emergence.png, {curves}"
+          f"{'model' if cfg.full else 'adapters'}.safetensors")
     return report
 
 

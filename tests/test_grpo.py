@@ -561,6 +561,25 @@ def test_bad_input(write_config, keys, words):
     assert not (folder / "adapters.safetensors").exists()
 
 
+def test_reward_that_fails_late_loses_nothing(write_config, tmp_path):
+    """Exit 2 at step 5; mended, the same command goes on there, and ends where it would have."""
+    path = tmp_path / "late.py"
+    good = ("calls = 0\n\ndef reward(p, c):\n    global calls\n    calls += 1\n{}"
+            "    return c.ids[0] % 2\n")
+    keys = GRPO_KEYS | {"grpo_reward": f"{path}:reward", "save_every_steps": 0, "steps": 8}
+    path.write_text(good.format(""))
+    config_path, whole = write_config("whole", **keys)
+    run("train.py", config_path, check=0)
+    path.write_text(good.format("    assert calls <= 16 * 4 + 3\n"))
+    config_path, folder = write_config("late", **keys)
+    assert_one_clear_line(run("train.py", config_path), "AssertionError")
+    path.write_text(good.format(""))
+    done = run("train.py", config_path, check=0)
+    assert "continuing after step 4" in done.stdout
+    a, b = (mx.load(str(f / "adapters.safetensors")) for f in (whole, folder))
+    assert all(np.array_equal(np.array(a[k]), np.array(b[k])) for k in a)
+
+
 @pytest.mark.parametrize("body,word", [("1 / 0", "ZeroDivisionError"), ("float('nan')", "nan")])
 def test_bad_reward_function(write_config, tmp_path, body, word):
     path = tmp_path / "bad.py"

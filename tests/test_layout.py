@@ -10,7 +10,8 @@ from conftest import ROOT
 FILES = sorted(p.name for p in ROOT.glob("*.py"))
 LEVELS = [("blas", "config", "stats"), ("fastexp", "tokenizer", "plot"),
           ("losses", "model", "data"),
-          ("lora",), ("generate",), ("lens", "grpo"), ("eval",), ("train", "bench", "results")]
+          ("lora",), ("generate",), ("lens", "grpo"), ("eval",), ("train",),
+          ("bench", "results")]
 
 
 def imports_of(name):
