@@ -60,6 +60,34 @@ def make_silu():
 exp, silu = (make_exp(), make_silu()) if linux_cpu() else (mx.exp, nn.silu)
 
 
+def attention(q: mx.array, k: mx.array, v: mx.array, scale: float,
+              mask: mx.array | str | None) -> mx.array:
+    """mx.fast.scaled_dot_product_attention, or on the Linux CPU attention_by_exp.
+
+    q (B, H, T, d), k and v (B, K, S, d) with H a multiple of K; mask "causal", None, or bool that
+    broadcasts to (B, 1, T, S). Returns (B, H, T, d).
+    """
+    if exp is mx.exp or q.dtype != mx.float32:
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+    return attention_by_exp(q, k, v, scale, mask)
+
+
+def attention_by_exp(q: mx.array, k: mx.array, v: mx.array, scale: float,
+                     mask: mx.array | str | None) -> mx.array:
+    """softmax(q k^T * scale) v, twice as fast as MLX's there."""
+    (B, H, T, d), (K, S) = q.shape, k.shape[1:3]
+    # the H / K queries of one key-value head make one matrix: fewer, larger products
+    scores = (q * scale).reshape(B, K, H // K * T, d) @ k.transpose(0, 1, 3, 2)
+    scores = scores.reshape(B, H, T, S)
+    if isinstance(mask, str):
+        mask = mx.arange(S) <= mx.arange(S - T, S)[:, None]     # the last query sees the last key
+    if mask is not None:
+        scores = mx.where(mask, scores, -1e9)
+    weights = exp(scores - mx.stop_gradient(mx.max(scores, axis=-1, keepdims=True)))
+    weights = weights / weights.sum(-1, keepdims=True)
+    return (weights.reshape(B, K, H // K * T, S) @ v).reshape(B, H, T, d)
+
+
 def logsumexp(x: mx.array) -> mx.array:
     """log sum exp over the last axis: (..., V) float32 -> (...)."""
     # stop_gradient: the shift cancels in value and gradient

@@ -31,7 +31,7 @@ from mlx.utils import tree_flatten
 from safetensors import SafetensorError, safe_open
 
 from config import BadInput, replace_file, write_bytes
-from fastexp import silu
+from fastexp import attention, silu
 from tokenizer import load_tokenizer
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
@@ -197,7 +197,7 @@ class Attention(nn.Module):
         if cache:
             k, v = cache.update(k, v)
         # right padding needs no mask of its own, since no real token can look to its right
-        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=d ** -0.5, mask=mask)
+        y = attention(q, k, v, d ** -0.5, mask)
         return self.o_proj(y.transpose(0, 2, 1, 3).reshape(B, T, -1))  # (B, T, D)
 
 
