@@ -19,8 +19,6 @@ from stats import mcnemar, wilson
 
 SEEDS = (0, 1, 2)
 PRIOR_WORK = ["class_weight=0.7", "lr=5e-4", "lr_schedule=constant"]
-RIGHT_LOSS = ["grpo_ratio=sampler", "grpo_kl_weight=1", "grpo_norm=token", "grpo_advantage=none",
-              "grpo_dual_clip=3", "grpo_guard=true"]
 CONDITIONS = {  # name: (config, overrides)
     "sft": ("configs/sft.yaml", []),
     "sft_full": ("configs/sft_full.yaml", []),
@@ -34,7 +32,7 @@ CONDITIONS = {  # name: (config, overrides)
     "grpo_full": ("configs/grpo_full.yaml", []),
     "collapse": ("configs/collapse.yaml", []),
     "collapse_guarded": ("configs/collapse.yaml", ["grpo_guard=true"]),
-    "collapse_right": ("configs/collapse.yaml", RIGHT_LOSS),
+    "collapse_mended": ("configs/collapse_mended.yaml", []),
 }
 LABELS = {
     "sft": "SFT, LoRA q/k/v/o", "sft_full": "SFT, all weights",
@@ -45,9 +43,9 @@ LABELS = {
     "dual_reward_6400": "dual-reward, LoRA v/o, 6,400 problems",
     "grpo_full": "GRPO, all weights, 6,400 problems",
     "collapse": "the published error", "collapse_guarded": "the same, guards on",
-    "collapse_right": "the same learning rate, right loss, guards on",
+    "collapse_mended": "right loss, guards on",
 }
-DRILL = ("collapse", "collapse_guarded", "collapse_right")
+DRILL = ("collapse", "collapse_guarded", "collapse_mended")
 
 
 TEXT = """# Results
@@ -70,7 +68,8 @@ Dual-reward against SFT, same steps, samples and seed:
 ## The collapse drill: configs/collapse.yaml
 
 The ratio is taken against the frozen base, the KL term is dropped, the learning rate is high, and
-the model's own log-probability of the answer is the reward. Means over the last ten steps.
+the model's own log-probability of the answer is the reward. configs/collapse_mended.yaml has the
+same reward and learning rate and the right loss. Means over the first and the last ten steps.
 
 {drill}
 
