@@ -135,6 +135,8 @@ def rollout_curves(records: list[dict], path: str | Path, title: str) -> None:
         for step in reverts:
             axis.axvline(step, color="red", lw=1)
         axis.set(title=label)
+        if label in ("ratio", "gradient norm"):
+            axis.set_yscale("log", nonpositive="mask")
         axis.legend(fontsize=7)
         axis.grid(alpha=0.3)
     figure.supxlabel("training step")
