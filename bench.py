@@ -32,6 +32,7 @@ from generate import sample
 from grpo import Rollouts
 from lora import apply_lora
 from model import Llama, init_weights, load, parse_args, save_safetensors
+from plot import read_records
 from train import compile_step, make_loss, peak_gib, take_step
 
 TRAINING = {"train_sft": "configs/sft.yaml", "train_sft_full": "configs/sft_full.yaml",
@@ -52,8 +53,7 @@ def time_training(config: str, model: str, blas_name: str) -> dict:
                    f"steps={STEPS}", "eval_every_steps=0", "lens_every_steps=0",
                    "data_operations=add"]
         run_other(command, NANOLENS_BLAS=blas_name)
-        lines = Path(folder, "run", "metrics.jsonl").read_text().splitlines()
-        records = [json.loads(line) for line in lines]
+        records = read_records(Path(folder, "run", "metrics.jsonl"))
     steady = [r for r in records if r["step"] > WARM_UP_STEPS]
     return {"seconds": statistics.median(r["seconds"] for r in steady),
             "tokens_per_s": statistics.median(r["tokens_per_s"] for r in steady),

@@ -55,7 +55,8 @@ def cpu_wheel() -> bool:
     return sys.platform == "linux" and not any(name.startswith("mlx-cuda") for name in names)
 
 
+CPU_WHEEL = cpu_wheel()
 # after `import mlx.core` it would be too late
-LOADED = load_openblas() if cpu_wheel() and "mlx.core" not in sys.modules else ""
-if cpu_wheel():
+LOADED = load_openblas() if CPU_WHEEL and "mlx.core" not in sys.modules else ""
+if CPU_WHEEL:
     keep_freed_memory()

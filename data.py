@@ -347,6 +347,7 @@ class Batches:
     few distinct shapes, since `mx.compile` keeps one trace for each. Each epoch shuffles rows
     within lengths and the order of batches.
     """
+    lr_scale = 1.0  # factor of the learning rate; grpo.Rollouts has one that its guard lowers
 
     def __init__(self, rows: list[Row], cfg: Config):
         self.rows, self.cfg = rows, cfg

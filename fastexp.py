@@ -39,7 +39,7 @@ def silu_gradient(x: mx.array, cotangent: mx.array) -> mx.array:
 
 
 def linux_cpu() -> bool:
-    return blas.cpu_wheel() and mx.default_device() == mx.Device(mx.cpu)
+    return blas.CPU_WHEEL and mx.default_device() == mx.Device(mx.cpu)
 
 
 def make_exp():

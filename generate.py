@@ -92,6 +92,7 @@ def sample(model: Llama, tokenizer: Tokenizer, prompts: list[list[int]],
     check_context(prompts, max_completion_tokens, model)
     is_stop = np.zeros(model.args.vocab_size, bool)
     is_stop[[i for i in tokenizer.stop_ids if i < len(is_stop)]] = True
+    stop_table = mx.array(is_stop)
     uniforms = mx.random.uniform(shape=(len(prompts) * group, max_completion_tokens), key=key)
     pick = lambda logits, u: choose(logits, u, temperature, top_k, top_p)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -100,7 +101,7 @@ def sample(model: Llama, tokenizer: Tokenizer, prompts: list[list[int]],
         part = by_length[i:i + per_batch]
         rows = np.array([j * group + g for j in part for g in range(group)])
         drawn = sample_batch(model, [prompts[j] for j in part], group, pick,
-                             uniforms[mx.array(rows)], mx.array(is_stop))
+                             uniforms[mx.array(rows)], stop_table)
         for row, (ids, logprobs, entropies) in zip(rows.tolist(), zip(*drawn)):
             stops = np.flatnonzero(is_stop[ids])
             n = stops[0] + 1 if len(stops) else len(ids)
@@ -140,8 +141,8 @@ def sample_batch(model: Llama, prompts: list[list[int]], group: int, pick, unifo
             if len(going) <= 0.75 * len(alive):         # worth copying the cache
                 rows, alive = mx.array(going), alive[going]
                 drawn = [x[rows] for x in drawn]
-                stopped, uniforms, cache = stopped[rows], uniforms[rows], [c.take(rows)
-                                                                           for c in cache]
+                stopped, uniforms = stopped[rows], uniforms[rows]
+                cache = [c.take(rows) for c in cache]
         logits = model.head(model.final_resid(drawn[0][:, None], cache)[:, -1])
     return out
 

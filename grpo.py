@@ -217,7 +217,7 @@ class CollapseGuard:
 # the batch source
 
 
-def draw_problems(problems: list[Problem], seed: int, start: int, count: int) -> list[Problem]:
+def draw_problems(problems: list, seed: int, start: int, count: int) -> list:
     """Problems start .. start + count - 1 of an endless stream, shuffled anew at every epoch."""
     n, drawn = len(problems), []
     for epoch in range(start // n, (start + count - 1) // n + 1):
@@ -243,15 +243,21 @@ class Rollouts:
     """
 
     def __init__(self, model: Llama, tokenizer: Tokenizer, problems: list[Problem], cfg: Config):
-        self.model, self.tokenizer, self.problems, self.cfg = model, tokenizer, problems, cfg
+        self.model, self.tokenizer, self.cfg = model, tokenizer, cfg
         self.P = cfg.batch_size // cfg.grpo_group_size
         self.position, self.guard, self.best = 0, CollapseGuard(), {}
         self.reward = None if cfg.grpo_reward == "self" else load_reward(cfg.grpo_reward)
         self.needs_reference = cfg.grpo_kl_weight > 0 or cfg.grpo_ratio == "base"
         prompts = [tokenizer.encode_prompt(p.prompt) for p in problems]
+        self.problems = list(zip(problems, prompts))
         check_context(prompts, cfg.max_completion_tokens, model)
         # the state is an input, or the compiled function would keep today's weights for ever
         self.score = partial(mx.compile, inputs=[model.state])(self._score)
+
+    @property
+    def lr_scale(self) -> float:
+        """What the guard has made of the learning rate: half for each revert."""
+        return 0.5 ** self.guard.reverts
 
     def _score(self, arrays: dict[str, mx.array]) -> mx.array:
         resid = self.model.completion_resid(arrays["prompts"], arrays.get("start"),
@@ -294,9 +300,9 @@ class Rollouts:
     def rollout(self) -> tuple[list[Group], dict]:
         """Draw P problems, sample G completions of each, reward them; (groups, metrics)."""
         cfg, G = self.cfg, self.cfg.grpo_group_size
-        problems = draw_problems(self.problems, cfg.seed, self.position, self.P)
+        drawn = draw_problems(self.problems, cfg.seed, self.position, self.P)
+        problems, prompts = [p for p, _ in drawn], [ids for _, ids in drawn]
         key = mx.random.key((cfg.seed << 32) + self.position)
-        prompts = [self.tokenizer.encode_prompt(p.prompt) for p in problems]
         with fused_for_decoding(self.model):
             done = sample(self.model, self.tokenizer, prompts, cfg.max_completion_tokens, G,
                           cfg.grpo_temperature, key=key)

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from config import BadInput, run_main, write_text
+from plot import read_records
 from stats import mcnemar, wilson
 
 SEEDS = (0, 1, 2)
@@ -118,8 +119,7 @@ def word_strength(report: dict) -> float:
 
 def lowest_accuracy(report: dict) -> float:
     """Validation accuracy at its worst after step 0: how deep the collapse went."""
-    lines = (Path(report["ckpt"]) / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
+    records = read_records(Path(report["ckpt"]) / "metrics.jsonl")
     return min(r["valid_accuracy"] for r in records if "valid_accuracy" in r and r["step"])
 
 
@@ -168,8 +168,8 @@ def drill_table(reports: dict[str, list[dict]]) -> str:
              "length | KL to the base | skipped updates | reverts |", "|" + "---|" * 10]
     for name in DRILL:
         for seed, report in zip(SEEDS, reports[name]):
-            text = (Path(report["ckpt"]) / "metrics.jsonl").read_text().splitlines()
-            steps = [r for r in map(json.loads, text) if "reward" in r]
+            records = read_records(Path(report["ckpt"]) / "metrics.jsonl")
+            steps = [r for r in records if "reward" in r]
             mean = lambda key, rows: statistics.mean(r.get(key, math.nan) for r in rows)
             ten = [r for r in steps if "kl_k3" in r][-10:]
             lines.append(

@@ -70,73 +70,79 @@ MAX_MEAN_RATIO = 10  # of a GRPO update; above it the samples say nothing about 
 
 
 def make_loss(cfg: Config, block: int):
-    """Return loss(model, batch arrays) -> (scalar, parts) for cfg.method.
+    """Return loss(model, batch arrays) -> (scalar, parts) for cfg.method."""
+    if cfg.method == "grpo":
+        return partial(grpo_loss, cfg)
+    return partial(supervised_loss, cfg, block)
+
+
+def supervised_loss(cfg: Config, block: int, model: Llama, batch: dict[str, mx.array]):
+    """SFT and dual-reward: (scalar, parts) of one micro-batch.
 
     n_targets, n_rows in the batch are the whole step's counts, so that micro-batches add up to the
-    step's mean. GRPO's weights hold their denominators likewise.
+    step's mean.
     """
-    def loss_fn(model: Llama, batch: dict[str, mx.array]):
-        n_targets, n_rows = batch["n_targets"], batch["n_rows"]
-        tokens, positions = batch["tokens"], batch["target_positions"]      # (B, T), (B, A)
-        if cfg.answer_shift:
-            tokens = tokens[:, :-1]     # the last token predicts nothing
-        else:
-            positions = positions + 1   # the prior code's error A: read at the target itself
-        for tap, resid in enumerate(model.stream(tokens)):                  # (B, T, D)
-            if tap == block + 1:
-                class_resid = resid
-        # only the positions that the loss reads are unembedded: (B, A, V), not (B, T, V)
-        answer_logits = model.head(gather_positions(resid, positions))
-        answer_loss = masked_cross_entropy(
-            answer_logits, batch["targets"], batch["target_mask"], n_targets)
-        if cfg.method == "sft":
-            return answer_loss, {"answer_loss": answer_loss}
-        # a head call of its own, not one for both: with class_weight 0 the answer's arithmetic is
-        # then SFT's to the bit
-        class_logits = model.head(gather_positions(
-            class_resid, batch["class_positions"][:, None]))[:, 0]          # (B, V)
-        class_loss = masked_cross_entropy(
-            class_logits, batch["operation_ids"], batch["row_mask"], n_rows)
-        is_right = mx.argmax(class_logits, axis=-1) == batch["operation_ids"]
-        class_right = (is_right * batch["row_mask"]).sum() / n_rows
-        loss = dual_reward_loss(class_loss, answer_loss, mx.array(cfg.class_weight))
-        return loss, {"answer_loss": answer_loss, "class_loss": class_loss,
-                      "class_accuracy": class_right}
+    n_targets, n_rows = batch["n_targets"], batch["n_rows"]
+    tokens, positions = batch["tokens"], batch["target_positions"]      # (B, T), (B, A)
+    if cfg.answer_shift:
+        tokens = tokens[:, :-1]     # the last token predicts nothing
+    else:
+        positions = positions + 1   # the prior code's error A: read at the target itself
+    for tap, resid in enumerate(model.stream(tokens)):                  # (B, T, D)
+        if tap == block + 1:
+            class_resid = resid
+    # only the positions that the loss reads are unembedded: (B, A, V), not (B, T, V)
+    answer_logits = model.head(gather_positions(resid, positions))
+    answer_loss = masked_cross_entropy(
+        answer_logits, batch["targets"], batch["target_mask"], n_targets)
+    if cfg.method == "sft":
+        return answer_loss, {"answer_loss": answer_loss}
+    # a head call of its own, not one for both: with class_weight 0 the answer's arithmetic is
+    # then SFT's to the bit
+    class_logits = model.head(gather_positions(
+        class_resid, batch["class_positions"][:, None]))[:, 0]          # (B, V)
+    class_loss = masked_cross_entropy(
+        class_logits, batch["operation_ids"], batch["row_mask"], n_rows)
+    is_right = mx.argmax(class_logits, axis=-1) == batch["operation_ids"]
+    class_right = (is_right * batch["row_mask"]).sum() / n_rows
+    loss = dual_reward_loss(class_loss, answer_loss, mx.array(cfg.class_weight))
+    return loss, {"answer_loss": answer_loss, "class_loss": class_loss,
+                  "class_accuracy": class_right}
 
-    def grpo_loss(model: Llama, batch: dict[str, mx.array]):
-        tokens, weights, shares = batch["completions"], batch["weights"], batch["shares"]  # (N, C)
-        resid = model.completion_resid(batch["prompts"], batch.get("start"), tokens)
-        logits = model.head(resid) / cfg.grpo_temperature                   # (N, C, V)
-        logprobs = token_logprobs(logits, tokens)                           # (N, C)
-        # the first update of a step trains the very policy that sampled: the ratio is exactly 1,
-        # and only its gradient counts. Afterwards the kept log-probabilities are the old ones
-        now = mx.stop_gradient(logprobs)
-        old = mx.where(batch["stale"], batch["kept_logprobs"], now)
-        policy, old_policy = logprobs, old
-        if cfg.grpo_ratio == "base":    # the published error: means over tokens, against the base
-            mean = lambda x: (x * shares).sum(1, keepdims=True) / mx.maximum(
-                shares.sum(1, keepdims=True), 1e-12)
-            policy, old_policy = mean(logprobs), mean(batch["ref_logprobs"])    # (N, 1)
-        loss, report = policy_loss(policy, old_policy, batch["advantages"], weights,
-                                   cfg.grpo_clip_low, cfg.grpo_clip_high, cfg.grpo_dual_clip)
-        average = lambda x: (x * shares).sum()
-        parts = {"policy_loss": loss, "ratio_max": mx.where(shares > 0, report["ratio"], 0).max(),
-                 "kl_old": average(kl_estimates(now, old)["kl_k3"]),
-                 "sampler_diff_max": mx.where(
-                     batch["stale"] | (shares == 0), 0, mx.abs(now - batch["kept_logprobs"])).max(),
-                 **{name: average(value) for name, value in report.items()}}
-        if "ref_logprobs" in batch:
-            kl = kl_estimates(logprobs, batch["ref_logprobs"])
-            parts |= {name: average(value) for name, value in kl.items()}
-            if cfg.grpo_kl_weight:
-                # weighted by the ratio, since the samples are the old policy's
-                ratio = mx.stop_gradient(mx.exp(mx.clip(logprobs - old, -20, 20)))
-                loss = loss + cfg.grpo_kl_weight * (weights * ratio * kl["kl_k2"]).sum()
-        if cfg.grpo_entropy_weight:
-            loss = loss - cfg.grpo_entropy_weight * (weights * token_entropy(logits)).sum()
-        return loss, parts
 
-    return grpo_loss if cfg.method == "grpo" else loss_fn
+def grpo_loss(cfg: Config, model: Llama, batch: dict[str, mx.array]):
+    """GRPO: (scalar, parts) of one micro-batch; its weights and shares hold the denominators."""
+    tokens, weights, shares = batch["completions"], batch["weights"], batch["shares"]  # (N, C)
+    resid = model.completion_resid(batch["prompts"], batch.get("start"), tokens)
+    logits = model.head(resid) / cfg.grpo_temperature                   # (N, C, V)
+    logprobs = token_logprobs(logits, tokens)                           # (N, C)
+    # the first update of a step trains the very policy that sampled: the ratio is exactly 1,
+    # and only its gradient counts. Afterwards the kept log-probabilities are the old ones
+    now = mx.stop_gradient(logprobs)
+    old = mx.where(batch["stale"], batch["kept_logprobs"], now)
+    policy, old_policy = logprobs, old
+    if cfg.grpo_ratio == "base":    # the published error: means over tokens, against the base
+        mean = lambda x: (x * shares).sum(1, keepdims=True) / mx.maximum(
+            shares.sum(1, keepdims=True), 1e-12)
+        policy, old_policy = mean(logprobs), mean(batch["ref_logprobs"])    # (N, 1)
+    loss, report = policy_loss(policy, old_policy, batch["advantages"], weights,
+                               cfg.grpo_clip_low, cfg.grpo_clip_high, cfg.grpo_dual_clip)
+    average = lambda x: (x * shares).sum()
+    parts = {"policy_loss": loss, "ratio_max": mx.where(shares > 0, report["ratio"], 0).max(),
+             "kl_old": average(kl_estimates(now, old)["kl_k3"]),
+             "sampler_diff_max": mx.where(
+                 batch["stale"] | (shares == 0), 0, mx.abs(now - batch["kept_logprobs"])).max(),
+             **{name: average(value) for name, value in report.items()}}
+    if "ref_logprobs" in batch:
+        kl = kl_estimates(logprobs, batch["ref_logprobs"])
+        parts |= {name: average(value) for name, value in kl.items()}
+        if cfg.grpo_kl_weight:
+            # weighted by the ratio, since the samples are the old policy's
+            ratio = mx.stop_gradient(mx.exp(mx.clip(logprobs - old, -20, 20)))
+            loss = loss + cfg.grpo_kl_weight * (weights * ratio * kl["kl_k2"]).sum()
+    if cfg.grpo_entropy_weight:
+        loss = loss - cfg.grpo_entropy_weight * (weights * token_entropy(logits)).sum()
+    return loss, parts
 
 
 def batch_arrays(micro_batches: list[Batch]) -> list[dict[str, mx.array]]:
@@ -440,35 +446,18 @@ def train(cfg: Config) -> dict:
             start = time.perf_counter()
             try:
                 updates, about = next_updates(source, step, cfg)
-            except BadInput:    # a user's reward function: nothing is lost
+                if reason := about.pop("collapsed", ""):
+                    recover(folder, step, model, optimizer, cfg, source, reason)
+                    compiled = compile_step(model, optimizer, make_loss(cfg, block))
+                elif about.pop("best", False):
+                    source.best = state_arrays(model, optimizer)    # references, nothing is copied
+                record = take_updates(folder, step, updates, about["rows"], compiled, optimizer,
+                                      lr_at(step, cfg) * source.lr_scale, cfg)
+            except (BadInput, Stopped):     # a user's reward function, a guard: nothing is lost
                 save_state(folder, step, model, optimizer, cfg, source)
                 raise
-            if reason := about.pop("collapsed", ""):
-                recover(folder, step, model, optimizer, cfg, source, reason)
-                compiled = compile_step(model, optimizer, make_loss(cfg, block))
-            elif about.pop("best", False):
-                source.best = state_arrays(model, optimizer)    # references, nothing is copied
-            lr, record = lr_at(step, cfg), {}
-            if cfg.method == "grpo":
-                lr *= 0.5 ** source.guard.reverts
-            try:
-                for micro_batches in updates:
-                    record = take_step(step, micro_batches, *compiled, optimizer, lr, cfg)
-                    if "early_stop" in record:
-                        break
-            except Stopped as stopped:
-                tokens = [b.get("tokens", b.get("completions")).tolist() for b in micro_batches]
-                write_text(folder / "failed_batch.json",
-                           json.dumps({"step": step + 1, "tokens": tokens}) + "\n")
-                save_state(folder, step, model, optimizer, cfg, source)
-                raise Stopped(f"{stopped}, on rows {about['rows']}") from None
-            done, seconds = step + 1, time.perf_counter() - start
-            record |= {k: v for k, v in about.items() if k not in ("rows", "n_tokens")}
-            record |= {"seconds": round(seconds, 5), "peak_gib": round(peak_gib(), 3),
-                       "tokens_per_s": round(about["n_tokens"] / seconds)}
-            if cfg.method == "grpo":
-                record["completions_per_s"] = round(cfg.batch_size / seconds)
-                record["update_s"] = seconds - record["rollout_s"] - record["score_s"]
+            done = step + 1
+            record |= clock(about, time.perf_counter() - start, cfg)
             metrics.log({"step": done, **record})
             bar.set_postfix({k: f"{record[k]:.3g}" for k in BAR_KEYS if k in record})
             bar.update()
@@ -487,6 +476,37 @@ def train(cfg: Config) -> dict:
     return finish(folder, cfg, metrics)
 
 
+def take_updates(folder: Path, step: int, updates: list[list[dict[str, mx.array]]],
+                 rows: list[int], compiled, optimizer, lr: float, cfg: Config) -> dict:
+    """The updates of one step, until one stops early; returns the last one's metrics.
+
+    raises   Stopped, after writing the batch that was not finite to failed_batch.json
+    """
+    record = {}
+    for micro_batches in updates:
+        try:
+            record = take_step(step, micro_batches, *compiled, optimizer, lr, cfg)
+        except Stopped as stopped:
+            tokens = [b.get("tokens", b.get("completions")).tolist() for b in micro_batches]
+            write_text(folder / "failed_batch.json",
+                       json.dumps({"step": step + 1, "tokens": tokens}) + "\n")
+            raise Stopped(f"{stopped}, on rows {rows}") from None
+        if "early_stop" in record:
+            break
+    return record
+
+
+def clock(about: dict, seconds: float, cfg: Config) -> dict:
+    """What a batch source says of a step, with its times and speeds, for metrics.jsonl."""
+    record = {k: v for k, v in about.items() if k not in ("rows", "n_tokens")}
+    record |= {"seconds": round(seconds, 5), "peak_gib": round(peak_gib(), 3),
+               "tokens_per_s": round(about["n_tokens"] / seconds)}
+    if cfg.method == "grpo":
+        record["completions_per_s"] = round(cfg.batch_size / seconds)
+        record["update_s"] = seconds - record["rollout_s"] - record["score_s"]
+    return record
+
+
 def recover(folder: Path, step: int, model: Llama, optimizer: optim.Optimizer, cfg: Config,
             source: Rollouts, reason: str) -> None:
     """Put the best weights and optimizer back after a collapse; the data moves on.
@@ -495,14 +515,13 @@ def recover(folder: Path, step: int, model: Llama, optimizer: optim.Optimizer, c
     """
     restore_arrays(source.best, model, optimizer)
     if source.guard.reverts >= source.guard.MAX_REVERTS:
-        save_state(folder, step, model, optimizer, cfg, source)
         save_weights(folder, model, cfg)
         raise Stopped(f"step {step + 1}: the policy collapsed a {source.guard.reverts + 1}th time "
                       f"({reason}); the best weights are saved in {folder}. Lower lr, or raise "
                       "grpo_kl_weight")
     source.guard.reverted()
     tqdm.write(f"step {step + 1:5d}  collapse: {reason}; best weights restored, learning rate "
-               f"times {0.5 ** source.guard.reverts:g}", file=sys.stdout)
+               f"times {source.lr_scale:g}", file=sys.stdout)
 
 
 def format_line(record: dict, seen: dict, block: int) -> str:
