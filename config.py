@@ -52,7 +52,8 @@ class Config:
     data: str = "arithmetic"        # arithmetic | tiny_corpus | a folder of train/valid/test.jsonl
     data_samples: int = 5000        # training rows drawn from the training pairs
     data_operations: tuple[str, ...] = ("add", "subtract", "multiply")
-    data_wordings: tuple[str, ...] = ("symbolic",)   # symbolic, worded
+    # symbolic, worded; asked, asked_worded, masked: only to look at (data.py's top has examples)
+    data_wordings: tuple[str, ...] = ("symbolic",)
     mask_prompt: bool = True        # loss on answer and EOS only; false: on every token
 
     # --- optimisation (AdamW)
@@ -76,7 +77,11 @@ class Config:
     # class_weight * CE(lens at class_layer, operation word) + (1 - class_weight) * CE(answer)
     class_weight: float = 0.7
     class_layer: int | None = None  # 0-based block whose output is read; null: int(0.55 * blocks)
-    class_target: str = "word"      # word ("multiply") | symbol ("*")
+    # word ("multiply") | symbol ("*") | answer (its first token); controls: shuffled (another
+    # problem's word, fixed by the prompt) | random (any token, fixed by the prompt)
+    class_target: str = "word"
+    # other words for data_operations, in their order, such as unrelated or unused tokens
+    class_words: tuple[str, ...] = ()
     # prompt: last prompt token | answer: last answer token (prior code's error B)
     class_position: str = "prompt"
     # false: the prior code's error A, each position told to repeat its own input
@@ -115,8 +120,9 @@ CHOICES = {
     "method": METHODS, "dtype": ("float32", "bfloat16", "float16"), "bits": (4, 8),
     "lr_schedule": ("cosine", "constant"),
     "data_operations": ("add", "subtract", "multiply", "divide"),
-    "data_wordings": ("symbolic", "worded"), "lora_targets": LORA_TARGETS,
-    "class_target": ("word", "symbol"), "class_position": ("prompt", "answer"),
+    "data_wordings": ("symbolic", "worded", "asked", "asked_worded", "masked"),
+    "lora_targets": LORA_TARGETS,
+    "class_target": ("word", "symbol", "answer", "shuffled", "random"), "class_position": ("prompt", "answer"),
     "grpo_advantage": ("none", "batch", "group"), "grpo_norm": ("constant", "token", "sequence"),
     "grpo_ratio": ("sampler", "base"),
 }
@@ -246,6 +252,11 @@ def validate(cfg: Config, given: set[str]) -> list[str]:
                             f"and this config has method {cfg.method}; remove one")
     if not 0 <= cfg.class_weight <= 1:
         mistakes.append(f"class_weight = {cfg.class_weight}: expected a number from 0 to 1")
+    if cfg.class_words and (cfg.class_target != "word"
+                            or len(set(cfg.class_words)) != len(cfg.data_operations)):
+        mistakes.append(f"class_words = {', '.join(cfg.class_words)}: expected class_target: word "
+                        f"and {len(cfg.data_operations)} different words, one for each of "
+                        f"{', '.join(cfg.data_operations)}")
     if cfg.batch_size % cfg.grad_accum_steps:
         mistakes.append(f"grad_accum_steps = {cfg.grad_accum_steps} "
                         f"does not divide batch_size = {cfg.batch_size}")

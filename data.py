@@ -1,6 +1,8 @@
 """Arithmetic problems whose test pairs are never seen, and batches that say what the loss counts.
 
-    symbolic   "7 * 8 = " -> "56"          worded   "what is seven times eight = " -> "56"
+    symbolic   "7 * 8 = " -> "56"             worded        "the product of seven and eight = "
+    asked      "what is 7 * 8 = "             asked_worded  "what is the product of seven and eight = "
+    masked     "7 ? 8 = ": nobody can know
 
 Ranges follow the prior work (multiply 2..20, add and subtract 1..99, divide up to 12 * 12). Where
 we differ: it drew train and validation rows from one pool, so half of its validation rows were
@@ -41,6 +43,13 @@ PHRASES = {
                  "subtract {b} from {a}", "what is {a} minus {b}"),
     "divide": ("{a} divided by {b}", "{a} over {b}", "the quotient of {a} and {b}",
                "divide {a} by {b}", "what is {a} divided by {b}"),
+}
+# new to every model here: no training text of any method, nor the base's, has these two forms
+ASKED = "what is {a} SYMBOL {b}"
+ASKED_WORDED = {
+    "multiply": "what is the product of {a} and {b}", "add": "what is the sum of {a} and {b}",
+    "subtract": "what is the difference between {a} and {b}",
+    "divide": "what is the quotient of {a} and {b}",
 }
 ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
         "fifteen sixteen seventeen eighteen nineteen").split()
@@ -99,12 +108,21 @@ def compute(operation: str, a: int, b: int) -> int:
     return {"add": a + b, "subtract": a - b, "multiply": a * b, "divide": a // max(b, 1)}[operation]
 
 
-def make_problem(operation: str, a: int, b: int, phrase: str | None = None) -> Problem:
-    """The symbolic problem, or the worded one of a phrase."""
-    text = (f"{a} {SYMBOLS[operation]} {b}" if phrase is None
-            else phrase.format(a=number_words(a), b=number_words(b)))
-    return Problem(f"{text} = ", str(compute(operation, a, b)), operation,
-                   "symbolic" if phrase is None else "worded", a, b)
+def phrases_of(operation: str, wording: str) -> tuple[str, ...]:
+    """The templates of an operation in one wording (one of config's data_wordings)."""
+    symbol = SYMBOLS[operation]
+    return {"symbolic": (f"{{a}} {symbol} {{b}}",), "worded": PHRASES[operation],
+            "asked": (ASKED.replace("SYMBOL", symbol),),
+            "asked_worded": (ASKED_WORDED[operation],), "masked": ("{a} ? {b}",)}[wording]
+
+
+def make_problem(operation: str, a: int, b: int, phrase: str | None = None,
+                 wording: str | None = None) -> Problem:
+    """A problem by a phrase in a wording; symbolic if there is neither, worded if only a phrase."""
+    wording = wording or ("worded" if phrase else "symbolic")
+    write = number_words if wording.endswith("worded") else str
+    text = (phrase or phrases_of(operation, wording)[0]).format(a=write(a), b=write(b))
+    return Problem(f"{text} = ", str(compute(operation, a, b)), operation, wording, a, b)
 
 
 @functools.cache
@@ -122,7 +140,8 @@ def sample_train(cfg: Config) -> list[Problem]:
     for _ in range(cfg.data_samples):
         operation, wording = rng.choice(cfg.data_operations), rng.choice(cfg.data_wordings)
         phrase = rng.choice(PHRASES[operation]) if wording == "worded" else None
-        problems.append(make_problem(operation, *rng.choice(pairs_in(operation, "train")), phrase))
+        pair = rng.choice(pairs_in(operation, "train"))
+        problems.append(make_problem(operation, *pair, phrase, wording))
     return problems
 
 
@@ -135,11 +154,33 @@ def held_out(cfg: Config, split: str, per_cell: int = TEST_PROBLEMS_PER_CELL) ->
     problems = []
     for operation in cfg.data_operations:
         for wording in cfg.data_wordings:
-            phrases = PHRASES[operation] if wording == "worded" else (None,)
-            cell = [make_problem(operation, a, b, phrase)
-                    for a, b in pairs_in(operation, split) for phrase in phrases]
+            cell = [make_problem(operation, a, b, phrase, wording)
+                    for a, b in pairs_in(operation, split)
+                    for phrase in phrases_of(operation, wording)]
             random.Random(f"{split} {operation} {wording}").shuffle(cell)
             problems += cell[:per_cell]
+    return problems
+
+
+def matched_problems(cfg: Config, split: str, pairs: int, wording: str) -> list[Problem]:
+    """The same operand pairs under every operation: the operands say nothing of the operation.
+
+    Elsewhere they do: products of numbers to 20, differences that are never negative, so that 81 %
+    of the labels follow from two bits of the operands alone. Pairs a >= b of 2..99; products beyond
+    the trained range are for asking which operation it is, not what it gives. A pair's problems
+    stand in a row, in the order of cfg.data_operations, without divide.
+    """
+    chosen = [(a, b) for a in range(2, 100) for b in range(2, a + 1) if split_of(a, b) == split]
+    rng = random.Random(f"matched {split}")
+    rng.shuffle(chosen)
+    operations = [o for o in cfg.data_operations if o != "divide"]
+    problems = []
+    for a, b in chosen[:pairs]:
+        which = rng.randrange(5)    # one phrase for all operations of a pair
+        for operation in operations:
+            phrases = phrases_of(operation, wording)
+            phrase = phrases[which % len(phrases)]
+            problems.append(make_problem(operation, a, b, phrase, wording))
     return problems
 
 
@@ -279,7 +320,7 @@ class Row:
     """One tokenised problem: ids = prompt + answer + EOS, P = length of the prompt."""
     ids: list[int]
     P: int
-    operation_id: int
+    class_id: int
 
 
 @dataclass
@@ -291,21 +332,24 @@ class Batch:
     targets: mx.array           # (B, A) int32: the tokens t+1 there
     target_mask: mx.array       # (B, A) float32: 1 for a target, 0 for filling
     class_positions: mx.array   # (B,) int32: last prompt token, or last answer token
-    operation_ids: mx.array     # (B,) int32: the operation's token
+    class_ids: mx.array         # (B,) int32: what the class loss wants, mostly a word
     row_mask: mx.array          # (B,) float32: 0 for rows that only fill the batch up
     rows: list[int]             # which rows of the data set, to name a batch that fails
 
 
 def tokenize(problems: list[Problem], tokenizer: Tokenizer, context: int,
-             operation_ids: dict[str, int]) -> list[Row]:
-    """Encode prompt + answer + EOS jointly; raises BadInput naming a row beyond the context."""
+             class_ids: list[int] | None = None) -> list[Row]:
+    """Encode prompt + answer + EOS jointly; raises BadInput naming a row beyond the context.
+
+    class_ids  the class loss's target token of each problem; none for methods without that loss
+    """
     rows = []
-    for problem in problems:
+    for problem, class_id in zip(problems, class_ids or [0] * len(problems), strict=True):
         ids, P = tokenizer.encode_pair(problem.prompt, problem.answer)
         if len(ids) > context:
             raise BadInput(f"row {problem.prompt[:60]!r} has {len(ids)} tokens with its answer, "
                            f"and the model's context is {context}; shorten the row")
-        rows.append(Row(ids, P, operation_ids.get(problem.operation, 0)))
+        rows.append(Row(ids, P, class_id))
     return rows
 
 
@@ -319,7 +363,7 @@ def make_batch(rows: list[Row], indices: list[int], T: int, A: int, cfg: Config)
     """
     B = len(indices)
     tokens, loss_mask = np.zeros((B, T), np.int32), np.zeros((B, T - 1), np.float32)
-    class_positions, operation_ids = np.zeros(B, np.int32), np.zeros(B, np.int32)
+    class_positions, class_ids = np.zeros(B, np.int32), np.zeros(B, np.int32)
     for i, index in enumerate(indices):
         if index < 0:
             continue
@@ -328,14 +372,14 @@ def make_batch(rows: list[Row], indices: list[int], T: int, A: int, cfg: Config)
         tokens[i, :n] = row.ids
         loss_mask[i, first - 1:n - 1] = 1
         class_positions[i] = row.P - 1 if cfg.class_position == "prompt" else n - 2
-        operation_ids[i] = row.operation_id
+        class_ids[i] = row.class_id
     positions = np.argsort(-loss_mask, axis=1, kind="stable")[:, :A]  # the ones first, in order
     return Batch(
         tokens=mx.array(tokens), loss_mask=mx.array(loss_mask),
         target_positions=mx.array(positions.astype(np.int32)),
         targets=mx.array(np.take_along_axis(tokens, positions + 1, 1)),
         target_mask=mx.array(np.take_along_axis(loss_mask, positions, 1)),
-        class_positions=mx.array(class_positions), operation_ids=mx.array(operation_ids),
+        class_positions=mx.array(class_positions), class_ids=mx.array(class_ids),
         row_mask=mx.array(np.array([i >= 0 for i in indices], np.float32)), rows=list(indices))
 
 

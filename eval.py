@@ -12,6 +12,7 @@ and counted any of twenty top tokens that contained any of the words or answers 
     python eval.py --ckpt models/tiny data_wordings=symbolic,worded  # any model; any config key
 """
 import argparse
+import hashlib
 import json
 import subprocess
 from importlib.metadata import version
@@ -41,6 +42,29 @@ def target_ids(tokenizer: Tokenizer, problems: list[Problem], target: str) -> di
             for op in operations}
 
 
+def class_ids(cfg: Config, tokenizer: Tokenizer, problems: list[Problem]) -> list[int]:
+    """The token that the class loss wants for each problem, by cfg.class_target and class_words.
+
+    The two controls depend on the prompt's text alone, so a problem keeps its target in every epoch
+    and for every seed: it can be learnt by heart, but not from what the problem asks.
+    """
+    if cfg.class_target == "answer":
+        pairs = [tokenizer.encode_pair(p.prompt, p.answer) for p in problems]
+        return [ids[P] for ids, P in pairs]
+    draw = lambda p, n: int.from_bytes(
+        hashlib.blake2b(p.prompt.encode(), digest_size=4).digest(), "big") % n
+    if cfg.class_target == "random":
+        return [draw(p, tokenizer.vocab_size) for p in problems]
+    ids = target_ids(tokenizer, problems, "symbol" if cfg.class_target == "symbol" else "word")
+    if cfg.class_words:
+        ids = {op: tokenizer.single_id(word)
+               for op, word in zip(cfg.data_operations, cfg.class_words)}
+    if cfg.class_target == "shuffled":
+        words = [ids[op] for op in cfg.data_operations if op in ids]
+        return [words[draw(p, len(words))] for p in problems]
+    return [ids[p.operation] for p in problems]
+
+
 def class_block(cfg: Config, model: Llama) -> int:
     """The 0-based block the class loss reads: cfg.class_layer, or 55 % of depth (prior work)."""
     L = model.args.num_hidden_layers
@@ -50,9 +74,9 @@ def class_block(cfg: Config, model: Llama) -> int:
     return block
 
 
-def read_series(model: Llama, tokenizer: Tokenizer,
-                problems: list[Problem]) -> tuple[Reading, np.ndarray]:
-    """The lens at each prompt's last token: a Reading (A = 1, N = 3) of SERIES, and its ids (B, N).
+def series_ids(tokenizer: Tokenizer,
+               problems: list[Problem]) -> tuple[list[list[int]], np.ndarray]:
+    """Each problem's prompt as ids, and the tokens of SERIES, (B, 3).
 
     Rows of a user's data without an operation follow the answer in all three series.
     """
@@ -63,7 +87,14 @@ def read_series(model: Llama, tokenizer: Tokenizer,
         joint, P = tokenizer.encode_pair(p.prompt, p.answer)
         prompts.append(joint[:P])
         ids.append([joint[P], words.get(p.operation, joint[P]), symbols.get(p.operation, joint[P])])
-    return read_prompts(model, prompts, ids), np.array(ids)
+    return prompts, np.array(ids)
+
+
+def read_series(model: Llama, tokenizer: Tokenizer,
+                problems: list[Problem]) -> tuple[Reading, np.ndarray]:
+    """The lens at each prompt's last token: a Reading (A = 1, N = 3) of SERIES, and series_ids."""
+    prompts, ids = series_ids(tokenizer, problems)
+    return read_prompts(model, prompts, ids.tolist()), ids
 
 
 def summarize_lens(reading: Reading, ids: np.ndarray, block: int) -> dict:

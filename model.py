@@ -17,7 +17,7 @@ tap l after block l-1, up to tap L.
 """
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from fastexp import attention, silu
 from tokenizer import load_tokenizer
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+Edit = dict[int, Callable[[mx.array], mx.array]]     # tap -> what to make of the stream there
 FAMILIES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
 
 
@@ -183,6 +184,10 @@ class Attention(nn.Module):
         self._periods = rope_periods(args)  # (d/2,); the underscore keeps it out of parameters()
 
     def __call__(self, x: mx.array, cache: KVCache | None = None) -> mx.array:
+        return self.o_proj(self.heads(x, cache))  # (B, T, D)
+
+    def heads(self, x: mx.array, cache: KVCache | None = None) -> mx.array:
+        """What the heads say before o_proj mixes them: (B, T, H * d), head i in slice i."""
         B, T, _ = x.shape
         d = self.head_dim
         split = lambda y: y.reshape(B, T, -1, d).transpose(0, 2, 1, 3)
@@ -198,7 +203,7 @@ class Attention(nn.Module):
             k, v = cache.update(k, v)
         # right padding needs no mask of its own, since no real token can look to its right
         y = attention(q, k, v, d ** -0.5, mask)
-        return self.o_proj(y.transpose(0, 2, 1, 3).reshape(B, T, -1))  # (B, T, D)
+        return y.transpose(0, 2, 1, 3).reshape(B, T, -1)
 
 
 class MLP(nn.Module):
@@ -225,8 +230,12 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         self.mlp = MLP(args)
 
+    def attend(self, resid: mx.array, cache: KVCache | None = None) -> mx.array:
+        """The stream between the block's halves: attention has written, the MLP has not."""
+        return resid + self.self_attn(self.input_layernorm(resid), cache)
+
     def __call__(self, resid: mx.array, cache: KVCache | None = None) -> mx.array:
-        resid = resid + self.self_attn(self.input_layernorm(resid), cache)
+        resid = self.attend(resid, cache)
         return resid + self.mlp(self.post_attention_layernorm(resid))
 
 
@@ -248,20 +257,27 @@ class Llama(nn.Module):
         if not args.tie_word_embeddings:
             self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
 
-    def stream(self, tokens: mx.array, cache: list[KVCache] | None = None) -> Iterator[mx.array]:
+    def stream(self, tokens: mx.array, cache: list[KVCache] | None = None,
+               edit: Edit | None = None) -> Iterator[mx.array]:
         """Yield the residual stream (B, T, D) at tap 0, 1, ..., L, each before the final norm.
 
         tokens   (B, T) int32. A consumer that drops what it has read never holds more than one tap.
+        edit     {tap: function (B, T, D) -> (B, T, D)}: what the stream is replaced by at a tap;
+                 the blocks above go on from there. Ablation, steering and patching are this.
         """
-        resid = self.model.embed_tokens(tokens)
+        edit = edit or {}
+        unchanged = lambda resid: resid
+        resid = edit.get(0, unchanged)(self.model.embed_tokens(tokens))
         yield resid
-        for block, block_cache in zip(self.model.layers, cache or [None] * len(self.model.layers)):
-            resid = block(resid, block_cache)
+        caches = cache or [None] * len(self.model.layers)
+        for tap, (block, block_cache) in enumerate(zip(self.model.layers, caches), 1):
+            resid = edit.get(tap, unchanged)(block(resid, block_cache))
             yield resid
 
-    def final_resid(self, tokens: mx.array, cache: list[KVCache] | None = None) -> mx.array:
+    def final_resid(self, tokens: mx.array, cache: list[KVCache] | None = None,
+                    edit: Edit | None = None) -> mx.array:
         """The residual stream at tap L, (B, T, D): what `head` turns into the model's logits."""
-        for resid in self.stream(tokens, cache):
+        for resid in self.stream(tokens, cache, edit):
             pass
         return resid
 
@@ -271,14 +287,18 @@ class Llama(nn.Module):
         The logit lens is this at an earlier tap. float32, because bfloat16 leaves a vocabulary of
         128,256 about a thousand distinct logits: ranks become arbitrary.
         """
-        normed = self.model.norm(resid)
-        unembed = (self.model.embed_tokens.as_linear if self.args.tie_word_embeddings
-                   else self.lm_head)
-        return unembed(normed).astype(mx.float32)
+        return self.unembed(self.model.norm(resid)).astype(mx.float32)
 
-    def __call__(self, tokens: mx.array, cache: list[KVCache] | None = None) -> mx.array:
+    def unembed(self, normed: mx.array) -> mx.array:
+        """The unembedding alone, without the norm: linear, (..., D) -> (..., V)."""
+        if self.args.tie_word_embeddings:
+            return self.model.embed_tokens.as_linear(normed)
+        return self.lm_head(normed)
+
+    def __call__(self, tokens: mx.array, cache: list[KVCache] | None = None,
+                 edit: Edit | None = None) -> mx.array:
         """tokens (B, T) int32 -> logits (B, T, V) float32; position t scores token t+1."""
-        return self.head(self.final_resid(tokens, cache))
+        return self.head(self.final_resid(tokens, cache, edit))
 
     def residuals(self, tokens: mx.array) -> mx.array:
         """All taps at once, (L+1, B, T, D), before the norm. For small inputs; prefer `stream`."""

@@ -43,3 +43,71 @@ def bootstrap_mean(values: Sequence[float], level: float = 0.95, draws: int = 20
     means = np.random.default_rng(0).choice(values, (draws, len(values))).mean(axis=1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return {"value": float(values.mean()), "n": len(values), "low": float(low), "high": float(high)}
+
+
+def mean_interval(values: Sequence[float], level: float = 0.95) -> dict:
+    """A mean over a few training runs with Student's interval: {value, n, low, high}.
+
+    With one run there is no interval: low and high are None.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    mean = float(values.mean())
+    if len(values) < 2:
+        return {"value": mean, "n": len(values), "low": None, "high": None}
+    half = stats.t.ppf((1 + level) / 2, len(values) - 1) * stats.sem(values)
+    return {"value": mean, "n": len(values), "low": mean - float(half), "high": mean + float(half)}
+
+
+def sign_flip(differences: Sequence[float], draws: int = 9999) -> float:
+    """Two-sided p that paired differences are centred on 0: the share of sign patterns as extreme.
+
+    All 2^n patterns up to n = 16, else that many random ones and the observed one.
+    example  six differences of one sign -> 2 / 64 = .031, the least that six can give
+    """
+    d = np.asarray(differences, dtype=np.float64)
+    d = d[d != 0]
+    if len(d) == 0:
+        return 1.0
+    if len(d) <= 16:
+        signs = 1 - 2 * (np.arange(2 ** len(d))[:, None] >> np.arange(len(d)) & 1)
+        extra = 0
+    else:
+        signs = np.random.default_rng(0).choice((-1, 1), (draws, len(d)))
+        extra = 1
+    # a hair below: patterns equal to the observed one must not lose by rounding
+    as_extreme = (np.abs(signs @ d) >= np.abs(d.sum()) * (1 - 1e-9)).sum()
+    return float((as_extreme + extra) / (len(signs) + extra))
+
+
+def equivalence_p(differences: Sequence[float], margin: float) -> float:
+    """p that the mean difference lies outside -margin..margin: two one-sided t tests (TOST)."""
+    d = np.asarray(differences, dtype=np.float64)
+    if np.ptp(d) == 0:
+        return 0.0 if abs(d[0]) < margin else 1.0
+    above = stats.ttest_1samp(d, -margin, alternative="greater").pvalue
+    below = stats.ttest_1samp(d, margin, alternative="less").pvalue
+    return float(max(above, below))
+
+
+def adjusted_p(p: Sequence[float]) -> list[float]:
+    """Benjamini-Hochberg: the false discovery rate at which each of a family would be accepted.
+
+    example  [.001, .004, .03, .08, .15, .20] -> [.006, .012, .06, .12, .18, .20]
+    """
+    return stats.false_discovery_control(p).tolist() if len(p) else []
+
+
+def auc_within(scores: Sequence[float], right: Sequence[bool], cells: Sequence[str]) -> float | None:
+    """Chance that a right answer scores above a wrong one of the same cell; ties count half.
+
+    Within cells (an operation in a wording), since harder cells score lower in any case; cells
+    weigh by their number of such twos. None where no cell has both.
+    """
+    scores, right, cells = np.asarray(scores), np.asarray(right, bool), np.asarray(cells)
+    wins = twos = 0.0
+    for cell in np.unique(cells):
+        good, bad = (scores[(cells == cell) & (right == r)] for r in (True, False))
+        if len(good) and len(bad):
+            wins += stats.mannwhitneyu(good, bad).statistic
+            twos += len(good) * len(bad)
+    return float(wins / twos) if twos else None

@@ -78,7 +78,17 @@ class Tokenizer:
         return text.replace(" ", "·").replace("\n", "⏎")
 
     def single_id(self, word: str) -> int:
-        """The id of a word that is one token, bare or after a space; BadInput lists its pieces."""
+        """The id of a word that is one token, bare or after a space; BadInput lists its pieces.
+
+        A token's own name goes too, such as <0x07> or <|reserved_special_token_3|>.
+        """
+        if self._is_sentencepiece:
+            named = self._backend.piece_to_id(word)
+            named = None if named == self._backend.unk_id() else named
+        else:
+            named = self._backend.token_to_id(word)
+        if named is not None and word.startswith("<"):
+            return named
         for text in (word, " " + word):
             ids = self.encode(text)
             if len(ids) == 1:

@@ -36,12 +36,12 @@ from config import BadInput, Config, Stopped, dump, load_config, resolved, run_m
 from data import Batch, Batches, load_split, tokenize
 from eval import (
     class_block,
+    class_ids,
     make_report,
     measure_accuracy,
     print_report,
     read_series,
     summarize_lens,
-    target_ids,
 )
 from grpo import CollapseGuard, Rollouts
 from lora import apply_lora, load_base, root_model, save_adapters
@@ -102,8 +102,8 @@ def supervised_loss(cfg: Config, block: int, model: Llama, batch: dict[str, mx.a
     class_logits = model.head(gather_positions(
         class_resid, batch["class_positions"][:, None]))[:, 0]          # (B, V)
     class_loss = masked_cross_entropy(
-        class_logits, batch["operation_ids"], batch["row_mask"], n_rows)
-    is_right = mx.argmax(class_logits, axis=-1) == batch["operation_ids"]
+        class_logits, batch["class_ids"], batch["row_mask"], n_rows)
+    is_right = mx.argmax(class_logits, axis=-1) == batch["class_ids"]
     class_right = (is_right * batch["row_mask"]).sum() / n_rows
     loss = dual_reward_loss(class_loss, answer_loss, mx.array(cfg.class_weight))
     return loss, {"answer_loss": answer_loss, "class_loss": class_loss,
@@ -148,7 +148,7 @@ def grpo_loss(cfg: Config, model: Llama, batch: dict[str, mx.array]):
 def batch_arrays(micro_batches: list[Batch]) -> list[dict[str, mx.array]]:
     """What the loss reads of each micro-batch, as a tree that mx.compile can take."""
     names = ("tokens", "target_positions", "targets", "target_mask",
-             "class_positions", "operation_ids", "row_mask")
+             "class_positions", "class_ids", "row_mask")
     counts = {"n_targets": mx.array(float(sum(b.target_mask.sum().item() for b in micro_batches))),
               "n_rows": mx.array(float(sum(b.row_mask.sum().item() for b in micro_batches)))}
     return [{name: getattr(b, name) for name in names} | counts for b in micro_batches]
@@ -392,7 +392,7 @@ def load_source(cfg: Config, model: Llama, tokenizer: Tokenizer) -> Batches | Ro
     if cfg.method == "dual_reward" and not all(p.operation for p in problems):
         raise BadInput(f"method dual_reward needs an operation in every row of {cfg.data}; "
                        "some rows have none")
-    ids = target_ids(tokenizer, problems, cfg.class_target)
+    ids = class_ids(cfg, tokenizer, problems) if cfg.method == "dual_reward" else None
     return Batches(tokenize(problems, tokenizer, model.args.max_position_embeddings, ids), cfg)
 
 
@@ -417,9 +417,10 @@ def describe(cfg: Config, model: Llama, block: int, done: int) -> str:
             f"{count:,} trainable; lens at L{block}; {start}")
 
 
-def train(cfg: Config) -> dict:
+def train(cfg: Config, with_base: bool = True) -> dict:
     """Train as cfg says, or continue where the run folder stands; returns the report.
 
+    with_base  judge the model it started from as well
     raises   BadInput, Stopped (a guard), KeyboardInterrupt (after a clean save)
     """
     model, tokenizer = prepare_model(cfg)
@@ -473,7 +474,7 @@ def train(cfg: Config) -> dict:
                            file=sys.stdout)
                 raise KeyboardInterrupt
     save_weights(folder, model, cfg)
-    return finish(folder, cfg, metrics)
+    return finish(folder, cfg, metrics, with_base)
 
 
 def take_updates(folder: Path, step: int, updates: list[list[dict[str, mx.array]]],
@@ -555,9 +556,9 @@ def format_rollouts(record: dict, seen: dict) -> str:
         f"{record['peak_gib']:.2f} GiB"])
 
 
-def finish(folder: Path, cfg: Config, metrics: Metrics) -> dict:
+def finish(folder: Path, cfg: Config, metrics: Metrics, with_base: bool) -> dict:
     """Judge the saved weights, as eval.py would, beside the base; write report and pictures."""
-    report = make_report(folder, with_base=True) | {"peak_gib": round(peak_gib(), 3)}
+    report = make_report(folder, with_base) | {"peak_gib": round(peak_gib(), 3)}
     print_report(report)
     plot.emergence(metrics.records, folder / "emergence.png",
                    f"{cfg.method}, {cfg.model}, seed {cfg.seed}")

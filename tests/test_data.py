@@ -117,14 +117,14 @@ def test_batch_example(tokenizer):
     assert batch.target_mask.tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 0]]
     assert batch.row_mask.tolist() == [1, 1, 0]
     assert batch.class_positions.tolist()[:2] == [4, 1]
-    assert batch.operation_ids.tolist()[:2] == [1012, 1010]
+    assert batch.class_ids.tolist()[:2] == [1012, 1010]
     batch = make_batch(rows, [0, 1], 7, 3, config(class_position="answer"))
     assert batch.class_positions.tolist() == [5, 2]
 
 
 def test_batches_cover_each_epoch_once(tokenizer):
     cfg = config(batch_size=16, grad_accum_steps=2, data_samples=300, **ALL)
-    rows = tokenize(sample_train(cfg), tokenizer, 128, {})
+    rows = tokenize(sample_train(cfg), tokenizer, 128)
     batches = Batches(rows, cfg)
     for epoch in (0, 1):
         first = epoch * batches.per_epoch
@@ -136,7 +136,7 @@ def test_batches_cover_each_epoch_once(tokenizer):
 
 def test_a_step_depends_on_the_step_alone(tokenizer):
     cfg = config(batch_size=16, data_samples=300)
-    rows = tokenize(sample_train(cfg), tokenizer, 128, {})
+    rows = tokenize(sample_train(cfg), tokenizer, 128)
     straight, jumped = Batches(rows, cfg), Batches(rows, cfg)
     for step in range(45):
         straight.at(step)
@@ -179,6 +179,6 @@ def test_no_data_and_too_long(tokenizer):
     with pytest.raises(BadInput, match="expected arithmetic, tiny_corpus, or a folder"):
         load_split(config(data="no/such"), "train")
     with pytest.raises(BadInput, match="has 9 tokens.*context is 7"):
-        tokenize([make_problem("add", 3, 4, "what is {a} plus {b}")], tokenizer, 7, {})
-    rows = tokenize([make_problem("add", 3, 4)], tokenizer, 7, {})
+        tokenize([make_problem("add", 3, 4, "what is {a} plus {b}")], tokenizer, 7)
+    rows = tokenize([make_problem("add", 3, 4)], tokenizer, 7)
     assert np.array_equal([len(r.ids) for r in rows], [7])

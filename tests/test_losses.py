@@ -17,7 +17,7 @@ PROBLEMS = [make_problem("add", 3, 4), make_problem("multiply", 12, 11, "what is
 
 def one_batch(tokenizer, **keys):
     cfg = config(batch_size=len(PROBLEMS), **keys)
-    rows = tokenize(PROBLEMS, tokenizer, 128, IDS)
+    rows = tokenize(PROBLEMS, tokenizer, 128, [IDS[p.operation] for p in PROBLEMS])
     batches = Batches(rows, cfg)
     batches.padded[:] = max(batches.padded)  # one length, so that unequal rows share the batch
     batches.lengths = [int(max(batches.padded))]
@@ -154,7 +154,7 @@ def test_dual_reward_parts(model, tokenizer):
         for row in rows:
             resid = model.residuals(mx.array([row.ids]))[block + 1]
             logits = np.array(model.head(resid)[0, row.P - 1]).astype(np.float64)
-            expected -= (logits[row.operation_id] - np.log(np.exp(logits).sum())) / len(rows)
+            expected -= (logits[row.class_id] - np.log(np.exp(logits).sum())) / len(rows)
         assert abs(parts["class_loss"].item() - expected) < 1e-5
         assert abs(loss.item() - (0.3 * expected + 0.7 * parts["answer_loss"].item())) < 1e-5
     assert dual_reward_loss(mx.array(2.0), mx.array(1.0), mx.array(1.0)).item() == 2.0
@@ -182,7 +182,7 @@ def test_prior_errors_are_what_they_say(model, tokenizer):
         logprobs = np.array(nn.log_softmax(model.head(resid[-1])[0], axis=-1))
         answer -= sum(logprobs[t, row.ids[t]] for t in range(row.P, len(row.ids))) / 6
         words = np.array(nn.log_softmax(model.head(resid[1])[0], axis=-1))
-        word -= words[len(row.ids) - 2, row.operation_id] / len(rows)
+        word -= words[len(row.ids) - 2, row.class_id] / len(rows)
     assert abs(parts["answer_loss"].item() - answer) < 1e-5
     assert abs(parts["class_loss"].item() - word) < 1e-5
 
@@ -190,5 +190,5 @@ def test_prior_errors_are_what_they_say(model, tokenizer):
 def test_held_out_rows_have_targets(tokenizer):
     """One-token answers and EOS: exactly two targets a row, whatever the prompt's length."""
     problems = held_out(config(data_wordings=("symbolic", "worded")), "valid")
-    rows = tokenize(problems, tokenizer, 128, IDS)
+    rows = tokenize(problems, tokenizer, 128, [IDS[p.operation] for p in problems])
     assert {len(r.ids) - r.P for r in rows} == {2}

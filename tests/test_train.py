@@ -26,10 +26,14 @@ from train import batch_arrays, compile_step, lr_at, make_loss, prepare_model, t
 IDS = {"add": 1010, "subtract": 1011, "multiply": 1012}
 
 
+def tokenized(problems, tokenizer):
+    return tokenize(problems, tokenizer, 128, [IDS[p.operation] for p in problems])
+
+
 def steps(model, cfg, problems, tokenizer, block=0):
     optimizer = optim.AdamW(cfg.lr, weight_decay=cfg.weight_decay, bias_correction=True)
     optimizer.init(model.trainable_parameters())
-    batches = Batches(tokenize(problems, tokenizer, 128, IDS), cfg)
+    batches = Batches(tokenized(problems, tokenizer), cfg)
     functions = compile_step(model, optimizer, make_loss(cfg, block))
     metrics = [take_step(s, batch_arrays(batches.at(s)), *functions, optimizer, lr_at(s, cfg), cfg)
                for s in range(cfg.steps)]
@@ -98,7 +102,7 @@ def test_adamw_and_clipping_against_numpy(model, tokenizer):
     start = small_model(tokenizer)
     weight = np.array(dict(tree_flatten(start.parameters()))[name]).astype(np.float64)
     metrics, _ = steps(model, cfg, problems, tokenizer)
-    batch = Batches(tokenize(problems, tokenizer, 128, IDS), cfg).at(0)[0]
+    batch = Batches(tokenized(problems, tokenizer), cfg).at(0)[0]
     _, grads = nn.value_and_grad(start, make_loss(cfg, 0))(start, batch_arrays([batch])[0])
     grads = {k: np.array(g).astype(np.float64) for k, g in tree_flatten(grads)}
     norm = np.sqrt(sum((g ** 2).sum() for g in grads.values()))
@@ -130,7 +134,7 @@ def test_few_traces(model, tokenizer):
     loss_fn = make_loss(cfg, 0)
     optimizer = optim.AdamW(1e-3)
     optimizer.init(model.trainable_parameters())
-    batches = Batches(tokenize(sample_train(cfg)[:96], tokenizer, 128, IDS), cfg)
+    batches = Batches(tokenized(sample_train(cfg)[:96], tokenizer), cfg)
     functions = compile_step(model, optimizer, lambda *args: traced.append(1) or loss_fn(*args))
     for s in range(12):
         take_step(s, batch_arrays(batches.at(s)), *functions, optimizer, lr_at(s, cfg), cfg)

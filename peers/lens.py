@@ -1,0 +1,58 @@
+"""The logit lens at the last position by transformers or TransformerLens, timed: what a user would
+otherwise run.
+
+    PYTHON peers/lens.py transformers|transformer_lens MODEL N T BATCH
+
+N prompts of T random tokens, BATCH at a time, float32: final norm and unembedding at the embedding
+and after every block, log-probabilities, the five most probable tokens. Logits are made for the
+last position alone. Prints one line of JSON: the median seconds, peak GiB.
+"""
+import json
+import random
+import resource
+import statistics
+import sys
+import time
+
+import torch
+
+which, path, (N, T, B) = sys.argv[1], sys.argv[2], map(int, sys.argv[3:6])
+rng = random.Random(0)
+tokens = torch.tensor([[rng.randrange(3, 1000) for _ in range(T)] for _ in range(N)])
+if which == "transformers":
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+    def read(part):
+        """Logits (L+1, B, V) of one batch of prompts (B, T)."""
+        states = model(part, output_hidden_states=True, logits_to_keep=1).hidden_states
+        taps = torch.stack([state[:, -1] for state in states])  # (L+1, B, D)
+        # transformers hands the last one over normed
+        return model.lm_head(torch.cat([model.model.norm(taps[:-1]), taps[-1:]]))
+else:
+    from transformer_lens.model_bridge import TransformerBridge
+    model = TransformerBridge.boot_transformers(path, device="cpu", dtype=torch.float32)
+    names = ["blocks.0.hook_in", *(f"blocks.{l}.hook_out" for l in range(model.cfg.n_layers))]
+
+    def read(part):
+        """Logits (L+1, B, V) of one batch of prompts (B, T)."""
+        # return_type None: the model's own logits, at all T positions, are not asked for
+        _, cache = model.run_with_cache(part, names_filter=names, return_type=None)
+        taps = torch.stack([cache[name][:, -1] for name in names])  # (L+1, B, D)
+        return model.unembed(model.ln_final(taps))
+
+
+def lens():
+    with torch.no_grad():
+        for part in tokens.split(B):
+            torch.log_softmax(read(part), -1).topk(5, -1)
+
+
+lens()
+seconds = []
+for _ in range(3):
+    start = time.perf_counter()
+    lens()
+    seconds.append(time.perf_counter() - start)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+print(json.dumps({"seconds": statistics.median(seconds), "peak_gib": round(peak, 2)}))
