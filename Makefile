@@ -19,7 +19,10 @@ test: .venv/ready_dev  ## all tests, offline
 lint: .venv/ready_dev  ## ruff
 	$(PY) -m ruff check .
 
-results: .venv/ready  ## every number of RESULTS.md: three seeds of each method, then RESULTS.md itself (40 minutes)
+study: .venv/ready  ## the study: every condition, then RESULTS.md; goes on where it stopped (90 minutes on two cores; STUDY=smoke: two)
+	$(PY) study.py $(if $(filter smoke,$(STUDY)),--smoke)
+
+results: .venv/ready  ## every number of docs/training.md: three seeds of each method (40 minutes)
 	$(PY) results.py
 
 tiny: .venv/ready  ## train the bundled base model from scratch again (40 minutes on two cores)
@@ -30,4 +33,4 @@ tiny: .venv/ready  ## train the bundled base model from scratch again (40 minute
 clean:  ## remove the virtual environment and all runs
 	rm -rf .venv runs
 
-.PHONY: help setup run test lint results tiny clean
+.PHONY: help setup run test lint study results tiny clean

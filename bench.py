@@ -2,11 +2,12 @@
 
     python bench.py --json bench.json [--only train_sft] [--model models/tiny]
     python bench.py --only grpo_step --peer-python OTHER/bin/python  # beside TRL, installed there
+    python bench.py --only lens --peer-python OTHER/bin/python  # transformers, TransformerLens
 
 Machines are shared and noisy: read the ratios, not the seconds. Each figure is the median over
 rounds in which both sides run in turn, each in a process of its own, since a BLAS cannot be
 exchanged in a running one. Training is measured on the bundled model against MLX's bundled BLAS;
-generation and a GRPO step on random weights of 40 M parameters, against peers/.
+generation, a GRPO step and the lens on random weights of 40 M parameters, against peers/.
 """
 import argparse
 import importlib.util
@@ -30,6 +31,7 @@ from config import BadInput, Config, run_main, write_text
 from data import Problem
 from generate import sample
 from grpo import Rollouts
+from lens import read_prompts
 from lora import apply_lora
 from model import Llama, init_weights, load, parse_args, save_safetensors
 from plot import read_records
@@ -37,9 +39,11 @@ from train import compile_step, make_loss, peak_gib, take_step
 
 TRAINING = {"train_sft": "configs/sft.yaml", "train_sft_full": "configs/sft_full.yaml",
             "train_dual_reward": "configs/dual_reward.yaml"}
-WORKS = (*TRAINING, "generate", "grpo_step")
+WORKS = (*TRAINING, "generate", "grpo_step", "lens")
 STEPS, WARM_UP_STEPS, ROUNDS = 40, 10, 3
 PROMPTS, GROUP, PROMPT_TOKENS, COMPLETION_TOKENS = 4, 8, 32, 16
+# the peers are fastest at 64 prompts a batch; ours takes the batches that read_prompts makes
+LENS_PROMPTS, LENS_TOKENS, LENS_TOP, LENS_PEER_BATCH = 256, 16, 5, 64
 HERE = Path(__file__).parent
 
 
@@ -83,11 +87,19 @@ def write_random_model(folder: Path) -> None:
 
 
 def time_here(work: str, folder: str) -> dict:
-    """Our own side of `generate` and `grpo_step`, in this process."""
+    """Our own side of `generate`, `grpo_step` and `lens`, in this process."""
     model, tokenizer = load(folder)
     tokenizer.stop_ids = set()      # every completion has the same length on every side
     rng, seconds = random.Random(0), []
-    if work == "generate":
+    tokens = PROMPTS * GROUP * COMPLETION_TOKENS
+    if work == "lens":
+        tokens = LENS_PROMPTS * LENS_TOKENS
+        prompts = [[rng.randrange(3, 1000) for _ in range(LENS_TOKENS)]
+                   for _ in range(LENS_PROMPTS)]
+        targets = [[rng.randrange(3, 1000)] for _ in prompts]
+        # all of a Reading, though the peers make the top tokens alone
+        repeat = lambda _: read_prompts(model, prompts, targets, LENS_TOP)
+    elif work == "generate":
         prompts = [[rng.randrange(3, 1000) for _ in range(PROMPT_TOKENS)]
                    for _ in range(PROMPTS * GROUP)]
         repeat = lambda _: sample(model, tokenizer, prompts, COMPLETION_TOKENS)
@@ -111,7 +123,6 @@ def time_here(work: str, folder: str) -> dict:
         repeat(step)
         seconds.append(time.perf_counter() - start)
     middle = statistics.median(seconds[1:])
-    tokens = PROMPTS * GROUP * COMPLETION_TOKENS
     return {"seconds": middle, "tokens_per_s": tokens / middle, "peak_gib": round(peak_gib(), 2)}
 
 
@@ -145,6 +156,11 @@ def measure(work: str, model: str, peer_python: str | None) -> dict:
             if peer_python:
                 peers["transformers"] = lambda: last_line(
                     peer_python, "peers/generate.py", "transformers", model, rows, *shapes)
+        elif work == "lens" and peer_python:
+            for which in ("transformers", "transformer_lens"):
+                peers[which] = lambda which=which: last_line(
+                    peer_python, "peers/lens.py", which, model, LENS_PROMPTS, LENS_TOKENS,
+                    LENS_PEER_BATCH)
         elif peer_python:
             peers["TRL"] = lambda: last_line(
                 peer_python, "peers/trl_grpo.py", model, PROMPTS, GROUP, *shapes, 3)
@@ -165,7 +181,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--only", choices=WORKS)
     parser.add_argument("--model", help="models/tiny for training, random weights otherwise")
-    parser.add_argument("--peer-python", help="a Python with torch, transformers, peft, trl")
+    parser.add_argument("--peer-python", help="a Python with torch, transformers, and per "
+                        "work peft and trl, or transformer_lens")
     parser.add_argument("--here", metavar="MODEL", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.here:

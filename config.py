@@ -122,7 +122,8 @@ CHOICES = {
     "data_operations": ("add", "subtract", "multiply", "divide"),
     "data_wordings": ("symbolic", "worded", "asked", "asked_worded", "masked"),
     "lora_targets": LORA_TARGETS,
-    "class_target": ("word", "symbol", "answer", "shuffled", "random"), "class_position": ("prompt", "answer"),
+    "class_target": ("word", "symbol", "answer", "shuffled", "random"),
+    "class_position": ("prompt", "answer"),
     "grpo_advantage": ("none", "batch", "group"), "grpo_norm": ("constant", "token", "sequence"),
     "grpo_ratio": ("sampler", "base"),
 }

@@ -1,8 +1,8 @@
 """Arithmetic problems whose test pairs are never seen, and batches that say what the loss counts.
 
-    symbolic   "7 * 8 = " -> "56"             worded        "the product of seven and eight = "
-    asked      "what is 7 * 8 = "             asked_worded  "what is the product of seven and eight = "
-    masked     "7 ? 8 = ": nobody can know
+    symbolic  "7 * 8 = " -> "56"      worded        "the product of seven and eight = "
+    asked     "what is 7 * 8 = "      asked_worded  "what is the product of seven and eight = "
+    masked    "7 ? 8 = ": nobody can know
 
 Ranges follow the prior work (multiply 2..20, add and subtract 1..99, divide up to 12 * 12). Where
 we differ: it drew train and validation rows from one pool, so half of its validation rows were

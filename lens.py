@@ -61,28 +61,40 @@ class Reading:
         return Reading(*(getattr(self, name)[:, :n] for name in Reading.__dataclass_fields__))
 
 
-def read_logits(logits: mx.array, targets: mx.array, k: int,
-                final_logprobs: mx.array) -> tuple[mx.array, ...]:
+def read_logits(logits: mx.array, targets: mx.array, k: int, final_probs: mx.array,
+                final_entropy: mx.array) -> tuple[mx.array, ...]:
     """Reduce float32 logits (B, A, V) to one tap's arrays of a Reading.
 
-    targets (B, A, N) int32; final_logprobs (B, A, V) the last tap's
+    targets (B, A, N) int32; final_probs (B, A, V), final_entropy (B, A) the last tap's
     """
-    logprobs = logits - logsumexp(logits)[..., None]                                # (B, A, V)
-    entropy = -(exp(logprobs) * logprobs).sum(-1)
-    kl = (exp(final_logprobs) * (final_logprobs - logprobs)).sum(-1)
+    logits = logits - mx.max(logits, axis=-1, keepdims=True)                        # (B, A, V)
+    weights = exp(logits)           # once: on a CPU it costs more than all else here
+    total = weights.sum(-1)
+    log_total = mx.log(total)
+    entropy = log_total - (weights * logits).sum(-1) / total
+    # sum q (log q - log p), with log p = logits - log_total
+    kl = log_total - (final_probs * logits).sum(-1) - final_entropy
     chosen = mx.take_along_axis(logits, targets, axis=-1)                           # (B, A, N)
     # no sort: two reductions a target; float32, since bfloat16 logits tie by the hundred
     count = lambda compare: mx.stack([compare(logits, chosen[..., n:n + 1]).sum(-1)
                                       for n in range(targets.shape[-1])], -1)
     ranks, ties = count(mx.greater) + 1, count(mx.equal) - 1
-    target_logprobs = mx.take_along_axis(logprobs, targets, axis=-1)
-    final_top = mx.argmax(final_logprobs, axis=-1, keepdims=True)                   # (B, A, 1)
-    final_probs = mx.exp(mx.take_along_axis(logprobs, final_top, axis=-1))[..., 0]
-    top = mx.argpartition(-logits, kth=k - 1, axis=-1)[..., :k]     # mx.topk gives values only
-    values = mx.take_along_axis(logprobs, top, axis=-1)
-    order = mx.argsort(-values, axis=-1)
-    return (mx.exp(target_logprobs), ranks, ties, target_logprobs, entropy, kl, final_probs,
-            mx.take_along_axis(top, order, -1), mx.exp(mx.take_along_axis(values, order, -1)))
+    logprobs = chosen - log_total[..., None]
+    final_top = mx.argmax(final_probs, axis=-1, keepdims=True)                      # (B, A, 1)
+    prob_of = lambda ids: mx.exp(
+        mx.take_along_axis(logits, ids, axis=-1) - log_total[..., None])
+    top = top_tokens(logits, k)
+    return (mx.exp(logprobs), ranks, ties, logprobs, entropy, kl,
+            prob_of(final_top)[..., 0], top, prob_of(top))
+
+
+def top_tokens(logits: mx.array, k: int) -> mx.array:
+    """The k largest, largest first: (..., V) -> (..., k) ids. mx.topk gives values only."""
+    if k == 1:
+        return mx.argmax(logits, axis=-1, keepdims=True)
+    top = mx.argpartition(-logits, kth=k - 1, axis=-1)[..., :k]
+    order = mx.argsort(-mx.take_along_axis(logits, top, axis=-1), axis=-1)
+    return mx.take_along_axis(top, order, axis=-1)
 
 
 def taps_at(model: Llama, tokens: mx.array, positions: mx.array, edit=None) -> list[mx.array]:
@@ -109,11 +121,14 @@ def read_taps(model: Llama, tokens: mx.array, positions: mx.array, targets: mx.a
     if jacobians is not None:
         resids = [resid.astype(mx.float32) @ J.T for resid, J in zip(resids, jacobians)]
     logits = model.head(resids[-1])
-    final_logprobs = logits - logsumexp(logits)[..., None]                          # (B, A, V)
-    mx.eval(final_logprobs)
+    logprobs = logits - logsumexp(logits)[..., None]                                # (B, A, V)
+    final_probs = exp(logprobs)
+    final_entropy = -(final_probs * logprobs).sum(-1)                               # (B, A)
+    mx.eval(final_probs, final_entropy)
+    del logits, logprobs    # (B, A, V) each
     taps = []
     for resid in resids:
-        reading = read_logits(model.head(resid), targets, k, final_logprobs)
+        reading = read_logits(model.head(resid), targets, k, final_probs, final_entropy)
         mx.eval(reading)    # here, or the graph would hold the logits of all taps until the end
         taps.append([np.array(a) for a in reading])
     return Reading(*(np.stack(arrays) for arrays in zip(*taps)))
@@ -230,10 +245,11 @@ def jacobian(model: Llama, prompts: list[list[int]], directions: mx.array) -> mx
 
 
 def contributions(model: Llama, prompts: list[list[int]], targets: list[int],
-                  foils: list[int] | None = None, heads: bool = False) -> tuple[list[str], np.ndarray]:
-    """Each component's share of the target's logit at the last prompt token, or of the difference
-    to a foil's: names, and (N, B) in logits.
+                  foils: list[int] | None = None,
+                  heads: bool = False) -> tuple[list[str], np.ndarray]:
+    """Each component's share of a logit at the last prompt token: N names, and (N, B) in logits.
 
+    With foils, of the difference of two logits, target minus foil: what all logits share cancels.
     Components are the embedding, every block's attention (or its heads one by one) and its MLP.
     They sum to the logit, since the stream is a sum and the scale is the clean run's: contribution
     of c is <gain * U_target, c> / rms(h_L). A later norm or block would react to a missing
@@ -287,7 +303,7 @@ def attribution_table(model: Llama, tokenizer: Tokenizer, prompt: str, words: li
     names, shares = contributions(model, [ids], [target], foil or None, heads=True)
     named = dict(zip(names, shares[:, 0]))
     lines = [f"direct logit attribution of {words[0]!r}" + (f" minus {words[1]!r}" if foil else "")
-             + f": {shares.sum():.2f} logits, final norm's scale held", 
+             + f": {shares.sum():.2f} logits, final norm's scale held",
              f"  embed {named['embed']:7.2f}",
              "  block     MLP   heads"]
     for block in reversed(range(model.args.num_hidden_layers)):

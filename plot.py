@@ -64,15 +64,20 @@ def lens_page(view: dict) -> str:
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>logit lens</title>\n'
         "<style>body{font:14px system-ui,sans-serif;margin:2em}table{border-collapse:collapse}"
-        "td,th{padding:.3em .6em;font-family:monospace;text-align:left}\n"
+        "td,th{padding:.3em .6em;font-family:monospace;text-align:left;white-space:pre}\n"
+        # room right of the table and below it for the tips of the last column and row: a tip that
+        # made the page grow could not be scrolled to without leaving its cell
+        "main{display:inline-block;padding:0 24em 20em 0}\n"
+        # the mouse passes through a tip, or it would hide the cells below it while it is over it
         ".cell{border:1px solid #ddd;position:relative}.tip{display:none;position:absolute;"
         "left:60%;top:80%;z-index:1;background:#fff;color:#111;border:1px solid #888;"
-        "white-space:nowrap}\n"
-        ".cell:hover .tip{display:table}.tip td{padding:.1em .6em}</style>\n"
+        "pointer-events:none}\n"
+        ".cell:hover .tip{display:table}.tip td{padding:.1em .6em;max-width:14em;overflow:hidden;"
+        "text-overflow:ellipsis}caption{background:#fff}</style>\n"
         f'<h1>logit lens: <code>{html.escape(view["prompt"])}</code></h1>'
         "<p>Rows: after each block, the last on top. Colour: probability of the top token. "
         "Hover: the ten most probable.</p>\n"
-        f"<table><tr><th></th>{header}</tr>{rows}</table></html>\n")
+        f"<main><table><tr><th></th>{header}</tr>{rows}</table></main></html>\n")
 
 
 def emergence(records: list[dict], path: str | Path, title: str) -> None:
@@ -141,6 +146,59 @@ def rollout_curves(records: list[dict], path: str | Path, title: str) -> None:
         axis.grid(alpha=0.3)
     figure.supxlabel("training step")
     figure.suptitle(title)
+    save_figure(figure, path)
+
+
+def band(axis, x: list, runs: np.ndarray, label: str) -> None:
+    """A mean line over runs (seeds, points) with the range from the least run to the largest."""
+    line, = axis.plot(x, runs.mean(0), "o-", ms=3, lw=1.3, label=label)
+    axis.fill_between(x, runs.min(0), runs.max(0), color=line.get_color(), alpha=0.2, lw=0)
+
+
+def methods_by_block(panels: dict[str, dict[str, np.ndarray]], path: str | Path) -> None:
+    """Methods compared at every block: {title: {method: (seeds, L)}}; bands hold all seeds."""
+    figure, axes = plt.subplots(2, -(-len(panels) // 2), figsize=(12, 7), sharex=True,
+                                layout="constrained")
+    for axis, (title, methods) in zip(axes.flat, panels.items()):
+        for label, runs in methods.items():
+            band(axis, range(runs.shape[1]), runs, label)
+        axis.set(title=title, ylim=(-0.03, 1.03), ylabel="share or probability")
+        axis.grid(alpha=0.3)
+    for axis in axes[-1]:
+        axis.set_xlabel("after block (the last is the output)")
+    axes.flat[0].legend(fontsize=8)
+    figure.suptitle("at the last prompt token, operand pairs never seen; band: all seeds")
+    save_figure(figure, path)
+
+
+def methods_by_step(methods: dict[str, list[list[dict]]], path: str | Path) -> None:
+    """Accuracy, the word and the answer over training: {method: [trajectory of each seed]}."""
+    panels = {"accuracy": "answers right", "word": "operation word top-1 at the trained block",
+              "answer": "answer before the last block, probability"}
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    for axis, (key, title) in zip(axes, panels.items()):
+        for label, runs in methods.items():
+            # the same looks in every seed
+            steps = [p["step"] for p in runs[0]]
+            band(axis, steps, np.array([[p[key] for p in run] for run in runs], float), label)
+        axis.set(title=title, xlabel="training step", ylim=(-0.03, 1.03))
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.suptitle("validation problems, operand pairs never seen; band: all seeds")
+    save_figure(figure, path)
+
+
+def sweep_curves(sweeps: dict[str, tuple[list[float], dict[str, list[list[float]]]]],
+                 path: str | Path) -> None:
+    """One panel a sweep: {name: (x, {label: [values of each seed, for each x]})}."""
+    figure, axes = plt.subplots(1, len(sweeps), figsize=(6 * len(sweeps), 4), squeeze=False,
+                                layout="constrained")
+    for axis, (name, (x, lines)) in zip(axes[0], sweeps.items()):
+        for label, values in lines.items():
+            band(axis, x, np.array(values).T, label)
+        axis.set(title=f"dual-reward by {name}", xlabel=name, ylim=(-0.03, 1.03))
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=8)
     save_figure(figure, path)
 
 

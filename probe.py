@@ -34,7 +34,7 @@ import mlx.core as mx
 import numpy as np
 from scipy.optimize import minimize
 
-from config import Config, load_config, load_overrides, run_main, write_text
+from config import BadInput, Config, load_config, load_overrides, run_main, write_text
 from data import Problem, matched_problems, sample_tiny_corpus
 from eval import target_ids
 from lens import (
@@ -44,7 +44,6 @@ from lens import (
     pad_prompts,
     read_prompts,
     taps_at,
-    unembedding_rows,
     word_directions,
 )
 from lora import load_checkpoint
@@ -126,14 +125,21 @@ def control_labels(problems: list[Problem], classes: int, seed: int) -> np.ndarr
     return np.array([labels[p.a % 1000] for p in problems])
 
 
-def permutation_p(x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test: np.ndarray, l2: float,
-                  seed: int, permutations: int = PERMUTATIONS) -> float:
-    """Share of refits on shuffled training labels that do as well: (1 + such) / (1 + refits)."""
+def permutation_p(x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test: np.ndarray,
+                  l2: list[float], seed: int, permutations: int) -> list[float]:
+    """Could a probe do as well on labels that mean nothing? One p a tap, for all taps together.
+
+    x, x_test  (K, N, D), (K, M, D) of K taps; each probe is fitted again on shuffled labels
+    returns    (1 + shuffles whose *best* tap does as well as this tap did) / (1 + shuffles): the
+               best, since one has looked at all of them (Westfall & Young's max statistic)
+    """
     rng = np.random.default_rng((seed, 2))
-    score = lambda labels: balanced_accuracy(y_test, fit_probe(x, labels, l2).predict(x_test))
+    score = lambda labels: np.array([
+        balanced_accuracy(y_test, fit_probe(x[k], labels, l2[k]).predict(x_test[k]))
+        for k in range(len(x))])
     observed = score(y)
-    as_good = sum(score(rng.permutation(y)) >= observed for _ in range(permutations))
-    return (1 + as_good) / (1 + permutations)
+    best = np.array([score(rng.permutation(y)).max() for _ in range(permutations)])
+    return [(1 + int((best >= o).sum())) / (1 + permutations) for o in observed]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -218,10 +224,11 @@ def last_token_stream(model: Llama, prompts: list[list[int]]) -> np.ndarray:
 
 
 def probe_taps(model: Llama, tokenizer: Tokenizer, cfg: Config, train: Matched, valid: Matched,
-               test: Matched, words: list[int]) -> list[dict]:
+               test: Matched, words: list[int], permutations: int = 0) -> list[dict]:
     """The probe at every tap: accuracy, control, selectivity, transfer to words, alignment.
 
-    returns  [{accuracy, selectivity: interval over pairs, control, worded, l2, cosine}] for L+1 taps
+    returns  [{accuracy, selectivity: interval over pairs, control, worded, l2, cosine, and p if
+             permutations}] for L+1 taps
     """
     streams = {name: last_token_stream(model, part.prompts)
                for name, part in (("train", train), ("valid", valid), ("test", test))}
@@ -246,6 +253,10 @@ def probe_taps(model: Llama, tokenizer: Tokenizer, cfg: Config, train: Matched, 
             "control": float(control_right.mean()), "l2": l2,
             "worded": float((probe.predict(worded_stream[k]) == worded.labels).mean()),
             "cosine": float(cosine.mean())})
+    if permutations:
+        found = permutation_p(streams["train"], train.labels, streams["test"], test.labels,
+                              [row["l2"] for row in rows], 0, permutations)
+        rows = [{**row, "p": p} for row, p in zip(rows, found)]
     return rows
 
 
@@ -405,7 +416,7 @@ def swap_taps(model: Llama, swaps: Swaps, means: np.ndarray, words: list[int],
 
 
 def four_claims(model: Llama, tokenizer: Tokenizer, cfg: Config, pairs: int = 200,
-                swap_pairs: int = 100) -> dict:
+                swap_pairs: int = 100, permutations: int = 0) -> dict:
     """Everything above for one model: {clean_right, chance, taps: [{...}] of L+1}.
 
     pairs    operand pairs to fit the probe on and to test all on, a third as many for its penalty
@@ -420,7 +431,7 @@ def four_claims(model: Llama, tokenizer: Tokenizer, cfg: Config, pairs: int = 20
     neutral = make("test", pairs, "masked")
     neutral = Matched(neutral.problems[::test.classes], neutral.prompts[::test.classes],
                       neutral.labels[::test.classes], 1)     # one: they are the same text
-    probes = probe_taps(model, tokenizer, cfg, train, valid, test, words)
+    probes = probe_taps(model, tokenizer, cfg, train, valid, test, words, permutations)
     lens = read_words(model, test, neutral, words)
     jacobian_lens = jacobian_taps(model, tokenizer, test, neutral, words)
     stream = last_token_stream(model, train.prompts)                                # (L+1, N, D)
@@ -450,26 +461,29 @@ def four_claims(model: Llama, tokenizer: Tokenizer, cfg: Config, pairs: int = 20
 
 def claims_table(result: dict) -> str:
     """One line a block, the last on top; a star where the claim holds."""
-    star = lambda held: "*" if held else " "
-    lines = [f"matched prompts, unseen pairs: n = {result['pairs']} pairs, every operation of each; "
-             f"swaps add <-> subtract: {result['swap_pairs']} pairs, "
-             f"{100 * result['clean_right']:.0f} % right before",
-             "block  decodable  selective  aligned  (Jacobian)  word P  rank  (Jacobian)"
-             "  used: log-odds  flipped  random  patch"]
+    mark = lambda held: "*" if held else " "
+    share = lambda x: f"{100 * x:5.1f}"
+    rank = lambda r: "    -" if r is None else f"{r:5.0f}"
+    lines = [f"matched prompts, unseen pairs: {result['pairs']} pairs, every operation of each; "
+             f"swap add and subtract: {result['swap_pairs']} pairs, "
+             f"{100 * result['clean_right']:.0f} % right before. * the claim holds",
+             "        decodable              aligned             verbalised              used",
+             "        probe  select.    p    lens    Jacobian    word P  rank  Jacobian  "
+             "log-odds  turned, random, patch"]
     for tap in reversed(result["taps"]):
-        held, s, j = tap["claims"], tap["swaps"], tap["jacobian_lens"]
-        share = lambda x: f"{100 * x:5.1f}"
-        rank = lambda r: "    -" if r is None else f"{r:5.0f}"
-        lines.append(
-            f"{'embed' if tap['tap'] == 0 else 'L' + str(tap['tap'] - 1):<6} "
-            f"{share(tap['probe']['accuracy']['value'])} {star(held['decodable'])}    "
-            f"{share(tap['probe']['selectivity']['value'])}      "
-            f"{share(tap['logit_lens']['aligned']['value'])} {star(held['aligned'])}   "
-            f"{share(j['aligned']['value'])} {star(held['aligned_jacobian'])}    "
-            f"{tap['logit_lens']['prob']['value']:.3f} {rank(tap['logit_lens']['rank'])} "
-            f"{star(held['verbalised'])}  {rank(j['rank'])} {star(held['verbalised_jacobian'])}     "
-            f"{s['used']['value']:7.2f} {star(held['used'])}       {share(s['means']['flipped'])}   "
-            f"{share(s['random']['flipped'])}  {share(s['patch']['flipped'])}")
+        held, probe, lens = tap["claims"], tap["probe"], tap["logit_lens"]
+        swaps, other = tap["swaps"], tap["jacobian_lens"]
+        lines.append("".join((
+            f"{'embed' if tap['tap'] == 0 else 'L' + str(tap['tap'] - 1):<7}",
+            f"{share(probe['accuracy']['value'])} {mark(held['decodable'])}",
+            f"{share(probe['selectivity']['value'])}  ",
+            f"{probe['p']:.3f}  " if "p" in probe else "    -  ",
+            f"{share(lens['aligned']['value'])} {mark(held['aligned'])} ",
+            f"{share(other['aligned']['value'])} {mark(held['aligned_jacobian'])}     ",
+            f"{lens['prob']['value']:.3f} {rank(lens['rank'])} {mark(held['verbalised'])}   ",
+            f"{rank(other['rank'])} {mark(held['verbalised_jacobian'])}  ",
+            f"{swaps['used']['value']:7.2f} {mark(held['used'])}  ",
+            ", ".join(share(swaps[k]["flipped"]) for k in ("means", "random", "patch")))))
     return "\n".join(lines)
 
 
@@ -477,13 +491,18 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description="Four claims about the operation in the stream.")
     parser.add_argument("--ckpt", required=True, help="run folder, model folder or Hub name")
     parser.add_argument("--pairs", type=int, default=200, help="operand pairs of each split")
+    parser.add_argument("--permutations", type=int, default=PERMUTATIONS,
+                        help="refits on shuffled labels, for the probe's p; 0: none")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config keys")
     args = parser.parse_args(argv)
+    if args.pairs < 6:
+        raise BadInput(f"--pairs {args.pairs}: expected at least 6 operand pairs")
     model, tokenizer, cfg = load_checkpoint(args.ckpt)
     if args.overrides and cfg:
         cfg = load_config(Path(args.ckpt) / "config.yaml", args.overrides)
-    result = four_claims(model, tokenizer, cfg or load_overrides(args.overrides), args.pairs)
+    result = four_claims(model, tokenizer, cfg or load_overrides(args.overrides), args.pairs,
+                         permutations=args.permutations)
     print(claims_table(result))
     if args.json:
         write_text(Path(args.json), json.dumps(result, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Every number of RESULTS.md: trains each condition with three seeds, then writes the file.
+"""Every number of docs/training.md: trains each condition with three seeds, then writes the file.
 
 Finished runs are not repeated, so that an interrupted one continues.
 
@@ -49,7 +49,7 @@ LABELS = {
 DRILL = ("collapse", "collapse_guarded", "collapse_mended")
 
 
-TEXT = """# Results
+TEXT = """# Training: accuracy, time, memory and speed
 
 Written by `make results` (results.py). {machine}.
 Seeds {seeds}: each decides LoRA's start, the training rows and their order; the test problems are
@@ -201,12 +201,12 @@ def main(argv: list[str]) -> None:
     versions = reports["sft"][0]["versions"]
     machine = f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}"
     blas = "bundled BLAS" if versions["blas"] == "bundled" else "OpenBLAS"
-    write_text(Path("RESULTS.md"), TEXT.format(
+    write_text(Path("docs/training.md"), TEXT.format(
         machine=f"{machine}; MLX {versions['mlx']}, {versions['device']}, {blas}",
         seeds=", ".join(map(str, SEEDS)), table=table(reports, reports["sft"][0]["base"]),
         paired=paired_tests(reports), cells=cells(base), drill=drill_table(reports),
         speed="\n".join(speed)))
-    print(Path("RESULTS.md").read_text())
+    print(Path("docs/training.md").read_text())
 
 
 def measured(command: list[str], name: str) -> dict | list:

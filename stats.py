@@ -97,7 +97,8 @@ def adjusted_p(p: Sequence[float]) -> list[float]:
     return stats.false_discovery_control(p).tolist() if len(p) else []
 
 
-def auc_within(scores: Sequence[float], right: Sequence[bool], cells: Sequence[str]) -> float | None:
+def auc_within(scores: Sequence[float], right: Sequence[bool],
+               cells: Sequence[str]) -> float | None:
     """Chance that a right answer scores above a wrong one of the same cell; ties count half.
 
     Within cells (an operation in a wording), since harder cells score lower in any case; cells
@@ -111,3 +112,15 @@ def auc_within(scores: Sequence[float], right: Sequence[bool], cells: Sequence[s
             wins += stats.mannwhitneyu(good, bad).statistic
             twos += len(good) * len(bad)
     return float(wins / twos) if twos else None
+
+
+def rank_correlation(x: Sequence[float], y: Sequence[float], draws: int = 2000) -> dict:
+    """Spearman's, with a seeded bootstrap interval over the pairs: {value, low, high, n, p}."""
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    found = stats.spearmanr(x, y)
+    drawn = np.random.default_rng(0).integers(0, len(x), (draws, len(x)))
+    samples = [stats.spearmanr(x[i], y[i]).statistic for i in drawn
+               if np.ptp(x[i]) and np.ptp(y[i])]
+    low, high = np.quantile(samples, [0.025, 0.975]) if samples else (np.nan, np.nan)
+    return {"value": float(found.statistic), "low": float(low), "high": float(high), "n": len(x),
+            "p": float(found.pvalue)}

@@ -210,7 +210,7 @@ def measure_wording(model: Llama, tokenizer: Tokenizer, cfg: Config, problems: l
 
 def measure_masked(model: Llama, tokenizer: Tokenizer, cfg: Config, pairs: int, block: int,
                    values: dict) -> None:
-    """Where the operator is masked ("7 ? 8 = ") nothing can be known: does a word fire all the same?
+    """Where the operator is masked ("7 ? 8 = ") nothing can be known: does a word fire anyway?
 
     masked.fires  share of prompts whose top token at the trained block is some operation's word
     masked.prob   mean probability there of the likeliest of these words

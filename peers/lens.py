@@ -36,8 +36,8 @@ else:
 
     def read(part):
         """Logits (L+1, B, V) of one batch of prompts (B, T)."""
-        # return_type None: the model's own logits, at all T positions, are not asked for
-        _, cache = model.run_with_cache(part, names_filter=names, return_type=None)
+        # as above, the model's own logits at the last position alone
+        _, cache = model.run_with_cache(part, names_filter=names, logits_to_keep=1)
         taps = torch.stack([cache[name][:, -1] for name in names])  # (L+1, B, D)
         return model.unembed(model.ln_final(taps))
 

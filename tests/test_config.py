@@ -40,6 +40,10 @@ def test_precedence_and_types(write):
     ("method: ppo", ("method = 'ppo'", "sft, dual_reward")),
     ("method: sft\nclass_weight: 0.5",
      ("class_weight belongs to method dual_reward", "this config has method sft")),
+    ("method: dual_reward\nclass_words: [one, two]",
+     ("class_words = one, two", "3 different words", "add, subtract, multiply")),
+    ("method: dual_reward\nclass_words: [a, b, c]\nclass_target: answer",
+     ("class_words", "expected class_target: word")),
     ("method: dual_reward\nclass_weight: 1.5", ("class_weight = 1.5", "from 0 to 1")),
     ("steps: 0", ("steps = 0", "at least 1")),
     ("batch_size: 8\ngrad_accum_steps: 3", ("does not divide",)),
@@ -63,7 +67,10 @@ def test_all_mistakes_at_once_on_one_line(write):
     assert_one_clear_line(run("train.py"), "python train.py CONFIG.yaml")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+TRAINING = sorted(p for p in (ROOT / "configs").glob("*.yaml") if p.stem != "study")
+
+
+@pytest.mark.parametrize("path", TRAINING, ids=lambda p: p.stem)
 def test_shipped_configs_load_and_round_trip(path, tmp_path):
     cfg = load_config(path)
     assert path.read_text().startswith("# ") and len(path.read_text().splitlines()) <= 30

@@ -12,7 +12,6 @@ from conftest import config
 from config import BadInput
 from data import (
     NAMED_PROMPTS,
-    PHRASES,
     SYMBOLS,
     Batches,
     Row,
@@ -24,6 +23,7 @@ from data import (
     make_problem,
     number_words,
     operand_pairs,
+    phrases_of,
     sample_tiny_corpus,
     sample_train,
     split_of,
@@ -99,9 +99,27 @@ def test_every_text_means_one_thing():
     meaning = {}
     for op in SYMBOLS:
         for a, b in operand_pairs(op):
-            for phrase in (None, *PHRASES[op]):
-                text = make_problem(op, a, b, phrase).prompt
-                assert meaning.setdefault(text, (op, a, b)) == (op, a, b)
+            for wording in ("symbolic", "worded", "asked", "asked_worded"):
+                for phrase in phrases_of(op, wording):
+                    text = make_problem(op, a, b, phrase, wording).prompt
+                    assert meaning.setdefault(text, (op, a, b)) == (op, a, b)
+
+
+def test_wordings_by_hand():
+    problem = lambda wording: make_problem("multiply", 7, 12, wording=wording).prompt
+    assert problem("symbolic") == "7 * 12 = " and problem("asked") == "what is 7 * 12 = "
+    assert problem("worded") == "seven times twelve = "
+    assert problem("asked_worded") == "what is the product of seven and twelve = "
+    assert problem("masked") == "7 ? 12 = " == make_problem("add", 7, 12, wording="masked").prompt
+
+
+def test_asked_wordings_are_new_to_every_model():
+    """Neither the base's text nor any method's rows hold the two forms kept for looking only."""
+    seen = {p.prompt for p in sample_tiny_corpus(config(data_samples=50_000))}
+    seen |= {p.prompt for p in sample_train(config(data_samples=5000, **ALL))}
+    asked = re.compile(r"what is (\d+ .|the )")
+    assert not any(asked.match(text) for text in seen)
+    assert asked.match("what is 7 * 8 = ") and asked.match("what is the sum of one and two = ")
 
 
 def test_batch_example(tokenizer):

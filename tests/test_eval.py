@@ -8,7 +8,7 @@ from conftest import TINY, assert_one_clear_line, config, run
 
 from config import BadInput
 from data import held_out, named_problems
-from eval import class_block, judge, make_report, measure_accuracy, print_report
+from eval import class_block, class_ids, judge, make_report, measure_accuracy, print_report
 from stats import wilson
 
 
@@ -45,6 +45,28 @@ def test_report_is_complete_and_adds_up(report):
             "operation_layer", "operation_prob"} <= test_rows[0].keys()
     assert set(report["targets"]) == {"add", "subtract", "multiply", "divide"}
     json.dumps(report)
+
+
+def test_class_targets_by_hand(tokenizer):
+    """One token a problem for every class_target; the controls know the text and nothing else."""
+    problems = named_problems("nine")
+    ids = lambda **keys: class_ids(config(method="dual_reward", **keys), tokenizer, problems)
+    named = lambda *words: [tokenizer.single_id(w) for w in words]
+    assert ids()[:4] == named("multiply", "multiply", "multiply", "add")
+    assert ids(class_target="symbol")[-1:] == named("-")
+    assert ids(class_target="answer")[:2] == named("56", "60")
+    assert ids(class_words=("which", "<0x07>", "hundred"))[2:8:2] == [
+        tokenizer.single_id("hundred"), *named("which"), tokenizer._backend.piece_to_id("<0x07>")]
+    many = held_out(config(), "test")
+    shuffled = np.array(class_ids(config(method="dual_reward", class_target="shuffled"),
+                                  tokenizer, many))
+    words = named("add", "subtract", "multiply")
+    assert set(shuffled) == set(words)
+    of_sums = shuffled[[p.operation == "add" for p in many]]
+    assert all(60 < (of_sums == w).sum() < 140 for w in words)      # of 300, a third each
+    drawn = class_ids(config(method="dual_reward", class_target="random", seed=7), tokenizer, many)
+    assert len(set(drawn)) > 300 and max(drawn) < tokenizer.vocab_size
+    assert drawn == class_ids(config(method="dual_reward", class_target="random"), tokenizer, many)
 
 
 def test_graded_rows_are_what_the_model_says(model, tokenizer):

@@ -10,8 +10,8 @@ from conftest import ROOT
 FILES = sorted(p.name for p in ROOT.glob("*.py"))
 LEVELS = [("blas", "config", "stats"), ("fastexp", "tokenizer", "plot"),
           ("losses", "model", "data"),
-          ("lora",), ("generate",), ("lens", "grpo"), ("eval",), ("train",),
-          ("bench", "results")]
+          ("lora", "findings"), ("generate",), ("lens", "grpo"), ("eval",), ("train", "probe"),
+          ("bench", "results", "study")]
 
 
 def imports_of(name):
