@@ -19,17 +19,11 @@ import plot
 from config import write_text
 from stats import adjusted_p, equivalence_p, mean_interval, rank_correlation, sign_flip
 
-# measure: (what a reader shall call it, unit, factor). Shares are shown in per cent and points.
-MEASURES = {
-    "accuracy": ("answers right", "%", 100), "word": ("operation word", "%", 100),
-    "target": ("trained token top-1 at its block", "%", 100), "answer": ("answer", "%", 100),
-    "probe": ("probe right", "%", 100), "aligned": ("right word first by the lens", "%", 100),
-    "jacobian": ("right word first by the Jacobian lens", "%", 100),
-    "flipped": ("right answers turned", "%", 100), "masked": ("masked prompts", "%", 100),
-    "used": ("effect of the swap over a random one", "nats", 1),
-    "auc": ("chance that a right answer scores higher", "", 1),
-    "after_confidence": ("log-odds for one standard deviation", "nats", 1),
-    "blocks": ("blocks", "blocks", 1)}
+# the first word of a measure's name: its unit, and what to multiply it with
+UNITS = {**dict.fromkeys(("accuracy", "word", "symbol", "target", "answer", "probe", "aligned",
+                          "jacobian", "flipped", "right", "masked"), ("%", 100)),
+         **dict.fromkeys(("used", "lens_used", "after_confidence", "entropy", "kl"), ("nats", 1)),
+         **dict.fromkeys(("auc", "cosine"), ("", 1))}
 IN_BLOCKS = ("word.peak", "answer.peak", "word.onset", "answer.onset")
 CLAIMS = {"decodable": "decodable", "aligned": "aligned", "verbalised": "verbalised",
           "used": "used", "aligned_jacobian": "aligned, Jacobian lens",
@@ -53,10 +47,7 @@ def load_data(study: dict, runs: list[dict]) -> Data:
 
 def unit_of(measure: str) -> tuple[str, float]:
     """example  "accuracy.symbolic" -> ("%", 100); "answer.peak" -> ("blocks", 1)"""
-    if measure in IN_BLOCKS:
-        return "blocks", 1
-    _, unit, factor = MEASURES[measure.split(".")[0]]
-    return unit, factor
+    return ("blocks", 1) if measure in IN_BLOCKS else UNITS[measure.split(".")[0]]
 
 
 def values_of(data: Data, condition: str, measure: str) -> dict[int, float]:
@@ -165,8 +156,10 @@ def show(interval: dict, measure: str, signed: bool = False) -> str:
     if interval["low"] is None:
         return text
     low, high = (factor * interval[end] for end in ("low", "high"))
-    if factor == 100 and not signed:    # Student's interval does not know that shares have ends
-        low, high = max(low, 0), min(high, 100)
+    if not signed and (factor == 100 or measure.startswith("auc")):
+        low, high = max(low, 0), min(high, factor)  # Student's does not know that shares have ends
+    if f"{low:.{digits}f}" == f"{high:.{digits}f}" and not signed:
+        return text
     return f"{text} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
@@ -186,7 +179,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def label_of(study: dict, name: str) -> str:
     condition = study["conditions"][name]
-    return condition.get("label") or f"{condition['group']} {condition['x']}"
+    return condition.get("label") or f"dual-reward, {condition['group']} {condition['x']}"
 
 
 def in_group(study: dict, data: Data, *groups: str) -> list[str]:
@@ -291,6 +284,30 @@ def swap_table(data: Data, condition: str) -> str:
     return table(["after block", *(f"{text}, %" for text in kinds.values())], rows)
 
 
+def cause_table(study: dict, data: Data) -> str:
+    """At the trained block: pushes and ablations along the words against random ones."""
+    columns = {"swap, over random, nats": "used.block",
+               "its part along the words, over random, nats": "lens_used.block",
+               "right with the words' span ablated, %": "right.lens_ablated.block",
+               "a random span, %": "right.random_ablated.block",
+               "the classes' span, %": "right.means_ablated.block",
+               "cosine of probe and word": "cosine.block"}
+    return table(["method", *columns], [
+        [label_of(study, n), *(cell(data, n, m) for m in columns.values())]
+        for n in in_group(study, data, "main")])
+
+
+def series_table(data: Data, condition: str) -> str:
+    """What the logit lens says after each block, means over unseen symbolic problems."""
+    columns = {"operation word, %": "word.prob", "operator symbol, %": "symbol.prob",
+               "answer, %": "answer.prob", "entropy, nats": "entropy",
+               "KL to the output, nats": "kl"}
+    at = lambda name, tap: mean_interval([m["curves"][name][tap] for m in data[condition].values()])
+    taps = range(1, len(next(iter(data[condition].values()))["curves"]["kl"]))
+    return table(["after block", *columns], [
+        [f"{tap - 1}", *(show(at(name, tap), name) for name in columns.values())] for tap in taps])
+
+
 def ladder_table(study: dict, data: Data) -> str:
     """Generalisation in steps: accuracy, the word at the trained block, and where it spreads."""
     steps = {"symbolic": "7 * 8", "asked": "what is 7 * 8", "worded": "seven times eight",
@@ -349,9 +366,10 @@ def across_models(study: dict, data: Data) -> str:
                           ("answer.last", "the answer in the last block (the output itself)")):
         found = rank_correlation([mean(n, measure) for n in names],
                                  [mean(n, "accuracy.symbolic") for n in names])
-        lines.append(f"- strength of {text}: Spearman {found['value']:+.2f} "
-                     f"[{found['low']:.2f}, {found['high']:.2f}], p {show_p(found['p'])}, "
-                     f"n = {found['n']} conditions")
+        result = ("not to be ranked, all conditions are alike" if found["value"] is None else
+                  f"Spearman {found['value']:+.2f} [{found['low']:.2f}, {found['high']:.2f}], "
+                  f"p {show_p(found['p'])}")
+        lines.append(f"- strength of {text}: {result}; n = {found['n']} conditions")
     return "\n".join(lines)
 
 
@@ -417,11 +435,12 @@ steps of {batch_size} problems each, judged on operand pairs that no model has s
 
 {main_table}
 
-Mean over seeds and 95 % interval across them. *Answers right*: whole greedy answers of unseen sums
-and differences. *Names the operation*: largest probability of the operation's word before the last
-block, at the last prompt token. *Shows the answer early*: the same for the answer. *Swap*: the
-operation's direction in the stream is exchanged, add for subtract; how many right answers turn into
-the other operation's. The trained block is {block} of 0 to {last_block} (55 % of depth).
+Mean over seeds and 95 % interval across them (none where all seeds agree). *Answers right*: whole
+greedy answers of unseen sums and differences. *Names the operation*: largest probability of the
+operation's word before the last block, at the last prompt token. *Shows the answer early*: the same
+for the answer. *Swap*: the operation's direction in the stream is exchanged, add for subtract; how
+many right answers turn into the other operation's. The trained block is {block} of 0 to
+{last_block} (55 % of depth).
 
 ![by block: operation word, Jacobian lens, answer, swaps]({blocks})
 
@@ -459,6 +478,22 @@ from there. SFT:
 Dual-reward:
 
 {swaps_dual}
+
+At the trained block, where dual-reward's word is loudest: the effect of the swap on the log-odds of
+the other operation's answer, less that of a random direction as long; and how many first tokens
+stay right when a whole span of directions is put to its mean.
+
+{causes}
+
+## What the lens says after each block
+
+Means over unseen problems and seeds, symbolic prompts, last prompt token. SFT:
+
+{series_sft}
+
+Dual-reward:
+
+{series_dual}
 
 ## Over the steps
 
@@ -529,7 +564,8 @@ def write_results(study: dict, runs: list[dict], failed: list[str], out: Path) -
             sweeps.append(sweep_table(study, data, names, group))
     controls = [n for n in ("dual", "dual_target_unused") if n in data]
     controls[1:1] = in_group(study, data, "control")
-    swaps = {n: swap_table(data, n) if n in data else "not run" for n in ("sft", "dual")}
+    swaps, series = ({n: make(data, n) if n in data else "not run" for n in ("sft", "dual")}
+                     for make in (swap_table, series_table))
     cores = f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}"
     meaning = {"confirmed": "as predicted", "refuted": "the opposite, or surely beyond the margin",
                "open": "not decided by these runs"}
@@ -539,8 +575,10 @@ def write_results(study: dict, runs: list[dict], failed: list[str], out: Path) -
         block=any_run["block"], last_block=len(any_run["claims"]["taps"]) - 2, file=file,
         marks=", ".join(f"{MARKS[k]} {v}" for k, v in meaning.items()),
         n_hypotheses=sum(h["p"] is not None for h in asked), fdr=study["false_discovery_rate"],
-        questions=question_lines(asked), samples=samples_table(study, data, runs), claims=claims_tables(study, data),
-        swaps_sft=swaps["sft"], swaps_dual=swaps["dual"], blocks=pictures["blocks"],
+        questions=question_lines(asked), samples=samples_table(study, data, runs),
+        claims=claims_tables(study, data),
+        swaps_sft=swaps["sft"], swaps_dual=swaps["dual"], causes=cause_table(study, data),
+        series_sft=series["sft"], series_dual=series["dual"], blocks=pictures["blocks"],
         steps_picture=pictures["steps"], sweeps=pictures["sweeps"],
         sweeps_text="\n\n".join(sweeps), controls=sweep_table(study, data, controls, "control"),
         ladder=ladder_table(study, data), prediction=prediction_table(study, data),

@@ -14,6 +14,7 @@ import matplotlib
 import numpy as np
 
 from config import BadInput, run_main, write_bytes
+from stats import mean_interval
 
 matplotlib.use("Agg")  # draw into files, also where there is no screen
 import matplotlib.pyplot as plt  # noqa: E402
@@ -150,9 +151,12 @@ def rollout_curves(records: list[dict], path: str | Path, title: str) -> None:
 
 
 def band(axis, x: list, runs: np.ndarray, label: str) -> None:
-    """A mean line over runs (seeds, points) with the range from the least run to the largest."""
+    """The mean line of runs (seeds, points) with the 95 % interval across seeds, if there are."""
     line, = axis.plot(x, runs.mean(0), "o-", ms=3, lw=1.3, label=label)
-    axis.fill_between(x, runs.min(0), runs.max(0), color=line.get_color(), alpha=0.2, lw=0)
+    if len(runs) > 1:
+        ends = [mean_interval(column) for column in runs.T]
+        axis.fill_between(x, [e["low"] for e in ends], [e["high"] for e in ends],
+                          color=line.get_color(), alpha=0.2, lw=0)
 
 
 def methods_by_block(panels: dict[str, dict[str, np.ndarray]], path: str | Path) -> None:
@@ -167,7 +171,8 @@ def methods_by_block(panels: dict[str, dict[str, np.ndarray]], path: str | Path)
     for axis in axes[-1]:
         axis.set_xlabel("after block (the last is the output)")
     axes.flat[0].legend(fontsize=8)
-    figure.suptitle("at the last prompt token, operand pairs never seen; band: all seeds")
+    figure.suptitle("at the last prompt token, operand pairs never seen; "
+                    "band: 95 % interval across seeds")
     save_figure(figure, path)
 
 
@@ -184,7 +189,8 @@ def methods_by_step(methods: dict[str, list[list[dict]]], path: str | Path) -> N
         axis.set(title=title, xlabel="training step", ylim=(-0.03, 1.03))
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
-    figure.suptitle("validation problems, operand pairs never seen; band: all seeds")
+    figure.suptitle("validation problems, operand pairs never seen; "
+                    "band: 95 % interval across seeds")
     save_figure(figure, path)
 
 

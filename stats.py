@@ -115,12 +115,17 @@ def auc_within(scores: Sequence[float], right: Sequence[bool],
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float], draws: int = 2000) -> dict:
-    """Spearman's, with a seeded bootstrap interval over the pairs: {value, low, high, n, p}."""
+    """Spearman's, with a seeded bootstrap interval over the pairs: {value, low, high, n, p}.
+
+    value None where either side is constant: nothing to rank
+    """
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    if len(x) < 3 or not np.ptp(x) or not np.ptp(y):
+        return {"value": None, "low": None, "high": None, "n": len(x), "p": None}
     found = stats.spearmanr(x, y)
     drawn = np.random.default_rng(0).integers(0, len(x), (draws, len(x)))
     samples = [stats.spearmanr(x[i], y[i]).statistic for i in drawn
                if np.ptp(x[i]) and np.ptp(y[i])]
-    low, high = np.quantile(samples, [0.025, 0.975]) if samples else (np.nan, np.nan)
+    low, high = np.quantile(samples, [0.025, 0.975])
     return {"value": float(found.statistic), "low": float(low), "high": float(high), "n": len(x),
             "p": float(found.pvalue)}

@@ -391,7 +391,7 @@ def main(argv: list[str]) -> None:
     write_results(study, [asdict(r) for r in runs if is_done(r)], failed, out)
     print(f"wrote {out / 'RESULTS.md'}")
     if failed:
-        raise BadInput(f"{len(failed)} runs failed, the first: {failed[0]}; the rest is in "
+        raise BadInput(f"{len(failed)} of {len(runs)} runs failed: {failed[0]}; the rest is in "
                        f"{out / 'RESULTS.md'}; the same command tries them again")
 
 

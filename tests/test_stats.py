@@ -111,3 +111,4 @@ def test_auc_within_cells():
 def test_rank_correlation():
     found = rank_correlation([1, 2, 3, 4, 5], [2, 4, 6, 8, 100])
     assert abs(found["value"] - 1) < 1e-12 and found["n"] == 5 and found["low"] > 0.99
+    assert rank_correlation([1, 1, 1], [1, 2, 3])["value"] is None

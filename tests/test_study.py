@@ -218,7 +218,8 @@ def test_whole_path_on_a_golden_model(golden_with_words, tmp_path):
     chosen = ("base", "sft", "dual", "dual_block_4", "dual_target_unused")
     full["conditions"] = {name: full["conditions"][name] for name in chosen}
     full["conditions"]["sft_grpo"] = {"group": "main", "label": "SFT then GRPO", "after": "sft",
-                                      "set": {"method": "grpo", "batch_size": 16}}
+                                      "set": {"method": "grpo", "batch_size": 16,
+                                              "grpo_reward": "self"}}
     full["conditions"]["dual_block_1"] = {
         "group": "block", "x": 1, "set": {"method": "dual_reward", "class_layer": 1}}
     full |= {"seeds": 2, "sweep_seeds": 1, "size": {"problems": 9, "pairs": 9, "swap_pairs": 4}}
@@ -228,7 +229,7 @@ def test_whole_path_on_a_golden_model(golden_with_words, tmp_path):
     path.write_text(yaml.safe_dump(full))
     command = ("study.py", path, f"model={golden_with_words}", f"run_dir={runs}")
     done = run(*command)
-    assert_one_clear_line(done, "1 runs failed", "dual_target_unused seed 1", "<0x01>")
+    assert_one_clear_line(done, "1 of 9 runs failed", "dual_target_unused seed 1", "<0x01>")
     assert "9 runs, 0 done" in done.stdout and "min left" in done.stdout
     text = (runs / "RESULTS.md").read_text()
     assert "nan" not in text and "Failed: dual_target_unused seed 1" in text
