@@ -211,7 +211,8 @@ def question_lines(asked: list[dict]) -> str:
         unit = "points" if unit == "%" else unit
         lines.append(f"- {MARKS[h['outcome']]} {h['claim']}: "
                      f"{show(h['effect'], h['measure'], signed=True)} {unit}".rstrip()
-                     + f", adjusted p {show_p(h['adjusted'])}")
+                     + f", adjusted p {show_p(h['adjusted'])}"
+                     + (" over problems" if h.get("unit") == "problems" else ""))
     return "\n".join(lines).strip()
 
 
@@ -277,10 +278,11 @@ def swap_table(data: Data, condition: str) -> str:
              "patch_operator": "whole stream, operator"}
     runs = [m["claims"]["taps"] for m in data[condition].values()]
     rows = []
-    for tap in range(1, len(runs[0])):
+    for tap in range(len(runs[0])):
         shares = [mean_interval([taps[tap]["swaps"][kind]["flipped"] for taps in runs])
                   for kind in kinds]
-        rows.append([f"{tap - 1}", *(show(s, "flipped") for s in shares)])
+        name = f"{tap - 1}" if tap else "embedding"
+        rows.append([name, *(show(s, "flipped") for s in shares)])
     return table(["after block", *(f"{text}, %" for text in kinds.values())], rows)
 
 
@@ -446,8 +448,9 @@ many right answers turn into the other operation's. The trained block is {block}
 
 ## Answers
 
-Predictions were written into `{file}` before the runs. {marks}. Differences with 95 % interval
-across seeds; p adjusted for all {n_hypotheses} tests together (false discovery rate {fdr}).
+Predictions were written into `{file}` before the runs: {marks}. {tally}. Differences with
+95 % interval across seeds; p, across seeds unless said otherwise, adjusted for all {n_hypotheses}
+tests together (false discovery rate {fdr}).
 
 {questions}
 
@@ -567,10 +570,13 @@ def write_results(study: dict, runs: list[dict], failed: list[str], out: Path) -
     swaps, series = ({n: make(data, n) if n in data else "not run" for n in ("sft", "dual")}
                      for make in (swap_table, series_table))
     cores = f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}"
+    outcomes = [h["outcome"] for h in asked]
+    tally = ", ".join(f"{outcomes.count(k)} {k}" for k in MARKS if k in outcomes).capitalize()
     meaning = {"confirmed": "as predicted", "refuted": "the opposite, or surely beyond the margin",
                "open": "not decided by these runs"}
     write_text(out / "RESULTS.md", TEXT.format(
-        n_runs=sum(len(r) for r in own.values()), steps=study["common"]["steps"],
+        n_runs=sum(len(r) for n, r in own.items() if n != "base"), tally=tally,
+        steps=study["common"]["steps"],
         batch_size=study["common"]["batch_size"], main_table=main_table(study, data),
         block=any_run["block"], last_block=len(any_run["claims"]["taps"]) - 2, file=file,
         marks=", ".join(f"{MARKS[k]} {v}" for k, v in meaning.items()),
