@@ -91,7 +91,7 @@ class Tokenizer:
             return named
         for text in (word, " " + word):
             ids = self.encode(text)
-            if len(ids) == 1:
+            if len(ids) == 1 and self.decode(ids).strip() == word.strip():  # and not <unk>
                 return ids[0]
         pieces = " ".join(self.piece(i) for i in self.encode(word))
         raise BadInput(f"target word {word!r} is {len(self.encode(word))} tokens of {self.source} "

@@ -4,8 +4,8 @@ otherwise run.
     PYTHON peers/lens.py transformers|transformer_lens MODEL N T BATCH
 
 N prompts of T random tokens, BATCH at a time, float32: final norm and unembedding at the embedding
-and after every block, log-probabilities, the five most probable tokens. Logits are made for the
-last position alone. Prints one line of JSON: the median seconds, peak GiB.
+and after every block at the last position, log-probabilities, the five most probable tokens. Prints
+one line of JSON: the median seconds, peak GiB.
 """
 import json
 import random
@@ -36,8 +36,9 @@ else:
 
     def read(part):
         """Logits (L+1, B, V) of one batch of prompts (B, T)."""
-        # as above, the model's own logits at the last position alone
-        _, cache = model.run_with_cache(part, names_filter=names, logits_to_keep=1)
+        # by default, as here, the model's own logits at all positions are made too; logits_to_keep=1,
+        # which it hands on to transformers, would spare them and make it as fast as transformers
+        _, cache = model.run_with_cache(part, names_filter=names)
         taps = torch.stack([cache[name][:, -1] for name in names])  # (L+1, B, D)
         return model.unembed(model.ln_final(taps))
 
