@@ -97,7 +97,6 @@ def time_here(work: str, folder: str) -> dict:
         prompts = [[rng.randrange(3, 1000) for _ in range(LENS_TOKENS)]
                    for _ in range(LENS_PROMPTS)]
         targets = [[rng.randrange(3, 1000)] for _ in prompts]
-        # all of a Reading, though the peers make the top tokens alone
         repeat = lambda _: read_prompts(model, prompts, targets, LENS_TOP)
     elif work == "generate":
         prompts = [[rng.randrange(3, 1000) for _ in range(PROMPT_TOKENS)]
@@ -158,9 +157,11 @@ def measure(work: str, model: str, peer_python: str | None) -> dict:
                     peer_python, "peers/generate.py", "transformers", model, rows, *shapes)
         elif work == "lens" and peer_python:
             for which in ("transformers", "transformer_lens"):
-                peers[which] = lambda which=which: last_line(
-                    peer_python, "peers/lens.py", which, model, LENS_PROMPTS, LENS_TOKENS,
-                    LENS_PEER_BATCH)
+                for name, more in ((f"{which}, top tokens only", ()),
+                                   (f"{which}, the same numbers as ours", ("all",))):
+                    peers[name] = lambda which=which, more=more: last_line(
+                        peer_python, "peers/lens.py", which, model, LENS_PROMPTS, LENS_TOKENS,
+                        LENS_PEER_BATCH, *more)
         elif peer_python:
             peers["TRL"] = lambda: last_line(
                 peer_python, "peers/trl_grpo.py", model, PROMPTS, GROUP, *shapes, 3)

@@ -88,8 +88,18 @@ def attention_by_exp(q: mx.array, k: mx.array, v: mx.array, scale: float,
     return (weights.reshape(B, K, H // K * T, S) @ v).reshape(B, H, T, d)
 
 
+def fold(reduce, x: mx.array) -> mx.array:
+    """reduce(x, -1) for mx.sum or mx.max: (..., V) -> (...).
+
+    Rows of 128 laid on each other are vectorised on that CPU, the sum along one row is not: a
+    quarter of the time.
+    """
+    *lead, V = x.shape
+    return reduce(reduce(x.reshape(*lead, 128, V // 128), -2) if V % 128 == 0 else x, -1)
+
+
 def logsumexp(x: mx.array) -> mx.array:
     """log sum exp over the last axis: (..., V) float32 -> (...)."""
     # stop_gradient: the shift cancels in value and gradient
-    top = mx.stop_gradient(mx.max(x, axis=-1, keepdims=True))
-    return top[..., 0] + mx.log(exp(x - top).sum(-1))
+    top = mx.stop_gradient(fold(mx.max, x))
+    return top + mx.log(fold(mx.sum, exp(x - top[..., None])))

@@ -33,7 +33,7 @@ import numpy as np
 
 import plot
 from config import BadInput, run_main, write_text
-from fastexp import exp, logsumexp
+from fastexp import exp, fold, logsumexp
 from generate import check_context
 from lora import load_checkpoint
 from losses import gather_positions
@@ -41,6 +41,9 @@ from model import Llama
 from tokenizer import Tokenizer
 
 ROWS_PER_BATCH = 256
+GROUP = 128     # tokens; see top_tokens
+# of so many logits one call of the head is made: fewer, and its matrix product runs at half speed
+LOGITS_AT_ONCE = 2 ** 25
 
 
 @dataclass
@@ -61,26 +64,32 @@ class Reading:
         return Reading(*(getattr(self, name)[:, :n] for name in Reading.__dataclass_fields__))
 
 
+def final_distribution(logits: mx.array) -> tuple[mx.array, ...]:
+    """What the last tap (B, A, V) says: probabilities (B, A, V), entropy, top token (B, A, 1)."""
+    logprobs = logits - logsumexp(logits)[..., None]
+    probs = exp(logprobs)
+    return probs, -fold(mx.sum, probs * logprobs), top_tokens(logits, 1)
+
+
 def read_logits(logits: mx.array, targets: mx.array, k: int, final_probs: mx.array,
-                final_entropy: mx.array) -> tuple[mx.array, ...]:
+                final_entropy: mx.array, final_top: mx.array) -> tuple[mx.array, ...]:
     """Reduce float32 logits (B, A, V) to one tap's arrays of a Reading.
 
-    targets (B, A, N) int32; final_probs (B, A, V), final_entropy (B, A) the last tap's
+    targets (B, A, N) int32; the rest is final_distribution's
     """
-    logits = logits - mx.max(logits, axis=-1, keepdims=True)                        # (B, A, V)
+    logits = logits - fold(mx.max, logits)[..., None]                               # (B, A, V)
     weights = exp(logits)           # once: on a CPU it costs more than all else here
-    total = weights.sum(-1)
+    total = fold(mx.sum, weights)
     log_total = mx.log(total)
-    entropy = log_total - (weights * logits).sum(-1) / total
+    entropy = log_total - fold(mx.sum, weights * logits) / total
     # sum q (log q - log p), with log p = logits - log_total
-    kl = log_total - (final_probs * logits).sum(-1) - final_entropy
+    kl = log_total - fold(mx.sum, final_probs * logits) - final_entropy
     chosen = mx.take_along_axis(logits, targets, axis=-1)                           # (B, A, N)
     # no sort: two reductions a target; float32, since bfloat16 logits tie by the hundred
     count = lambda compare: mx.stack([compare(logits, chosen[..., n:n + 1]).sum(-1)
                                       for n in range(targets.shape[-1])], -1)
     ranks, ties = count(mx.greater) + 1, count(mx.equal) - 1
     logprobs = chosen - log_total[..., None]
-    final_top = mx.argmax(final_probs, axis=-1, keepdims=True)                      # (B, A, 1)
     prob_of = lambda ids: mx.exp(
         mx.take_along_axis(logits, ids, axis=-1) - log_total[..., None])
     top = top_tokens(logits, k)
@@ -89,10 +98,23 @@ def read_logits(logits: mx.array, targets: mx.array, k: int, final_probs: mx.arr
 
 
 def top_tokens(logits: mx.array, k: int) -> mx.array:
-    """The k largest, largest first: (..., V) -> (..., k) ids. mx.topk gives values only."""
+    """The k largest, largest first: (..., V) -> (..., k) ids. mx.topk gives values only.
+
+    Of groups of 128 tokens only the k with the largest maxima can hold one of the k largest tokens.
+    So the maxima are partitioned, then k groups: a tenth of the time that all V tokens take.
+    """
     if k == 1:
         return mx.argmax(logits, axis=-1, keepdims=True)
-    top = mx.argpartition(-logits, kth=k - 1, axis=-1)[..., :k]
+    largest = lambda x: mx.argpartition(-x, kth=k - 1, axis=-1)[..., :k]
+    *lead, V = logits.shape
+    if V % GROUP or V // GROUP <= k:
+        top = largest(logits)
+    else:
+        groups = logits.reshape(*lead, GROUP, V // GROUP)   # group g: tokens g, g + V / 128, ...
+        best = largest(groups.max(-2))                                              # (..., k)
+        within = mx.take_along_axis(groups, best[..., None, :], axis=-1)            # (..., 128, k)
+        found = largest(within.reshape(*lead, GROUP * k))
+        top = found // k * (V // GROUP) + mx.take_along_axis(best, found % k, axis=-1)
     order = mx.argsort(-mx.take_along_axis(logits, top, axis=-1), axis=-1)
     return mx.take_along_axis(top, order, axis=-1)
 
@@ -120,18 +142,18 @@ def read_taps(model: Llama, tokens: mx.array, positions: mx.array, targets: mx.a
     resids = taps_at(model, tokens, positions)
     if jacobians is not None:
         resids = [resid.astype(mx.float32) @ J.T for resid, J in zip(resids, jacobians)]
-    logits = model.head(resids[-1])
-    logprobs = logits - logsumexp(logits)[..., None]                                # (B, A, V)
-    final_probs = exp(logprobs)
-    final_entropy = -(final_probs * logprobs).sum(-1)                               # (B, A)
-    mx.eval(final_probs, final_entropy)
-    del logits, logprobs    # (B, A, V) each
-    taps = []
-    for resid in resids:
-        reading = read_logits(model.head(resid), targets, k, final_probs, final_entropy)
-        mx.eval(reading)    # here, or the graph would hold the logits of all taps until the end
-        taps.append([np.array(a) for a in reading])
-    return Reading(*(np.stack(arrays) for arrays in zip(*taps)))
+    at_once = max(1, LOGITS_AT_ONCE // (targets.shape[0] * targets.shape[1]
+                                        * model.args.vocab_size))
+    taps, final = [], None
+    for end in range(len(resids), 0, -at_once):     # from the last tap, which all are compared with
+        logits = model.head(mx.stack(resids[max(0, end - at_once):end]))            # (g, B, A, V)
+        mx.eval(logits)
+        final = final or final_distribution(logits[-1])
+        for tap in [logits[i] for i in reversed(range(len(logits)))]:
+            reading = read_logits(tap, targets, k, *final)
+            mx.eval(reading, final)     # here, or the graph would hold the logits of all taps
+            taps.append([np.array(a) for a in reading])
+    return Reading(*(np.stack(arrays[::-1]) for arrays in zip(*taps)))
 
 
 def pad_prompts(prompts: list[list[int]]) -> tuple[mx.array, mx.array]:

@@ -1,11 +1,12 @@
 """The logit lens at the last position by transformers or TransformerLens, timed: what a user would
 otherwise run.
 
-    PYTHON peers/lens.py transformers|transformer_lens MODEL N T BATCH
+    PYTHON peers/lens.py transformers|transformer_lens MODEL N T BATCH [all]
 
 N prompts of T random tokens, BATCH at a time, float32: final norm and unembedding at the embedding
-and after every block at the last position, log-probabilities, the five most probable tokens. Prints
-one line of JSON: the median seconds, peak GiB.
+and after every block, log-probabilities, the five most probable tokens; with `all` also every other
+number that our read_prompts returns, for one target a prompt. Prints one line of JSON: the median
+seconds, peak GiB.
 """
 import json
 import random
@@ -17,8 +18,10 @@ import time
 import torch
 
 which, path, (N, T, B) = sys.argv[1], sys.argv[2], map(int, sys.argv[3:6])
+everything = sys.argv[6:] == ["all"]
 rng = random.Random(0)
 tokens = torch.tensor([[rng.randrange(3, 1000) for _ in range(T)] for _ in range(N)])
+targets = torch.tensor([[rng.randrange(3, 1000)] for _ in range(N)])
 if which == "transformers":
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
@@ -36,17 +39,33 @@ else:
 
     def read(part):
         """Logits (L+1, B, V) of one batch of prompts (B, T)."""
-        # by default, as here, the model's own logits at all positions are made too; logits_to_keep=1,
-        # which it hands on to transformers, would spare them and make it as fast as transformers
+        # by default, as here, the model's own logits at all positions are made too; logits_to_keep
+        # 1, which it hands on to transformers, would spare them: then it takes as long as that
         _, cache = model.run_with_cache(part, names_filter=names)
         taps = torch.stack([cache[name][:, -1] for name in names])  # (L+1, B, D)
         return model.unembed(model.ln_final(taps))
 
 
+def statistics_of(logits, logprobs, target, final):
+    """One tap's other numbers: logits, logprobs and the last tap's final (B, V), target (B, 1)."""
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    kl = (final.exp() * (final - logprobs)).sum(-1)
+    chosen = logits.gather(-1, target)
+    rank, ties = (logits > chosen).sum(-1) + 1, (logits == chosen).sum(-1) - 1
+    at_final_top = logprobs.gather(-1, final.argmax(-1, keepdim=True)).exp()
+    return entropy, kl, rank, ties, logprobs.gather(-1, target), at_final_top
+
+
 def lens():
     with torch.no_grad():
-        for part in tokens.split(B):
-            torch.log_softmax(read(part), -1).topk(5, -1)
+        for part, target in zip(tokens.split(B), targets.split(B)):
+            logits = read(part)
+            logprobs = torch.log_softmax(logits, -1)
+            logprobs.topk(5, -1)
+            if everything:
+                # tap by tap: faster than all at once
+                for tap in range(len(logits)):
+                    statistics_of(logits[tap], logprobs[tap], target, logprobs[-1])
 
 
 lens()

@@ -14,6 +14,7 @@ from lens import (
     attribution_table,
     contributions,
     depth,
+    final_distribution,
     jacobian,
     read_logits,
     read_prompts,
@@ -52,6 +53,14 @@ def test_last_tap_is_the_model():
         assert reading.probs.shape == (5, 2, 2, 320)
 
 
+def read_alone(logits, targets, k, final=None):
+    """read_logits on numpy logits (B, A, V), one tap, in the order of a Reading's fields."""
+    logits = mx.array(np.asarray(logits, np.float32))
+    final = logits if final is None else mx.array(np.asarray(final, np.float32))
+    arrays = read_logits(logits, mx.array(targets), k, *final_distribution(final))
+    return [np.array(a) for a in arrays]
+
+
 def test_ranks_and_ties_against_numpy():
     """Ranks by comparison equal ranks by sorting.
 
@@ -59,32 +68,40 @@ def test_ranks_and_ties_against_numpy():
     """
     logits = np.random.default_rng(0).integers(0, 12, (2, 3, 40)).astype(np.float32)
     targets = np.random.default_rng(1).integers(0, 40, (2, 3, 5))
-    probs = mx.softmax(mx.array(logits), axis=-1)
-    _, ranks, ties, *_ = read_logits(mx.array(logits), mx.array(targets), 1, probs,
-                                     mx.zeros((2, 3)))
+    _, ranks, ties, *_ = read_alone(logits, targets, 1)
     for index in np.ndindex(2, 3, 5):
         row, chosen = logits[index[:2]], logits[index[:2]][targets[index]]
-        assert ranks[index].item() == 1 + (row > chosen).sum()
-        assert ties[index].item() == (row == chosen).sum() - 1
+        assert ranks[index] == 1 + (row > chosen).sum()
+        assert ties[index] == (row == chosen).sum() - 1
 
 
-def test_statistics_against_numpy():
+@pytest.mark.parametrize("V", [50, 1280])   # the second is reduced and searched in groups of 128
+def test_statistics_against_numpy(V):
     """Log-probability, entropy, KL from the last tap and its token's probability, in float64."""
     rng = np.random.default_rng(2)
-    logits, final = rng.normal(0, 3, (2, 1, 2, 50))
+    logits, final = rng.normal(0, 3, (2, 1, 2, V))
     log_softmax = lambda z: z - np.log(np.exp(z).sum(-1, keepdims=True))
     p, q = log_softmax(logits), log_softmax(final)
-    reading = read_logits(mx.array(logits.astype(np.float32)), mx.array([[[3], [4]]]), 2,
-                          mx.array(np.exp(q).astype(np.float32)),
-                          mx.array(-(np.exp(q) * q).sum(-1).astype(np.float32)))
-    probs, _, _, logprobs, entropy, kl, final_probs, top, top_probs = map(np.array, reading)
+    probs, _, _, logprobs, entropy, kl, final_probs, top, top_probs = read_alone(
+        logits, [[[3], [4]]], 4, final)
     np.testing.assert_allclose(logprobs[0, :, 0], [p[0, 0, 3], p[0, 1, 4]], rtol=1e-5)
     np.testing.assert_allclose(probs, np.exp(logprobs), rtol=1e-6)
     np.testing.assert_allclose(entropy, -(np.exp(p) * p).sum(-1), rtol=1e-5)
     np.testing.assert_allclose(kl, (np.exp(q) * (q - p)).sum(-1), rtol=1e-5)
     np.testing.assert_allclose(
         final_probs[0], [np.exp(p[0, t, q[0, t].argmax()]) for t in (0, 1)], rtol=1e-5)
-    assert np.array_equal(top, np.argsort(-p)[..., :2]) and (np.diff(top_probs) <= 0).all()
+    assert np.array_equal(top, np.argsort(-p)[..., :4]) and (np.diff(top_probs) <= 0).all()
+
+
+def test_taps_at_once_change_nothing(model, monkeypatch):
+    """One head call for all taps, or one a tap."""
+    prompts, targets = [[1, 7, 70, 8, 71], [1, 9, 5]], [[5, 6], [7, 8]]
+    together = read_prompts(model, prompts, targets, 3)
+    monkeypatch.setattr(lens, "LOGITS_AT_ONCE", 1)
+    alone = read_prompts(model, prompts, targets, 3)
+    for name in lens.Reading.__dataclass_fields__:
+        np.testing.assert_allclose(getattr(together, name), getattr(alone, name), rtol=1e-4,
+                                   atol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -117,7 +134,7 @@ def head_without_norm(self, resid):
 def head_with_cached_scale(self, resid):
     """Every tap divided by the last tap's length: DLA's scale, not the lens's."""
     if not hasattr(self, "_last"):
-        self._last = mx.sqrt((resid ** 2).mean(-1, keepdims=True) + 1e-5)  # read first: tap L
+        self._last = mx.sqrt((resid[-1] ** 2).mean(-1, keepdims=True) + 1e-5)   # tap L
     return self.unembed(resid / self._last * self.model.norm.weight).astype(mx.float32)
 
 
