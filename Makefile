@@ -25,12 +25,20 @@ study: .venv/ready  ## the study: every condition, then RESULTS.md; goes on wher
 results: .venv/ready  ## every number of docs/training.md: three seeds of each method (40 minutes)
 	$(PY) results.py
 
+markovian: .venv/ready  ## every number of RESULTS.md's part on Markovian training (an hour on two cores)
+	$(PY) markovian_results.py
+
 tiny: .venv/ready  ## train the bundled base model from scratch again (40 minutes on two cores)
 	$(PY) data.py tokenizer models/tiny
 	$(PY) train.py configs/tiny_base.yaml
 	cp runs/tiny_base/model.safetensors models/tiny/
 
+tiny_cot: .venv/ready  ## the same for the one that can write chains (20 minutes on two cores)
+	$(PY) data.py tokenizer models/tiny_cot chains
+	$(PY) train.py configs/tiny_cot_base.yaml
+	cp runs/tiny_cot_base/model.safetensors models/tiny_cot/
+
 clean:  ## remove the virtual environment and all runs
 	rm -rf .venv runs
 
-.PHONY: help setup run test lint study results tiny clean
+.PHONY: help setup run test lint study results markovian tiny tiny_cot clean

@@ -18,12 +18,14 @@ from pathlib import Path
 
 import yaml
 
-METHODS = ("sft", "dual_reward", "grpo")
+METHODS = ("sft", "dual_reward", "grpo", "markovian")
+ON_POLICY = ("grpo", "markovian")     # methods that train on their own samples
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 # keys that only some methods read; in another method's config they would do nothing,
 # so they are refused
 METHOD_KEYS = {"class_": ("dual_reward",), "answer_": ("dual_reward",),
-               "mask_": ("sft", "dual_reward"), "grpo_": ("grpo",)}
+               "mask_": ("sft", "dual_reward"), "grpo_reward": ("grpo",), "grpo_": ON_POLICY,
+               "markovian": ("markovian",), "chain_": ("markovian",)}
 
 
 class BadInput(ValueError):
@@ -38,7 +40,7 @@ class Stopped(RuntimeError):
 class Config:
     # --- what is trained, and where it goes
     model: str = "models/tiny"      # a folder in the Hub's layout, or a Hub name
-    method: str = "sft"             # sft | dual_reward | grpo
+    method: str = "sft"             # sft | dual_reward | grpo | markovian
     run_dir: str = ""               # empty: runs/<name of the config file>
     overwrite: bool = False         # start over in a run folder that holds another run
     seed: int = 0                   # LoRA's start, data sampling and order
@@ -49,11 +51,19 @@ class Config:
     from_scratch: bool = False
 
     # --- data
-    data: str = "arithmetic"        # arithmetic | tiny_corpus | a folder of train/valid/test.jsonl
-    data_samples: int = 5000        # training rows drawn from the training pairs
+    # arithmetic | tiny_corpus | sums | sums_corpus | one of tasks.py's: gsm8k, mmlu, arc, ... | a
+    # folder of train/valid/test.jsonl
+    data: str = "arithmetic"
+    data_samples: int = 5000        # training rows drawn; of a published data set at most so many
     data_operations: tuple[str, ...] = ("add", "subtract", "multiply")
     # symbolic, worded; asked, asked_worded, masked: only to look at (data.py's top has examples)
     data_wordings: tuple[str, ...] = ("symbolic",)
+    data_folder: str = ""           # a published data set's files; empty: the Hub
+    data_skip_bad: bool = False     # leave bad rows of those files out instead of stopping
+    data_context_tokens: int = 200  # wiki: tokens of an article that are shown, and how many of
+    data_target_tokens: int = 100   # what follows are scored
+    data_terms: int = 15            # sums: how many numbers are added
+    data_largest: int = 99          # sums: numbers from 1 to this
     mask_prompt: bool = True        # loss on answer and EOS only; false: on every token
 
     # --- optimisation (AdamW)
@@ -87,12 +97,13 @@ class Config:
     # false: the prior code's error A, each position told to repeat its own input
     answer_shift: bool = True
 
-    # --- GRPO: batch_size completions a step, in groups of one prompt each
+    # --- GRPO and Markovian training: batch_size completions a step, in groups of one prompt each
     grpo_group_size: int = 8
     grpo_temperature: float = 1.0
     # correct | self (the drill's) | FILE.py:FUNCTION of (problem, completion)
     grpo_reward: str = "correct"
     grpo_advantage: str = "none"    # what divides R - mean: none | batch | group (their spread)
+    grpo_spread_floor: float = 0.0  # the least that a spread divides by
     grpo_norm: str = "constant"     # constant | token | sequence; see grpo.token_weights
     grpo_clip_low: float = 0.2      # the ratio to the old policy is clipped to 1 - low, 1 + high
     grpo_clip_high: float = 0.28
@@ -106,6 +117,19 @@ class Config:
     # sampler | base: the published error, ratio against the frozen base and no other leash
     grpo_ratio: str = "sampler"
 
+    # --- Markovian training: the completion is a chain, the reward log p(answer | chain)
+    markovian: bool = True          # hide the question from the scorer; false: show it
+    markovian_scorer: str = "actor"     # whose log p it is: actor | frozen (adapters off)
+    markovian_answer_weight: float = 1.0    # of the reward's own gradient; 0: the policy term alone
+    markovian_ramp_steps: int = 0   # that weight grows from 0 over so many steps
+    # how the group's chains share it: mean (unbiased) | softmax (of their rewards: no lesson in
+    # guessing behind bad chains)
+    markovian_average: str = "mean"
+    chain_tokens: int = 100         # longest chain; EOS may end it earlier
+    # how a test answer is read: anchored, or a prior work's simple | anchor (numbers) | legacy |
+    # word_boundary (letters)
+    chain_extraction: str = "anchored"
+
     # --- looking inside, and saving
     eval_every_steps: int = 50      # validation accuracy; 0: never
     eval_prompts: int = 200         # validation prompts for the accuracy on the way
@@ -114,6 +138,11 @@ class Config:
     lens_prompts: int = 64
     save_every_steps: int = 100     # resumable state; 0: only at the end
     max_completion_tokens: int = 8
+
+    @property
+    def rollout_tokens(self) -> int:
+        """The longest sample that training takes: a chain, or an answer."""
+        return self.chain_tokens if self.method == "markovian" else self.max_completion_tokens
 
 
 CHOICES = {
@@ -125,14 +154,20 @@ CHOICES = {
     "class_target": ("word", "symbol", "answer", "shuffled", "random"),
     "class_position": ("prompt", "answer"),
     "grpo_advantage": ("none", "batch", "group"), "grpo_norm": ("constant", "token", "sequence"),
-    "grpo_ratio": ("sampler", "base"),
+    "grpo_ratio": ("sampler", "base"), "markovian_scorer": ("actor", "frozen"),
+    "markovian_average": ("mean", "softmax"),
+    "chain_extraction": ("anchored", "simple", "anchor", "legacy", "word_boundary"),
 }
-AT_LEAST = {"data_samples": 0, "steps": 1, "batch_size": 1, "grad_accum_steps": 1,
-            "lr_warmup_steps": 0, "weight_decay": 0, "grad_clip": 0, "lora_rank": 1,
+AT_LEAST = {"data_samples": 0, "data_context_tokens": 1, "data_target_tokens": 1,
+            "data_terms": 2, "data_largest": 1, "steps": 1, "batch_size": 1,
+            "grad_accum_steps": 1, "lr_warmup_steps": 0, "weight_decay": 0,
+            "grad_clip": 0, "lora_rank": 1,
             "eval_every_steps": 0, "eval_prompts": 1, "lens_every_steps": 0, "lens_prompts": 1,
             "save_every_steps": 0, "grpo_group_size": 2, "grpo_clip_low": 0, "grpo_clip_high": 0,
             "grpo_dual_clip": 0, "grpo_kl_weight": 0, "grpo_entropy_weight": 0, "grpo_epochs": 1,
-            "grpo_minibatches": 1, "grpo_kl_stop": 0, "max_completion_tokens": 1,
+            "grpo_minibatches": 1, "grpo_kl_stop": 0, "grpo_spread_floor": 0,
+            "markovian_answer_weight": 0, "markovian_ramp_steps": 0, "chain_tokens": 1,
+            "max_completion_tokens": 1,
             "seed": 0, "lr": 0}
 
 
@@ -233,6 +268,11 @@ def load_overrides(overrides: list[str]) -> Config:
     return load_config(os.devnull, overrides)
 
 
+def owners_of(key: str) -> tuple[str, ...]:
+    """The methods that read a key."""
+    return next((m for prefix, m in METHOD_KEYS.items() if key.startswith(prefix)), METHODS)
+
+
 def validate(cfg: Config, given: set[str]) -> list[str]:
     """The mistakes found without a model: allowed values, ranges, keys of another method."""
     mistakes = []
@@ -247,7 +287,7 @@ def validate(cfg: Config, given: set[str]) -> list[str]:
     mistakes += [f"{key} = {getattr(cfg, key)}: expected at least {low}"
                  for key, low in AT_LEAST.items() if getattr(cfg, key) < low]
     for key in sorted(given):
-        owners = next((m for prefix, m in METHOD_KEYS.items() if key.startswith(prefix)), METHODS)
+        owners = owners_of(key)
         if cfg.method in METHODS and cfg.method not in owners:
             mistakes.append(f"{key} belongs to method {' or '.join(owners)}, "
                             f"and this config has method {cfg.method}; remove one")
@@ -261,8 +301,8 @@ def validate(cfg: Config, given: set[str]) -> list[str]:
     if cfg.batch_size % cfg.grad_accum_steps:
         mistakes.append(f"grad_accum_steps = {cfg.grad_accum_steps} "
                         f"does not divide batch_size = {cfg.batch_size}")
-    if cfg.method == "grpo":
-        mistakes += validate_grpo(cfg)
+    if cfg.method in ON_POLICY:
+        mistakes += validate_on_policy(cfg)
     if cfg.bits and (cfg.full or cfg.from_scratch):
         mistakes.append(f"bits = {cfg.bits} freezes the base weights, "
                         "so full and from_scratch must be false")
@@ -271,8 +311,8 @@ def validate(cfg: Config, given: set[str]) -> list[str]:
     return mistakes
 
 
-def validate_grpo(cfg: Config) -> list[str]:
-    """GRPO's own cross-checks."""
+def validate_on_policy(cfg: Config) -> list[str]:
+    """Cross-checks of GRPO and Markovian training."""
     mistakes, parts = [], cfg.grpo_minibatches * cfg.grad_accum_steps
     if cfg.batch_size % cfg.grpo_group_size or cfg.batch_size // cfg.grpo_group_size % parts:
         mistakes.append(
@@ -284,6 +324,12 @@ def validate_grpo(cfg: Config) -> list[str]:
     if cfg.full and (cfg.grpo_kl_weight > 0 or cfg.grpo_ratio == "base"):
         mistakes.append("grpo_kl_weight and grpo_ratio: base compare with the model whose adapters "
                         "are off, and full: true has none; set grpo_kl_weight: 0, or train LoRA")
+    if cfg.method == "markovian" and cfg.full:
+        mistakes.append("full: true leaves no frozen model, which method markovian measures "
+                        "against; train LoRA")
+    if cfg.method == "markovian" and not cfg.grpo_kl_weight and cfg.grpo_ratio == "sampler":
+        mistakes.append("grpo_kl_weight = 0: method markovian rewards itself, and nothing but the "
+                        "KL term holds it; expected above 0 (or grpo_ratio: base, the drill)")
     return mistakes
 
 
@@ -293,9 +339,8 @@ def resolved(cfg: Config) -> dict:
     `overwrite` is a command, not a property of the run: stored, it would delete the run when its
     own file is given again.
     """
-    mine = lambda key: key != "overwrite" and all(
-        cfg.method in m for prefix, m in METHOD_KEYS.items() if key.startswith(prefix))
-    return {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if mine(f.name)}
+    return {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)
+            if f.name != "overwrite" and cfg.method in owners_of(f.name)}
 
 
 def dump(cfg: Config) -> str:

@@ -11,8 +11,8 @@ before anything is drawn. A pair belongs to train, valid or test by a hash of it
 so 3 * 4, 4 * 3, 4 - 3 and "the sum of three and four" are on one side, for every seed, every method
 and the bundled base model alike. The named evaluation prompts' pairs are test pairs.
 
-    python data.py tokenizer models/tiny     # writes the bundled model's tokenizer.model
-    python data.py show [key=value ...]      # prints sizes and a few problems of each split
+    python data.py tokenizer models/tiny             # the bundled models' tokenizer.model files
+    python data.py tokenizer models/tiny_cot chains
 """
 import functools
 import hashlib
@@ -28,7 +28,7 @@ import mlx.core as mx
 import numpy as np
 import sentencepiece
 
-from config import BadInput, Config, load_overrides, run_main, write_bytes
+from config import BadInput, Config, run_main, write_bytes
 from tokenizer import Tokenizer
 
 SYMBOLS = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/"}
@@ -69,13 +69,19 @@ TEST_PROBLEMS_PER_CELL = 300  # of each operation and wording, where there are s
 
 @dataclass(frozen=True)
 class Problem:
-    """One question. A row of a user's data has `wording` 'file', and may have `operation` ''."""
+    """One question. A row of a user's data has `wording` 'file', and may have `operation` ''.
+
+    hidden   of a question to reason about: the prompt without the question (tasks.py)
+    letters  its options, such as "ABCD"; "": the answer is a number
+    """
     prompt: str
     answer: str
     operation: str
     wording: str
     a: int = 0
     b: int = 0
+    hidden: str = ""
+    letters: str = ""
 
 
 def number_words(n: int) -> str:
@@ -248,8 +254,11 @@ def sample_tiny_corpus(cfg: Config) -> list[Problem]:
     return problems
 
 
-def write_tiny_tokenizer(folder: Path) -> None:
-    """Write tokenizer.model: a token per number 0..999 and corpus word, else letters, bytes."""
+def write_tiny_tokenizer(folder: Path, chains: bool = False) -> None:
+    """Write tokenizer.model: a token per number 0..999 and corpus word, else letters, bytes.
+
+    chains   the words of tasks.sample_sums_corpus (models/tiny_cot), not of sample_tiny_corpus
+    """
     words = {word for phrases in PHRASES.values() for phrase in phrases
              for word in phrase.split() if "{" not in word}
     words |= {*ONES, *TENS, "hundred", *SYMBOLS, *SYMBOLS.values(), "=", "?",
@@ -257,10 +266,16 @@ def write_tiny_tokenizer(folder: Path) -> None:
     symbols = [f"▁{n}" for n in range(1000)] + [f"▁{word}" for word in sorted(words)]
     letters = ("abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ 0123456789 "
                ". , : ; ! ? ' ( ) + - * / =")
+    if chains:
+        words = ("Add", "the", "numbers.", "+", "=", "and", "about", "<redacted>")
+        # these three follow a line break, which is a token of its own: no space before them
+        symbols = [f"▁{n}" for n in range(1000)] + [f"▁{word}" for word in words]
+        symbols += ["Question:", "Reasoning:", "Answer:"]
+        letters += " < >"
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([letters] * 20), model_writer=model, model_type="unigram",
-        vocab_size=4 + 256 + len(symbols) + 80, hard_vocab_limit=False,
+        vocab_size=4 + 256 + len(symbols) + (90 if chains else 80), hard_vocab_limit=False,
         user_defined_symbols=symbols, byte_fallback=True,
         normalization_rule_name="identity", minloglevel=2)
     write_bytes(folder / "tokenizer.model", model.getvalue())
@@ -292,22 +307,6 @@ def read_jsonl(path: Path) -> list[Problem]:
     if bad:
         raise BadInput(f'{path}: {len(bad)} bad rows: {", ".join(bad[:5])}; '
                        'expected {"prompt": "...", "response": "...", "operation": "..."}')
-    return problems
-
-
-def load_split(cfg: Config, split: str) -> list[Problem]:
-    """The problems of train, valid or test; raises BadInput if there are none."""
-    if cfg.data in ("arithmetic", "tiny_corpus"):
-        sample = sample_train if cfg.data == "arithmetic" else sample_tiny_corpus
-        problems = sample(cfg) if split == "train" else held_out(cfg, split)
-    elif Path(cfg.data).is_dir():
-        problems = read_jsonl(Path(cfg.data) / f"{split}.jsonl")
-    else:
-        raise BadInput(f"data = {cfg.data!r}: expected arithmetic, tiny_corpus, "
-                       "or a folder holding train.jsonl, valid.jsonl and test.jsonl")
-    if not problems:
-        raise BadInput(f"the {split} split of data = {cfg.data!r} is empty "
-                       f"(data_samples = {cfg.data_samples}); nothing to do")
     return problems
 
 
@@ -387,8 +386,8 @@ class Batches:
     """Endless batches over fixed rows.
 
     `at(step)` depends on rows, config and step alone, so a resumed run needs no position. Rows are
-    grouped into few lengths (multiples of 4 for short rows, of 32 otherwise): little padding, and
-    few distinct shapes, since `mx.compile` keeps one trace for each. Each epoch shuffles rows
+    grouped into few lengths (multiples of 4 or 8 where rows are short, else of 32): little padding,
+    and few distinct shapes, since `mx.compile` keeps one trace for each. Each epoch shuffles rows
     within lengths and the order of batches.
     """
     lr_scale = 1.0  # factor of the learning rate; grpo.Rollouts has one that its guard lowers
@@ -396,7 +395,7 @@ class Batches:
     def __init__(self, rows: list[Row], cfg: Config):
         self.rows, self.cfg = rows, cfg
         lengths = np.array([len(r.ids) for r in rows])
-        multiple = 4 if lengths.max() <= 32 else 32
+        multiple = 4 if lengths.max() <= 32 else 8 if lengths.max() <= 64 else 32
         self.padded = np.minimum(-(-lengths // multiple) * multiple, lengths.max())
         targets = [len(r.ids) - (r.P if cfg.mask_prompt else 1) for r in rows]
         self.A = max(targets)
@@ -426,19 +425,10 @@ class Batches:
 
 
 def main(argv: list[str]) -> None:
-    if argv[:1] == ["tokenizer"] and len(argv) == 2:
-        write_tiny_tokenizer(Path(argv[1]))
-    elif argv[:1] == ["show"]:
-        cfg = load_overrides(argv[1:])
-        for split in ("train", "valid", "test"):
-            problems = load_split(cfg, split)
-            print(f"{split}: {len(problems)} problems, {len(set(problems))} distinct")
-            for problem in problems[:3] + problems[-3:]:
-                print(f"  {problem.prompt!r} -> {problem.answer!r}  "
-                      f"({problem.operation}, {problem.wording})")
-    else:
-        raise BadInput("expected `python data.py tokenizer FOLDER` or "
-                       f"`python data.py show [key=value ...]`, got {' '.join(argv) or 'nothing'}")
+    if len(argv) not in (2, 3) or argv[0] != "tokenizer" or argv[2:] not in ([], ["chains"]):
+        raise BadInput("expected `python data.py tokenizer FOLDER [chains]`, "
+                       f"got {' '.join(argv) or 'nothing'}")
+    write_tiny_tokenizer(Path(argv[1]), chains=len(argv) == 3)
 
 
 if __name__ == "__main__":

@@ -23,12 +23,14 @@ import mlx.core as mx
 import numpy as np
 
 from config import BadInput, Config, load_config, load_overrides, resolved, run_main, write_text
-from data import NAMED_PROMPTS, SYMBOLS, Problem, grade, load_split, named_problems
+from data import NAMED_PROMPTS, SYMBOLS, Problem, grade, named_problems
 from generate import sample
 from lens import Reading, read_prompts
 from lora import load_base, load_checkpoint
+from markovian import answer_prompt, encode_question, evaluate_chains, summarize_chains
 from model import Llama
 from stats import bootstrap_mean, mcnemar, wilson
+from tasks import load_split
 from tokenizer import Tokenizer
 
 SERIES = ("answer", "operation", "symbol")
@@ -119,9 +121,13 @@ def measure_accuracy(model: Llama, tokenizer: Tokenizer, problems: list[Problem]
 
 def judge(model: Llama, tokenizer: Tokenizer, cfg: Config) -> dict:
     """Everything report.json says about one model, over test problems and named prompts."""
-    test = load_split(cfg, "test")
-    named = {} if Path(cfg.data).is_dir() else {
-        name: named_problems(name) for name in NAMED_PROMPTS}
+    test = load_split(cfg, "test", tokenizer)
+    if cfg.method == "markovian":
+        return judge_chains(model, tokenizer, test, cfg)
+    if any(p.hidden for p in test):
+        raise BadInput(f"data {cfg.data} holds questions to reason about; give method=markovian")
+    named = {name: named_problems(name) for name in NAMED_PROMPTS
+             if cfg.data in ("arithmetic", "tiny_corpus")}
     problems = test + [p for group in named.values() for p in group]
     sets = ["test"] * len(test) + [name for name, group in named.items() for _ in group]
     reading, ids = read_series(model, tokenizer, problems)
@@ -136,6 +142,24 @@ def judge(model: Llama, tokenizer: Tokenizer, cfg: Config) -> dict:
         "targets": {op: {"word": words[op], "symbol": symbols[op]} for op in words},
         "prompts": rows,
     }
+
+
+def judge_chains(model: Llama, tokenizer: Tokenizer, test: list[Problem], cfg: Config) -> dict:
+    """The same for questions with a chain: the lens looks behind "Answer:", with the chain in view.
+
+    All three series are the answer's first token: there is no operation to name.
+    """
+    rows = evaluate_chains(model, tokenizer, test, cfg)
+    questions = [encode_question(p, tokenizer, cfg.markovian) for p in test]
+    prompts = [answer_prompt(q, row["chain_ids"], tokenizer) for q, row in zip(questions, rows)]
+    ids = np.array([[q.answer[0]] * len(SERIES) for q in questions])
+    reading = read_prompts(model, prompts, ids.tolist())
+    for i, row in enumerate(rows):
+        row |= {"set": "test", **peak_of_prompt(reading.probs[:, i, 0])}
+    graded = [row for row in rows if row["correct"] is not None]
+    return {**summarize_accuracy(graded), "chains": summarize_chains(rows),
+            **summarize_classifier(reading, ids, class_block(cfg, model)), "targets": {},
+            "prompts": rows}
 
 
 def peak_of_prompt(probs: np.ndarray) -> dict:
@@ -243,8 +267,11 @@ def print_report(report: dict) -> None:
     """Tables for a person: accuracy beside the base, the prior work's prompt table, the layers."""
     print(f"\n{report['ckpt']} ({report['method']}, seed {report['seed']}); "
           "test pairs never seen in training; 95 % Wilson intervals")
-    print_accuracy(report)
-    print_prompts(report["prompts"])
+    if "chains" in report:
+        print_chains(report)
+    else:
+        print_accuracy(report)
+        print_prompts(report["prompts"])
     print("\n  block   answer                  operation word          "
           "symbol                  entropy    (mean probability, median rank)")
     for layer in reversed(report["layers"]):
@@ -268,6 +295,34 @@ def print_accuracy(report: dict) -> None:
               for name in SERIES}
     for label, get in lines.items():
         print(f"  {label:<34}" + "".join(f"{percent(get(r)):<34}" for _, r in columns))
+    print_mcnemar(report)
+
+
+def print_chains(report: dict) -> None:
+    """What the chains carry, beside the base's and another run's, and the first three chains."""
+    columns = [(name, r) for name, r in (("base", report.get("base")), ("this", report),
+                                         ("other", report.get("compare"))) if r]
+    print(" " * 36 + "".join(f"{name + ': ' + r['ckpt']:<34}" for name, r in columns))
+    for label, key in (("accuracy, greedy chain and answer", "correct"),
+                       ("  the same chains, frozen answerer", "correct_frozen"),
+                       ("  without a chain", "correct_empty"),
+                       ("  with another problem's chain", "correct_shuffled"),
+                       ("no answer to read (invalid)", "invalid"),
+                       ("chains ended by themselves", "chain_finished")):
+        print(f"  {label:<34}" + "".join(f"{percent(r['chains'][key]):<34}" for _, r in columns))
+    nats = lambda m: f"{m['value']:.2f} [{m['low']:.2f}, {m['high']:.2f}]"
+    for label, key in (("log p(answer | chain), nats", "reward"),
+                       ("  by the frozen base", "reward_frozen"),
+                       ("  without a chain", "reward_empty"), ("tokens a chain", "chain_tokens")):
+        print(f"  {label:<34}" + "".join(f"{nats(r['chains'][key]):<34}" for _, r in columns))
+    print_mcnemar(report)
+    for row in report["prompts"][:3]:
+        question = row["prompt"].partition("Question: ")[2].removesuffix("\nReasoning:")
+        print(f"\n  {question[:200]!r}\n    chain  {row['chain'][:300]!r}\n    answer "
+              f"{row['generated']!r}, expected {row['expected'][:60]!r}")
+
+
+def print_mcnemar(report: dict) -> None:
     if "compare" in report:
         test = report["compare"]["mcnemar"]
         print(f"  McNemar, exact: {test['only_first']} solved only by this, "

@@ -425,6 +425,7 @@ def draw(study: dict, data: Data, out: Path) -> dict[str, str]:
     return {name: f"docs/study_{name}.png" for name in ("blocks", "steps", "sweeps")}
 
 
+CHAINS_HEADING = "# Results: Markovian training"    # another script's part of RESULTS.md
 TEXT = """# Results: do training methods leave different classifiers, and do they help?
 
 A language model reads "7 * 8 = " and writes "56". On the way from block to block its state (the
@@ -574,7 +575,10 @@ def write_results(study: dict, runs: list[dict], failed: list[str], out: Path) -
     tally = ", ".join(f"{outcomes.count(k)} {k}" for k in MARKS if k in outcomes).capitalize()
     meaning = {"confirmed": "as predicted", "refuted": "the opposite, or surely beyond the margin",
                "open": "not decided by these runs"}
-    write_text(out / "RESULTS.md", TEXT.format(
+    path = out / "RESULTS.md"
+    before = path.read_text() if path.exists() else ""
+    mark = before.find(CHAINS_HEADING)      # markovian_results.py's part stays
+    write_text(path, TEXT.format(
         n_runs=sum(len(r) for n, r in own.items() if n != "base"), tally=tally,
         steps=study["common"]["steps"],
         batch_size=study["common"]["batch_size"], main_table=main_table(study, data),
@@ -591,4 +595,5 @@ def write_results(study: dict, runs: list[dict], failed: list[str], out: Path) -
         across=across_models(study, data), attribution=attribution_table(study, data),
         hypotheses=hypothesis_table(study, asked), hours=seconds / 3600,
         machine=f"{cores}, {versions['device']}", mlx=versions["mlx"], commit=versions["commit"],
-        failed="".join(f"Failed: {why}. " for why in failed)))
+        failed="".join(f"Failed: {why}. " for why in failed)) + (
+        "\n" + before[mark:] if mark >= 0 else ""))

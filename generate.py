@@ -28,8 +28,8 @@ ROWS_PER_BATCH = 512
 @dataclass
 class Completion:
     ids: list[int]          # sampled tokens, the stop token included
-    text: str               # decoded, cut at the first line break
-    finished: bool          # ended by EOS or a line break; otherwise cut by the length limit
+    text: str               # decoded, cut at the first line break unless many lines were asked for
+    finished: bool          # ended by a stop token; otherwise cut by the length limit
     logprobs: np.ndarray    # (len(ids),) float32 at the temperature used; empty for greedy
     entropies: np.ndarray   # (len(ids),) float32 nats of the distribution drawn from; the same
 
@@ -82,16 +82,19 @@ def choose(logits: mx.array, uniform: mx.array | None, temperature: float, top_k
 
 def sample(model: Llama, tokenizer: Tokenizer, prompts: list[list[int]],
            max_completion_tokens: int, group: int = 1, temperature: float = 0.0, top_k: int = 0,
-           top_p: float = 1.0, key: mx.array | None = None) -> list[Completion]:
+           top_p: float = 1.0, key: mx.array | None = None,
+           many_lines: bool = False) -> list[Completion]:
     """Complete every prompt `group` times, until EOS, a line break or the limit.
 
+    many_lines   only EOS ends a completion
     key      MLX random key; the same key gives the same completions, however rows are batched
     returns  len(prompts) * group completions, a prompt's in a row, in the prompts' order
     raises   BadInput if a prompt does not fit the context
     """
     check_context(prompts, max_completion_tokens, model)
     is_stop = np.zeros(model.args.vocab_size, bool)
-    is_stop[[i for i in tokenizer.stop_ids if i < len(is_stop)]] = True
+    ends = tokenizer.eos_ids if many_lines else tokenizer.stop_ids
+    is_stop[[i for i in ends if i < len(is_stop)]] = True
     stop_table = mx.array(is_stop)
     uniforms = mx.random.uniform(shape=(len(prompts) * group, max_completion_tokens), key=key)
     pick = lambda logits, u: choose(logits, u, temperature, top_k, top_p)
@@ -105,7 +108,8 @@ def sample(model: Llama, tokenizer: Tokenizer, prompts: list[list[int]],
         for row, (ids, logprobs, entropies) in zip(rows.tolist(), zip(*drawn)):
             stops = np.flatnonzero(is_stop[ids])
             n = stops[0] + 1 if len(stops) else len(ids)
-            text = tokenizer.decode(ids[:n]).partition("\n")[0]
+            text = tokenizer.decode(ids[:n])
+            text = text if many_lines else text.partition("\n")[0]
             kept = n if temperature else 0
             completions[row] = Completion(ids[:n].tolist(), text, len(stops) > 0,
                                           logprobs[:kept], entropies[:kept])

@@ -113,31 +113,44 @@ def self_reward(model: Llama, tokenizer: Tokenizer, problems: list[Problem],
 # advantages
 
 
-def group_advantages(rewards: np.ndarray, scale: str = "none") -> np.ndarray:
-    """Leave-one-out advantages of (P, G) rewards; a flat group's are exactly 0.
+def spreads(rewards: np.ndarray, scale: str = "none", floor: float = 0.0) -> np.ndarray:
+    """What the advantages of (P, G) rewards are divided by, (P, 1); 1 for flat groups.
 
-    scale    none | batch (divide by the standard deviation of all rewards) | group (by the group's
-             own, as DeepSeekMath: it weighs a prompt of success rate p by 1 / sqrt(p (1 - p)))
-    example  [[1, 0, 0, 0]] -> [[1, -1/3, -1/3, -1/3]]: R_i minus the mean of the other three
+    scale    none | batch (the standard deviation of all rewards) | group (the group's own, as
+             DeepSeekMath: it weighs a prompt of success rate p by 1 / sqrt(p (1 - p)))
+    floor    the least divisor: groups that hardly differ are not blown up to unit spread
+    """
+    P = rewards.shape[0]
+    own = {"none": np.ones(P), "batch": np.full(P, rewards.std()), "group": rewards.std(1)}[scale]
+    return np.where(flat_groups(rewards), 1, np.maximum(own, floor))[:, None]
+
+
+def flat_groups(rewards: np.ndarray) -> np.ndarray:
+    """Which of P groups carry no signal: (P, G) -> (P,) bool.
+
     The zero test is on the spread itself: dividing by (std + 1e-8) turns twelve float32 rewards of
     1.35, whose std is 2e-7 by rounding, into advantages near 1.
     """
+    return np.ptp(rewards, axis=1) < FLAT
+
+
+def group_advantages(rewards: np.ndarray, scale: str = "none", floor: float = 0.0) -> np.ndarray:
+    """Leave-one-out advantages of (P, G) rewards over `spreads`; a flat group's are exactly 0.
+
+    example  [[1, 0, 0, 0]] -> [[1, -1/3, -1/3, -1/3]]: R_i minus the mean of the other three
+    """
     G = rewards.shape[1]
-    flat = np.ptp(rewards, axis=1) < FLAT
     advantages = (rewards - rewards.mean(1, keepdims=True)) * G / (G - 1)
-    if scale == "group":
-        advantages /= np.where(flat, 1, rewards.std(1))[:, None]
-    elif scale == "batch" and not flat.all():
-        advantages /= rewards.std()
-    advantages[flat] = 0
+    advantages /= spreads(rewards, scale, floor)
+    advantages[flat_groups(rewards)] = 0
     return advantages
 
 
 def token_weights(mask: np.ndarray, norm: str, n_rows: float, n_tokens: float,
-                  max_completion_tokens: int) -> np.ndarray:
+                  limit: int) -> np.ndarray:
     """What each token counts in the loss, (N, C), from the (N, C) mask of a micro-batch.
 
-    norm              constant: 1 / (n_rows * max_completion_tokens), no length bias (Dr. GRPO)
+    norm              constant: 1 / (n_rows * limit), no length bias (Dr. GRPO)
                       token:    1 / n_tokens (DAPO 2503.14476)
                       sequence: 1 / (n_rows * the completion's length): a long wrong answer is
                                 punished less for each of its tokens (DeepSeekMath)
@@ -147,7 +160,7 @@ def token_weights(mask: np.ndarray, norm: str, n_rows: float, n_tokens: float,
         return mask / n_tokens
     if norm == "sequence":
         return mask / (n_rows * np.maximum(mask.sum(1, keepdims=True), 1))
-    return mask / (n_rows * max_completion_tokens)
+    return mask / (n_rows * limit)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -229,28 +242,33 @@ def draw_problems(problems: list, seed: int, start: int, count: int) -> list:
 
 @dataclass
 class Group:
-    """One prompt and its G completions, rewarded and compared."""
+    """One problem's prompt and its G completions, rewarded and compared."""
+    problem: Problem
     prompt: list[int]
     completions: list[Completion]
+    rewards: np.ndarray         # (G,)
     advantages: np.ndarray      # (G,)
+    spread: float               # what the advantages were divided by
 
 
 class Rollouts:
     """Batches sampled from the model as it is now.
 
     `at` is a function of the weights, the seed and `position`, the number of problems drawn so far,
-    so that a resumed run draws and samples what the uninterrupted one would have.
+    so that a resumed run draws and samples what the uninterrupted one would have. Another kind of
+    reward, such as markovian.Chains, replaces `judge` and adds to `make_arrays`.
     """
+    many_lines = False      # a completion ends at a line break
 
     def __init__(self, model: Llama, tokenizer: Tokenizer, problems: list[Problem], cfg: Config):
         self.model, self.tokenizer, self.cfg = model, tokenizer, cfg
-        self.P = cfg.batch_size // cfg.grpo_group_size
+        self.P, self.limit = cfg.batch_size // cfg.grpo_group_size, cfg.rollout_tokens
         self.position, self.guard, self.best = 0, CollapseGuard(), {}
         self.reward = None if cfg.grpo_reward == "self" else load_reward(cfg.grpo_reward)
         self.needs_reference = cfg.grpo_kl_weight > 0 or cfg.grpo_ratio == "base"
         prompts = [tokenizer.encode_prompt(p.prompt) for p in problems]
         self.problems = list(zip(problems, prompts))
-        check_context(prompts, cfg.max_completion_tokens, model)
+        check_context(prompts, self.limit, model)
         # the state is an input, or the compiled function would keep today's weights for ever
         self.score = partial(mx.compile, inputs=[model.state])(self._score)
 
@@ -272,10 +290,10 @@ class Rollouts:
         metrics then says why; `best` says that the weights are the best so far.
         raises   BadInput, for flat groups at step 0: then the data is at fault
         """
-        start = time.perf_counter()
+        start, self.step = time.perf_counter(), step
         for redraw in range(1 + REDRAWS):
             groups, metrics = self.rollout()
-            live = [g for g in groups if g.advantages.any()]
+            live = [g for g in groups if self.is_live(g)]
             if live:
                 break
         metrics["redraws"] = redraw
@@ -297,38 +315,45 @@ class Rollouts:
         metrics["rollout_s"], metrics["score_s"] = sampled - start, time.perf_counter() - sampled
         return updates, metrics
 
-    def rollout(self) -> tuple[list[Group], dict]:
-        """Draw P problems, sample G completions of each, reward them; (groups, metrics)."""
-        cfg, G = self.cfg, self.cfg.grpo_group_size
-        drawn = draw_problems(self.problems, cfg.seed, self.position, self.P)
-        problems, prompts = [p for p, _ in drawn], [ids for _, ids in drawn]
-        key = mx.random.key((cfg.seed << 32) + self.position)
-        with fused_for_decoding(self.model):
-            done = sample(self.model, self.tokenizer, prompts, cfg.max_completion_tokens, G,
-                          cfg.grpo_temperature, key=key)
-        asked = [p for p in problems for _ in range(G)]
+    def is_live(self, group: Group) -> bool:
+        """Whether an update can learn anything from a group."""
+        return bool(group.advantages.any())
+
+    def judge(self, asked: list[Problem], done: list[Completion]) -> tuple[np.ndarray, dict]:
+        """Rewards (N,) of N completions, and what to report of them."""
         if self.reward is None:
             rewards, parts = self_reward(self.model, self.tokenizer, asked, done), []
         else:
             scored = [score_completion(self.reward, p, c) for p, c in zip(asked, done)]
             rewards, parts = np.array([r for r, _ in scored]), [p for _, p in scored]
-        self.position += self.P     # not before: a reward that raised is asked again after resuming
         right = np.array([grade(p.answer, c.text, c.finished) for p, c in zip(asked, done)])
-        advantages = group_advantages(rewards.reshape(-1, G), cfg.grpo_advantage)
-        groups = [Group(prompt, done[i * G:(i + 1) * G], advantages[i])
-                  for i, prompt in enumerate(prompts)]
+        lengths = np.array([len(c.ids) for c in done])
+        of = lambda which: float(lengths[which].mean()) if which.any() else None
+        return rewards, {
+            **{f"reward_{n}": float(np.mean([p[n] for p in parts]))
+               for n in (parts[0] if parts else {})},
+            "accuracy": float(right.mean()), "length_right": of(right), "length_wrong": of(~right)}
+
+    def rollout(self) -> tuple[list[Group], dict]:
+        """Draw P problems, sample G completions of each, reward them; (groups, metrics)."""
+        cfg, G = self.cfg, self.cfg.grpo_group_size
+        drawn = draw_problems(self.problems, cfg.seed, self.position, self.P)
+        prompts = [ids for _, ids in drawn]
+        key = mx.random.key((cfg.seed << 32) + self.position)
+        with fused_for_decoding(self.model):
+            done = sample(self.model, self.tokenizer, prompts, self.limit, G,
+                          cfg.grpo_temperature, key=key, many_lines=self.many_lines)
+        rewards, parts = self.judge([p for p, _ in drawn for _ in range(G)], done)
+        self.position += self.P     # not before: a reward that raised is asked again after resuming
+        table = rewards.reshape(-1, G)
+        groups = self.compare(drawn, done, table)
         lengths = np.array([len(c.ids) for c in done])
         # rows and tokens of an update, flat groups included
         self.totals = len(done) / cfg.grpo_minibatches, lengths.sum() / cfg.grpo_minibatches
-        of = lambda which: float(lengths[which].mean()) if which.any() else None
         metrics = {
             "reward": float(rewards.mean()), "reward_std": float(rewards.std()),
-            "reward_min": float(rewards.min()), "reward_max": float(rewards.max()),
-            **{f"reward_{n}": float(np.mean([p[n] for p in parts]))
-               for n in (parts[0] if parts else {})},
-            "accuracy": float(right.mean()),
-            "flat_groups": float(1 - np.mean([g.advantages.any() for g in groups])),
-            "length": float(lengths.mean()), "length_right": of(right), "length_wrong": of(~right),
+            "reward_min": float(rewards.min()), "reward_max": float(rewards.max()), **parts,
+            "flat_groups": float(flat_groups(table).mean()), "length": float(lengths.mean()),
             "truncated": float(np.mean([not c.finished for c in done])),
             "entropy": float(np.mean(np.concatenate([c.entropies for c in done]))),
             "logprob": float(np.mean(np.concatenate([c.logprobs for c in done]))),
@@ -336,6 +361,15 @@ class Rollouts:
             "n_tokens": int(lengths.sum()), "rows": [self.position - self.P, self.position],
         }
         return groups, metrics
+
+    def compare(self, drawn: list[tuple[Problem, list[int]]], done: list[Completion],
+                rewards: np.ndarray) -> list[Group]:
+        """Put P problems, their P * G completions and (P, G) rewards together, with advantages."""
+        cfg, G = self.cfg, rewards.shape[1]
+        advantages = group_advantages(rewards, cfg.grpo_advantage, cfg.grpo_spread_floor)
+        divisors = spreads(rewards, cfg.grpo_advantage, cfg.grpo_spread_floor)[:, 0]
+        return [Group(problem, prompt, done[i * G:(i + 1) * G], rewards[i], advantages[i],
+                      float(divisors[i])) for i, (problem, prompt) in enumerate(drawn)]
 
     def make_updates(self, live: list[Group]) -> list[list[dict[str, mx.array]]]:
         """Cut the groups with a signal into updates, epochs outside, and those into micro-batches.
@@ -366,7 +400,7 @@ class Rollouts:
         groups = groups + [groups[0]] * (size - n)
         done = [c for g in groups for c in g.completions]
         longest = max(len(c.ids) for c in done)
-        C = min(-(-longest // 4) * 4, cfg.max_completion_tokens)
+        C = min(-(-longest // 4) * 4, self.limit)
         table = lambda rows, kind: np.array(
             [list(row) + [0] * (C - len(row)) for row in rows], kind)           # (N, C)
         mask = table([[1] * len(c.ids) for c in done], np.float32)
@@ -377,8 +411,7 @@ class Rollouts:
             "kept_logprobs": mx.array(table([c.logprobs for c in done], np.float32)),
             "advantages": mx.array(np.concatenate([g.advantages for g in groups])[:, None]
                                    .astype(np.float32)),                        # (N, 1)
-            "weights": mx.array(token_weights(mask, cfg.grpo_norm, *self.totals,
-                                              cfg.max_completion_tokens)),
+            "weights": mx.array(token_weights(mask, cfg.grpo_norm, *self.totals, self.limit)),
             "shares": mx.array(mask / update_tokens), "stale": mx.array(stale),
         }
         if start is not None:

@@ -10,7 +10,8 @@ that made its conclusions void: it compared the logits at position t with the to
 (`answer_shift: false`), and it trained the class at the last answer token but read it at the last
 prompt token (`class_position: answer`).
 
-GRPO's terms stand below: the clipped policy loss, estimates of the KL to the reference, entropy.
+GRPO's terms stand below: the clipped policy loss, estimates of the KL to the reference, entropy;
+and the answer term of Markovian training.
 """
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
@@ -92,6 +93,15 @@ def kl_estimates(logprobs: mx.array, ref_logprobs: mx.array) -> dict[str, mx.arr
     """
     d = logprobs - ref_logprobs
     return {"kl_k1": d, "kl_k2": d * d / 2, "kl_k3": mx.exp(mx.clip(-d, -20, 20)) + d - 1}
+
+
+def answer_reward_loss(rewards: mx.array, weights: mx.array) -> mx.array:
+    """Markovian training's second term: -sum of weight * log p(answer | chain), both (N,).
+
+    On raw rewards. A mean of standardised ones has gradient 0 whatever the weights are, since their
+    sum is 0: the published term. example  rewards [-1, -3], weights [.5, .5] -> 2.0
+    """
+    return -(rewards * weights).sum()
 
 
 def token_entropy(logits: mx.array) -> mx.array:

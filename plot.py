@@ -122,8 +122,8 @@ def emergence(records: list[dict], path: str | Path, title: str) -> None:
 
 
 def rollout_curves(records: list[dict], path: str | Path, title: str) -> None:
-    """GRPO's health in one picture: what a collapse shows in, over steps; reverts as red lines."""
-    panels = {"reward": ("reward", "accuracy"), "entropy": ("entropy",),
+    """A policy's health: what a collapse shows in, over steps; reverts as red lines."""
+    panels = {"reward": ("reward", "accuracy", "frozen_reward"), "entropy": ("entropy",),
               "KL to the reference, a token": ("kl_k1", "kl_k3"), "ratio": ("ratio", "ratio_max"),
               "length": ("length", "length_right", "length_wrong"), "repetition": ("repetition",),
               "flat groups, truncated": ("flat_groups", "truncated"),
@@ -147,6 +147,46 @@ def rollout_curves(records: list[dict], path: str | Path, title: str) -> None:
         axis.grid(alpha=0.3)
     figure.supxlabel("training step")
     figure.suptitle(title)
+    save_figure(figure, path)
+
+
+def collapse_curves(losses: dict[str, list[list[dict]]], path: str | Path) -> None:
+    """Runs of several losses side by side, a thin line a seed: what a collapse shows in."""
+    panels = {"reward": "log p(answer | chain), nats", "frozen_reward": "the same by the frozen "
+              "base", "entropy": "entropy of the chains, nats a token", "kl_k3": "KL to the base, "
+              "nats a token", "repetition": "repeated trigrams", "valid_accuracy": "right, greedy"}
+    figure, axes = plt.subplots(2, 3, figsize=(12, 5.5), layout="constrained")
+    for axis, (key, title) in zip(axes.flat, panels.items()):
+        for n, (label, runs) in enumerate(losses.items()):
+            for i, records in enumerate(runs):
+                points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
+                axis.plot(*zip(*points), color=f"C{n}", lw=1, alpha=0.8, label="" if i else label)
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=8)
+    figure.supxlabel("training step")
+    save_figure(figure, path)
+
+
+def damage_curves(report: dict, path: str | Path) -> None:
+    """Nats lost by severity, a panel for each kind of damage; the other run's beside it."""
+    kinds = list(dict.fromkeys(row["kind"] for row in report["damage"]))
+    figure, axes = plt.subplots(1, len(kinds), figsize=(2.8 * len(kinds), 3), sharey=True,
+                                layout="constrained")
+    names = {"reward_drop": Path(report["ckpt"]).name}
+    if "compare" in report:
+        names["other_reward_drop"] = Path(report["compare"]).name
+    for axis, kind in zip(axes, kinds):
+        rows = [row for row in report["damage"] if row["kind"] == kind]
+        x = [100 * row["severity"] for row in rows]
+        for key, name in names.items():
+            axis.plot(x, [row[key]["value"] for row in rows], marker="o", ms=3, label=name)
+            axis.fill_between(x, [row[key]["low"] for row in rows],
+                              [row[key]["high"] for row in rows], alpha=0.25)
+        axis.set(title=kind, xlabel="% of characters")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("log p(answer | chain) lost, nats")
+    axes[0].legend(fontsize=7)
     save_figure(figure, path)
 
 

@@ -84,10 +84,9 @@ same reward and learning rate and the right loss. Means over the first and the l
 """
 
 
-def finished_run(name: str, seed: int) -> dict:
+def finished_run(name: str, seed: int, config: str, overrides: list[str]) -> dict:
     """Train one condition and seed unless that is done; returns its report and the wall seconds."""
     folder = Path("runs/results") / f"{name}_{seed}"
-    config, overrides = CONDITIONS[name]
     command = [sys.executable, "train.py", config, *overrides, f"seed={seed}", f"run_dir={folder}"]
     clock = folder / "wall_seconds.json"
     if not (folder / "report.json").exists():
@@ -192,7 +191,8 @@ def main(argv: list[str]) -> None:
     os.chdir(Path(__file__).parent)
     if argv:
         raise BadInput(f"results.py takes no arguments, got {' '.join(argv)}")
-    reports = {name: [finished_run(name, seed) for seed in SEEDS] for name in CONDITIONS}
+    reports = {name: [finished_run(name, seed, *CONDITIONS[name]) for seed in SEEDS]
+               for name in CONDITIONS}
     everything = ["data_operations=add,subtract,multiply,divide", "data_wordings=symbolic,worded"]
     base = measured(["eval.py", "--ckpt", "models/tiny", *everything], "base.json")
     bench = measured(["bench.py"], "bench.json")

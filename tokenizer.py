@@ -32,6 +32,15 @@ class Tokenizer:
             return self._backend.encode(text)
         return self._backend.encode(text, add_special_tokens=False).ids
 
+    def encode_continuation(self, text: str) -> list[int]:
+        """Ids of text that stands behind other ids: no BOS, no space that SentencePiece puts first.
+
+        A line break is a token of its own for SentencePiece, so what follows one follows on.
+        """
+        if self._is_sentencepiece:
+            return self.encode("\n" + text)[len(self.encode("\n")):]
+        return self.encode(text)
+
     def encode_prompt(self, text: str) -> list[int]:
         """BOS if the model uses one, then the text; raises BadInput if nothing is left to read."""
         ids = ([] if self.bos_id is None else [self.bos_id]) + self.encode(text)

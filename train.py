@@ -4,6 +4,7 @@
     python train.py configs/sft_full.yaml                  # the same, all weights
     python train.py configs/dual_reward.yaml               # also the operation, at a middle block
     python train.py configs/grpo.yaml                      # from samples and a reward
+    python train.py configs/markovian_sums.yaml            # chains that must carry the answer
     python train.py configs/sft.yaml lr=1e-3 steps=200     # any key on the command line
 
 One step: a batch as a pure function of (seed, step) -> loss and gradients of its micro-batches,
@@ -32,8 +33,18 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 import plot
-from config import BadInput, Config, Stopped, dump, load_config, resolved, run_main, write_text
-from data import Batch, Batches, load_split, tokenize
+from config import (
+    ON_POLICY,
+    BadInput,
+    Config,
+    Stopped,
+    dump,
+    load_config,
+    resolved,
+    run_main,
+    write_text,
+)
+from data import Batch, Batches, tokenize
 from eval import (
     class_block,
     class_ids,
@@ -46,6 +57,7 @@ from eval import (
 from grpo import CollapseGuard, Rollouts
 from lora import apply_lora, load_base, root_model, save_adapters
 from losses import (
+    answer_reward_loss,
     dual_reward_loss,
     gather_positions,
     kl_estimates,
@@ -54,7 +66,9 @@ from losses import (
     token_entropy,
     token_logprobs,
 )
+from markovian import Chains, answer_rewards, evaluate_chains, summarize_chains
 from model import Llama, check_tensors, read_safetensors, save_model, save_safetensors
+from tasks import load_split
 from tokenizer import Tokenizer
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "state.safetensors", "adapters.safetensors",
@@ -71,8 +85,8 @@ MAX_MEAN_RATIO = 10  # of a GRPO update; above it the samples say nothing about 
 
 def make_loss(cfg: Config, block: int):
     """Return loss(model, batch arrays) -> (scalar, parts) for cfg.method."""
-    if cfg.method == "grpo":
-        return partial(grpo_loss, cfg)
+    if cfg.method in ON_POLICY:
+        return partial(rollout_loss, cfg)
     return partial(supervised_loss, cfg, block)
 
 
@@ -110,8 +124,12 @@ def supervised_loss(cfg: Config, block: int, model: Llama, batch: dict[str, mx.a
                   "class_accuracy": class_right}
 
 
-def grpo_loss(cfg: Config, model: Llama, batch: dict[str, mx.array]):
-    """GRPO: (scalar, parts) of one micro-batch; its weights and shares hold the denominators."""
+def rollout_loss(cfg: Config, model: Llama, batch: dict[str, mx.array]):
+    """GRPO and Markovian training: (scalar, parts) of one micro-batch.
+
+    Its weights and shares hold the denominators of the whole update. Terms are only ever added: in
+    the public Markovian code the clipped term replaced the sum, and the KL was gone.
+    """
     tokens, weights, shares = batch["completions"], batch["weights"], batch["shares"]  # (N, C)
     resid = model.completion_resid(batch["prompts"], batch.get("start"), tokens)
     logits = model.head(resid) / cfg.grpo_temperature                   # (N, C, V)
@@ -142,6 +160,9 @@ def grpo_loss(cfg: Config, model: Llama, batch: dict[str, mx.array]):
             loss = loss + cfg.grpo_kl_weight * (weights * ratio * kl["kl_k2"]).sum()
     if cfg.grpo_entropy_weight:
         loss = loss - cfg.grpo_entropy_weight * (weights * token_entropy(logits)).sum()
+    if "answer_weights" in batch:   # Markovian: the half of the gradient that the policy term lacks
+        answer_loss = answer_reward_loss(answer_rewards(model, batch), batch["answer_weights"])
+        loss, parts["answer_loss"] = loss + answer_loss, answer_loss
     return loss, parts
 
 
@@ -214,7 +235,7 @@ def save_state(folder: Path, step: int, model: Llama, optimizer: optim.Optimizer
     arrays = state_arrays(model, optimizer)
     # random state and data position are functions of these two (data.Batches.at)
     about = {"step": str(step), "seed": str(cfg.seed)}
-    if cfg.method == "grpo":
+    if cfg.method in ON_POLICY:
         arrays |= {f"best.{k}": v for k, v in source.best.items()}
         about |= {"position": str(source.position), "guard": json.dumps(asdict(source.guard))}
     save_safetensors(folder / "state.safetensors", arrays, about)
@@ -340,7 +361,7 @@ def take_step(step: int, micro_batches: list[dict[str, mx.array]], loss_and_grad
     norm = mx.sqrt(sum((g.astype(mx.float32) ** 2).sum() for _, g in tree_flatten(grads)))
     metrics = {name: value.item() for name, value in {**metrics, "grad_norm": norm}.items()}
     finite = np.isfinite([metrics["loss"], metrics["grad_norm"]]).all()
-    if cfg.method == "grpo" and cfg.grpo_guard:
+    if cfg.method in ON_POLICY and cfg.grpo_guard:
         if not finite or metrics["ratio"] > MAX_MEAN_RATIO:
             return {**metrics, "skipped": 1}
         if cfg.grpo_kl_stop and metrics["kl_old"] > 1.5 * cfg.grpo_kl_stop:
@@ -357,15 +378,22 @@ def take_step(step: int, micro_batches: list[dict[str, mx.array]], loss_and_grad
 
 def inspect(model: Llama, tokenizer: Tokenizer, valid: list, done: int, block: int,
             cfg: Config) -> dict | None:
-    """Validation accuracy and the lens, where due after `done` steps; always at start and end."""
+    """Validation accuracy and the lens, where due after `done` steps; always at start and end.
+
+    Of chains also the controls: without a chain, with another's, answered by the frozen base.
+    """
     due = lambda every: every and (done % every == 0 or done == cfg.steps)
     record = {"step": done}
     if due(cfg.eval_every_steps):
         # an even stride, so that every operation and wording is among the chosen
         chosen = valid[::max(1, len(valid) // cfg.eval_prompts)][:cfg.eval_prompts]
-        rows = measure_accuracy(model, tokenizer, chosen, cfg.max_completion_tokens)
-        record["valid_accuracy"] = float(np.mean([r["correct"] for r in rows]))
-    if due(cfg.lens_every_steps):
+        if cfg.method == "markovian":
+            record["valid"] = summarize_chains(evaluate_chains(model, tokenizer, chosen, cfg))
+            record["valid_accuracy"] = record["valid"]["correct"]["value"]
+        else:
+            rows = measure_accuracy(model, tokenizer, chosen, cfg.max_completion_tokens)
+            record["valid_accuracy"] = float(np.mean([r["correct"] for r in rows]))
+    if due(cfg.lens_every_steps) and cfg.method != "markovian":
         chosen = valid[::max(1, len(valid) // cfg.lens_prompts)][:cfg.lens_prompts]
         record["lens"] = summarize_lens(*read_series(model, tokenizer, chosen), block)
     return record if len(record) > 1 else None
@@ -386,9 +414,13 @@ def deferred_interrupts():
 
 def load_source(cfg: Config, model: Llama, tokenizer: Tokenizer) -> Batches | Rollouts:
     """Where batches come from: the training split, tokenised and checked, or rollouts over it."""
-    problems = load_split(cfg, "train")
-    if cfg.method == "grpo":
-        return Rollouts(model, tokenizer, problems, cfg)
+    problems = load_split(cfg, "train", tokenizer)
+    if cfg.method in ON_POLICY:
+        kind = Chains if cfg.method == "markovian" else Rollouts
+        return kind(model, tokenizer, problems, cfg)
+    if any(p.hidden for p in problems):
+        raise BadInput(f"data {cfg.data} holds questions to reason about, for method markovian; "
+                       f"this config has method {cfg.method}")
     if cfg.method == "dual_reward" and not all(p.operation for p in problems):
         raise BadInput(f"method dual_reward needs an operation in every row of {cfg.data}; "
                        "some rows have none")
@@ -398,7 +430,7 @@ def load_source(cfg: Config, model: Llama, tokenizer: Tokenizer) -> Batches | Ro
 
 def next_updates(source: Batches | Rollouts, step: int, cfg: Config) -> tuple[list, dict]:
     """The updates of a 0-based step, each a list of micro-batches, and what is known of them."""
-    if cfg.method == "grpo":
+    if cfg.method in ON_POLICY:
         return source.at(step)
     micro_batches = source.at(step)
     rows = [i for b in micro_batches for i in b.rows if i >= 0]
@@ -425,7 +457,7 @@ def train(cfg: Config, with_base: bool = True) -> dict:
     """
     model, tokenizer = prepare_model(cfg)
     block, source = class_block(cfg, model), load_source(cfg, model, tokenizer)
-    valid = load_split(cfg, "valid")
+    valid = load_split(cfg, "valid", tokenizer)
     optimizer = optim.AdamW(cfg.lr, weight_decay=cfg.weight_decay, bias_correction=True)
     optimizer.init(model.trainable_parameters())
     # after everything that can be wrong with the input: a mistake leaves no folder behind
@@ -502,7 +534,7 @@ def clock(about: dict, seconds: float, cfg: Config) -> dict:
     record = {k: v for k, v in about.items() if k not in ("rows", "n_tokens")}
     record |= {"seconds": round(seconds, 5), "peak_gib": round(peak_gib(), 3),
                "tokens_per_s": round(about["n_tokens"] / seconds)}
-    if cfg.method == "grpo":
+    if cfg.method in ON_POLICY:
         record["completions_per_s"] = round(cfg.batch_size / seconds)
         record["update_s"] = seconds - record["rollout_s"] - record["score_s"]
     return record
@@ -541,10 +573,15 @@ def format_line(record: dict, seen: dict, block: int) -> str:
 
 
 def format_rollouts(record: dict, seen: dict) -> str:
-    """The same for GRPO: rewards, distances, and where the time goes."""
-    parts = [f"step {seen['step']:5d}", f"reward {record['reward']:7.3f}",
-             f"right {100 * record['accuracy']:5.1f} %"]
-    if "valid_accuracy" in seen:
+    """The same for rollouts: rewards, distances, and where the time goes."""
+    parts = [f"step {seen['step']:5d}", f"reward {record['reward']:7.3f}"]
+    if "accuracy" in record:
+        parts.append(f"right {100 * record['accuracy']:5.1f} %")
+    if "frozen_reward" in record:
+        parts.append(f"frozen judge {record['frozen_reward']:7.3f}")
+    if "valid" in seen:
+        parts.append(format_chains(seen["valid"]))
+    elif "valid_accuracy" in seen:
         parts.append(f"valid {100 * seen['valid_accuracy']:5.1f} %")
     if "kl_k3" in record:
         parts.append(f"KL {record['kl_k3']:.4f}")
@@ -556,17 +593,27 @@ def format_rollouts(record: dict, seen: dict) -> str:
         f"{record['peak_gib']:.2f} GiB"])
 
 
+def format_chains(valid: dict) -> str:
+    """example  "valid 71.0 %, frozen 70.5, empty 2.0, shuffled 3.0; -0.61 nats" """
+    nats = f"{valid['reward']['value']:.2f} nats"
+    if valid["correct"]["value"] is None:
+        return f"valid {nats}"
+    of = lambda key: f"{100 * valid[key]['value']:.1f}"
+    return (f"valid {of('correct')} %, frozen {of('correct_frozen')}, empty {of('correct_empty')}, "
+            f"shuffled {of('correct_shuffled')}; {nats}")
+
+
 def finish(folder: Path, cfg: Config, metrics: Metrics, with_base: bool) -> dict:
     """Judge the saved weights, as eval.py would, beside the base; write report and pictures."""
     report = make_report(folder, with_base) | {"peak_gib": round(peak_gib(), 3)}
     print_report(report)
     plot.emergence(metrics.records, folder / "emergence.png",
                    f"{cfg.method}, {cfg.model}, seed {cfg.seed}")
-    if cfg.method == "grpo":
+    if cfg.method in ON_POLICY:
         plot.rollout_curves(metrics.records, folder / "curves.png", f"{cfg.model}, seed {cfg.seed}")
     # last: its presence says that the run is finished
     write_text(folder / "report.json", json.dumps(report, indent=1) + "\n")
-    curves = "curves.png, " if cfg.method == "grpo" else ""
+    curves = "curves.png, " if cfg.method in ON_POLICY else ""
     print(f"\nwrote {folder}/report.json, metrics.jsonl, emergence.png, {curves}"
           f"{'model' if cfg.full else 'adapters'}.safetensors")
     return report

@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 import blas  # noqa: E402, F401, I001  (before mlx)
 import mlx.core as mx  # noqa: E402
 import pytest  # noqa: E402
+import tokenizers  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
 from config import Config  # noqa: E402
@@ -25,6 +26,7 @@ from tokenizer import load_tokenizer  # noqa: E402
 GOLDEN = ROOT / "tests" / "golden"
 FAMILIES = ("tinyllama", "llama3_2", "llama3_1", "qwen2_5")
 TINY = ROOT / "models" / "tiny"
+TINY_COT = ROOT / "models" / "tiny_cot"
 
 
 def run(*argv, cwd=ROOT, check=None, **env):
@@ -110,3 +112,34 @@ def write_config(tmp_path, small_folder):
 
 def config(**keys) -> Config:
     return Config(**keys)
+
+
+LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+                r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+@pytest.fixture(scope="session")
+def llama3(tmp_path_factory):
+    """A small byte-level BPE with Llama 3's splitting and post-processor.
+
+    tokenizer.json is as the Hub ships it.
+    """
+    folder = tmp_path_factory.mktemp("llama3")
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=True))
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+        tokenizers.pre_tokenizers.Split(tokenizers.Regex(LLAMA3_SPLIT), "isolated"),
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    special = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=900, special_tokens=special,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    texts = ["multiply subtract", *(f"{n} * {n} = {n}" for n in range(300))] * 3
+    bpe.train_from_iterator(texts, trainer)
+    bpe.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)])
+    bpe.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end_of_text|>"}))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2]}))
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": 1}))
+    return folder

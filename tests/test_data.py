@@ -18,7 +18,6 @@ from data import (
     compute,
     grade,
     held_out,
-    load_split,
     make_batch,
     make_problem,
     number_words,
@@ -29,6 +28,7 @@ from data import (
     split_of,
     tokenize,
 )
+from tasks import load_split
 
 ALL = {"data_operations": ("add", "subtract", "multiply", "divide"),
        "data_wordings": ("symbolic", "worded")}
@@ -194,7 +194,7 @@ def test_own_data(tmp_path):
 def test_no_data_and_too_long(tokenizer):
     with pytest.raises(BadInput, match="data_samples = 0.*nothing to do"):
         load_split(config(data_samples=0), "train")
-    with pytest.raises(BadInput, match="expected arithmetic, tiny_corpus, or a folder"):
+    with pytest.raises(BadInput, match="expected one of arithmetic, .*, wiki, or a folder"):
         load_split(config(data="no/such"), "train")
     with pytest.raises(BadInput, match="has 9 tokens.*context is 7"):
         tokenize([make_problem("add", 3, 4, "what is {a} plus {b}")], tokenizer, 7)

@@ -8,10 +8,11 @@ import pytest
 from conftest import ROOT
 
 FILES = sorted(p.name for p in ROOT.glob("*.py"))
-LEVELS = [("blas", "config", "stats"), ("fastexp", "tokenizer", "plot"),
+LEVELS = [("blas", "config", "stats", "answers"), ("fastexp", "tokenizer", "plot"),
           ("losses", "model", "data"),
-          ("lora", "findings"), ("generate",), ("lens", "grpo"), ("eval",), ("train", "probe"),
-          ("bench", "results", "study")]
+          ("lora", "findings", "tasks"), ("generate",), ("lens", "grpo"), ("markovian",),
+          ("eval", "perturb"), ("train", "probe"), ("bench", "results", "study"),
+          ("markovian_results",)]
 
 
 def imports_of(name):

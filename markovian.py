@@ -1,0 +1,273 @@
+"""Markovian training: a chain of thought is worth what it tells a reader blind to the question.
+
+    prompt    ... Question: 12 + 7 + 30 Reasoning:   -> the policy samples a chain c
+    scored    ... Question: <redacted> Reasoning: c \nAnswer:   -> reward log p( 49 | c), in nats
+
+The reader is the model itself (the actor) or its frozen base (adapters off). Since r depends on the
+weights too, the gradient of E[r] has two halves, and both are taken:
+
+    grad E[r] = E[ (r - baseline) grad log p(c | question)  +  grad log p(answer | c) ]
+
+The first is GRPO's policy term with r as reward. In the public code (2404.18988) the second was
+computed without gradients, and would have vanished even with them, since the loss was the mean of
+*standardised* rewards, whose sum is 0 whatever the weights; here it stands on the raw r, divided by
+what the advantages are divided by, so that both halves have one unit. That code also took its "PPO"
+ratio against the frozen base and dropped the KL term with it (configs/markovian_collapse.yaml).
+
+Hiding is by construction: the scored ids are put together from the hidden prompt's, the chain's as
+sampled, the header's and the answer's. Nothing is decoded and encoded again, and where the answer
+stands is known, not searched.
+"""
+from dataclasses import dataclass, replace
+from functools import partial
+
+import blas  # noqa: F401  (before mlx)
+import mlx.core as mx
+import numpy as np
+
+from answers import LETTER_METHODS, NUMBER_METHODS, extract, is_right
+from config import BadInput, Config
+from data import Problem
+from generate import Completion, check_context, left_pad, sample
+from grpo import Group, Rollouts
+from lora import adapters_off
+from losses import gather_positions, token_logprobs
+from model import Llama
+from stats import bootstrap_mean, mcnemar, wilson
+from tasks import HEADER
+from tokenizer import Tokenizer
+
+MAX_ADVANTAGE = 5   # one chain at -40 nats shall not own its group
+
+
+@dataclass
+class Question:
+    """A question problem as token ids."""
+    prompt: list[int]       # what the policy reads
+    shown: list[int]        # what the scorer reads before the chain: the question hidden, or not
+    header: list[int]       # between chain and answer
+    answer: list[int]       # the gold answer and EOS; of a continuation without EOS
+    mean: bool              # the reward is a mean over the answer's tokens, not their sum
+
+
+def encode_question(problem: Problem, tokenizer: Tokenizer, markovian: bool) -> Question:
+    """Encode the four parts; BadInput where a token spans the border of header and answer."""
+    if not problem.hidden:
+        raise BadInput(f"method markovian needs questions to reason about, and {problem.prompt!r} "
+                       "is none; expected data out of `python tasks.py`, or sums")
+    prompt = tokenizer.encode_prompt(problem.prompt)
+    header = tokenizer.encode_continuation(HEADER)
+    ids = tokenizer.encode_continuation(f"{HEADER} {problem.answer}")
+    if ids[:len(header)] != header or len(ids) == len(header):
+        raise BadInput(f"the border between header {HEADER!r} and answer {problem.answer!r} falls "
+                       f"inside a token of {tokenizer.source}")
+    mean = problem.wording == "continuation"
+    shown = tokenizer.encode_prompt(problem.hidden) if markovian else prompt
+    answer = ids[len(header):] + ([] if mean else [tokenizer.eos_id])
+    return Question(prompt, shown, header, answer, mean)
+
+
+def check_extraction(problems: list[Problem], method: str) -> None:
+    """Raises BadInput where a prior method for numbers meets letters, or the other way round."""
+    for problem in problems:
+        allowed = LETTER_METHODS if problem.letters else NUMBER_METHODS
+        if method not in allowed:
+            raise BadInput(f"chain_extraction = {method!r} does not read the answer "
+                           f"{problem.answer[:20]!r} of {problem.prompt[:60]!r}; expected one of "
+                           f"{', '.join(allowed)}")
+
+
+def answer_prompt(question: Question, chain: list[int], tokenizer: Tokenizer) -> list[int]:
+    """What the answerer reads: the shown prompt, the chain without its stop token, the header."""
+    return question.shown + [i for i in chain if i not in tokenizer.eos_ids] + question.header
+
+
+def answer_arrays(questions: list[Question], chains: list[list[int]],
+                  tokenizer: Tokenizer) -> dict[str, mx.array]:
+    """Scoring rows for N chains, G to each question; G = N / len(questions).
+
+    shown        (1, T) int32 where all questions show the same, else (P, T), left-padded; computed
+                 once for all its chains
+    tails        (N, S) int32: chain, header, answer, right-padded
+    positions    (N, A) int32: where in its tail each answer token stands
+    answers      (N, A) int32: those tokens
+    share        (N, A) float32: 0 for filling; 1, or 1 over the length for a mean
+    """
+    G = len(chains) // len(questions)
+    rows = [(questions[i // G], chain) for i, chain in enumerate(chains)]
+    tails = [answer_prompt(q, chain, tokenizer)[len(q.shown):] + q.answer for q, chain in rows]
+    A, S = max(len(q.answer) for q, _ in rows), max(map(len, tails))
+    S = -(-S // 4) * 4      # few shapes, few traces of mx.compile
+    positions, answers = np.zeros((2, len(rows), A), np.int32)
+    share = np.zeros((len(rows), A), np.float32)
+    for i, ((q, _), tail) in enumerate(zip(rows, tails)):
+        n = len(q.answer)
+        positions[i, :n] = np.arange(len(tail) - n, len(tail))
+        answers[i, :n] = q.answer
+        share[i, :n] = 1 / n if q.mean else 1
+    shown = [q.shown for q in questions]
+    same = all(ids == shown[0] for ids in shown)
+    prompts, start = left_pad(shown[:1] if same else shown)
+    arrays = {"shown": prompts, "tails": mx.array([t + [0] * (S - len(t)) for t in tails]),
+              "positions": mx.array(positions), "answers": mx.array(answers),
+              "share": mx.array(share)}
+    return arrays if start is None else arrays | {"shown_start": start}
+
+
+def answer_rewards(model: Llama, arrays: dict[str, mx.array]) -> mx.array:
+    """log p(answer | what is shown, chain) of each row in nats, (N,): a sum, or a mean by `share`.
+
+    At temperature 1 and float32 whatever the chains were sampled with.
+    """
+    resid = model.completion_resid(arrays["shown"], arrays.get("shown_start"), arrays["tails"])
+    logits = model.head(gather_positions(resid, arrays["positions"]))           # (N, A, V)
+    return (token_logprobs(logits, arrays["answers"]) * arrays["share"]).sum(1)
+
+
+def share_of_answers(rewards: np.ndarray, average: str) -> np.ndarray:
+    """How much each of a group's chains counts in the answer term, (G,), mean 1.
+
+    mean      1: the gradient of the mean of log p(answer | c), unbiased
+    softmax   by p(answer | c): the gradient of log mean p(answer | c) (2503.19618), in which a
+              chain that tells nothing does not teach the answerer to guess
+    """
+    if average == "mean":
+        return np.ones(len(rewards))
+    mass = np.exp(rewards - rewards.max())
+    return len(rewards) * mass / mass.sum()
+
+
+class Chains(Rollouts):
+    """GRPO's rollouts with chains as completions and log p(answer | chain) as reward."""
+    many_lines = True       # a chain may have lines; EOS ends it
+
+    def __init__(self, model: Llama, tokenizer: Tokenizer, problems: list[Problem], cfg: Config):
+        check_extraction(problems, cfg.chain_extraction)
+        self.questions = {p: encode_question(p, tokenizer, cfg.markovian) for p in problems}
+        scored = [q.shown + q.header + q.answer for q in self.questions.values()]
+        check_context(scored, cfg.chain_tokens, model)
+        super().__init__(model, tokenizer, problems, cfg)
+        # two functions: a trace keeps the adapters as they were while it was made
+        compiled = partial(mx.compile, inputs=[model.state])
+        self.actor = compiled(lambda arrays: answer_rewards(model, arrays))
+        self.frozen = compiled(lambda arrays: answer_rewards(model, arrays))
+
+    def is_live(self, group: Group) -> bool:
+        return self.cfg.markovian_answer_weight > 0 or super().is_live(group)
+
+    def judge(self, asked: list[Problem], done: list[Completion]) -> tuple[np.ndarray, dict]:
+        """Rewards by the scorer; the other's beside them: the frozen judge cannot be bent."""
+        G, rewards = self.cfg.grpo_group_size, {"actor": [], "frozen": []}
+        rows = G * -(-self.P // (self.cfg.grpo_minibatches * self.cfg.grad_accum_steps))
+        for i in range(0, len(done), rows):
+            arrays = answer_arrays([self.questions[p] for p in asked[i:i + rows:G]],
+                                   [c.ids for c in done[i:i + rows]], self.tokenizer)
+            rewards["actor"].append(np.array(self.actor(arrays)))
+            with adapters_off(self.model):
+                rewards["frozen"].append(np.array(self.frozen(arrays)))
+        actor, frozen = (np.concatenate(rewards[name]) for name in ("actor", "frozen"))
+        return {"actor": actor, "frozen": frozen}[self.cfg.markovian_scorer], {
+            "actor_reward": float(actor.mean()), "frozen_reward": float(frozen.mean()),
+            "actor_reward_p10": float(np.quantile(actor, 0.1)),
+            "frozen_reward_p10": float(np.quantile(frozen, 0.1))}
+
+    def make_arrays(self, groups: list[Group], size: int, update_tokens: int,
+                    stale: bool) -> dict[str, mx.array]:
+        """GRPO's micro-batch, and for the answer term its scoring rows and what each counts."""
+        cfg = self.cfg
+        groups = [replace(g, advantages=np.clip(g.advantages, -MAX_ADVANTAGE, MAX_ADVANTAGE))
+                  for g in groups]
+        arrays = super().make_arrays(groups, size, update_tokens, stale)
+        weight = cfg.markovian_answer_weight
+        if cfg.markovian_ramp_steps:
+            weight *= min(1.0, self.step / cfg.markovian_ramp_steps)
+        if cfg.markovian_answer_weight:
+            filled = groups + [groups[0]] * (size - len(groups))
+            counts = np.concatenate([share_of_answers(g.rewards, cfg.markovian_average) / g.spread
+                                     for g in filled]).astype(np.float32)
+            arrays |= answer_arrays([self.questions[g.problem] for g in filled],
+                                    [c.ids for g in filled for c in g.completions], self.tokenizer)
+            # a chain token's weight in the policy term, so that w = 1 is the gradient of E[r];
+            # 0 for the rows that only fill up
+            arrays["answer_weights"] = weight * mx.array(counts) * arrays["weights"][:, 0]
+        return arrays
+
+
+# --------------------------------------------------------------------------------------------------
+# evaluation: greedy chain, greedy answer, and the controls that tell what the chain carries
+
+
+def greedy_answers(model: Llama, tokenizer: Tokenizer, problems: list[Problem],
+                   questions: list[Question], chains: list[list[int]], cfg: Config) -> list[dict]:
+    """Answer every question from a given chain: [{generated, extracted, correct, invalid}]."""
+    prompts = [answer_prompt(q, chain, tokenizer) for q, chain in zip(questions, chains)]
+    done = sample(model, tokenizer, prompts, cfg.max_completion_tokens)
+    rows = []
+    for problem, completion in zip(problems, done):
+        answer = extract(completion.text, problem.letters, cfg.chain_extraction,
+                         completion.finished)
+        rows.append({"generated": completion.text.strip(),
+                     "correct": is_right(answer, problem.answer), "invalid": answer is None})
+    return rows
+
+
+def score_chains(model: Llama, tokenizer: Tokenizer, questions: list[Question],
+                 chains: list[list[int]], rows: int = 256) -> np.ndarray:
+    """log p(gold answer | chain) of each, (N,) nats; sum, or mean for continuations."""
+    parts = [answer_rewards(model, answer_arrays(questions[i:i + rows], chains[i:i + rows],
+                                                 tokenizer)) for i in range(0, len(chains), rows)]
+    return np.concatenate([np.array(part) for part in parts])
+
+
+def evaluate_chains(model: Llama, tokenizer: Tokenizer, problems: list[Problem],
+                    cfg: Config) -> list[dict]:
+    """One row a problem: its greedy chain and answer, and what other chains would have given.
+
+    correct          the chain's own answer, by the actor;  correct_frozen: by the frozen base
+    correct_empty    without a chain;  correct_shuffled: with the next problem's chain
+    reward           log p(gold | chain) by the actor, nats; reward_frozen, reward_empty likewise
+    A continuation is not graded: its correct is None. raises  BadInput where a prompt does not fit
+    """
+    check_extraction(problems, cfg.chain_extraction)
+    questions = [encode_question(p, tokenizer, cfg.markovian) for p in problems]
+    check_context([q.shown + q.header + q.answer for q in questions],
+                  cfg.chain_tokens + cfg.max_completion_tokens, model)
+    done = sample(model, tokenizer, [q.prompt for q in questions], cfg.chain_tokens,
+                  many_lines=True)
+    chains = [c.ids for c in done]
+    variants = {"": chains, "_empty": [[]] * len(chains), "_shuffled": chains[1:] + chains[:1]}
+    rows = [{"prompt": p.prompt, "expected": p.answer, "chain": c.text, "chain_ids": c.ids,
+             "chain_tokens": len(c.ids), "chain_finished": c.finished, "operation": "",
+             "wording": p.wording}
+            for p, c in zip(problems, done)]
+
+    def answer(name: str, given: list[list[int]]) -> None:
+        rewards = score_chains(model, tokenizer, questions, given)
+        graded = greedy_answers(model, tokenizer, problems, questions, given, cfg)
+        for row, question, reward, seen in zip(rows, questions, rewards.tolist(), graded):
+            row[f"reward{name}"] = reward
+            if question.mean:
+                seen = {"generated": seen["generated"], "correct": None, "invalid": None}
+            row |= seen if not name else {f"correct{name}": seen["correct"]}
+
+    for name, given in variants.items():
+        answer(name, given)
+    with adapters_off(model):
+        answer("_frozen", chains)
+    return rows
+
+
+def summarize_chains(rows: list[dict]) -> dict:
+    """Wilson intervals of the accuracies and the invalid share; bootstrap means of the rewards."""
+    def share(key: str) -> dict:
+        found = [row[key] for row in rows if row[key] is not None]
+        return wilson(sum(found), len(found))
+    graded = ("correct", "correct_frozen", "correct_empty", "correct_shuffled", "invalid",
+              "chain_finished")
+    scored = ("reward", "reward_frozen", "reward_empty", "reward_shuffled", "chain_tokens")
+    summary = {key: share(key) for key in graded}
+    summary |= {key: bootstrap_mean([row[key] for row in rows]) for key in scored}
+    if rows[0]["correct"] is not None:
+        summary["own_against_shuffled"] = mcnemar([row["correct"] for row in rows],
+                                                  [row["correct_shuffled"] for row in rows])
+    return summary

@@ -1,0 +1,243 @@
+"""The published data sets, read from small files in their exact schemas, awkward rows included."""
+import json
+from pathlib import Path
+
+import pyarrow
+import pytest
+from conftest import ROOT, TINY_COT, assert_one_clear_line, config, run
+from pyarrow import parquet
+
+from answers import extract, is_right
+from config import BadInput
+from tasks import (
+    HEADER,
+    HIDDEN,
+    SOURCES,
+    bucket_of,
+    chain_prompt,
+    cut_article,
+    load_split,
+    read_rows,
+    write_chain,
+)
+from tokenizer import load_tokenizer
+
+FIXTURES = ROOT / "tests" / "fixtures"
+GRADED = [name for name in SOURCES if name != "wiki"]
+
+
+def load(name, split, folder=None, **keys):
+    keys = {"data_folder": str(folder or FIXTURES / name), "data_samples": 100000, **keys}
+    return load_split(config(method="markovian", data=name, **keys), split)
+
+
+def asked(problem):
+    return problem.prompt.partition("\nQuestion: ")[2].removesuffix("\nReasoning:")
+
+
+def find(problems, text):
+    return next(p for p in problems if text in p.prompt)
+
+
+@pytest.mark.parametrize("name", GRADED)
+def test_prompts_and_splits(name):
+    """Question shown in the one prompt and hidden in the other; no question in two splits."""
+    splits = {split: load(name, split) for split in ("train", "valid", "test")}
+    for problem in (p for problems in splits.values() for p in problems):
+        instruction = problem.prompt.partition("\n")[0]
+        assert problem.prompt == chain_prompt(instruction, asked(problem))
+        assert problem.hidden == chain_prompt(instruction, HIDDEN)
+        assert asked(problem) not in problem.hidden
+        assert is_right(extract(f" {problem.answer}", problem.letters), problem.answer)
+        assert all(f"\n{letter}. " in problem.prompt for letter in problem.letters)
+    questions = [{asked(p) for p in problems} for problems in splits.values()]
+    assert sum(map(len, questions)) == len(set.union(*questions))
+    assert HEADER.endswith(":")
+
+
+def test_gsm8k_keeps_commas_and_signs():
+    problems = load("gsm8k", "train") + load("gsm8k", "valid")
+    assert find(problems, "A town of 960").answer == "1,080"
+    assert find(problems, "At dawn").answer == "-5"
+    assert not any("####" in p.prompt or "<<" in p.prompt for p in problems)
+
+
+def test_svamp_asks_its_question():
+    """Body and Question, joined by one full stop; golds are floats or strings of floats."""
+    problem = find(load("svamp", "test"), "87 oranges")
+    assert problem.prompt.endswith("93 groups. How big is each group of bananas ?\nReasoning:")
+    assert problem.answer == "145"
+    problems = load("svamp", "train") + load("svamp", "valid")
+    assert len(problems) == 12 and all("." not in p.answer for p in problems)
+    assert not any(".. " in p.prompt for p in problems)
+
+
+def test_mathqa_options_are_split_at_labels():
+    """"1,000" is one option; a printed list is read too; no label stays in an option."""
+    problems = load("mathqa", "train")
+    assert "\nD. 1,000\n" in find(problems, "saves 250").prompt
+    assert "\nA. rs . 15\nB. rs . 20" in find(problems, "3 pens").prompt
+    assert "\nA. 38\nB. 27.675\n" in find(problems, "38 % of 100").prompt
+    assert all(p.letters == "ABCDE" and " ) " not in asked(p).partition("\n")[2] for p in problems)
+
+
+def test_arc_labels():
+    """Numbered options become letters; three and five options are kept."""
+    problems = load("arc", "train") + load("arc", "test")
+    assert (find(problems, "magnets").answer, find(problems, "ears serve").answer) == ("A", "D")
+    assert find(problems, "ice made").letters == "ABC"
+    room = find(problems, "room temperature")
+    assert room.answer == "E" and room.letters == "ABCDE"
+
+
+def test_mmlu_drops_what_is_judged_later():
+    """The question on plants stands in auxiliary_train and in test: it is not trained on."""
+    assert not any("gas do plants" in p.prompt for p in load("mmlu", "train"))
+    assert any("gas do plants" in p.prompt for p in load("mmlu", "test"))
+
+
+def test_aqua_strips_labels():
+    assert "\nA. 1,000\nB. 1,002\n" in find(load("aqua", "train"), "x + 2").prompt
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_parquet_in_the_hubs_layout_reads_the_same(name, tmp_path):
+    """The files as `hf download` leaves them: subset folders, names with counters, parquet."""
+    source = SOURCES[name]
+    for split in dict.fromkeys(n for n in source.names if n):
+        subset = source.files.split("/")[0].replace("*", "data")
+        path = tmp_path / subset / f"{split}-00000-of-00001.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = read_rows(next((FIXTURES / name).glob(f"{split}.jsonl")))
+        if name == "svamp":     # a column has one type
+            rows = [row | {"Answer": float(row["Answer"])} for row in rows]
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    tokenizer = load_tokenizer(TINY_COT)
+    keys = {"method": "markovian", "data": name, "data_context_tokens": 30,
+            "data_target_tokens": 10}
+    both = [load_split(config(data_folder=str(folder), **keys), "train", tokenizer)
+            for folder in (tmp_path, FIXTURES / name)]
+    assert both[0] == both[1]
+
+
+def spoil(name, row, which):
+    """A copy of a row with one of two mistakes: a field missing, or a gold that cannot be."""
+    field = {"mathqa": "Problem", "svamp": "Question"}.get(name, "question")
+    gold = {"gsm8k": {"answer": "no marker"}, "svamp": {"Answer": "many"}, "mmlu": {"answer": 4},
+            "arc": {"choices": {"text": ["one", "two"], "label": ["A", "B"]}, "answerKey": "A"},
+            "aqua": {"correct": "F"}, "mathqa": {"options": "a ) 1 , b ) 2"}}[name]
+    return row | gold if which else {k: v for k, v in row.items() if k != field}
+
+
+@pytest.mark.parametrize("name", GRADED)
+def test_bad_rows_are_counted_and_shown(name, tmp_path):
+    """Missing fields, wrong option counts, golds out of range: five rows and a count, exit 2."""
+    names = {n for n in SOURCES[name].names if n}
+    for split in names:
+        rows = read_rows(FIXTURES / name / f"{split}.jsonl")
+        spoilt = [spoil(name, row, i % 2) for i, row in enumerate(rows * 2)]
+        rows += spoilt if split == SOURCES[name].names[0] else []
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first = SOURCES[name].names[0]
+    with pytest.raises(BadInput) as error:
+        load(name, "train", tmp_path)
+    n = len(read_rows(FIXTURES / name / f"{first}.jsonl"))
+    assert f"{2 * n} bad rows of {3 * n}" in str(error.value)
+    assert str(error.value).count(f"{first}.jsonl row") == 5
+    assert f"row {n + 1}" in str(error.value)
+    kept = load(name, "train", tmp_path, data_skip_bad=True)
+    assert [p.prompt for p in kept] == [p.prompt for p in load(name, "train")]
+
+
+def test_wiki_cuts_at_words_and_never_shares():
+    tokenizer = load_tokenizer(TINY_COT)
+    keys = {"data": "wiki", "data_folder": str(FIXTURES / "wiki"), "method": "markovian",
+            "data_context_tokens": 60, "data_target_tokens": 30}
+    articles = {row["text"] for row in read_rows(FIXTURES / "wiki" / "train.jsonl")}
+    seen = []
+    for split in ("train", "valid", "test"):
+        for problem in load_split(config(**keys), split, tokenizer):
+            text = next(t for t in articles if t.startswith(asked(problem)))
+            rest = text[len(asked(problem)):]
+            assert rest[0].isspace() and rest.strip().startswith(problem.answer)
+            after = rest.strip()[len(problem.answer):]
+            assert after == "" or after[0].isspace() or not after[0].isalnum()
+            assert len(tokenizer.encode(asked(problem))) <= 60
+            seen.append(text)
+    assert len(seen) == len(set(seen)) >= 10
+    with pytest.raises(ValueError, match="too short"):
+        cut_article("few words", tokenizer, 60, 30)
+
+
+def test_sums():
+    """A sum's side does not depend on the order of its terms, nor on the seed."""
+    cfg = {"data": "sums", "data_terms": 4, "data_largest": 9, "method": "markovian"}
+    splits = {s: load_split(config(data_samples=800, **cfg), s) for s in ("train", "valid", "test")}
+    bags = {s: {tuple(sorted(map(int, asked(p).split(" + ")))) for p in problems}
+            for s, problems in splits.items()}
+    assert not bags["train"] & bags["test"] and not bags["train"] & bags["valid"]
+    assert all(sum(map(int, asked(p).split(" + "))) == int(p.answer) for p in splits["test"])
+    other = load_split(config(seed=1, data_samples=800, **cfg), "test")
+    assert other == splits["test"] and len(other) == 600
+    default = load_split(config(data="sums", method="markovian", data_samples=3), "train")
+    assert all(asked(p).count("+") == 14 for p in default)
+
+
+def test_chain_styles():
+    terms = (12, 7, 30)
+    assert write_chain(terms, "running") == " 12 + 7 = 19 + 30 = 49"
+    assert write_chain(terms, "list") == " 12 and 7 and 30"
+    assert write_chain(terms, "about") == " about 50"
+
+
+def test_corpus_never_shows_a_held_out_sum():
+    """No row of the bundled model's text has the terms of a valid or test problem."""
+    cfg = config(data="sums_corpus", data_terms=6, data_largest=20, data_samples=3000)
+    sums = [asked(p).partition("\n")[0] for p in load_split(cfg, "train")]
+    sums = [tuple(map(int, text.split(" + "))) for text in sums if text.count("+") == 5]
+    assert len(sums) > 100
+    for terms in sums:
+        assert bucket_of(",".join(map(str, sorted(terms)))) >= 20
+
+
+def test_list_and_show():
+    listed = run("tasks.py", check=0).stdout
+    assert all(source.repo in listed for source in SOURCES.values())
+    shown = run("tasks.py", "show", "data=arc", f"data_folder={FIXTURES / 'arc'}", check=0)
+    assert "train: 7 problems, 7 distinct" in shown.stdout
+    assert "note: arc train has 7 rows, the published one 1119" in shown.stderr
+
+
+@pytest.mark.parametrize("words, expected", [
+    (("data=gsm9k",), ("gsm9k", "gsm8k, mmlu, arc")),
+    (("data=gsm8k", "data_folder=no/such"), ("no/such", "hf download openai/gsm8k")),
+    (("data=arc", f"data_folder={FIXTURES / 'wiki' / 'none'}"), ("none",)),
+])
+def test_bad_input(words, expected):
+    assert_one_clear_line(run("tasks.py", "show", *words), *expected)
+
+
+def test_no_network(tmp_path):
+    """What to download, and where to put it."""
+    done = run("tasks.py", "show", "data=svamp", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    assert_one_clear_line(done, "hf download ChilleD/SVAMP --repo-type dataset",
+                          "--local-dir data/svamp", "data_folder=data/svamp")
+
+
+def test_damaged_file(tmp_path):
+    (tmp_path / "train.parquet").write_bytes(b"PAR1 not really")
+    (tmp_path / "test.jsonl").write_text("{")
+    for split in ("train", "test"):
+        with pytest.raises(BadInput, match="could not read"):
+            load("gsm8k", split, tmp_path)
+
+
+def test_a_download_must_be_whole(tmp_path, monkeypatch):
+    """From the Hub the published number of rows is asserted; from one's own folder it is a note."""
+    monkeypatch.setattr("tasks.snapshot_download", lambda *_, **__: str(FIXTURES / "gsm8k"))
+    with pytest.raises(BadInput, match="12 rows, the published one 7473"):
+        load_split(config(method="markovian", data="gsm8k"), "train")
+
+
+def test_fixture_files_are_all_used():
+    assert {p.name for p in Path(FIXTURES).iterdir()} == set(SOURCES)
