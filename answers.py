@@ -13,6 +13,7 @@ here exactly as they were, so that old numbers can be compared. Ours is the defa
     legacy         letter: the first of A to E in the upper-cased text ("The answer is D" -> E)
     word_boundary  letter: the first isolated one of the upper-cased text ("a cat" -> A)
 
+(Completions end at a line break here, so of the prior protocols only the reading is theirs.)
 `extract` returns None where there is no answer: wrong, and counted apart as invalid.
 """
 import re
@@ -27,7 +28,8 @@ NUMBER = re.compile(r"([-+]?)[$€£]?([-+]?)"
                     r"([0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,40})?(\.[0-9]{1,40})?"
                     r"(?:[eE]([-+]?[0-9]{1,2}))?(?:/([0-9]{1,9}))?(?:%|[A-Za-z°]*)")
 FRACTION = re.compile(r"\\d?frac\{([0-9]+)\}\{([0-9]+)\}")
-DECORATION = re.compile(r"\\(?:boxed|text|mathrm)|[\\*_`{}\[\]~]")
+# between digits a star is a product and an underscore no decoration either
+DECORATION = re.compile(r"\\(?:boxed|text|mathrm)|[\\`{}\[\]~]|(?<!\w)[*_]+|[*_]+(?!\w)")
 
 
 def first_sentence(text: str) -> str:
@@ -60,7 +62,7 @@ def anchored_number(text: str, finished: bool) -> Fraction | None:
 
     None where there are two numbers, or where the text was cut while the number could still grow.
     """
-    plain = FRACTION.sub(r"\1/\2", text.replace("\N{MINUS SIGN}", "-"))
+    plain = FRACTION.sub(r" \1/\2", text.replace("\N{MINUS SIGN}", "-"))
     sentence = DECORATION.sub("", first_sentence(plain))
     if not finished and re.search(r"[0-9][0-9,./]*$", text) and len(text.splitlines()) == 1:
         return None

@@ -330,6 +330,13 @@ def validate_on_policy(cfg: Config) -> list[str]:
     if cfg.method == "markovian" and not cfg.grpo_kl_weight and cfg.grpo_ratio == "sampler":
         mistakes.append("grpo_kl_weight = 0: method markovian rewards itself, and nothing but the "
                         "KL term holds it; expected above 0 (or grpo_ratio: base, the drill)")
+    if cfg.method == "markovian" and cfg.markovian_answer_weight:
+        if cfg.markovian_scorer == "frozen":
+            mistakes.append("markovian_scorer: frozen is a reward without a gradient of its own; "
+                            "set markovian_answer_weight: 0")
+        if cfg.grpo_advantage != "none" and not cfg.grpo_spread_floor:
+            mistakes.append(f"grpo_advantage = {cfg.grpo_advantage} divides the answer term by "
+                            "spreads that may be all but 0; give grpo_spread_floor, such as 0.1")
     return mistakes
 
 

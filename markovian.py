@@ -187,7 +187,8 @@ class Chains(Rollouts):
                                      for g in filled]).astype(np.float32)
             arrays |= answer_arrays([self.questions[g.problem] for g in filled],
                                     [c.ids for g in filled for c in g.completions], self.tokenizer)
-            # a chain token's weight in the policy term, so that w = 1 is the gradient of E[r];
+            # a chain token's weight in the policy term, so that w = 1 is the gradient of E[r]
+            # (a frozen scorer's has no second half, and config.py refuses one);
             # 0 for the rows that only fill up
             arrays["answer_weights"] = weight * mx.array(counts) * arrays["weights"][:, 0]
         return arrays
@@ -212,8 +213,12 @@ def greedy_answers(model: Llama, tokenizer: Tokenizer, problems: list[Problem],
 
 
 def score_chains(model: Llama, tokenizer: Tokenizer, questions: list[Question],
-                 chains: list[list[int]], rows: int = 256) -> np.ndarray:
-    """log p(gold answer | chain) of each, (N,) nats; sum, or mean for continuations."""
+                 chains: list[list[int]], logits_at_once: int = 1024) -> np.ndarray:
+    """log p(gold answer | chain) of each, (N,) nats; sum, or mean for continuations.
+
+    logits_at_once   positions unembedded together: half a GiB for a vocabulary of 128,256
+    """
+    rows = max(1, logits_at_once // max(len(q.answer) for q in questions))
     parts = [answer_rewards(model, answer_arrays(questions[i:i + rows], chains[i:i + rows],
                                                  tokenizer)) for i in range(0, len(chains), rows)]
     return np.concatenate([np.array(part) for part in parts])

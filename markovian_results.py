@@ -20,24 +20,27 @@ from results import SEEDS, finished_run, interval_text, percent
 from stats import mcnemar, wilson
 
 SUMS, DRILL = "configs/markovian_sums.yaml", "configs/markovian_collapse.yaml"
+MENDED = "configs/markovian_collapse_mended.yaml"
 CONDITIONS = {  # name: (label, config, overrides)
     "markovian": ("Markovian: question hidden", SUMS, []),
     "markovian_shown": ("question shown to the answerer", SUMS, ["markovian=false"]),
     "markovian_collapse": ("the published loss", DRILL, []),
-    "markovian_mended": ("our loss", "configs/markovian_collapse_mended.yaml", []),
+    "markovian_mended": ("our loss", MENDED, []),
+    "markovian_guarded": ("our loss, guard on", MENDED, ["grpo_guard=true"]),
 }
 MAIN = ("markovian", "markovian_shown")
-DRILLS = ("markovian_collapse", "markovian_mended")
+DRILLS = ("markovian_collapse", "markovian_mended", "markovian_guarded")
 
-TEXT = """{heading}: does a chain that must carry the answer learn to?
+TEXT = """{heading}, or whether a chain that must carry the answer learns to
 
 Written by `make markovian` (markovian_results.py). {machine}. Seeds {seeds}: each decides LoRA's
 start, the questions' order and every sample; the {n} test questions are the same and unseen.
-Brackets are 95 % Wilson intervals, pooled over seeds, or bootstrap intervals over questions.
+Brackets are 95 % Wilson intervals at that number of questions, or bootstrap intervals over
+questions; parentheses hold each seed.
 
-Sums of six numbers from 1 to 9, on `models/tiny_cot`. Its text held running sums (one chain in
-five), lists of the terms and roundings; it mostly lists. The reward is log p(answer | chain), and
-the question is hidden from who answers.
+Sums of six numbers from 1 to 9, on `models/tiny_cot`. Its text held roundings (half of its
+chains), lists of the terms, and running sums (one in five); its greedy chains are roundings. The
+reward is log p(answer | chain); hidden means that who answers sees the chain and not the question.
 
 {main_table}
 
@@ -63,6 +66,9 @@ Gain of a trained run's chains over its base's chains, question hidden from ever
 
 ## The published collapse, and what our loss does at the same learning rate
 
+6e-3, constant: three times the rate of the runs above, four questions a step, twelve chains each.
+The first two rows have no guard; a guard restores the best weights and halves the learning rate.
+
 {drill}
 
 ![reward, frozen judge, entropy, KL and accuracy of both, three seeds](docs/markovian_collapse.png)
@@ -75,11 +81,11 @@ def trained() -> dict[str, list[dict]]:
 
 
 def pooled(runs: list[dict], key: str) -> str:
-    """Each seed's share, and the Wilson interval over all of them."""
+    """The seeds' mean with a Wilson interval as of one seed's questions (all have the same)."""
     shares = [r["chains"][key] for r in runs]
-    right = sum(round(s["value"] * s["n"]) for s in shares)
     each = ", ".join(percent(s["value"]) for s in shares)
-    whole = wilson(right, sum(s["n"] for s in shares))
+    n = shares[0]["n"]
+    whole = wilson(round(n * statistics.mean(s["value"] for s in shares)), n)
     return f"{interval_text(whole)} ({each})"
 
 
@@ -181,7 +187,8 @@ def judge_table(reports: list[dict]) -> str:
 def drill_table(reports: dict[str, list[dict]]) -> str:
     """First and last ten steps of each drill run, from metrics.jsonl."""
     lines = ["| loss | seed | right, % | reward, nats: first | last | frozen judge: last | "
-             "entropy: first | last | KL to the base | tokens a chain |", "|" + "---|" * 10]
+             "entropy: first | last | KL to the base | tokens a chain | updates skipped | "
+             "reverts |", "|" + "---|" * 12]
     for name in DRILLS:
         for seed, report in zip(SEEDS, reports[name]):
             steps = [r for r in read_records(Path(report["ckpt"]) / "metrics.jsonl")
@@ -192,7 +199,8 @@ def drill_table(reports: dict[str, list[dict]]) -> str:
                 f"{mean('reward', steps[:10]):.2f} | {mean('reward', steps[-10:]):.2f} | "
                 f"{mean('frozen_reward', steps[-10:]):.2f} | {mean('entropy', steps[:10]):.2f} | "
                 f"{mean('entropy', steps[-10:]):.2f} | {mean('kl_k3', steps[-10:]):.2f} | "
-                f"{mean('length', steps[-10:]):.1f} |")
+                f"{mean('length', steps[-10:]):.1f} | {sum(r.get('skipped', 0) for r in steps)} | "
+                f"{steps[-1]['reverts']} |")
     return "\n".join(lines)
 
 

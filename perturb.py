@@ -84,7 +84,9 @@ def damage_run(ckpt: str | Path, problems_wanted: int) -> dict:
     """Every kind and severity on one run's own chains: {kind: {severity: arrays of drops}}."""
     model, tokenizer, cfg = load_checkpoint(ckpt)
     check_run(ckpt, cfg)
-    problems = load_split(cfg, "test", tokenizer)[:problems_wanted]
+    problems = load_split(cfg, "test", tokenizer)
+    # an even stride: MMLU's test is sorted by subject
+    problems = problems[::max(1, len(problems) // problems_wanted)][:problems_wanted]
     texts = greedy_chains(model, tokenizer, problems, cfg)
     before, drops = measure(model, tokenizer, problems, texts, cfg), {}
     for kind in KINDS:
@@ -189,6 +191,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", metavar="FILE", type=Path)
     parser.add_argument("--png", metavar="FILE", type=Path, help="a picture of the drops")
     args = parser.parse_args(argv)
+    if args.problems < 1:
+        raise BadInput(f"--problems {args.problems}: expected at least 1")
     run = damage_run(args.ckpt, args.problems)
     other = damage_run(args.compare, args.problems) if args.compare else None
     if other and [p.prompt for p in other["problems"]] != [p.prompt for p in run["problems"]]:

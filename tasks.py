@@ -30,7 +30,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow
-from huggingface_hub import errors as hub_errors
 from huggingface_hub import snapshot_download
 from pyarrow import parquet
 
@@ -92,6 +91,8 @@ def read_arc(row: dict) -> tuple[str, str, list[str]]:
 
 def read_aqua(row: dict) -> tuple[str, str, list[str]]:
     """{"question", "options": ["A)21", ...], "correct": "B"}; the options' labels go."""
+    if not isinstance(row["options"], list):
+        raise ValueError("options is no list")
     texts = [re.sub(r"^\s*[A-Ea-e]\s*\)\s*", "", text) for text in row["options"]]
     return row["question"], letter(row["correct"], texts, (5,)), texts
 
@@ -122,7 +123,7 @@ def read_svamp(row: dict) -> tuple[str, str, list[str]]:
     if gold is None:
         raise ValueError(f"Answer {row['Answer']!r} is no number")
     body += "" if body[-1] in ".?!," else "."
-    return f"{body} {question}", f"{float(gold):g}" if gold.denominator > 1 else str(gold), []
+    return f"{body} {question}", str(gold if gold.denominator == 1 else float(gold)), []
 
 
 def read_wiki(row: dict) -> tuple[str, str, list[str]]:
@@ -132,12 +133,14 @@ def read_wiki(row: dict) -> tuple[str, str, list[str]]:
 
 def letter(gold: str | int, options: list[str], counts: tuple[int, ...]) -> str:
     """The gold option's letter, from a letter or a 0-based index; ValueError where out of range."""
-    if len(options) not in counts:
-        raise ValueError(f"{len(options)} options, expected {' or '.join(map(str, counts))}")
+    if not isinstance(options, list) or len(options) not in counts:
+        count = len(options) if isinstance(options, list) else "no list of"
+        raise ValueError(f"{count} options, expected {' or '.join(map(str, counts))}")
     if any(not isinstance(text, str) or not text.strip() for text in options):
         raise ValueError("an option is empty")
-    index = gold if isinstance(gold, int) else LETTERS.find(str(gold).strip().upper() or "?")
-    if isinstance(index, bool) or not 0 <= index < len(options):
+    text = str(gold).strip().upper()
+    index = gold if isinstance(gold, int) else LETTERS.find(text) if len(text) == 1 else -1
+    if isinstance(gold, bool) or not 0 <= index < len(options):
         raise ValueError(f"gold {gold!r} is out of range for {len(options)} options")
     return LETTERS[index]
 
@@ -207,17 +210,18 @@ def find_files(data: str, data_folder: str, split: str) -> list[Path]:
         try:
             folder = Path(snapshot_download(source.repo, repo_type="dataset",
                                             revision=source.revision, allow_patterns=source.files))
-        except (hub_errors.HfHubHTTPError, hub_errors.LocalEntryNotFoundError,
-                hub_errors.OfflineModeIsEnabled, OSError) as error:
+        except Exception as error:  # the Hub's, the HTTP library's, the disk's: all mean the same
             raise BadInput(f"data = {data}: the Hub did not deliver {source.repo} "
                            f"({' '.join(str(error).split())[:120]}); {fetch}") from None
     subset = folder / source.files.split("/")[0]
     folder = subset if subset.is_dir() else folder
-    wanted = {name, *OTHER_NAMES.get(split, (split,))}
     # "train-00000-of-00001.parquet", "train/0000.parquet", "train.jsonl"
     names_of = lambda path: {re.split(r"[-.]", part)[0] for part in path.relative_to(folder).parts}
-    files = [path for path in sorted(folder.rglob("*"))
-             if path.suffix in (".parquet", ".jsonl", ".json") and names_of(path) & wanted]
+    found = [path for path in sorted(folder.rglob("*"))
+             if path.suffix in (".parquet", ".jsonl", ".json")]
+    for wanted in (name, *OTHER_NAMES.get(split, (split,))):    # MMLU has both validation and dev
+        if files := [path for path in found if wanted in names_of(path)]:
+            break
     if not files:
         raise BadInput(f"data = {data}: no {name or split}*.parquet, .jsonl or .json in {folder}; "
                        f"{fetch}")
@@ -290,25 +294,35 @@ def load_questions(cfg: Config, split: str) -> list[Problem]:
     buckets = {name: SHARES[name] if carved(name) else range(0) for name in ("valid", "test")}
     if split != "train" and carved(split):
         problems = [p for p in read_questions(cfg, "train")
-                    if bucket_of(p.prompt) in buckets[split]]
+                    if bucket_of(identity(p)) in buckets[split]]
     else:
         problems = read_questions(cfg, split)
         if split == "train":
             taken = {*buckets["valid"], *buckets["test"]}
-            problems = [p for p in problems if bucket_of(p.prompt) not in taken]
+            problems = [p for p in problems if bucket_of(identity(p)) not in taken]
     judged = {"train": ("valid", "test"), "valid": ("test",), "test": ()}[split]
-    judged = {normal_form(p.prompt) for name in judged if not carved(name)
-              for p in read_questions(cfg, name)}
-    kept = [p for p in problems if normal_form(p.prompt) not in judged]
+    judged = {identity(p) for name in judged if not carved(name) for p in read_questions(cfg, name)}
+    kept = [p for p in problems if identity(p) not in judged]
     if len(kept) < len(problems):
         print(f"note: {cfg.data} {split}: {len(problems) - len(kept)} questions that also stand in "
               "a split judged later are left out", file=sys.stderr)
     return kept
 
 
-def normal_form(text: str) -> str:
-    """Letters and digits only: what two prints of one question share."""
-    return re.sub(r"[^a-z0-9]+", " ", text.casefold())
+def identity(problem: Problem) -> str:
+    """What two printings of one question share: its words, numbers and signs of arithmetic.
+
+    Options do not count, since other distractors make no other question, unless the question says
+    nothing without them ("Which of the following is true?"): then they count in any order.
+    """
+    question, *options = problem.prompt.partition("\nQuestion: ")[2].removesuffix(
+        "\nReasoning:").split("\nA. ", 1)
+    plain = lambda text: " ".join(re.findall(r"[a-z0-9]+|[-+*/^=<>]", text.casefold()))
+    bare = plain(question)
+    if options and (re.search(r"\b(following|these)\b", bare) or len(bare.split()) < 6):
+        texts = re.split(r"\n[B-E]\. ", options[0])
+        bare += " | " + " | ".join(sorted(map(plain, texts)))
+    return bare
 
 
 def cut_article(text: str, tokenizer: Tokenizer, context: int, target: int) -> tuple[str, str]:
@@ -351,11 +365,13 @@ def load_wiki(cfg: Config, split: str, tokenizer: Tokenizer) -> list[Problem]:
 
 def draw_terms(rng: random.Random, terms: int, largest: int, split: str) -> tuple[int, ...]:
     """Numbers from 1 to `largest` on one side: 15 % test, 5 % valid, whatever their order."""
-    while True:
+    for _ in range(10000):
         drawn = tuple(rng.randint(1, largest) for _ in range(terms))
         bucket = bucket_of(",".join(map(str, sorted(drawn))))
         if split == ("test" if bucket < 15 else "valid" if bucket < 20 else "train"):
             return drawn
+    raise BadInput(f"data_terms = {terms} and data_largest = {largest} leave no sum for the "
+                   f"{split} split; give more terms, or larger ones")
 
 
 def sample_sums(cfg: Config, split: str) -> list[Problem]:
@@ -385,9 +401,9 @@ def write_chain(terms: tuple[int, ...], style: str) -> str:
 
 
 def sample_sums_corpus(cfg: Config) -> list[Problem]:
-    """The text of models/tiny_cot, of training terms only, in four forms.
+    """The text of models/tiny_cot in four forms; sums of three and more have training terms only.
 
-    sums of two (25 %)      worked out, from which it learns to add
+    sums of two (25 %)      worked out, the first as large as a running sum gets: how to add
     begun (30 %)            a running sum to carry on: how to, but not when to
     chains (20 %)           behind a question of 3 to cfg.data_terms numbers: half of them
                             roundings, three in ten lists, two in ten running sums, so that the
@@ -402,7 +418,7 @@ def sample_sums_corpus(cfg: Config) -> list[Problem]:
         k = cfg.data_terms if rng.random() < 0.5 else rng.randint(3, cfg.data_terms)
         terms = draw_terms(rng, k, cfg.data_largest, "train")
         form = rng.random()
-        if form < 0.25:     # the first as large as a running sum gets
+        if form < 0.25:
             first = rng.randint(1, cfg.data_largest * (cfg.data_terms - 1))
             terms = first, rng.randint(1, cfg.data_largest)
         prompt = chain_prompt(SUMS, " + ".join(map(str, terms)))

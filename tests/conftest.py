@@ -4,8 +4,10 @@ Nothing here needs a network.
 """
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 # before the first op: on recent GPUs float32 products are otherwise rounded to 10 bits
@@ -40,6 +42,18 @@ def run(*argv, cwd=ROOT, check=None, **env):
         wrong = f"exit code {done.returncode}, expected {check}\n{done.stdout}\n{done.stderr}"
         assert done.returncode == check, wrong
     return done
+
+
+def kill_and_continue(config_path, folder):
+    """Train, kill -9 as soon as a state is saved, and give the same command again."""
+    process = subprocess.Popen([sys.executable, "train.py", config_path], cwd=ROOT,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (folder / "state.safetensors").exists() and process.poll() is None:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (folder / "report.json").exists()
+    run("train.py", config_path, check=0)
 
 
 def assert_one_clear_line(done, *words):

@@ -24,7 +24,8 @@ NUMBERS = [  # completion -> the number in it; None: no answer to read
     ("18 = 9 * 2", None), ("18=", None), ("18 dollars per day for 5 days", None), ("1,2,3", None),
     ("12,34", None), ("1,0800", None), ("1.2.3", None), ("1 080", None), ("3:30", None),
     ("3 1/2", None), ("1/0", None), ("0x12", None), ("x2", None), ("GPT-4 says 18", None),
-    ("9" * 400, None), ("\u0661\u0668", None), ("-(5)", None), ("\\frac{1}{0}", None),
+    ("9" * 400, None), ("\u0661\u0668", None), ("-(5)", None), ("7*8", None), ("18 = 9*2", None),
+    ("3_4", None), ("2\\frac{1}{2}", None), ("\\frac{1}{0}", None),
 ]
 LETTERS = [  # completion -> the letter out of A to D
     (" B", "B"), ("B.", "B"), ("(B)", "B"), ("B) 12", "B"), ("B: 12 apples and A", "B"),

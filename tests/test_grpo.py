@@ -1,18 +1,13 @@
 """GRPO against hand-written REINFORCE, finite differences and itself cut into other pieces."""
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, assert_one_clear_line, config, run, small_model
+from conftest import TINY, assert_one_clear_line, config, kill_and_continue, run, small_model
 from mlx.utils import tree_flatten
 
 from config import BadInput
@@ -496,14 +491,7 @@ def test_kill_and_resume_to_the_same_bits(write_config, tmp_path):
     path, whole = write_config("whole", **keys)
     run("train.py", path, check=0)
     path, killed = write_config("killed", **keys)
-    process = subprocess.Popen([sys.executable, "train.py", path], cwd=ROOT,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (killed / "state.safetensors").exists() and process.poll() is None:
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (killed / "report.json").exists()
-    run("train.py", path, check=0)
+    kill_and_continue(path, killed)
     a, b = (mx.load(str(f / "state.safetensors"), return_metadata=True) for f in (whole, killed))
     assert a[0].keys() == b[0].keys() and any(k.startswith("best.") for k in a[0])
     assert all(np.array_equal(np.array(a[0][k]), np.array(b[0][k])) for k in a[0])

@@ -16,7 +16,9 @@ from tasks import (
     bucket_of,
     chain_prompt,
     cut_article,
+    identity,
     load_split,
+    make_question,
     read_rows,
     write_chain,
 )
@@ -94,6 +96,37 @@ def test_mmlu_drops_what_is_judged_later():
     """The question on plants stands in auxiliary_train and in test: it is not trained on."""
     assert not any("gas do plants" in p.prompt for p in load("mmlu", "train"))
     assert any("gas do plants" in p.prompt for p in load("mmlu", "test"))
+
+
+def test_mmlu_takes_validation_and_not_dev():
+    """The Hub's folder has both, and either could be called valid."""
+    assert not any("few-shot" in p.prompt for p in load("mmlu", "valid"))
+    assert len(load("mmlu", "valid")) == 2
+
+
+def test_two_printings_of_a_question_are_one():
+    """Spaces, case, options in another order; but a sign is a difference, and so are options
+    where the question is nothing without them."""
+    make = lambda text: make_question("Solve.", text, "A", "AB")
+    same = [make("How many apples does Ana have now?\nA. 1\nB. 2"),
+            make("how many  apples does Ana have now ?\nA. 2\nB. 3")]
+    assert identity(same[0]) == identity(same[1])
+    assert identity(make("What is 3 - 5 then, my friend?")) != identity(
+        make("What is 3 + 5 then, my friend?"))
+    bare = [make(f"Which of the following is true?\nA. {a}\nB. {b}")
+            for a, b in (("cats", "dogs"), ("dogs", "cats"), ("cats", "cows"))]
+    assert identity(bare[0]) == identity(bare[1]) != identity(bare[2])
+
+
+@pytest.mark.parametrize("row, words", [
+    ({"question": "q", "choices": "abcd", "answer": 1}, "no list"),
+    ({"question": "q", "choices": ["a", "b", "c", ""], "answer": 1}, "empty"),
+    ({"question": "q", "choices": ["a", "b", "c", "d"], "answer": "AB"}, "out of range"),
+    ({"question": "q", "choices": ["a", "b", "c", "d"], "answer": -1}, "out of range"),
+])
+def test_golds_and_options_are_checked(row, words):
+    with pytest.raises(ValueError, match=words):
+        SOURCES["mmlu"].read(row)
 
 
 def test_aqua_strips_labels():
@@ -210,6 +243,7 @@ def test_list_and_show():
 
 @pytest.mark.parametrize("words, expected", [
     (("data=gsm9k",), ("gsm9k", "gsm8k, mmlu, arc")),
+    (("data=sums", "data_terms=2", "data_largest=1"), ("data_terms = 2", "valid split")),
     (("data=gsm8k", "data_folder=no/such"), ("no/such", "hf download openai/gsm8k")),
     (("data=arc", f"data_folder={FIXTURES / 'wiki' / 'none'}"), ("none",)),
 ])
