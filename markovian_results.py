@@ -47,7 +47,7 @@ reward is log p(answer | chain); hidden means that who answers sees the chain an
 "Frozen" is the untrained base answering from the same chains. "No chain" and "another's" are the
 trained model without a chain, and with the next question's. Always saying the commonest sum would
 be right {chance} % of the time. Nats are log p(answer | greedy chain). Time is the wall time of the
-whole command on two cores.
+whole command.
 
 - The gain over step 0, each seed: {gains}.
 - Each seed's first test chain: {samples}
@@ -67,7 +67,7 @@ Gain of a trained run's chains over its base's chains, question hidden from ever
 ## The published collapse, and what our loss does at the same learning rate
 
 6e-3, constant: three times the rate of the runs above, four questions a step, twelve chains each.
-The first two rows have no guard; a guard restores the best weights and halves the learning rate.
+The first two have no guard; a guard restores the best weights and halves the learning rate.
 
 {drill}
 
