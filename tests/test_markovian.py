@@ -238,8 +238,8 @@ def test_a_function_of_the_sum_of_advantages_has_no_gradient(cot):
         return -answer_rewards(model, arrays).mean()
     dead = dict(tree_flatten(nn.value_and_grad(model, published)(model)[1]))
     live = dict(tree_flatten(nn.value_and_grad(model, ours)(model)[1]))
-    assert largest({k: np.array(v) for k, v in dead.items()}) < 1e-5
-    assert largest({k: np.array(v) for k, v in live.items()}) > 1e-3
+    live = largest({k: np.array(v) for k, v in live.items()})
+    assert live > 1e-2 and largest({k: np.array(v) for k, v in dead.items()}) < 1e-3 * live
 
 
 @pytest.mark.parametrize("keys", [
@@ -284,7 +284,7 @@ def test_micro_batches_change_nothing(markovian, cot):
         assert len(updates[0]) == parts
         found.append(grads_of(model, source.cfg, updates[0]))
     for loss, _, grads in found[1:]:
-        assert abs(loss - found[0][0]) < 1e-5
+        assert loss == pytest.approx(found[0][0], rel=1e-5)
         assert difference(grads, found[0][2]) < 2e-5 * max(1, largest(found[0][2]))
 
 
