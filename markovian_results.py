@@ -24,11 +24,14 @@ MENDED = "configs/markovian_collapse_mended.yaml"
 CONDITIONS = {  # name: (label, config, overrides)
     "markovian": ("Markovian: question hidden", SUMS, []),
     "markovian_shown": ("question shown to the answerer", SUMS, ["markovian=false"]),
+    "markovian_policy": ("hidden, policy term alone", SUMS, ["markovian_answer_weight=0"]),
+    "markovian_frozen": ("hidden, scored by the frozen base", SUMS,
+                         ["markovian_scorer=frozen", "markovian_answer_weight=0"]),
     "markovian_collapse": ("the published loss", DRILL, []),
     "markovian_mended": ("our loss", MENDED, []),
     "markovian_guarded": ("our loss, guard on", MENDED, ["grpo_guard=true"]),
 }
-MAIN = ("markovian", "markovian_shown")
+MAIN = ("markovian", "markovian_shown", "markovian_policy", "markovian_frozen")
 DRILLS = ("markovian_collapse", "markovian_mended", "markovian_guarded")
 
 TEXT = """{heading}, or whether a chain that must carry the answer learns to
