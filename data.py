@@ -91,14 +91,25 @@ def number_words(n: int) -> str:
     return ONES[n] if n < 20 else TENS[n // 10 - 2] + (f" {ONES[n % 10]}" if n % 10 else "")
 
 
-def split_of(a: int, b: int) -> str:
-    """A pair's side: 15 % test, 5 % valid, 80 % train, for any order, operation, wording, seed."""
-    low, high = sorted((a, b))
-    if (low, high) in NAMED_PAIRS:
-        return "test"
-    digest = hashlib.blake2b(f"{low},{high}".encode(), digest_size=4).digest()
-    bucket = int.from_bytes(digest, "big") % 100
+def stable_hash(text: str) -> int:
+    """32 bits of a text, the same on every machine and in every process."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big")
+
+
+def side_of(numbers: tuple[int, ...]) -> str:
+    """15 % test, 5 % valid, 80 % train, by the numbers whatever their order."""
+    bucket = stable_hash(",".join(map(str, sorted(numbers)))) % 100
     return "test" if bucket < 15 else "valid" if bucket < 20 else "train"
+
+
+def split_of(a: int, b: int) -> str:
+    """A pair's side, for any order, operation, wording, seed."""
+    return "test" if tuple(sorted((a, b))) in NAMED_PAIRS else side_of((a, b))
+
+
+def evenly(items: list, count: int) -> list:
+    """At most `count` items at an even stride, so that a sorted list's every part is among them."""
+    return items[::max(1, len(items) // count)][:count]
 
 
 def operand_pairs(operation: str) -> list[tuple[int, int]]:
@@ -259,19 +270,21 @@ def write_tiny_tokenizer(folder: Path, chains: bool = False) -> None:
 
     chains   the words of tasks.sample_sums_corpus (models/tiny_cot), not of sample_tiny_corpus
     """
-    words = {word for phrases in PHRASES.values() for phrase in phrases
-             for word in phrase.split() if "{" not in word}
-    words |= {*ONES, *TENS, "hundred", *SYMBOLS, *SYMBOLS.values(), "=", "?",
-              "compute", "calculate", "means", "which", "operation", "is", "answer"}
-    symbols = [f"▁{n}" for n in range(1000)] + [f"▁{word}" for word in sorted(words)]
     letters = ("abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ 0123456789 "
                ". , : ; ! ? ' ( ) + - * / =")
     if chains:
-        words = ("Add", "the", "numbers.", "+", "=", "and", "about", "<redacted>")
+        words = ["Add", "the", "numbers.", "+", "=", "and", "about", "<redacted>"]
         # these three follow a line break, which is a token of its own: no space before them
-        symbols = [f"▁{n}" for n in range(1000)] + [f"▁{word}" for word in words]
-        symbols += ["Question:", "Reasoning:", "Answer:"]
+        bare = ["Question:", "Reasoning:", "Answer:"]
         letters += " < >"
+    else:
+        words = {word for phrases in PHRASES.values() for phrase in phrases
+                 for word in phrase.split() if "{" not in word}
+        words = sorted(words | {
+            *ONES, *TENS, "hundred", *SYMBOLS, *SYMBOLS.values(), "=", "?",
+            "compute", "calculate", "means", "which", "operation", "is", "answer"})
+        bare = []
+    symbols = [f"▁{n}" for n in range(1000)] + [f"▁{word}" for word in words] + bare
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([letters] * 20), model_writer=model, model_type="unigram",

@@ -12,7 +12,6 @@ and counted any of twenty top tokens that contained any of the words or answers 
     python eval.py --ckpt models/tiny data_wordings=symbolic,worded  # any model; any config key
 """
 import argparse
-import hashlib
 import json
 import subprocess
 from importlib.metadata import version
@@ -23,14 +22,14 @@ import mlx.core as mx
 import numpy as np
 
 from config import BadInput, Config, load_config, load_overrides, resolved, run_main, write_text
-from data import NAMED_PROMPTS, SYMBOLS, Problem, grade, named_problems
+from data import NAMED_PROMPTS, SYMBOLS, Problem, grade, named_problems, stable_hash
 from generate import sample
 from lens import Reading, read_prompts
 from lora import load_base, load_checkpoint
 from markovian import answer_prompt, encode_question, evaluate_chains, summarize_chains
 from model import Llama
 from stats import bootstrap_mean, mcnemar, wilson
-from tasks import load_split
+from tasks import load_split, question_of
 from tokenizer import Tokenizer
 
 SERIES = ("answer", "operation", "symbol")
@@ -53,8 +52,7 @@ def class_ids(cfg: Config, tokenizer: Tokenizer, problems: list[Problem]) -> lis
     if cfg.class_target == "answer":
         pairs = [tokenizer.encode_pair(p.prompt, p.answer) for p in problems]
         return [ids[P] for ids, P in pairs]
-    draw = lambda p, n: int.from_bytes(
-        hashlib.blake2b(p.prompt.encode(), digest_size=4).digest(), "big") % n
+    draw = lambda p, n: stable_hash(p.prompt) % n
     if cfg.class_target == "random":
         return [draw(p, tokenizer.vocab_size) for p in problems]
     ids = target_ids(tokenizer, problems, "symbol" if cfg.class_target == "symbol" else "word")
@@ -280,10 +278,16 @@ def print_report(report: dict) -> None:
               f"{'   (the output itself)' if layer['last'] else ''}")
 
 
+def print_columns(report: dict) -> list[dict]:
+    """The head of a table: base, this model, another; returns those there are."""
+    reports = {"base": report.get("base"), "this": report, "other": report.get("compare")}
+    reports = {name: r for name, r in reports.items() if r}
+    print(" " * 36 + "".join(f"{name + ': ' + r['ckpt']:<34}" for name, r in reports.items()))
+    return list(reports.values())
+
+
 def print_accuracy(report: dict) -> None:
-    reports = (("base", report.get("base")), ("this", report), ("other", report.get("compare")))
-    columns = [(name, r) for name, r in reports if r]
-    print(" " * 36 + "".join(f"{name + ': ' + r['ckpt']:<34}" for name, r in columns))
+    reports = print_columns(report)
     lines = {"accuracy, all test problems": lambda r: r["accuracy"],
              "accuracy, add and subtract": lambda r: r["accuracy_add_subtract"]}
     lines |= {f"  {cell}": lambda r, cell=cell: r["accuracy_by"][cell]
@@ -294,32 +298,29 @@ def print_accuracy(report: dict) -> None:
     lines |= {f"{name} emerged (> {EMERGED})": lambda r, name=name: r["strength"][name]["emerged"]
               for name in SERIES}
     for label, get in lines.items():
-        print(f"  {label:<34}" + "".join(f"{percent(get(r)):<34}" for _, r in columns))
+        print(f"  {label:<34}" + "".join(f"{percent(get(r)):<34}" for r in reports))
     print_mcnemar(report)
 
 
 def print_chains(report: dict) -> None:
     """What the chains carry, beside the base's and another run's, and the first three chains."""
-    columns = [(name, r) for name, r in (("base", report.get("base")), ("this", report),
-                                         ("other", report.get("compare"))) if r]
-    print(" " * 36 + "".join(f"{name + ': ' + r['ckpt']:<34}" for name, r in columns))
+    reports = print_columns(report)
     for label, key in (("accuracy, greedy chain and answer", "correct"),
                        ("  the same chains, frozen answerer", "correct_frozen"),
                        ("  without a chain", "correct_empty"),
                        ("  with another problem's chain", "correct_shuffled"),
                        ("no answer to read (invalid)", "invalid"),
                        ("chains ended by themselves", "chain_finished")):
-        print(f"  {label:<34}" + "".join(f"{percent(r['chains'][key]):<34}" for _, r in columns))
+        print(f"  {label:<34}" + "".join(f"{percent(r['chains'][key]):<34}" for r in reports))
     nats = lambda m: f"{m['value']:.2f} [{m['low']:.2f}, {m['high']:.2f}]"
     for label, key in (("log p(answer | chain), nats", "reward"),
                        ("  by the frozen base", "reward_frozen"),
                        ("  without a chain", "reward_empty"), ("tokens a chain", "chain_tokens")):
-        print(f"  {label:<34}" + "".join(f"{nats(r['chains'][key]):<34}" for _, r in columns))
+        print(f"  {label:<34}" + "".join(f"{nats(r['chains'][key]):<34}" for r in reports))
     print_mcnemar(report)
     for row in report["prompts"][:3]:
-        question = row["prompt"].partition("Question: ")[2].removesuffix("\nReasoning:")
-        print(f"\n  {question[:200]!r}\n    chain  {row['chain'][:300]!r}\n    answer "
-              f"{row['generated']!r}, expected {row['expected'][:60]!r}")
+        print(f"\n  {question_of(row['prompt'])[:200]!r}\n    chain  {row['chain'][:300]!r}\n"
+              f"    answer {row['generated']!r}, expected {row['expected'][:60]!r}")
 
 
 def print_mcnemar(report: dict) -> None:

@@ -553,6 +553,13 @@ and speed: [docs/training.md](docs/training.md).
 """
 
 
+def parts_of(path: Path) -> tuple[str, str]:
+    """RESULTS.md as the study's part and Markovian training's; each script writes its own anew."""
+    text = path.read_text() if path.exists() else ""
+    study, heading, chains = text.partition(CHAINS_HEADING)
+    return study.rstrip("\n") + "\n", heading + chains
+
+
 def write_results(study: dict, runs: list[dict], failed: list[str], out: Path) -> None:
     """Write out/RESULTS.md and out/docs/*.png from the measures of finished runs."""
     data, file = load_data(study, runs), "configs/study.yaml"
@@ -576,8 +583,7 @@ def write_results(study: dict, runs: list[dict], failed: list[str], out: Path) -
     meaning = {"confirmed": "as predicted", "refuted": "the opposite, or surely beyond the margin",
                "open": "not decided by these runs"}
     path = out / "RESULTS.md"
-    before = path.read_text() if path.exists() else ""
-    mark = before.find(CHAINS_HEADING)      # markovian_results.py's part stays
+    _, chains = parts_of(path)
     write_text(path, TEXT.format(
         n_runs=sum(len(r) for n, r in own.items() if n != "base"), tally=tally,
         steps=study["common"]["steps"],
@@ -595,5 +601,4 @@ def write_results(study: dict, runs: list[dict], failed: list[str], out: Path) -
         across=across_models(study, data), attribution=attribution_table(study, data),
         hypotheses=hypothesis_table(study, asked), hours=seconds / 3600,
         machine=f"{cores}, {versions['device']}", mlx=versions["mlx"], commit=versions["commit"],
-        failed="".join(f"Failed: {why}. " for why in failed)) + (
-        "\n" + before[mark:] if mark >= 0 else ""))
+        failed="".join(f"Failed: {why}. " for why in failed)) + (f"\n{chains}" if chains else ""))

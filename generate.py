@@ -99,9 +99,8 @@ def sample(model: Llama, tokenizer: Tokenizer, prompts: list[list[int]],
     uniforms = mx.random.uniform(shape=(len(prompts) * group, max_completion_tokens), key=key)
     pick = lambda logits, u: choose(logits, u, temperature, top_k, top_p)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    rows = min(ROWS_PER_BATCH,
-               TOKENS_PER_BATCH // (max(map(len, prompts)) + max_completion_tokens))
-    per_batch, completions = max(1, rows // group), {}
+    room = TOKENS_PER_BATCH // (max(map(len, prompts)) + max_completion_tokens)
+    per_batch, completions = max(1, min(ROWS_PER_BATCH, room) // group), {}
     for i in range(0, len(prompts), per_batch):
         part = by_length[i:i + per_batch]
         rows = np.array([j * group + g for j in part for g in range(group)])

@@ -266,11 +266,14 @@ class Rollouts:
         self.position, self.guard, self.best = 0, CollapseGuard(), {}
         self.reward = None if cfg.grpo_reward == "self" else load_reward(cfg.grpo_reward)
         self.needs_reference = cfg.grpo_kl_weight > 0 or cfg.grpo_ratio == "base"
-        prompts = [tokenizer.encode_prompt(p.prompt) for p in problems]
+        prompts = [self.encode(p) for p in problems]
         self.problems = list(zip(problems, prompts))
         check_context(prompts, self.limit, model)
         # the state is an input, or the compiled function would keep today's weights for ever
         self.score = partial(mx.compile, inputs=[model.state])(self._score)
+
+    def encode(self, problem: Problem) -> list[int]:
+        return self.tokenizer.encode_prompt(problem.prompt)
 
     @property
     def lr_scale(self) -> float:

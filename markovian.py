@@ -152,6 +152,9 @@ class Chains(Rollouts):
         self.actor = compiled(lambda arrays: answer_rewards(model, arrays))
         self.frozen = compiled(lambda arrays: answer_rewards(model, arrays))
 
+    def encode(self, problem: Problem) -> list[int]:
+        return self.questions[problem].prompt
+
     def is_live(self, group: Group) -> bool:
         return self.cfg.markovian_answer_weight > 0 or super().is_live(group)
 
@@ -171,17 +174,19 @@ class Chains(Rollouts):
             "actor_reward_p10": float(np.quantile(actor, 0.1)),
             "frozen_reward_p10": float(np.quantile(frozen, 0.1))}
 
+    def compare(self, drawn: list[tuple[Problem, list[int]]], done: list[Completion],
+                rewards: np.ndarray) -> list[Group]:
+        """GRPO's groups, their advantages bounded."""
+        return [replace(g, advantages=np.clip(g.advantages, -MAX_ADVANTAGE, MAX_ADVANTAGE))
+                for g in super().compare(drawn, done, rewards)]
+
     def make_arrays(self, groups: list[Group], size: int, update_tokens: int,
                     stale: bool) -> dict[str, mx.array]:
         """GRPO's micro-batch, and for the answer term its scoring rows and what each counts."""
-        cfg = self.cfg
-        groups = [replace(g, advantages=np.clip(g.advantages, -MAX_ADVANTAGE, MAX_ADVANTAGE))
-                  for g in groups]
-        arrays = super().make_arrays(groups, size, update_tokens, stale)
-        weight = cfg.markovian_answer_weight
-        if cfg.markovian_ramp_steps:
-            weight *= min(1.0, self.step / cfg.markovian_ramp_steps)
-        if cfg.markovian_answer_weight:
+        cfg, arrays = self.cfg, super().make_arrays(groups, size, update_tokens, stale)
+        if weight := cfg.markovian_answer_weight:
+            if cfg.markovian_ramp_steps:
+                weight *= min(1.0, self.step / cfg.markovian_ramp_steps)
             filled = groups + [groups[0]] * (size - len(groups))
             counts = np.concatenate([share_of_answers(g.rewards, cfg.markovian_average) / g.spread
                                      for g in filled]).astype(np.float32)
@@ -198,9 +203,16 @@ class Chains(Rollouts):
 # evaluation: greedy chain, greedy answer, and the controls that tell what the chain carries
 
 
+def greedy_chains(model: Llama, tokenizer: Tokenizer, questions: list[Question],
+                  cfg: Config) -> list[Completion]:
+    """One greedy chain a question, behind what the policy reads."""
+    return sample(model, tokenizer, [q.prompt for q in questions], cfg.chain_tokens,
+                  many_lines=True)
+
+
 def greedy_answers(model: Llama, tokenizer: Tokenizer, problems: list[Problem],
                    questions: list[Question], chains: list[list[int]], cfg: Config) -> list[dict]:
-    """Answer every question from a given chain: [{generated, extracted, correct, invalid}]."""
+    """Answer every question from a given chain: [{generated, correct, invalid}]."""
     prompts = [answer_prompt(q, chain, tokenizer) for q, chain in zip(questions, chains)]
     done = sample(model, tokenizer, prompts, cfg.max_completion_tokens)
     rows = []
@@ -237,8 +249,7 @@ def evaluate_chains(model: Llama, tokenizer: Tokenizer, problems: list[Problem],
     questions = [encode_question(p, tokenizer, cfg.markovian) for p in problems]
     check_context([q.shown + q.header + q.answer for q in questions],
                   cfg.chain_tokens + cfg.max_completion_tokens, model)
-    done = sample(model, tokenizer, [q.prompt for q in questions], cfg.chain_tokens,
-                  many_lines=True)
+    done = greedy_chains(model, tokenizer, questions, cfg)
     chains = [c.ids for c in done]
     variants = {"": chains, "_empty": [[]] * len(chains), "_shuffled": chains[1:] + chains[:1]}
     rows = [{"prompt": p.prompt, "expected": p.answer, "chain": c.text, "chain_ids": c.ids,

@@ -7,16 +7,13 @@ Three seeds a condition. Finished runs are not repeated, so an interrupted comma
 import json
 import math
 import os
-import platform
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 from config import BadInput, run_main, write_text
-from findings import CHAINS_HEADING
+from findings import CHAINS_HEADING, parts_of
 from plot import collapse_curves, read_records
-from results import SEEDS, finished_run, interval_text, percent
+from results import SEEDS, finished_run, interval_text, machine_text, percent, run_script
 from stats import mcnemar, wilson
 
 SUMS, DRILL = "configs/markovian_sums.yaml", "configs/markovian_collapse.yaml"
@@ -32,6 +29,7 @@ CONDITIONS = {  # name: (label, config, overrides)
     "markovian_guarded": ("our loss, guard on", MENDED, ["grpo_guard=true"]),
 }
 MAIN = ("markovian", "markovian_shown", "markovian_policy", "markovian_frozen")
+SHARES = ("correct", "correct_frozen", "correct_empty", "correct_shuffled")   # the table's columns
 DRILLS = ("markovian_collapse", "markovian_mended", "markovian_guarded")
 
 TEXT = """{heading}, or whether a chain that must carry the answer learns to
@@ -74,7 +72,7 @@ The first two have no guard; a guard restores the best weights and halves the le
 
 {drill}
 
-![reward, frozen judge, entropy, KL and accuracy of both, three seeds](docs/markovian_collapse.png)
+![reward, frozen judge, entropy, KL, accuracy; a line a seed](docs/markovian_collapse.png)
 """
 
 
@@ -92,9 +90,9 @@ def pooled(runs: list[dict], key: str) -> str:
     return f"{interval_text(whole)} ({each})"
 
 
-def nats(runs: list[dict], key: str = "reward") -> str:
+def nats(runs: list[dict]) -> str:
     """example  '-0.31 (-0.30, -0.33, -0.31)' """
-    values = [r["chains"][key]["value"] for r in runs]
+    values = [r["chains"]["reward"]["value"] for r in runs]
     return f"{statistics.mean(values):.2f} ({', '.join(f'{v:.2f}' for v in values)})"
 
 
@@ -104,15 +102,12 @@ def main_table(reports: dict[str, list[dict]]) -> str:
     row = lambda *cells: lines.append("| " + " | ".join(cells) + " |")
     for label, name in (("base, question hidden", "markovian"),
                         ("base, question shown", "markovian_shown")):
-        base = [reports[name][0]["base"]]
-        row(label, *(interval_text(base[0]["chains"][key]) for key in
-                     ("correct", "correct_frozen", "correct_empty", "correct_shuffled")),
-            nats(base).split(" ")[0], f"{base[0]['chains']['chain_tokens']['value']:.1f}", "")
+        base = reports[name][0]["base"]["chains"]
+        row(label, *(interval_text(base[key]) for key in SHARES),
+            f"{base['reward']['value']:.2f}", f"{base['chain_tokens']['value']:.1f}", "")
     for name in MAIN:
         runs = reports[name]
-        row(CONDITIONS[name][0], *(pooled(runs, key) for key in
-                                   ("correct", "correct_frozen", "correct_empty",
-                                    "correct_shuffled")), nats(runs),
+        row(CONDITIONS[name][0], *(pooled(runs, key) for key in SHARES), nats(runs),
             f"{statistics.mean(r['chains']['chain_tokens']['value'] for r in runs):.1f}",
             f"{statistics.mean(r['seconds'] for r in runs) / 60:.1f}")
     return "\n".join(lines)
@@ -144,13 +139,12 @@ def damaged() -> list[dict]:
         folder = Path(f"runs/results/markovian_{seed}")
         path, other = folder / "damage.json", SEEDS[(i + 1) % len(SEEDS)]
         if not path.exists():
-            command = [sys.executable, "perturb.py", "--ckpt", str(folder), "--compare",
+            command = ["perturb.py", "--ckpt", str(folder), "--compare",
                        f"runs/results/markovian_shown_{seed}", "--judge",
                        f"runs/results/markovian_{other}", "--json", str(path)]
             if seed == SEEDS[0]:
                 command += ["--png", "docs/markovian_damage.png"]
-            if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
-                raise BadInput(f"{' '.join(command[1:])} did not finish; see its message above")
+            run_script(command)
         reports.append(json.loads(path.read_text()))
     return reports
 
@@ -217,20 +211,16 @@ def main(argv: list[str]) -> None:
                                            for r in reports[name]] for name in DRILLS},
                     "docs/markovian_collapse.png")
     first = reports["markovian"][0]
-    versions = first["versions"]
-    machine = f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}"
-    blas = "bundled BLAS" if versions["blas"] == "bundled" else "OpenBLAS"
     text = TEXT.format(
         heading=CHAINS_HEADING, n=first["accuracy"]["n"],
-        machine=f"{machine}; MLX {versions['mlx']}, {versions['device']}, {blas}",
+        machine=machine_text(first["versions"]),
         seeds=", ".join(map(str, SEEDS)), main_table=main_table(reports),
         chance=percent(chance(first)), gains=gain_lines(reports["markovian"]),
         samples="; ".join(f"`{r['prompts'][0]['chain']}`" for r in reports["markovian"]),
         damage=damage_table(damage), judges=judge_table(damage), drill=drill_table(reports))
     path = Path("RESULTS.md")
-    before = path.read_text() if path.exists() else ""
-    mark = before.find(CHAINS_HEADING)
-    write_text(path, (before[:mark] if mark >= 0 else before + "\n") + text)
+    study, _ = parts_of(path)
+    write_text(path, f"{study}\n{text}")
     print(text)
 
 

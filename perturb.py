@@ -27,10 +27,9 @@ import numpy as np
 
 import plot
 from config import BadInput, Config, run_main, write_text
-from data import Problem
-from generate import sample
+from data import Problem, evenly
 from lora import adapters_off, load_checkpoint
-from markovian import encode_question, greedy_answers, score_chains
+from markovian import Question, encode_question, greedy_answers, greedy_chains, score_chains
 from model import Llama
 from stats import bootstrap_mean, sign_flip
 from tasks import load_split
@@ -60,10 +59,9 @@ def perturb(text: str, kind: str, severity: float, rng: random.Random) -> str:
     return "".join(other(c) if c in hit and rng.random() < severity else c for c in text)
 
 
-def measure(model: Llama, tokenizer: Tokenizer, problems: list[Problem], texts: list[str],
-            cfg: Config) -> dict[str, np.ndarray]:
+def measure(model: Llama, tokenizer: Tokenizer, problems: list[Problem],
+            questions: list[Question], texts: list[str], cfg: Config) -> dict[str, np.ndarray]:
     """log p(gold | chain), whether the answer is right, whether there is one: (N,) each."""
-    questions = [encode_question(p, tokenizer, cfg.markovian) for p in problems]
     chains = [tokenizer.encode_continuation(text) for text in texts]
     graded = greedy_answers(model, tokenizer, problems, questions, chains, cfg)
     return {"reward": score_chains(model, tokenizer, questions, chains),
@@ -71,34 +69,32 @@ def measure(model: Llama, tokenizer: Tokenizer, problems: list[Problem], texts: 
             "invalid": np.array([row["invalid"] for row in graded], float)}
 
 
-def greedy_chains(model: Llama, tokenizer: Tokenizer, problems: list[Problem],
-                  cfg: Config) -> list[str]:
-    """One greedy chain a problem, as text with the space it starts with."""
-    prompts = [tokenizer.encode_prompt(p.prompt) for p in problems]
-    done = sample(model, tokenizer, prompts, cfg.chain_tokens, many_lines=True)
+def chain_texts(model: Llama, tokenizer: Tokenizer, questions: list[Question],
+                cfg: Config) -> list[str]:
+    """One greedy chain a question, as text with the space it starts with."""
     lead = lambda text: text if text[:1].isspace() or not text else f" {text}"
-    return [lead(c.text) for c in done]
+    return [lead(c.text) for c in greedy_chains(model, tokenizer, questions, cfg)]
 
 
 def damage_run(ckpt: str | Path, problems_wanted: int) -> dict:
-    """Every kind and severity on one run's own chains: {kind: {severity: arrays of drops}}."""
+    """Every kind and severity on one run's own chains; `drops` by (kind, severity), (N,) each."""
     model, tokenizer, cfg = load_checkpoint(ckpt)
     check_run(ckpt, cfg)
-    problems = load_split(cfg, "test", tokenizer)
-    # an even stride: MMLU's test is sorted by subject
-    problems = problems[::max(1, len(problems) // problems_wanted)][:problems_wanted]
-    texts = greedy_chains(model, tokenizer, problems, cfg)
-    before, drops = measure(model, tokenizer, problems, texts, cfg), {}
+    problems = evenly(load_split(cfg, "test", tokenizer), problems_wanted)
+    questions = [encode_question(p, tokenizer, cfg.markovian) for p in problems]
+    texts = chain_texts(model, tokenizer, questions, cfg)
+    before, drops = measure(model, tokenizer, problems, questions, texts, cfg), {}
     for kind in KINDS:
         for severity in SEVERITIES:
             rng = random.Random(f"{kind} {severity}")
             damaged = [perturb(text, kind, severity, rng) for text in texts]
-            after = measure(model, tokenizer, problems, damaged, cfg)
+            after = measure(model, tokenizer, problems, questions, damaged, cfg)
             drops[kind, severity] = {"reward": before["reward"] - after["reward"],
                                      "correct": before["correct"] - after["correct"],
                                      "invalid": after["invalid"]}
     return {"ckpt": str(ckpt), "cfg": cfg, "model": model, "tokenizer": tokenizer,
-            "problems": problems, "texts": texts, "before": before, "drops": drops}
+            "problems": problems, "questions": questions, "texts": texts, "before": before,
+            "drops": drops}
 
 
 def check_run(ckpt: str | Path, cfg: Config | None) -> None:
@@ -133,25 +129,21 @@ def cross_score(run: dict, judges: list[str]) -> list[dict]:
     The question is hidden from every judge, whatever the run was trained with, and each encodes the
     chains' text with its own tokenizer. The first is the run's own base.
     """
-    hidden = load_hidden(run["cfg"])
     with adapters_off(run["model"]):
-        base_texts = greedy_chains(run["model"], run["tokenizer"], run["problems"], run["cfg"])
-        gains = [gain_of("its own base", run["model"], run["tokenizer"], run, base_texts, hidden)]
+        base_texts = chain_texts(run["model"], run["tokenizer"], run["questions"], run["cfg"])
+        gains = [gain_of("its own base", run["model"], run["tokenizer"], run, base_texts)]
     for name in judges:
         model, tokenizer, _ = load_checkpoint(name)
-        gains.append(gain_of(name, model, tokenizer, run, base_texts, hidden))
+        gains.append(gain_of(name, model, tokenizer, run, base_texts))
     return gains
 
 
-def load_hidden(cfg: Config) -> Config:
-    """The run's config with the question hidden."""
-    return Config(**{**vars(cfg), "markovian": True})
-
-
-def gain_of(name: str, model: Llama, tokenizer: Tokenizer, run: dict, base_texts: list[str],
-            cfg: Config) -> dict:
-    own = measure(model, tokenizer, run["problems"], run["texts"], cfg)
-    base = measure(model, tokenizer, run["problems"], base_texts, cfg)
+def gain_of(name: str, model: Llama, tokenizer: Tokenizer, run: dict,
+            base_texts: list[str]) -> dict:
+    problems, cfg = run["problems"], run["cfg"]
+    hidden = [encode_question(p, tokenizer, markovian=True) for p in problems]
+    own = measure(model, tokenizer, problems, hidden, run["texts"], cfg)
+    base = measure(model, tokenizer, problems, hidden, base_texts, cfg)
     return {"judge": name, "reward_gain": bootstrap_mean(own["reward"] - base["reward"]),
             "correct_gain": bootstrap_mean(own["correct"] - base["correct"]),
             "correct": float(own["correct"].mean()), "p": sign_flip(own["reward"] - base["reward"])}

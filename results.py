@@ -84,15 +84,27 @@ same reward and learning rate and the right loss. Means over the first and the l
 """
 
 
+def run_script(command: list[str]) -> None:
+    """Run another script of the project, its output unseen; raises BadInput where it fails."""
+    if subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL).returncode:
+        raise BadInput(f"{' '.join(command)} did not finish; see its message above")
+
+
+def machine_text(versions: dict) -> str:
+    """What the numbers were measured on."""
+    blas = "bundled BLAS" if versions["blas"] == "bundled" else "OpenBLAS"
+    return (f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}; "
+            f"MLX {versions['mlx']}, {versions['device']}, {blas}")
+
+
 def finished_run(name: str, seed: int, config: str, overrides: list[str]) -> dict:
     """Train one condition and seed unless that is done; returns its report and the wall seconds."""
     folder = Path("runs/results") / f"{name}_{seed}"
-    command = [sys.executable, "train.py", config, *overrides, f"seed={seed}", f"run_dir={folder}"]
+    command = ["train.py", config, *overrides, f"seed={seed}", f"run_dir={folder}"]
     clock = folder / "wall_seconds.json"
     if not (folder / "report.json").exists():
         start = time.perf_counter()
-        if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
-            raise BadInput(f"{' '.join(command[1:])} did not finish; see its message above")
+        run_script(command)
         write_text(clock, json.dumps(time.perf_counter() - start))
     report = json.loads((folder / "report.json").read_text())
     return report | {"seconds": json.loads(clock.read_text())}
@@ -198,11 +210,8 @@ def main(argv: list[str]) -> None:
     bench = measured(["bench.py"], "bench.json")
     speed = [f"- `{b['work']}`: {p['ratio']:.1f} times as fast as {name}"
              for b in bench for name, p in b["peers"].items()]
-    versions = reports["sft"][0]["versions"]
-    machine = f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}"
-    blas = "bundled BLAS" if versions["blas"] == "bundled" else "OpenBLAS"
     write_text(Path("docs/training.md"), TEXT.format(
-        machine=f"{machine}; MLX {versions['mlx']}, {versions['device']}, {blas}",
+        machine=machine_text(reports["sft"][0]["versions"]),
         seeds=", ".join(map(str, SEEDS)), table=table(reports, reports["sft"][0]["base"]),
         paired=paired_tests(reports), cells=cells(base), drill=drill_table(reports),
         speed="\n".join(speed)))
@@ -212,8 +221,7 @@ def main(argv: list[str]) -> None:
 def measured(command: list[str], name: str) -> dict | list:
     """Run another script of the project with --json and return what it wrote."""
     path = Path("runs/results") / name
-    subprocess.run([sys.executable, *command[:1], "--json", str(path), *command[1:]], check=True,
-                   stdout=subprocess.DEVNULL)
+    run_script([*command[:1], "--json", str(path), *command[1:]])
     return json.loads(path.read_text())
 
 

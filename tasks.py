@@ -20,7 +20,6 @@ Files: parquet, JSON lines or JSON, from the Hub by name, or from data_folder=FO
 """
 import ast
 import functools
-import hashlib
 import json
 import random
 import re
@@ -35,7 +34,15 @@ from pyarrow import parquet
 
 from answers import parse_number
 from config import BadInput, Config, load_overrides, run_main
-from data import Problem, held_out, read_jsonl, sample_tiny_corpus, sample_train
+from data import (
+    Problem,
+    held_out,
+    read_jsonl,
+    sample_tiny_corpus,
+    sample_train,
+    side_of,
+    stable_hash,
+)
 from tokenizer import Tokenizer, load_tokenizer
 
 HIDDEN = "<redacted>"
@@ -58,10 +65,9 @@ def make_question(instruction: str, question: str, answer: str, letters: str = "
                    hidden=chain_prompt(instruction, HIDDEN), letters=letters)
 
 
-def bucket_of(text: str) -> int:
-    """0 to 99, by a hash of the text: the same split for every seed and machine."""
-    digest = hashlib.blake2b(text.encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "big") % 100
+def question_of(prompt: str) -> str:
+    """The question in a chain_prompt."""
+    return prompt.partition("\nQuestion: ")[2].removesuffix("\nReasoning:")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -289,20 +295,16 @@ def load_questions(cfg: Config, split: str) -> list[Problem]:
     Where a data set has no valid or test split, 5 and 15 % of train are taken, by a hash of the
     question, so that they are the same for every seed.
     """
-    source = SOURCES[cfg.data]
-    carved = lambda name: not source.names[SPLITS.index(name)]
-    buckets = {name: SHARES[name] if carved(name) else range(0) for name in ("valid", "test")}
-    if split != "train" and carved(split):
-        problems = [p for p in read_questions(cfg, "train")
-                    if bucket_of(identity(p)) in buckets[split]]
-    else:
-        problems = read_questions(cfg, split)
-        if split == "train":
-            taken = {*buckets["valid"], *buckets["test"]}
-            problems = [p for p in problems if bucket_of(identity(p)) not in taken]
-    judged = {"train": ("valid", "test"), "valid": ("test",), "test": ()}[split]
-    judged = {identity(p) for name in judged if not carved(name) for p in read_questions(cfg, name)}
-    kept = [p for p in problems if identity(p) not in judged]
+    own_file = dict(zip(SPLITS, SOURCES[cfg.data].names))       # "": carved out of train
+    side = lambda same: next((name for name, share in SHARES.items() if not own_file[name]
+                              and stable_hash(same) % 100 in share), "train")
+    file = split if own_file[split] else "train"
+    problems = [(identity(p), p) for p in read_questions(cfg, file)]
+    if file == "train":
+        problems = [(same, p) for same, p in problems if side(same) == split]
+    judged = {identity(p) for name in SPLITS[SPLITS.index(split) + 1:] if own_file[name]
+              for p in read_questions(cfg, name)}
+    kept = [p for same, p in problems if same not in judged]
     if len(kept) < len(problems):
         print(f"note: {cfg.data} {split}: {len(problems) - len(kept)} questions that also stand in "
               "a split judged later are left out", file=sys.stderr)
@@ -315,8 +317,7 @@ def identity(problem: Problem) -> str:
     Options do not count, since other distractors make no other question, unless the question says
     nothing without them ("Which of the following is true?"): then they count in any order.
     """
-    question, *options = problem.prompt.partition("\nQuestion: ")[2].removesuffix(
-        "\nReasoning:").split("\nA. ", 1)
+    question, *options = question_of(problem.prompt).split("\nA. ", 1)
     plain = lambda text: " ".join(re.findall(r"[a-z0-9]+|[-+*/^=<>]", text.casefold()))
     bare = plain(question)
     if options and (re.search(r"\b(following|these)\b", bare) or len(bare.split()) < 6):
@@ -344,12 +345,10 @@ def load_wiki(cfg: Config, split: str, tokenizer: Tokenizer) -> list[Problem]:
     """Articles long enough, as (context, continuation) problems; scored by log-probability only."""
     source, problems = SOURCES["wiki"], []
     limit = cfg.data_samples if split == "train" else TEST_WIKI
-    before, behind = chain_prompt(source.instruction, "\0").split("\0")
     for article in load_questions(cfg, split):
-        text = article.prompt.removeprefix(before).removesuffix(behind)
         try:
-            context, target = cut_article(text, tokenizer, cfg.data_context_tokens,
-                                          cfg.data_target_tokens)
+            context, target = cut_article(question_of(article.prompt), tokenizer,
+                                          cfg.data_context_tokens, cfg.data_target_tokens)
         except ValueError:
             continue
         problems.append(make_question(source.instruction, context, target.strip(),
@@ -364,11 +363,10 @@ def load_wiki(cfg: Config, split: str, tokenizer: Tokenizer) -> list[Problem]:
 
 
 def draw_terms(rng: random.Random, terms: int, largest: int, split: str) -> tuple[int, ...]:
-    """Numbers from 1 to `largest` on one side: 15 % test, 5 % valid, whatever their order."""
+    """Numbers from 1 to `largest` that lie on one side of the split, whatever their order."""
     for _ in range(10000):
         drawn = tuple(rng.randint(1, largest) for _ in range(terms))
-        bucket = bucket_of(",".join(map(str, sorted(drawn))))
-        if split == ("test" if bucket < 15 else "valid" if bucket < 20 else "train"):
+        if side_of(drawn) == split:
             return drawn
     raise BadInput(f"data_terms = {terms} and data_largest = {largest} leave no sum for the "
                    f"{split} split; give more terms, or larger ones")

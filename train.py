@@ -44,7 +44,7 @@ from config import (
     run_main,
     write_text,
 )
-from data import Batch, Batches, tokenize
+from data import Batch, Batches, evenly, tokenize
 from eval import (
     class_block,
     class_ids,
@@ -385,8 +385,7 @@ def inspect(model: Llama, tokenizer: Tokenizer, valid: list, done: int, block: i
     due = lambda every: every and (done % every == 0 or done == cfg.steps)
     record = {"step": done}
     if due(cfg.eval_every_steps):
-        # an even stride, so that every operation and wording is among the chosen
-        chosen = valid[::max(1, len(valid) // cfg.eval_prompts)][:cfg.eval_prompts]
+        chosen = evenly(valid, cfg.eval_prompts)
         if cfg.method == "markovian":
             record["valid"] = summarize_chains(evaluate_chains(model, tokenizer, chosen, cfg))
             record["valid_accuracy"] = record["valid"]["correct"]["value"]
@@ -394,7 +393,7 @@ def inspect(model: Llama, tokenizer: Tokenizer, valid: list, done: int, block: i
             rows = measure_accuracy(model, tokenizer, chosen, cfg.max_completion_tokens)
             record["valid_accuracy"] = float(np.mean([r["correct"] for r in rows]))
     if due(cfg.lens_every_steps) and cfg.method != "markovian":
-        chosen = valid[::max(1, len(valid) // cfg.lens_prompts)][:cfg.lens_prompts]
+        chosen = evenly(valid, cfg.lens_prompts)
         record["lens"] = summarize_lens(*read_series(model, tokenizer, chosen), block)
     return record if len(record) > 1 else None
 

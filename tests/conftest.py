@@ -17,13 +17,17 @@ sys.path.insert(0, str(ROOT))
 
 import blas  # noqa: E402, F401, I001  (before mlx)
 import mlx.core as mx  # noqa: E402
+import mlx.nn as nn  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import tokenizers  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
 from config import Config  # noqa: E402
+from lora import apply_lora  # noqa: E402
 from model import Llama, parse_args  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
+from train import make_loss  # noqa: E402
 
 GOLDEN = ROOT / "tests" / "golden"
 FAMILIES = ("tinyllama", "llama3_2", "llama3_1", "qwen2_5")
@@ -73,38 +77,92 @@ def tokenizer():
     return load_tokenizer(TINY)
 
 
-def small_model(tokenizer, seed=0, blocks=2) -> Llama:
-    """A random Llama of width 32 with the bundled tokenizer's vocabulary."""
-    raw = json.loads((TINY / "config.json").read_text()) | {
+def small_config(blocks=2, source=TINY) -> dict:
+    """A bundled model's config.json at width 32."""
+    return json.loads((source / "config.json").read_text()) | {
         "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": blocks,
         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+
+
+def small_model(seed=0, blocks=2, source=TINY) -> Llama:
+    """A random Llama of width 32 with a bundled tokenizer's vocabulary."""
+    return random_model(small_config(blocks, source), seed)
+
+
+def random_model(raw, seed=0) -> Llama:
     mx.random.seed(seed)
     model = Llama(parse_args(raw, "test"))
     mx.eval(model.parameters())
     return model
 
 
+def lora_model(touched=True, source=TINY) -> Llama:
+    """The small model with adapters; touched: B away from 0, as after some training."""
+    model = small_model(source=source)
+    apply_lora(model, 4, 8.0, ("q", "k", "v", "o"))
+    if touched:
+        mx.random.seed(1)
+        model.load_weights([(k, mx.random.normal(v.shape) * 0.3) for k, v in
+                            tree_flatten(model.trainable_parameters()) if "lora_b" in k],
+                           strict=False)
+    return model
+
+
+def grads_of(model, cfg, micro_batches):
+    """Summed over micro-batches, as train.take_step does; (loss, parts, {name: gradient})."""
+    total, losses, parts = {}, 0, {}
+    for batch in micro_batches:
+        (loss, part), grads = nn.value_and_grad(model, make_loss(cfg, 0))(model, batch)
+        losses += loss.item()
+        for name, value in part.items():
+            combine = max if name.endswith("_max") else sum
+            parts[name] = combine([parts.get(name, 0), value.item()])
+        for name, grad in tree_flatten(grads):
+            total[name] = total.get(name, 0) + np.array(grad)
+    return losses, parts, total
+
+
+def check_finite_differences(model, value, grads):
+    """value() of the model along three random directions against the gradients: within 1 %."""
+    rng, start = np.random.default_rng(0), dict(tree_flatten(model.trainable_parameters()))
+    for _ in range(3):
+        direction = {k: rng.normal(size=v.shape).astype(np.float32) for k, v in start.items()}
+        values = []
+        for sign in (1, -1):
+            model.load_weights([(k, start[k] + sign * 1e-3 * mx.array(d))
+                                for k, d in direction.items()], strict=False)
+            values.append(value())
+        model.load_weights(list(start.items()), strict=False)
+        numeric = (values[0] - values[1]) / 2e-3
+        analytic = sum((grads[k] * d).sum() for k, d in direction.items())
+        assert abs(numeric) > 1e-3 and abs(numeric - analytic) < 0.01 * abs(numeric)
+
+
+def write_model(folder, raw, tokenizer_from):
+    """A random model in the Hub's layout, with the tokenizer files of another folder."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(raw))
+    for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
+                 "generation_config.json"):
+        if (tokenizer_from / name).exists():
+            (folder / name).write_bytes((tokenizer_from / name).read_bytes())
+    mx.save_safetensors(str(folder / "model.safetensors"),
+                        dict(tree_flatten(random_model(raw).parameters())))
+    return folder
+
+
 @pytest.fixture
-def model(tokenizer):
-    return small_model(tokenizer)
+def model():
+    return small_model()
 
 
 @pytest.fixture(scope="session")
-def small_folder(tokenizer, tmp_path_factory):
+def small_folder(tmp_path_factory):
     """The same small model as a folder in the Hub's layout.
 
     With it, whole commands run in a second or two.
     """
-    folder = tmp_path_factory.mktemp("models") / "small"
-    folder.mkdir()
-    model = small_model(tokenizer)
-    raw = json.loads((TINY / "config.json").read_text()) | {
-        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
-    (folder / "config.json").write_text(json.dumps(raw))
-    (folder / "tokenizer.model").write_bytes((TINY / "tokenizer.model").read_bytes())
-    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
-    return folder
+    return write_model(tmp_path_factory.mktemp("models") / "small", small_config(), TINY)
 
 
 @pytest.fixture

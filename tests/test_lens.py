@@ -242,7 +242,7 @@ def test_unembedding_rows_of_every_kind():
 
 def test_jacobian_against_finite_differences(tokenizer):
     """Mean over positions of the summed effect on this and later ones; the last tap is exact."""
-    model = small_model(tokenizer, seed=3)
+    model = small_model(seed=3)
     prompts = [[1, 7, 70, 8, 71], [1, 9, 5]]
     directions = mx.random.normal((2, 32), key=mx.random.key(0))
     J = np.array(jacobian(model, prompts, directions))

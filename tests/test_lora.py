@@ -51,10 +51,10 @@ def test_merge_is_apply(model):
 
 
 def test_save_then_load_is_bit_equal(tokenizer, tmp_path):
-    model = adapted(small_model(tokenizer))
+    model = adapted(small_model())
     cfg = config(lora_rank=4, lora_alpha=8.0, lora_targets=("q", "v", "o"))
     save_adapters(model, cfg, tmp_path)
-    again = small_model(tokenizer)
+    again = small_model()
     load_adapters(again, tmp_path)
     assert mx.array_equal(again(TOKENS), model(TOKENS))
 
@@ -96,7 +96,7 @@ def test_quantised_base(tmp_path):
 @pytest.fixture
 def saved(tokenizer, tmp_path):
     cfg = config(lora_rank=4, lora_alpha=8.0, lora_targets=("q", "v", "o"))
-    save_adapters(adapted(small_model(tokenizer)), cfg, tmp_path)
+    save_adapters(adapted(small_model()), cfg, tmp_path)
     return tmp_path
 
 
@@ -115,7 +115,7 @@ def test_every_mismatch_is_listed(saved, tokenizer):
         arrays[names[1]] = arrays[names[1]][:1]
     change_tensors(saved, change)
     with pytest.raises(BadInput) as error:
-        load_adapters(small_model(tokenizer), saved)
+        load_adapters(small_model(), saved)
     words = (names[0], "model.layers.9.extra.lora_a", names[1],
              "1 missing", "1 not expected", "1 of another shape")
     assert all(word in str(error.value) for word in words)
@@ -125,8 +125,8 @@ def test_adapter_of_another_model(saved, tokenizer):
     with pytest.raises(BadInput, match="another shape"):
         load_adapters(load(GOLDEN / "tinyllama", "float32")[0], saved)
     with pytest.raises(BadInput, match="missing.*layers.2"):
-        load_adapters(small_model(tokenizer, blocks=3), saved)
-    other = small_model(tokenizer)
+        load_adapters(small_model(blocks=3), saved)
+    other = small_model()
     other.model.norm.weight = other.model.norm.weight * 1.5
     with pytest.raises(BadInput, match="another model of the same shape"):
         load_adapters(other, saved)
@@ -137,6 +137,6 @@ def test_unknown_settings(saved, tokenizer):
     for change in ({"fine_tune_type": "dora"}, {"lora_parameters": {"rank": 4, "scale": 2.0}}):
         (saved / "adapter_config.json").write_text(json.dumps({**settings, **change}))
         with pytest.raises(BadInput, match="expected fine_tune_type lora"):
-            load_adapters(small_model(tokenizer), saved)
+            load_adapters(small_model(), saved)
 
 

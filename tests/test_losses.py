@@ -110,7 +110,7 @@ def test_gradients_against_finite_differences(tokenizer, keys):
 
     The step is where float32 noise and curvature balance.
     """
-    model = small_model(tokenizer, seed=3)
+    model = small_model(seed=3)
     cfg, batch, _ = one_batch(tokenizer, **keys)
     _, _, grads = loss_and_grads(model, cfg, batch)
     loss_fn = make_loss(cfg, 0)

@@ -1,17 +1,32 @@
 """Markovian training on real paths: what is hidden, what is scored, and where its gradient goes."""
 import json
+import random
+from contextlib import nullcontext
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import GOLDEN, ROOT, TINY_COT, assert_one_clear_line, config, kill_and_continue, run
+from conftest import (
+    GOLDEN,
+    ROOT,
+    TINY_COT,
+    assert_one_clear_line,
+    check_finite_differences,
+    config,
+    grads_of,
+    kill_and_continue,
+    lora_model,
+    run,
+    small_config,
+    write_model,
+)
 from mlx.utils import tree_flatten
 
 from config import BadInput, load_config
 from generate import Completion
-from lora import adapters_off, apply_lora
+from lora import adapters_off
 from losses import token_logprobs
 from markovian import (
     Chains,
@@ -23,16 +38,13 @@ from markovian import (
     share_of_answers,
     summarize_chains,
 )
-from model import Llama, parse_args
 from perturb import KINDS, perturb
 from tasks import HEADER, make_question
 from tokenizer import load_tokenizer
-from train import make_loss, train
+from train import train
 
 QUESTIONS = [make_question("Add the numbers.", text, answer) for text, answer in
              (("12 + 7 + 30", "49"), ("1 + 2", "3"), ("20 + 20 + 5 + 3", "48"), ("9 + 9", "18"))]
-SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
 
 
 @pytest.fixture(scope="module")
@@ -44,44 +56,17 @@ def cot():
 def cot_folder(tmp_path_factory):
     """A small random Llama with the vocabulary of models/tiny_cot, as a folder."""
     folder = tmp_path_factory.mktemp("models") / "small_cot"
-    folder.mkdir()
-    raw = json.loads((TINY_COT / "config.json").read_text()) | SMALL
-    mx.random.seed(0)
-    model = Llama(parse_args(raw, "test"))
-    (folder / "config.json").write_text(json.dumps(raw))
-    (folder / "tokenizer.model").write_bytes((TINY_COT / "tokenizer.model").read_bytes())
-    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
-    return folder
+    return write_model(folder, small_config(source=TINY_COT), TINY_COT)
 
 
-def lora_model(touched=True):
-    raw = json.loads((TINY_COT / "config.json").read_text()) | SMALL
-    mx.random.seed(0)
-    model = Llama(parse_args(raw, "test"))
-    apply_lora(model, 4, 8.0, ("q", "k", "v", "o"))
-    if touched:
-        model.load_weights([(k, mx.random.normal(v.shape) * 0.3) for k, v in
-                            tree_flatten(model.trainable_parameters()) if "lora_b" in k],
-                           strict=False)
-    mx.eval(model.parameters())
-    return model
+def cot_model():
+    return lora_model(source=TINY_COT)
 
 
 def chains(model, cot, **keys):
     keys = {"method": "markovian", "batch_size": 16, "grpo_group_size": 4, "chain_tokens": 6,
             "grpo_advantage": "group", "grpo_spread_floor": 0.1, "grpo_kl_weight": 0.1, **keys}
     return Chains(model, cot, QUESTIONS, config(**keys))
-
-
-def grads_of(model, cfg, micro_batches):
-    total, loss, parts = {}, 0, {}
-    for batch in micro_batches:
-        (value, part), grads = nn.value_and_grad(model, make_loss(cfg, 0))(model, batch)
-        loss += value.item()
-        parts = {k: parts.get(k, 0) + v.item() for k, v in part.items()}
-        for name, grad in tree_flatten(grads):
-            total[name] = total.get(name, 0) + np.array(grad)
-    return loss, parts, total
 
 
 def largest(grads):
@@ -117,7 +102,7 @@ def test_ids_by_parts_equal_the_whole_text(which, cot, llama3):
 
 def test_the_question_is_hidden_by_construction(cot):
     """Other questions, the same chain: the scored ids and the reward are equal. Shown: not."""
-    model, other = lora_model(), make_question("Add the numbers.", "1 + 1 + 1", "49")
+    model, other = cot_model(), make_question("Add the numbers.", "1 + 1 + 1", "49")
     chain = [cot.encode_continuation(" 12 + 7 = 19 + 30 = 49")]
     rewards = {}
     for markovian in (True, False):
@@ -133,7 +118,7 @@ def test_the_question_is_hidden_by_construction(cot):
 @pytest.mark.parametrize("markovian", [True, False])
 def test_rewards_equal_the_plain_forward(markovian, cot):
     """Shared and padded rows against each row by itself; so padding changes nothing."""
-    model = lora_model()
+    model = cot_model()
     questions = [encode_question(p, cot, markovian) for p in QUESTIONS]
     some = [cot.encode_continuation(text) for text in
             (" 12 + 7 = 19", " about 50", "", " 1 + 2 = 3", " 9", " 20 and 20", " 9 + 9", " 18")]
@@ -156,28 +141,23 @@ def test_continuations_are_means_without_eos(cot):
 
 
 def test_judge_scores_both_and_the_config_chooses(cot):
-    model = lora_model()
+    model = cot_model()
     for scorer in ("actor", "frozen"):
         source = chains(model, cot, markovian_scorer=scorer, markovian_answer_weight=0.0)
         groups, metrics = source.rollout()
         assert metrics["reward"] == pytest.approx(metrics[f"{scorer}_reward"])
         assert abs(metrics["actor_reward"] - metrics["frozen_reward"]) > 1e-3
         group = groups[0]
-        with adapters_off(model) if scorer == "frozen" else adapters_on():
+        with adapters_off(model) if scorer == "frozen" else nullcontext():
             arrays = answer_arrays([source.questions[group.problem]],
                                    [c.ids for c in group.completions], cot)
             expected = np.array(answer_rewards(model, arrays))
         np.testing.assert_allclose(group.rewards, expected, atol=1e-4)
 
 
-class adapters_on:
-    def __enter__(self): return self
-    def __exit__(self, *_): return False
-
-
 def test_eos_may_end_a_chain_and_the_limit_may(cot):
     """EOS is sampled, trained, and left out of what the scorer reads."""
-    source = chains(lora_model(), cot, chain_tokens=3)
+    source = chains(cot_model(), cot, chain_tokens=3)
     q = source.questions[QUESTIONS[0]]
     assert answer_prompt(q, [40, cot.eos_id], cot) == q.shown + [40] + q.header
     groups, metrics = source.rollout()
@@ -190,7 +170,7 @@ def test_eos_may_end_a_chain_and_the_limit_may(cot):
 @pytest.mark.parametrize("markovian, average", [(True, "mean"), (True, "softmax"), (False, "mean")])
 def test_answer_gradient_equals_finite_differences(markovian, average, cot):
     """The answer term alone, through rollouts, padding and the loss of train.py; it is not 0."""
-    model = lora_model()
+    model = cot_model()
     source = chains(model, cot, markovian=markovian, markovian_average=average,
                     markovian_answer_weight=2.0)
     updates, _ = source.at(0)
@@ -198,23 +178,12 @@ def test_answer_gradient_equals_finite_differences(markovian, average, cot):
     batches = [silent(arrays) for arrays in updates[0]]
     _, parts, grads = grads_of(model, cfg, batches)
     assert largest(grads) > 1e-4
-    rng, start = np.random.default_rng(0), dict(tree_flatten(model.trainable_parameters()))
-    for _ in range(3):
-        direction = {k: rng.normal(size=v.shape).astype(np.float32) for k, v in start.items()}
-        values = []
-        for sign in (1, -1):
-            model.load_weights([(k, start[k] + sign * 1e-3 * mx.array(d))
-                                for k, d in direction.items()], strict=False)
-            values.append(grads_of(model, cfg, batches)[1]["answer_loss"])
-        model.load_weights(list(start.items()), strict=False)
-        numeric = (values[0] - values[1]) / 2e-3
-        analytic = sum((grads[k] * d).sum() for k, d in direction.items())
-        assert abs(numeric) > 1e-3 and abs(numeric - analytic) < 0.01 * abs(numeric)
+    check_finite_differences(model, lambda: grads_of(model, cfg, batches)[1]["answer_loss"], grads)
 
 
 def test_weight_one_is_the_gradient_of_the_expected_reward(cot):
     """Advantages in nats: each row's answer term weighs what each of its tokens weighs."""
-    source = chains(lora_model(), cot, grpo_advantage="none", markovian_answer_weight=1.0)
+    source = chains(cot_model(), cot, grpo_advantage="none", markovian_answer_weight=1.0)
     arrays = source.at(0)[0][0][0]
     np.testing.assert_allclose(np.array(arrays["answer_weights"]), 1 / (16 * 6), rtol=1e-6)
     assert np.array(arrays["weights"])[:, 0] == pytest.approx(1 / (16 * 6))
@@ -222,7 +191,7 @@ def test_weight_one_is_the_gradient_of_the_expected_reward(cot):
 
 def test_a_function_of_the_sum_of_advantages_has_no_gradient(cot):
     """The published term: the mean of standardised rewards, with gradients. Ours is not one."""
-    model = lora_model()
+    model = cot_model()
     source = chains(model, cot)
     groups, _ = source.rollout()
     arrays = answer_arrays([source.questions[g.problem] for g in groups],
@@ -248,7 +217,7 @@ def test_a_function_of_the_sum_of_advantages_has_no_gradient(cot):
     {"markovian": False}, {"markovian_answer_weight": 0.0}, {"grpo_ratio": "base"}])
 def test_kl_has_its_gradient_under_every_algorithm(keys, cot):
     """With advantages 0 and no answer term, the KL's is the only gradient; it doubles with beta."""
-    model = lora_model()
+    model = cot_model()
     source = chains(model, cot, **keys)
     updates, _ = source.at(0)
     found = []
@@ -263,7 +232,7 @@ def test_kl_has_its_gradient_under_every_algorithm(keys, cot):
 
 def test_first_inner_step_has_ratio_one(cot):
     """PPO with inner epochs: exactly 1 at first, then against the kept log-probabilities."""
-    model = lora_model()
+    model = cot_model()
     source = chains(model, cot, grpo_epochs=2, grpo_minibatches=2)
     updates, _ = source.at(0)
     _, parts, grads = grads_of(model, source.cfg, updates[0])
@@ -277,7 +246,7 @@ def test_first_inner_step_has_ratio_one(cot):
 @pytest.mark.parametrize("markovian", [True, False])
 def test_micro_batches_change_nothing(markovian, cot):
     """One, two and four parts: the same loss and gradient, rows padded otherwise each time."""
-    model, found = lora_model(), []
+    model, found = cot_model(), []
     for parts in (1, 2, 4):
         source = chains(model, cot, grad_accum_steps=parts, markovian=markovian)
         updates, _ = source.at(0)
@@ -289,7 +258,7 @@ def test_micro_batches_change_nothing(markovian, cot):
 
 
 def test_ramp_and_shares(cot):
-    source = chains(lora_model(), cot, markovian_ramp_steps=10, grpo_advantage="none")
+    source = chains(cot_model(), cot, markovian_ramp_steps=10, grpo_advantage="none")
     weights = [np.array(source.at(step)[0][0][0]["answer_weights"]).max() for step in (0, 5, 30)]
     assert weights[0] == 0 and weights[1] == pytest.approx(weights[2] / 2)
     assert (share_of_answers(np.array([-1.0, -9]), "mean") == 1).all()
@@ -300,7 +269,7 @@ def test_ramp_and_shares(cot):
 def test_spread_floor_and_bound(cot):
     """Groups that hardly differ stay small; one chain at -40 nats is bounded; flat ones are live
     for the answer term only."""
-    source = chains(lora_model(), cot, grpo_group_size=16, batch_size=16)
+    source = chains(cot_model(), cot, grpo_group_size=16, batch_size=16)
     tiny, far = np.full((1, 16), -2.0), np.full((1, 16), -2.0)
     tiny[0, 0], far[0, 0] = -2.01, -40
     from_rewards = lambda r: group_of(source, r)
@@ -310,7 +279,7 @@ def test_spread_floor_and_bound(cot):
     assert np.array(wild["advantages"]).min() >= -5
     flat = from_rewards(np.full((1, 16), -2.0))
     assert source.is_live(flat) and not flat.advantages.any()
-    assert not chains(lora_model(), cot, markovian_answer_weight=0.0).is_live(flat)
+    assert not chains(cot_model(), cot, markovian_answer_weight=0.0).is_live(flat)
 
 
 def group_of(source, rewards):
@@ -326,7 +295,7 @@ def group_of(source, rewards):
 
 def test_evaluation_and_its_controls(cot):
     """An answerer that knows nothing: controls are there, every share has its interval."""
-    model = lora_model()
+    model = cot_model()
     cfg = config(method="markovian", chain_tokens=5, max_completion_tokens=3)
     rows = evaluate_chains(model, cot, QUESTIONS, cfg)
     q = [encode_question(p, cot, True) for p in QUESTIONS]
@@ -345,7 +314,7 @@ def test_evaluation_and_its_controls(cot):
 
 def test_what_does_not_fit_is_an_error(cot):
     """Never truncated: not in training, not in evaluation."""
-    model = lora_model()
+    model = cot_model()
     long = make_question("Add the numbers.", " + ".join(["7"] * 60), "420")
     for cfg in (config(method="markovian", chain_tokens=20),
                 config(method="markovian", chain_tokens=20, markovian=False)):
@@ -437,18 +406,10 @@ def test_other_methods_refuse_questions(write_config, cot_folder):
 def llama3_1_folder(llama3, tmp_path_factory):
     """Llama 3.1's architecture (scaled RoPE, 4 query heads a key head, untied), small and random,
     with its kind of tokenizer."""
-    folder = tmp_path_factory.mktemp("models") / "llama3_1"
-    folder.mkdir()
     raw = json.loads((GOLDEN / "llama3_1" / "config.json").read_text()) | {
         "vocab_size": 900, "max_position_embeddings": 4096, "num_hidden_layers": 2,
         "num_attention_heads": 8, "head_dim": 16, "num_key_value_heads": 2}
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        (folder / name).write_bytes((llama3 / name).read_bytes())
-    (folder / "config.json").write_text(json.dumps(raw))
-    mx.random.seed(0)
-    model = Llama(parse_args(raw, "test"))
-    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
-    return folder
+    return write_model(tmp_path_factory.mktemp("models") / "llama3_1", raw, llama3)
 
 
 CONFIGS = sorted(p.name for p in (ROOT / "configs").glob("llama3_1_8b_markovian_*.yaml"))
@@ -487,7 +448,6 @@ def test_every_data_set_has_its_config():
 
 def test_perturbations():
     """The exact share of characters; digits never by themselves; the rest untouched."""
-    import random
     text, rng = " 12 + 7 = 19 and 30", random.Random(0)
     n = len(text)
     for kind in KINDS:

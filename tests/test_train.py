@@ -77,7 +77,7 @@ def test_accumulation_equals_one_batch(tokenizer):
     problems = sample_train(config(data_wordings=("symbolic", "worded")))[:64]
     results = []
     for parts in (1, 4):
-        model = small_model(tokenizer)
+        model = small_model()
         cfg = config(full=True, steps=3, batch_size=32, grad_accum_steps=parts, lr=1e-2,
                      mask_prompt=False)
         metrics, _ = steps(model, cfg, problems, tokenizer)
@@ -99,7 +99,7 @@ def test_adamw_and_clipping_against_numpy(model, tokenizer):
     cfg = config(full=True, steps=2, batch_size=8, lr=1e-3, weight_decay=0.1, grad_clip=0.5,
                  lr_schedule="constant")
     problems, name = sample_train(cfg)[:16], "model.layers.0.mlp.up_proj.weight"
-    start = small_model(tokenizer)
+    start = small_model()
     weight = np.array(dict(tree_flatten(start.parameters()))[name]).astype(np.float64)
     metrics, _ = steps(model, cfg, problems, tokenizer)
     batch = Batches(tokenized(problems, tokenizer), cfg).at(0)[0]
@@ -110,7 +110,7 @@ def test_adamw_and_clipping_against_numpy(model, tokenizer):
     g = grads[name] * 0.5 / norm
     m, v = 0.1 * g, 0.001 * g * g
     one = weight * (1 - 1e-3 * 0.1) - 1e-3 * (m / 0.1) / (np.sqrt(v / 0.001) + 1e-8)
-    model_one = small_model(tokenizer)
+    model_one = small_model()
     steps(model_one, config(**{**vars(cfg), "steps": 1}), problems, tokenizer)
     ours = dict(tree_flatten(model_one.parameters()))[name]
     np.testing.assert_allclose(np.array(ours), one, atol=2e-5)
@@ -255,7 +255,7 @@ def test_ctrl_c_saves_and_exits_130(write_config):
 
 
 def test_not_finite_stops_before_the_optimizer_moves(tokenizer, write_config):
-    model = small_model(tokenizer)
+    model = small_model()
     cfg = config(full=True, steps=1, batch_size=8)
     model.model.norm.weight = model.model.norm.weight * float("nan")
     before = {k: np.array(v) for k, v in tree_flatten(model.parameters())}
