@@ -40,10 +40,12 @@ def load_openblas() -> str:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc's malloc serve large blocks from its heap and never trim it; elsewhere nothing."""
+    """Have glibc's malloc serve blocks below 32 MiB from its heap and never trim it."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 0)             # M_MMAP_MAX: no block gets a mapping of its own
+        # M_MMAP_THRESHOLD, at its maximum: only larger blocks, whose arithmetic takes longer than
+        # their pages, get a mapping of their own; it goes back at once and leaves no holes
+        libc.mallopt(-3, 32 << 20)
         libc.mallopt(-1, -1)            # M_TRIM_THRESHOLD: the heap's top is not given back
         libc.mallopt(-2, 64 << 20)      # M_TOP_PAD: it grows by 64 MiB at a time
 

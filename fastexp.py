@@ -29,13 +29,13 @@ def cephes_exp(x: mx.array) -> mx.array:
     return (p * r * r + r + 1) * power_of_two
 
 
-def silu_by_exp(x: mx.array) -> mx.array:
-    return x / (1 + cephes_exp(-x))
+def swiglu_by_exp(gate: mx.array, up: mx.array) -> mx.array:
+    return gate / (1 + cephes_exp(-gate)) * up
 
 
-def silu_gradient(x: mx.array, cotangent: mx.array) -> mx.array:
-    s = 1 / (1 + cephes_exp(-x))
-    return cotangent * s * (1 + x * (1 - s))
+def swiglu_gradients(gate: mx.array, up: mx.array, cotangent: mx.array) -> tuple:
+    s = 1 / (1 + cephes_exp(-gate))
+    return cotangent * up * s * (1 + gate * (1 - s)), cotangent * gate * s
 
 
 def linux_cpu() -> bool:
@@ -50,14 +50,20 @@ def make_exp():
     return exp
 
 
-def make_silu():
-    """silu(x) = x sigmoid(x) for float32; other types take MLX's own."""
-    fast, gradient = mx.custom_function(mx.compile(silu_by_exp)), mx.compile(silu_gradient)
-    fast.vjp(lambda x, cotangent, _: gradient(x, cotangent))
-    return lambda x: fast(x) if x.dtype == mx.float32 else nn.silu(x)
+def make_swiglu():
+    """silu(gate) * up for float32; other types take MLX's own.
+
+    Two things are kept for the gradient, gate and up; autodiff would keep silu(gate) as well.
+    """
+    fast, gradients = mx.custom_function(mx.compile(swiglu_by_exp)), mx.compile(swiglu_gradients)
+    fast.vjp(lambda primals, cotangent, _: gradients(*primals, cotangent))
+    return lambda gate, up: fast(gate, up) if gate.dtype == mx.float32 else nn.silu(gate) * up
 
 
-exp, silu = (make_exp(), make_silu()) if linux_cpu() else (mx.exp, nn.silu)
+if linux_cpu():
+    exp, swiglu = make_exp(), make_swiglu()
+else:
+    exp, swiglu = mx.exp, lambda gate, up: nn.silu(gate) * up
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array, scale: float,
@@ -74,18 +80,35 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float,
 
 def attention_by_exp(q: mx.array, k: mx.array, v: mx.array, scale: float,
                      mask: mx.array | str | None) -> mx.array:
-    """softmax(q k^T * scale) v, twice as fast as MLX's there."""
-    (B, H, T, d), (K, S) = q.shape, k.shape[1:3]
-    # the H / K queries of one key-value head make one matrix: fewer, larger products
-    scores = (q * scale).reshape(B, K, H // K * T, d) @ k.transpose(0, 1, 3, 2)
-    scores = scores.reshape(B, H, T, S)
+    """softmax(q k^T * scale) v, twice as fast as MLX's there.
+
+    Of its (B, H, T, S) arrays only the softmax is kept for the gradient.
+    """
+    (B, H, T), (K, S) = q.shape[:3], k.shape[1:3]
     if isinstance(mask, str):
         mask = mx.arange(S) <= mx.arange(S - T, S)[:, None]     # the last query sees the last key
-    if mask is not None:
-        scores = mx.where(mask, scores, -1e9)
-    weights = exp(scores - mx.stop_gradient(mx.max(scores, axis=-1, keepdims=True)))
-    weights = weights / weights.sum(-1, keepdims=True)
-    return (weights.reshape(B, K, H // K * T, S) @ v).reshape(B, H, T, d)
+    # the H / K queries of one key-value head make one matrix: fewer, larger products
+    grouped, apart = (B, K, H // K * T, -1), (B, H, T, -1)
+
+    @mx.custom_function
+    def attend(q, k, v):
+        scores = ((q * scale).reshape(grouped) @ k.transpose(0, 1, 3, 2)).reshape(apart)
+        if mask is not None:
+            scores = mx.where(mask, scores, -1e9)
+        weights = exp(scores - mx.max(scores, axis=-1, keepdims=True))
+        weights = (weights / weights.sum(-1, keepdims=True)).reshape(grouped)
+        return (weights @ v).reshape(apart), weights
+
+    @attend.vjp
+    def gradients(primals, cotangents, outputs):
+        (q, k, v), dy, weights = primals, cotangents[0].reshape(grouped), outputs[1]
+        dweights = dy @ v.transpose(0, 1, 3, 2)
+        dscores = weights * (dweights - (dweights * weights).sum(-1, keepdims=True)) * scale
+        transposed = lambda x: x.transpose(0, 1, 3, 2)
+        return ((dscores @ k).reshape(q.shape), transposed(dscores) @ q.reshape(grouped),
+                transposed(weights) @ dy)
+
+    return attend(q, k, v)[0]
 
 
 def fold(reduce, x: mx.array) -> mx.array:
@@ -103,3 +126,30 @@ def logsumexp(x: mx.array) -> mx.array:
     # stop_gradient: the shift cancels in value and gradient
     top = mx.stop_gradient(fold(mx.max, x))
     return top + mx.log(fold(mx.sum, exp(x - top[..., None])))
+
+
+def log_softmax_at(logits: mx.array, tokens: mx.array) -> mx.array:
+    """log softmax(logits) at one token each: (..., V) float32, (...) -> (...).
+
+    Autodiff would hold four more arrays of the logits' size for its gradient, onehot - softmax.
+    """
+    chosen = lambda x: mx.take_along_axis(x, tokens[..., None], axis=-1)[..., 0]
+    if exp is mx.exp:
+        return chosen(logits) - mx.logsumexp(logits, axis=-1)
+
+    @mx.custom_function
+    def forward(logits):
+        total = logsumexp(logits)
+        return chosen(logits) - total, total
+
+    @forward.vjp
+    def gradient(logits, cotangents, outputs):
+        is_chosen = mx.arange(logits.shape[-1]) == tokens[..., None]
+        return softmax_gradient(logits, is_chosen, outputs[1][..., None], cotangents[0][..., None])
+
+    return forward(logits)[0]
+
+
+@mx.compile
+def softmax_gradient(logits, is_chosen, total, cotangent):
+    return cotangent * (is_chosen - cephes_exp(logits - total))

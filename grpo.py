@@ -283,8 +283,9 @@ class Rollouts:
     def _score(self, arrays: dict[str, mx.array]) -> mx.array:
         resid = self.model.completion_resid(arrays["prompts"], arrays.get("start"),
                                             arrays["completions"])
-        logits = self.model.head(resid) / self.cfg.grpo_temperature
-        return token_logprobs(logits, arrays["completions"])            # (N, C)
+        return self.model.read_logits(                                  # (N, C)
+            lambda logits, tokens: token_logprobs(logits / self.cfg.grpo_temperature, tokens),
+            resid, arrays["completions"])
 
     def at(self, step: int) -> tuple[list[list[dict[str, mx.array]]], dict]:
         """Sample, reward and compare; returns (updates, metrics), an update being micro-batches.

@@ -21,16 +21,8 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from config import BadInput, Config, load_config, run_main, write_text
-from model import (
-    Llama,
-    check_tensors,
-    load,
-    quantize,
-    read_json,
-    read_safetensors,
-    save_model,
-    save_safetensors,
-)
+from hub import read_json, read_safetensors
+from model import Llama, check_tensors, load, quantize, save_model, save_safetensors
 from tokenizer import Tokenizer
 
 MODULES = {**{t: f"self_attn.{t}_proj" for t in "qkvo"},

@@ -16,7 +16,7 @@ and the answer term of Markovian training.
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 
-from fastexp import exp, logsumexp
+from fastexp import exp, log_softmax_at, logsumexp
 
 
 def token_logprobs(logits: mx.array, tokens: mx.array) -> mx.array:
@@ -26,9 +26,7 @@ def token_logprobs(logits: mx.array, tokens: mx.array) -> mx.array:
     returns  (...) float32, by logsumexp: log(softmax + eps) would floor at log(eps) and lose the
              gradient there
     """
-    logits = logits.astype(mx.float32)
-    chosen = mx.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-    return chosen - logsumexp(logits)
+    return log_softmax_at(logits.astype(mx.float32), tokens)
 
 
 def gather_positions(resid: mx.array, positions: mx.array) -> mx.array:
@@ -39,17 +37,16 @@ def gather_positions(resid: mx.array, positions: mx.array) -> mx.array:
     return mx.take_along_axis(resid, positions[..., None], axis=1)
 
 
-def masked_cross_entropy(logits: mx.array, targets: mx.array, mask: mx.array,
-                         denominator: mx.array) -> mx.array:
+def masked_cross_entropy(logprobs: mx.array, mask: mx.array, denominator: mx.array) -> mx.array:
     """Sum of -log p(target) where mask is 1, over a denominator that the caller fixes, in nats.
 
-    logits   (..., V);  targets, mask  (...)
+    logprobs, mask  of one shape
     The denominator is the target count of the whole step, not of this micro-batch, so that
     micro-batches of unequal counts add up to exactly the mean over the step. (A mean of means would
     weigh short micro-batches too much.)
     example  log-probs [-1, -3, -2], mask [1, 1, 0], denominator 2 -> 2.0
     """
-    return -(token_logprobs(logits, targets) * mask).sum() / denominator
+    return -(logprobs * mask).sum() / denominator
 
 
 def dual_reward_loss(class_loss: mx.array, answer_loss: mx.array, weight: mx.array) -> mx.array:

@@ -120,8 +120,9 @@ def answer_rewards(model: Llama, arrays: dict[str, mx.array]) -> mx.array:
     At temperature 1 and float32 whatever the chains were sampled with.
     """
     resid = model.completion_resid(arrays["shown"], arrays.get("shown_start"), arrays["tails"])
-    logits = model.head(gather_positions(resid, arrays["positions"]))           # (N, A, V)
-    return (token_logprobs(logits, arrays["answers"]) * arrays["share"]).sum(1)
+    logprobs = model.read_logits(token_logprobs, gather_positions(resid, arrays["positions"]),
+                                 arrays["answers"])                             # (N, A)
+    return (logprobs * arrays["share"]).sum(1)
 
 
 def share_of_answers(rewards: np.ndarray, average: str) -> np.ndarray:

@@ -25,16 +25,16 @@ import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from huggingface_hub import errors as hub_errors
-from huggingface_hub import snapshot_download
 from mlx.utils import tree_flatten
 from safetensors import SafetensorError, safe_open
 
 from config import BadInput, replace_file, write_bytes
-from fastexp import attention, silu
+from fastexp import attention, swiglu
+from hub import find_folder, read_json, read_safetensors, weight_files
 from tokenizer import load_tokenizer
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+LOGITS_AT_ONCE = 2 ** 22     # 16 MiB
 Edit = dict[int, Callable[[mx.array], mx.array]]     # tap -> what to make of the stream there
 FAMILIES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
 
@@ -165,7 +165,7 @@ class KVCache:
 
     def _rows(self, pick, capacity: int) -> "KVCache":
         cache = KVCache(capacity, None if self.start is None else pick(self.start))
-        cache.update(pick(self.keys[:, :, :self.offset]), pick(self.values[:, :, :self.offset]))
+        cache.update(*(pick(x[:, :, :self.offset]) for x in (self.keys, self.values)))
         return cache
 
 
@@ -217,7 +217,22 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(F, D, bias=args.mlp_bias)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+def checkpoint(fn, *modules: nn.Module):
+    """fn, whose inner results the backward pass computes again instead of keeping them.
+
+    modules  what fn reads weights of. `mx.checkpoint` differentiates arguments alone: trainable
+             weights that fn just closes over would get gradient 0, without a word
+    source   Chen 1604.06174
+    """
+    def run(weights, *args):
+        for module, own in zip(modules, weights):
+            module.update(own)
+        return fn(*args)
+
+    return lambda *args: mx.checkpoint(run)([m.trainable_parameters() for m in modules], *args)
 
 
 class Block(nn.Module):
@@ -234,9 +249,40 @@ class Block(nn.Module):
         """The stream between the block's halves: attention has written, the MLP has not."""
         return resid + self.self_attn(self.input_layernorm(resid), cache)
 
-    def __call__(self, resid: mx.array, cache: KVCache | None = None) -> mx.array:
-        resid = self.attend(resid, cache)
+    def transform(self, resid: mx.array) -> mx.array:
+        """The block's second half: the MLP reads the stream and adds to it, each position alone."""
         return resid + self.mlp(self.post_attention_layernorm(resid))
+
+    def __call__(self, resid: mx.array, cache: KVCache | None = None,
+                 recompute: str = "none") -> mx.array:
+        """resid (B, T, D) -> (B, T, D).
+
+        recompute  what the backward pass computes again instead of keeping: none; mlp: the second
+                   half, whose F-wide products are most of a block's activations; block: both
+        """
+        if recompute == "block":
+            return self.recomputed(resid, cache)
+        resid = self.attend(resid, cache)
+        if recompute == "mlp":
+            return checkpoint(self.transform, self.post_attention_layernorm, self.mlp)(resid)
+        return self.transform(resid)
+
+    def recomputed(self, resid: mx.array, cache: KVCache | None) -> mx.array:
+        """The whole block, nothing kept but what goes in and out, keys and values included."""
+        if cache is None:
+            return checkpoint(self, self)(resid)
+
+        offset = cache.offset   # now: `run` runs again in the backward pass
+
+        def run(resid, *past):
+            own = KVCache(cache.capacity, cache.start)
+            own.keys, own.values, own.offset = *(past or (None, None)), offset
+            return self(resid, own), own.keys, own.values
+
+        past = (cache.keys, cache.values) if offset else ()
+        resid, cache.keys, cache.values = checkpoint(run, self)(resid, *past)
+        cache.offset += resid.shape[1]
+        return resid
 
 
 class Body(nn.Module):
@@ -252,7 +298,7 @@ class Body(nn.Module):
 class Llama(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
-        self.args = args
+        self.args, self.recompute = args, "none"
         self.model = Body(args)
         if not args.tie_word_embeddings:
             self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
@@ -271,7 +317,9 @@ class Llama(nn.Module):
         yield resid
         caches = cache or [None] * len(self.model.layers)
         for tap, (block, block_cache) in enumerate(zip(self.model.layers, caches), 1):
-            resid = edit.get(tap, unchanged)(block(resid, block_cache))
+            # the last block's activations are wanted at once: keeping them costs nothing
+            recompute = self.recompute if tap < len(caches) else "none"
+            resid = edit.get(tap, unchanged)(block(resid, block_cache, recompute))
             yield resid
 
     def final_resid(self, tokens: mx.array, cache: list[KVCache] | None = None,
@@ -294,6 +342,22 @@ class Llama(nn.Module):
         if self.args.tie_word_embeddings:
             return self.model.embed_tokens.as_linear(normed)
         return self.lm_head(normed)
+
+    def read_logits(self, read, resid: mx.array, tokens: mx.array):
+        """read(head(resid), tokens): resid (B, A, D), tokens (B, A) -> what read gives, (B, A).
+
+        With `recompute` the logits, by far the largest arrays of a model with 128,256 tokens, exist
+        for LOGITS_AT_ONCE numbers at a time, once for the value and again for the gradient.
+        """
+        rows = max(1, LOGITS_AT_ONCE // self.args.vocab_size)
+        if self.recompute == "none" or tokens.size <= rows:
+            return read(self.head(resid), tokens)
+        resid, flat = resid.reshape(-1, resid.shape[-1]), tokens.reshape(-1)
+        table = self.model.embed_tokens if self.args.tie_word_embeddings else self.lm_head
+        parts = [checkpoint(lambda part, i=i: read(self.head(part), flat[i:i + rows]),
+                            self.model.norm, table)(resid[i:i + rows])
+                 for i in range(0, tokens.size, rows)]
+        return mx.concatenate(parts).reshape(tokens.shape)
 
     def __call__(self, tokens: mx.array, cache: list[KVCache] | None = None,
                  edit: Edit | None = None) -> mx.array:
@@ -327,79 +391,6 @@ class Llama(nn.Module):
 
 # --------------------------------------------------------------------------------------------------
 # from a folder or a Hub name to a model
-
-
-def find_folder(name: str | Path) -> Path:
-    """A local folder as it is, else the Hub's, from cache or network; BadInput says what to run."""
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    parts = str(name).split("/")
-    if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~", "models", "runs"):
-        raise BadInput(f"no model folder {str(name)!r} (from {Path.cwd()}); give a folder in the "
-                       "Hub's layout, or a Hub name such as meta-llama/Llama-3.2-1B")
-    fetch = f"run `.venv/bin/hf download {name}` where there is a network, or give a local folder"
-    try:
-        # weights, configs and tokenizers only: nothing that could be executed
-        return Path(snapshot_download(
-            str(name), allow_patterns=["*.json", "*.safetensors", "tokenizer.model"],
-            ignore_patterns=["*/*"]))
-    except hub_errors.GatedRepoError:
-        raise BadInput(f"{name} is gated: accept its licence at https://huggingface.co/{name}, "
-                       "then run `.venv/bin/hf auth login`") from None
-    except hub_errors.RepositoryNotFoundError:
-        raise BadInput(
-            f"no folder {str(name)!r} here and no such model on the Hub; check the spelling, or "
-            "for a private or gated model run `.venv/bin/hf auth login`") from None
-    except (hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled):
-        raise BadInput(f"no folder {str(name)!r} here, {name} is not in the Hub cache, "
-                       f"and the Hub is not reachable; {fetch}") from None
-    except (hub_errors.HfHubHTTPError, OSError) as error:
-        raise BadInput(f"the Hub did not deliver {name} ({' '.join(str(error).split())[:200]}); "
-                       f"{fetch}") from None
-
-
-def read_json(path: Path) -> dict:
-    """Read a JSON object; raises BadInput naming the file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadInput(f"{path} is missing; expected a folder in the Hub's layout "
-                       "(config.json, *.safetensors, tokenizer)") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path} is not valid JSON ({error}); fetch it again") from None
-    if not isinstance(value, dict):
-        raise BadInput(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """A model folder's safetensors files: the shards that its index names, or model.safetensors."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        files = sorted({folder / name for name in read_json(index).get("weight_map", {}).values()})
-        missing = [f.name for f in files if not f.exists()]
-        if missing or not files:
-            raise BadInput(f"{index} names shards that are missing: {', '.join(missing) or 'all'}; "
-                           "fetch the model again")
-        return files
-    if not (folder / "model.safetensors").exists():
-        raise BadInput(f"{folder} has no model.safetensors and no model.safetensors.index.json; "
-                       "only safetensors weights are read")
-    return [folder / "model.safetensors"]
-
-
-def read_safetensors(path: Path) -> dict[str, mx.array]:
-    """Read one file; raises BadInput if truncated or corrupt (MLX notices late, or not at all)."""
-    try:
-        with safe_open(path, framework="numpy"):  # checks the header and that all bytes are there
-            pass
-        return mx.load(str(path))
-    except FileNotFoundError:
-        raise BadInput(f"{path} is missing") from None
-    except (SafetensorError, RuntimeError, OSError) as error:
-        raise BadInput(f"{path} is truncated or corrupt ({' '.join(str(error).split())}); "
-                       "fetch or write it again") from None
 
 
 def check_tensors(found: dict[str, mx.array], expected: dict[str, mx.array], where: str) -> None:
@@ -465,7 +456,7 @@ def load(path_or_hub_name: str | Path, dtype: str | mx.Dtype | None = None,
                   only config.json and the tokenizer are read
     raises        BadInput
     """
-    folder = find_folder(path_or_hub_name)
+    folder = find_folder(path_or_hub_name, weights=not from_scratch)
     model = Llama(parse_args(read_json(folder / "config.json"), str(folder / "config.json")))
     if from_scratch:
         init_weights(model)
@@ -512,7 +503,7 @@ def save_safetensors(path: Path, arrays: dict[str, mx.array],
 
 def save_model(model: Llama, folder: Path, source: str | Path) -> None:
     """Write a folder in the Hub's layout: weights; config and tokenizer copied from the source."""
-    origin = find_folder(source)
+    origin = find_folder(source, weights=False)
     raw = read_json(origin / "config.json")
     raw["torch_dtype"] = raw["dtype"] = str(model.model.norm.weight.dtype).removeprefix("mlx.core.")
     for file in origin.iterdir():

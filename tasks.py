@@ -43,6 +43,7 @@ from data import (
     side_of,
     stable_hash,
 )
+from hub import one_line
 from tokenizer import Tokenizer, load_tokenizer
 
 HIDDEN = "<redacted>"
@@ -218,7 +219,7 @@ def find_files(data: str, data_folder: str, split: str) -> list[Path]:
                                             revision=source.revision, allow_patterns=source.files))
         except Exception as error:  # the Hub's, the HTTP library's, the disk's: all mean the same
             raise BadInput(f"data = {data}: the Hub did not deliver {source.repo} "
-                           f"({' '.join(str(error).split())[:120]}); {fetch}") from None
+                           f"({one_line(error)[:120]}); {fetch}") from None
     subset = folder / source.files.split("/")[0]
     folder = subset if subset.is_dir() else folder
     # "train-00000-of-00001.parquet", "train/0000.parquet", "train.jsonl"
@@ -244,7 +245,7 @@ def read_rows(path: Path) -> list[dict]:
             return json.loads(text)
         return [json.loads(line) for line in text.splitlines() if line.strip()]
     except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise BadInput(f"could not read {path} ({' '.join(str(error).split())[:120]}); "
+        raise BadInput(f"could not read {path} ({one_line(error)[:120]}); "
                        "fetch it again") from None
 
 

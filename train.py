@@ -55,6 +55,7 @@ from eval import (
     summarize_lens,
 )
 from grpo import CollapseGuard, Rollouts
+from hub import read_safetensors
 from lora import apply_lora, load_base, root_model, save_adapters
 from losses import (
     answer_reward_loss,
@@ -67,7 +68,7 @@ from losses import (
     token_logprobs,
 )
 from markovian import Chains, answer_rewards, evaluate_chains, summarize_chains
-from model import Llama, check_tensors, read_safetensors, save_model, save_safetensors
+from model import Llama, check_tensors, save_model, save_safetensors
 from tasks import load_split
 from tokenizer import Tokenizer
 
@@ -106,9 +107,9 @@ def supervised_loss(cfg: Config, block: int, model: Llama, batch: dict[str, mx.a
         if tap == block + 1:
             class_resid = resid
     # only the positions that the loss reads are unembedded: (B, A, V), not (B, T, V)
-    answer_logits = model.head(gather_positions(resid, positions))
-    answer_loss = masked_cross_entropy(
-        answer_logits, batch["targets"], batch["target_mask"], n_targets)
+    answer_logprobs = model.read_logits(
+        token_logprobs, gather_positions(resid, positions), batch["targets"])
+    answer_loss = masked_cross_entropy(answer_logprobs, batch["target_mask"], n_targets)
     if cfg.method == "sft":
         return answer_loss, {"answer_loss": answer_loss}
     # a head call of its own, not one for both: with class_weight 0 the answer's arithmetic is
@@ -116,7 +117,7 @@ def supervised_loss(cfg: Config, block: int, model: Llama, batch: dict[str, mx.a
     class_logits = model.head(gather_positions(
         class_resid, batch["class_positions"][:, None]))[:, 0]          # (B, V)
     class_loss = masked_cross_entropy(
-        class_logits, batch["class_ids"], batch["row_mask"], n_rows)
+        token_logprobs(class_logits, batch["class_ids"]), batch["row_mask"], n_rows)
     is_right = mx.argmax(class_logits, axis=-1) == batch["class_ids"]
     class_right = (is_right * batch["row_mask"]).sum() / n_rows
     loss = dual_reward_loss(class_loss, answer_loss, mx.array(cfg.class_weight))
@@ -132,8 +133,8 @@ def rollout_loss(cfg: Config, model: Llama, batch: dict[str, mx.array]):
     """
     tokens, weights, shares = batch["completions"], batch["weights"], batch["shares"]  # (N, C)
     resid = model.completion_resid(batch["prompts"], batch.get("start"), tokens)
-    logits = model.head(resid) / cfg.grpo_temperature                   # (N, C, V)
-    logprobs = token_logprobs(logits, tokens)                           # (N, C)
+    score = lambda logits, tokens: token_logprobs(logits / cfg.grpo_temperature, tokens)
+    logprobs = model.read_logits(score, resid, tokens)                  # (N, C)
     # the first update of a step trains the very policy that sampled: the ratio is exactly 1,
     # and only its gradient counts. Afterwards the kept log-probabilities are the old ones
     now = mx.stop_gradient(logprobs)
@@ -159,7 +160,9 @@ def rollout_loss(cfg: Config, model: Llama, batch: dict[str, mx.array]):
             ratio = mx.stop_gradient(mx.exp(mx.clip(logprobs - old, -20, 20)))
             loss = loss + cfg.grpo_kl_weight * (weights * ratio * kl["kl_k2"]).sum()
     if cfg.grpo_entropy_weight:
-        loss = loss - cfg.grpo_entropy_weight * (weights * token_entropy(logits)).sum()
+        spread = lambda logits, _: token_entropy(logits / cfg.grpo_temperature)
+        loss = loss - cfg.grpo_entropy_weight * (
+            weights * model.read_logits(spread, resid, tokens)).sum()
     if "answer_weights" in batch:   # Markovian: the half of the gradient that the policy term lacks
         answer_loss = answer_reward_loss(answer_rewards(model, batch), batch["answer_weights"])
         loss, parts["answer_loss"] = loss + answer_loss, answer_loss

@@ -20,17 +20,38 @@ def test_extremes():
     assert 1e38 < ends[2] < np.inf and np.isnan(ends[3])
 
 
-@pytest.mark.parametrize("make", [fastexp.make_silu, lambda: fastexp.silu])
-def test_silu_and_gradient(make):
-    """The written form and the platform's choice, against x / (1 + e^-x) in float64."""
-    silu, x = make(), np.array([-200, -50, -20, -3, -0.1, 0, 0.1, 3, 20, 200], np.float32)
-    x64 = x.astype(np.float64)
+@pytest.mark.parametrize("make", [fastexp.make_swiglu, lambda: fastexp.swiglu])
+def test_swiglu_and_gradients(make):
+    """The written form and the platform's choice, against u x / (1 + e^-x) in float64."""
+    swiglu, x = make(), np.array([-200, -50, -20, -3, -0.1, 0, 0.1, 3, 20, 200], np.float32)
+    up = np.linspace(-2, 3, len(x)).astype(np.float32)
+    x64, up64 = x.astype(np.float64), up.astype(np.float64)
     s = 1 / (1 + np.exp(-x64))
-    np.testing.assert_allclose(np.array(silu(mx.array(x))), x64 * s, rtol=1e-6, atol=1e-7)
-    grad = mx.grad(lambda x: (silu(x) * 2).sum())(mx.array(x))
-    np.testing.assert_allclose(np.array(grad), 2 * s * (1 + x64 * (1 - s)), rtol=1e-6, atol=1e-7)
-    half = silu(mx.array(x).astype(mx.bfloat16))  # another type keeps its type
-    assert half.dtype == mx.bfloat16
+    close = lambda a, b: np.testing.assert_allclose(np.array(a), b, rtol=1e-6, atol=1e-7)
+    close(swiglu(mx.array(x), mx.array(up)), x64 * s * up64)
+    grads = mx.grad(lambda *a: (swiglu(*a) * 2).sum(), argnums=(0, 1))(mx.array(x), mx.array(up))
+    close(grads[0], 2 * up64 * s * (1 + x64 * (1 - s)))
+    close(grads[1], 2 * x64 * s)
+    half = swiglu(mx.array(x).astype(mx.bfloat16), mx.array(up).astype(mx.bfloat16))
+    assert half.dtype == mx.bfloat16    # another type keeps its type
+
+
+def test_log_softmax_at_one_token():
+    """Value and gradient onehot - softmax in float64, logits of any size, inside mx.compile too."""
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(3, 4, 1000)) * 30).astype(np.float32)
+    tokens, weights = rng.integers(0, 1000, (3, 4)), rng.normal(size=(3, 4))
+    x64 = x.astype(np.float64)
+    log_softmax = x64 - x64.max(-1, keepdims=True)
+    log_softmax -= np.log(np.exp(log_softmax).sum(-1, keepdims=True))
+    at = np.take_along_axis(log_softmax, tokens[..., None], -1)[..., 0]
+    value = lambda x: fastexp.log_softmax_at(x, mx.array(tokens))
+    np.testing.assert_allclose(np.array(value(mx.array(x))), at, rtol=1e-5, atol=1e-5)
+    onehot = np.arange(1000) == tokens[..., None]
+    expected = (onehot - np.exp(log_softmax)) * weights[..., None]
+    grad = mx.grad(lambda x: (value(x) * mx.array(weights.astype(np.float32))).sum())
+    for way in (grad, mx.compile(grad)):
+        np.testing.assert_allclose(np.array(way(mx.array(x))), expected, atol=1e-5)
 
 
 def test_logsumexp_and_gradient():

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 FILES = sorted(p.name for p in ROOT.glob("*.py"))
-LEVELS = [("blas", "config", "stats", "answers"), ("fastexp", "tokenizer", "plot"),
+LEVELS = [("blas", "config", "stats", "answers"), ("fastexp", "tokenizer", "plot", "hub"),
           ("losses", "model", "data"),
           ("lora", "findings", "tasks"), ("generate",), ("lens", "grpo"), ("markovian",),
           ("eval", "perturb"), ("train", "probe"), ("bench", "results", "study"),

@@ -8,10 +8,11 @@ import shutil
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import FAMILIES, GOLDEN, assert_one_clear_line, run
+from conftest import FAMILIES, GOLDEN
 
 from config import BadInput
-from model import load, parse_args, read_safetensors, rope_periods
+from hub import read_safetensors
+from model import load, parse_args, rope_periods
 
 
 @pytest.fixture(params=FAMILIES)
@@ -195,45 +196,3 @@ def test_truncated_file_is_noticed(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(whole[:5000])
     with pytest.raises(BadInput, match="truncated or corrupt"):
         read_safetensors(tmp_path / "x.safetensors")
-
-
-# --- Hub names
-
-
-def test_hub_name_from_a_prepared_cache(tmp_path):
-    """A model known by its Hub name loads without a network.
-
-    The cache has its own layout, where refs/main names a snapshot.
-    """
-    home = tmp_path / "hub" / "models--someone--golden-llama"
-    shutil.copytree(GOLDEN / "llama3_2", home / "snapshots" / "abc123")
-    (home / "refs").mkdir()
-    (home / "refs" / "main").write_text("abc123")
-    code = "from model import load; m, _ = load('someone/golden-llama'); print(m.args.vocab_size)"
-    done = run("-c", code, check=0, HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(tmp_path / "hub"))
-    assert done.stdout.strip() == "320"
-
-
-def test_hub_name_without_network_or_folder(tmp_path):
-    done = run("lens.py", "--ckpt", "someone/else", "--prompt", "x",
-               HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(tmp_path))
-    assert_one_clear_line(done, "someone/else", "not in the Hub cache", "hf download someone/else")
-    done = run("lens.py", "--ckpt", "models/none", "--prompt", "x")
-    assert_one_clear_line(done, "no model folder 'models/none'")
-
-
-def test_gated_without_token(monkeypatch):
-    """The Hub's own exception for a gated repository becomes the two commands that mend it."""
-    import httpx2
-    from huggingface_hub.errors import GatedRepoError
-
-    import model
-
-    def gated(*args, **kwargs):
-        request = httpx2.Request("GET", "https://huggingface.co")
-        raise GatedRepoError("403", response=httpx2.Response(403, request=request))
-    monkeypatch.setattr(model, "snapshot_download", gated)
-    with pytest.raises(BadInput) as error:
-        model.load("meta-llama/Llama-3.2-1B")
-    assert "https://huggingface.co/meta-llama/Llama-3.2-1B" in str(error.value)
-    assert "hf auth login" in str(error.value)
