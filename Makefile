@@ -14,7 +14,7 @@ run: .venv/ready  ## train dual-reward on the bundled model and show the classif
 	$(PY) train.py configs/dual_reward.yaml
 
 test: .venv/ready_dev  ## all tests, offline
-	$(PY) -m pytest -q
+	OPENBLAS_NUM_THREADS=1 $(PY) -m pytest -q -n 2
 
 lint: .venv/ready_dev  ## ruff
 	$(PY) -m ruff check .
@@ -27,6 +27,9 @@ results: .venv/ready  ## every number of docs/training.md: three seeds of each m
 
 markovian: .venv/ready  ## every number of RESULTS.md's part on Markovian training (an hour on two cores)
 	$(PY) markovian_results.py
+
+fullsize: .venv/ready  ## load, train, look into and sample models of 1B, 8B and 32B shapes (random weights; half an hour, 12 GB of disk)
+	$(PY) fullsize.py
 
 tiny: .venv/ready  ## train the bundled base model from scratch again (40 minutes on two cores)
 	$(PY) data.py tokenizer models/tiny
@@ -41,4 +44,4 @@ tiny_cot: .venv/ready  ## the same for the one that can write chains (20 minutes
 clean:  ## remove the virtual environment and all runs
 	rm -rf .venv runs
 
-.PHONY: help setup run test lint study results markovian tiny tiny_cot clean
+.PHONY: help setup run test lint study results markovian fullsize tiny tiny_cot clean

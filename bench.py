@@ -33,9 +33,10 @@ from generate import sample
 from grpo import Rollouts
 from lens import read_prompts
 from lora import apply_lora
+from memory import peak_gib
 from model import Llama, init_weights, load, parse_args, save_safetensors
 from plot import read_records
-from train import compile_step, make_loss, peak_gib, take_step
+from train import compile_step, make_loss, take_step
 
 TRAINING = {"train_sft": "configs/sft.yaml", "train_sft_full": "configs/sft_full.yaml",
             "train_dual_reward": "configs/dual_reward.yaml"}

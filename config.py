@@ -20,6 +20,7 @@ import yaml
 
 METHODS = ("sft", "dual_reward", "grpo", "markovian")
 ON_POLICY = ("grpo", "markovian")     # methods that train on their own samples
+BITS, GROUP_SIZES = (2, 3, 4, 5, 6, 8), (32, 64, 128)    # what MLX's affine quantisation has
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 # keys that only some methods read; in another method's config they would do nothing,
 # so they are refused
@@ -46,7 +47,8 @@ class Config:
     seed: int = 0                   # LoRA's start, data sampling and order
     # float32 | bfloat16 | float16; null: float32 on CPU, the checkpoint's on GPU
     dtype: str | None = None
-    bits: int | None = None         # 4 or 8: quantise the frozen base (QLoRA)
+    bits: int | None = None         # 2, 3, 4, 5, 6 or 8: quantise the frozen base (QLoRA)
+    bits_group_size: int = 64       # weights that share a scale: 32, 64 or 128
     # random weights of model's config.json instead of its checkpoint
     from_scratch: bool = False
 
@@ -130,6 +132,15 @@ class Config:
     # word_boundary (letters)
     chain_extraction: str = "anchored"
 
+    # --- memory
+    # activations that the backward pass computes again: none | mlp (a quarter more time) | block
+    # (a third more); both also bound the logits that exist at once
+    recompute: str = "none"
+    memory_limit_gib: float | None = None   # what a run may take; null: what the machine has
+    # several processes (mlx.launch): how long one may stay silent; the first looks inside meanwhile
+    worker_timeout_s: int = 1800
+    cache_limit_gib: float | None = None    # of freed memory that MLX keeps; null: MLX's own
+
     # --- looking inside, and saving
     eval_every_steps: int = 50      # validation accuracy; 0: never
     eval_prompts: int = 200         # validation prompts for the accuracy on the way
@@ -146,7 +157,8 @@ class Config:
 
 
 CHOICES = {
-    "method": METHODS, "dtype": ("float32", "bfloat16", "float16"), "bits": (4, 8),
+    "method": METHODS, "dtype": ("float32", "bfloat16", "float16"), "bits": BITS,
+    "bits_group_size": GROUP_SIZES, "recompute": ("none", "mlp", "block"),
     "lr_schedule": ("cosine", "constant"),
     "data_operations": ("add", "subtract", "multiply", "divide"),
     "data_wordings": ("symbolic", "worded", "asked", "asked_worded", "masked"),
@@ -167,7 +179,7 @@ AT_LEAST = {"data_samples": 0, "data_context_tokens": 1, "data_target_tokens": 1
             "grpo_dual_clip": 0, "grpo_kl_weight": 0, "grpo_entropy_weight": 0, "grpo_epochs": 1,
             "grpo_minibatches": 1, "grpo_kl_stop": 0, "grpo_spread_floor": 0,
             "markovian_answer_weight": 0, "markovian_ramp_steps": 0, "chain_tokens": 1,
-            "max_completion_tokens": 1,
+            "max_completion_tokens": 1, "worker_timeout_s": 1,
             "seed": 0, "lr": 0}
 
 

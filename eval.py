@@ -243,7 +243,8 @@ def make_report(ckpt: str | Path, with_base: bool, compare: str | None = None,
               "seed": cfg.seed, **judge(model, tokenizer, cfg),
               "config": resolved(cfg), "versions": provenance()}
     if with_base and report["method"] != "none" and not cfg.from_scratch:
-        base_model, base_tokenizer = load_base(cfg.model, cfg.dtype, cfg.bits)
+        base_model, base_tokenizer = load_base(cfg.model, cfg.dtype, cfg.bits,
+                                               group_size=cfg.bits_group_size)
         report["base"] = {"ckpt": cfg.model, **judge(base_model, base_tokenizer, cfg)}
     if compare:
         other_model, other_tokenizer, _ = load_checkpoint(compare)

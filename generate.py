@@ -82,12 +82,13 @@ def choose(logits: mx.array, uniform: mx.array | None, temperature: float, top_k
 
 def sample(model: Llama, tokenizer: Tokenizer, prompts: list[list[int]],
            max_completion_tokens: int, group: int = 1, temperature: float = 0.0, top_k: int = 0,
-           top_p: float = 1.0, key: mx.array | None = None,
-           many_lines: bool = False) -> list[Completion]:
+           top_p: float = 1.0, key: mx.array | None = None, many_lines: bool = False,
+           before: int = 0, after: int = 0) -> list[Completion]:
     """Complete every prompt `group` times, until EOS, a line break or the limit.
 
     many_lines   only EOS ends a completion
     key      MLX random key; the same key gives the same completions, however rows are batched
+    before   prompts that other processes complete with this key, in front of these; after: behind
     returns  len(prompts) * group completions, a prompt's in a row, in the prompts' order
     raises   BadInput if a prompt does not fit the context
     """
@@ -96,7 +97,9 @@ def sample(model: Llama, tokenizer: Tokenizer, prompts: list[list[int]],
     ends = tokenizer.eos_ids if many_lines else tokenizer.stop_ids
     is_stop[[i for i in ends if i < len(is_stop)]] = True
     stop_table = mx.array(is_stop)
-    uniforms = mx.random.uniform(shape=(len(prompts) * group, max_completion_tokens), key=key)
+    uniforms = mx.random.uniform(
+        shape=((before + len(prompts) + after) * group, max_completion_tokens), key=key)
+    uniforms = uniforms[before * group:(before + len(prompts)) * group]
     pick = lambda logits, u: choose(logits, u, temperature, top_k, top_p)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     room = TOKENS_PER_BATCH // (max(map(len, prompts)) + max_completion_tokens)

@@ -27,6 +27,7 @@ import numpy as np
 
 from config import BadInput, Config
 from data import Problem, grade
+from distributed import rank, share, size
 from generate import Completion, check_context, left_pad, sample
 from lora import adapters_off, fused_for_decoding
 from losses import gather_positions, token_logprobs
@@ -251,6 +252,19 @@ class Group:
     spread: float               # what the advantages were divided by
 
 
+def exchange(done: list[Completion], judged: dict[str, np.ndarray]
+             ) -> tuple[list[Completion], dict[str, np.ndarray]]:
+    """All processes' completions and what was judged of them, in the order of the prompts."""
+    if size() == 1:
+        return done, judged
+    parts = share([[[c.ids, c.text, c.finished, c.logprobs.tolist(), c.entropies.tolist()]
+                    for c in done], {name: values.tolist() for name, values in judged.items()}])
+    done = [Completion(ids, text, finished, *(np.array(x, np.float32) for x in kept))
+            for rows, _ in parts for ids, text, finished, *kept in rows]
+    return done, {name: np.concatenate([np.array(part[name]) for _, part in parts])
+                  for name in judged}
+
+
 class Rollouts:
     """Batches sampled from the model as it is now.
 
@@ -323,32 +337,42 @@ class Rollouts:
         """Whether an update can learn anything from a group."""
         return bool(group.advantages.any())
 
-    def judge(self, asked: list[Problem], done: list[Completion]) -> tuple[np.ndarray, dict]:
-        """Rewards (N,) of N completions, and what to report of them."""
+    def judge(self, asked: list[Problem], done: list[Completion]) -> dict[str, np.ndarray]:
+        """N completions' `reward`, its parts as reward_NAME, and `right`; (N,) each."""
         if self.reward is None:
             rewards, parts = self_reward(self.model, self.tokenizer, asked, done), []
         else:
             scored = [score_completion(self.reward, p, c) for p, c in zip(asked, done)]
             rewards, parts = np.array([r for r, _ in scored]), [p for _, p in scored]
         right = np.array([grade(p.answer, c.text, c.finished) for p, c in zip(asked, done)])
-        lengths = np.array([len(c.ids) for c in done])
+        return {"reward": rewards, "right": right, **{
+            f"reward_{n}": np.array([p[n] for p in parts]) for n in (parts[0] if parts else {})}}
+
+    def summarize(self, judged: dict[str, np.ndarray], done: list[Completion]) -> dict:
+        """What to report of N judged completions."""
+        right, lengths = judged["right"], np.array([len(c.ids) for c in done])
         of = lambda which: float(lengths[which].mean()) if which.any() else None
-        return rewards, {
-            **{f"reward_{n}": float(np.mean([p[n] for p in parts]))
-               for n in (parts[0] if parts else {})},
-            "accuracy": float(right.mean()), "length_right": of(right), "length_wrong": of(~right)}
+        return {**{n: float(v.mean()) for n, v in judged.items() if n.startswith("reward_")},
+                "accuracy": float(right.mean()), "length_right": of(right),
+                "length_wrong": of(~right)}
 
     def rollout(self) -> tuple[list[Group], dict]:
-        """Draw P problems, sample G completions of each, reward them; (groups, metrics)."""
+        """Draw P problems, sample G completions of each, reward them; (groups, metrics).
+
+        Of several processes each takes P / size() problems, and all get all completions.
+        """
         cfg, G = self.cfg, self.cfg.grpo_group_size
         drawn = draw_problems(self.problems, cfg.seed, self.position, self.P)
-        prompts = [ids for _, ids in drawn]
+        each = self.P // size()
+        before, own = rank() * each, drawn[rank() * each:(rank() + 1) * each]
         key = mx.random.key((cfg.seed << 32) + self.position)
         with fused_for_decoding(self.model):
-            done = sample(self.model, self.tokenizer, prompts, self.limit, G,
-                          cfg.grpo_temperature, key=key, many_lines=self.many_lines)
-        rewards, parts = self.judge([p for p, _ in drawn for _ in range(G)], done)
+            done = sample(self.model, self.tokenizer, [ids for _, ids in own], self.limit, G,
+                          cfg.grpo_temperature, key=key, many_lines=self.many_lines,
+                          before=before, after=self.P - before - each)
+        done, judged = exchange(done, self.judge([p for p, _ in own for _ in range(G)], done))
         self.position += self.P     # not before: a reward that raised is asked again after resuming
+        rewards = judged["reward"]
         table = rewards.reshape(-1, G)
         groups = self.compare(drawn, done, table)
         lengths = np.array([len(c.ids) for c in done])
@@ -356,7 +380,8 @@ class Rollouts:
         self.totals = len(done) / cfg.grpo_minibatches, lengths.sum() / cfg.grpo_minibatches
         metrics = {
             "reward": float(rewards.mean()), "reward_std": float(rewards.std()),
-            "reward_min": float(rewards.min()), "reward_max": float(rewards.max()), **parts,
+            "reward_min": float(rewards.min()), "reward_max": float(rewards.max()),
+            **self.summarize(judged, done),
             "flat_groups": float(flat_groups(table).mean()), "length": float(lengths.mean()),
             "truncated": float(np.mean([not c.finished for c in done])),
             "entropy": float(np.mean(np.concatenate([c.entropies for c in done]))),
@@ -388,20 +413,21 @@ class Rollouts:
             for chosen in np.array_split(order, n_updates):
                 if not len(chosen):
                     continue
-                parts = [p.tolist() for p in np.array_split(chosen, n_parts) if len(p)]
-                size = max(map(len, parts))
-                size = min(-(-size // PAD_GROUPS) * PAD_GROUPS, -(-self.P // n_parts))
+                parts = [p.tolist() for p in np.array_split(chosen, n_parts)]
+                parts = [p for p in parts if p or size() > 1]   # as many for every process
+                n_groups = -(-max(map(len, parts)) // PAD_GROUPS) * PAD_GROUPS
+                n_groups = min(n_groups, -(-self.P // n_parts))
                 tokens = sum(len(c.ids) for i in chosen for c in live[i].completions)
                 stale = epoch > 0 or len(updates) > 0
-                updates.append([self.make_arrays([live[i] for i in part], size, tokens, stale)
-                                for part in parts])
+                updates.append([self.make_arrays([live[i] for i in part], live[chosen[0]], n_groups,
+                                                 tokens, stale) for part in parts[rank()::size()]])
         return updates
 
-    def make_arrays(self, groups: list[Group], size: int, update_tokens: int,
+    def make_arrays(self, groups: list[Group], filler: Group, n_groups: int, update_tokens: int,
                     stale: bool) -> dict[str, mx.array]:
-        """One micro-batch, filled up to `size` groups with copies that weigh nothing."""
+        """One micro-batch, filled up to n_groups with copies of `filler` that weigh nothing."""
         cfg, n = self.cfg, len(groups)
-        groups = groups + [groups[0]] * (size - n)
+        groups = groups + [filler] * (n_groups - n)
         done = [c for g in groups for c in g.completions]
         longest = max(len(c.ids) for c in done)
         C = min(-(-longest // 4) * 4, self.limit)

@@ -159,7 +159,7 @@ class Chains(Rollouts):
     def is_live(self, group: Group) -> bool:
         return self.cfg.markovian_answer_weight > 0 or super().is_live(group)
 
-    def judge(self, asked: list[Problem], done: list[Completion]) -> tuple[np.ndarray, dict]:
+    def judge(self, asked: list[Problem], done: list[Completion]) -> dict[str, np.ndarray]:
         """Rewards by the scorer; the other's beside them: the frozen judge cannot be bent."""
         G, rewards = self.cfg.grpo_group_size, {"actor": [], "frozen": []}
         rows = G * -(-self.P // (self.cfg.grpo_minibatches * self.cfg.grad_accum_steps))
@@ -169,11 +169,13 @@ class Chains(Rollouts):
             rewards["actor"].append(np.array(self.actor(arrays)))
             with adapters_off(self.model):
                 rewards["frozen"].append(np.array(self.frozen(arrays)))
-        actor, frozen = (np.concatenate(rewards[name]) for name in ("actor", "frozen"))
-        return {"actor": actor, "frozen": frozen}[self.cfg.markovian_scorer], {
-            "actor_reward": float(actor.mean()), "frozen_reward": float(frozen.mean()),
-            "actor_reward_p10": float(np.quantile(actor, 0.1)),
-            "frozen_reward_p10": float(np.quantile(frozen, 0.1))}
+        judged = {name: np.concatenate(parts) for name, parts in rewards.items()}
+        return judged | {"reward": judged[self.cfg.markovian_scorer]}
+
+    def summarize(self, judged: dict[str, np.ndarray], done: list[Completion]) -> dict:
+        return {name: value for judge in ("actor", "frozen") for name, value in
+                ((f"{judge}_reward", float(judged[judge].mean())),
+                 (f"{judge}_reward_p10", float(np.quantile(judged[judge], 0.1))))}
 
     def compare(self, drawn: list[tuple[Problem, list[int]]], done: list[Completion],
                 rewards: np.ndarray) -> list[Group]:
@@ -181,14 +183,15 @@ class Chains(Rollouts):
         return [replace(g, advantages=np.clip(g.advantages, -MAX_ADVANTAGE, MAX_ADVANTAGE))
                 for g in super().compare(drawn, done, rewards)]
 
-    def make_arrays(self, groups: list[Group], size: int, update_tokens: int,
+    def make_arrays(self, groups: list[Group], filler: Group, n_groups: int, update_tokens: int,
                     stale: bool) -> dict[str, mx.array]:
         """GRPO's micro-batch, and for the answer term its scoring rows and what each counts."""
-        cfg, arrays = self.cfg, super().make_arrays(groups, size, update_tokens, stale)
+        cfg = self.cfg
+        arrays = super().make_arrays(groups, filler, n_groups, update_tokens, stale)
         if weight := cfg.markovian_answer_weight:
             if cfg.markovian_ramp_steps:
                 weight *= min(1.0, self.step / cfg.markovian_ramp_steps)
-            filled = groups + [groups[0]] * (size - len(groups))
+            filled = groups + [filler] * (n_groups - len(groups))
             counts = np.concatenate([share_of_answers(g.rewards, cfg.markovian_average) / g.spread
                                      for g in filled]).astype(np.float32)
             arrays |= answer_arrays([self.questions[g.problem] for g in filled],

@@ -25,12 +25,21 @@ import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 from safetensors import SafetensorError, safe_open
 
 from config import BadInput, replace_file, write_bytes
 from fastexp import attention, swiglu
-from hub import find_folder, read_json, read_safetensors, weight_files
+from hub import find_folder, one_line, open_weights, read_json
+from quant import (
+    HalfEmbedding,
+    HalfLinear,
+    QuantizedLinear,
+    check_settings,
+    make_room,
+    settings_of,
+    stored_settings,
+)
 from tokenizer import load_tokenizer
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
@@ -413,20 +422,54 @@ def default_dtype() -> mx.Dtype | None:
     return mx.float32 if mx.default_device() == mx.Device(mx.cpu) else None
 
 
-def load_weights(model: Llama, folder: Path, dtype: mx.Dtype | None) -> None:
-    """Put the checkpoint's tensors into the model, every one accounted for."""
-    weights = {}
-    for file in weight_files(folder):
-        weights.update(read_safetensors(file))
+def load_weights(model: Llama, folder: Path, raw: dict, dtype: mx.Dtype | None = None,
+                 bits: int | None = None, group_size: int = 64) -> None:
+    """Put the checkpoint's tensors into the model, every one accounted for, layer by layer.
+
+    MLX reads a tensor when it is evaluated, not before. So a model that is quantised here never
+    exists whole: memory peaks at the quantised size plus one layer.
+    """
+    found = {}
+    for file in sorted(set(open_weights(folder).values())):
+        found |= mx.load(str(file))
     # derived, in old checkpoints
-    weights = {k: v for k, v in weights.items() if not k.endswith("rotary_emb.inv_freq")}
+    found = {k: v for k, v in found.items() if not k.endswith("rotary_emb.inv_freq")}
     if model.args.tie_word_embeddings:
-        weights.pop("lm_head.weight", None)  # some exporters store the tied matrix twice
-    check_tensors(weights, dict(tree_flatten(model.parameters())), str(folder))
-    kind = dtype or default_dtype()
-    model.load_weights([(k, v.astype(kind) if kind else v) for k, v in weights.items()])
-    # reads the files now, so that a vanishing disk fails here and not in step 1
-    mx.eval(model.parameters())
+        # some exporters store the tied matrix twice
+        found = {k: v for k, v in found.items() if not k.startswith("lm_head.")}
+    kind, where = dtype or default_dtype(), f"{folder}/config.json"
+    stored = stored_settings(raw, where)
+    if stored:
+        if bits and (bits, group_size) != settings_of("", stored):
+            raise BadInput(f"bits = {bits} in groups of {group_size}: {folder} is already "
+                           f"quantised to {stored['bits']} bits in groups of "
+                           f"{stored['group_size']}; leave bits out, or load the unquantised model")
+        make_room(model, found, stored, kind or mx.bfloat16, where)
+    check_tensors(found, dict(tree_flatten(model.parameters())), str(folder))
+    # where memory is scarce, a float32 model's tables stay in the 16 bits they come in
+    keep_half = (bits or stored) and dtype is None and kind == mx.float32
+    layers = tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
+    for i, (path, layer) in enumerate(layers):
+        own = {name: found.pop(f"{path}.{name}") for name, _ in tree_flatten(layer.parameters())}
+        is_half = own["weight"].dtype in (mx.bfloat16, mx.float16)
+        cast = {k: v if v.dtype == mx.uint32 or not kind else v.astype(kind)    # codes stay codes
+                for k, v in own.items()}
+        if bits and not stored and isinstance(layer, nn.Linear) and path != "lm_head":
+            check_settings(bits, group_size, own["weight"].shape[1], f"{folder}: {path}")
+            layer = QuantizedLinear.pack(cast["weight"], cast.get("bias"), bits, group_size)
+        elif keep_half and is_half and isinstance(layer, nn.Embedding):
+            layer = HalfEmbedding(own["weight"])
+        elif keep_half and is_half and path == "lm_head":
+            layer = HalfLinear(own["weight"])
+        else:
+            layer.update(cast)
+        layers[i] = path, layer
+        try:
+            mx.eval(layer.parameters())
+        except RuntimeError as error:
+            raise BadInput(f"could not read {path} of {folder} ({one_line(error)}); "
+                           "fetch the model again") from None
+    model.update_modules(tree_unflatten(layers))
 
 
 def init_weights(model: Llama) -> None:
@@ -446,37 +489,28 @@ def init_weights(model: Llama) -> None:
 
 
 def load(path_or_hub_name: str | Path, dtype: str | mx.Dtype | None = None,
-         bits: int | None = None, from_scratch: bool = False):
+         bits: int | None = None, from_scratch: bool = False, group_size: int = 64):
     """Return (model, tokenizer) from a folder or Hub name; tokenizer None where there is none.
 
+    path_or_hub_name  also NAME@REVISION; a checkpoint that is quantised, in mlx-community's layout,
+                  stays so
     dtype         float32, bfloat16, float16, or None: float32 on CPU, the checkpoint's on GPU
-    bits          4 or 8 quantises the blocks' linear layers in groups of 64 (affine);
-                  embedding and unembedding stay
+    bits          2, 3, 4, 5, 6 or 8 quantises the blocks' linear layers, in groups of group_size
+                  (32, 64, 128); embedding and unembedding stay, on a CPU in their own 16 bits
     from_scratch  random weights from MLX's current random state;
                   only config.json and the tokenizer are read
     raises        BadInput
     """
     folder = find_folder(path_or_hub_name, weights=not from_scratch)
-    model = Llama(parse_args(read_json(folder / "config.json"), str(folder / "config.json")))
+    raw = read_json(folder / "config.json")
+    model = Llama(parse_args(raw, str(folder / "config.json")))
     if from_scratch:
         init_weights(model)
     else:
-        load_weights(model, folder, DTYPES[dtype] if isinstance(dtype, str) else dtype)
-    if bits:
-        quantize(model, bits)
+        load_weights(model, folder, raw, DTYPES[dtype] if isinstance(dtype, str) else dtype, bits,
+                     group_size)
     model.eval()
     return model, load_tokenizer(folder)
-
-
-def quantize(model: Llama, bits: int) -> None:
-    """Quantise the blocks' linear layers in place; raises BadInput on widths 64 does not divide."""
-    wrong = sorted({m.weight.shape[-1] for _, m in model.model.named_modules()
-                    if isinstance(m, nn.Linear) and m.weight.shape[-1] % 64})
-    if wrong:
-        raise BadInput(f"bits = {bits}: quantised layers need input widths that divide by 64; "
-                       f"this model has {wrong}")
-    nn.quantize(model.model, group_size=64, bits=bits,
-                class_predicate=lambda _, m: isinstance(m, nn.Linear))
 
 
 def save_safetensors(path: Path, arrays: dict[str, mx.array],
@@ -505,6 +539,7 @@ def save_model(model: Llama, folder: Path, source: str | Path) -> None:
     """Write a folder in the Hub's layout: weights; config and tokenizer copied from the source."""
     origin = find_folder(source, weights=False)
     raw = read_json(origin / "config.json")
+    raw.pop("quantization", None), raw.pop("quantization_config", None)     # the weights are plain
     raw["torch_dtype"] = raw["dtype"] = str(model.model.norm.weight.dtype).removeprefix("mlx.core.")
     for file in origin.iterdir():
         if file.name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",

@@ -310,7 +310,8 @@ def do_run(run: Run, size: dict) -> None:
             train(cfg, with_base=False)
         model, tokenizer, _ = load_checkpoint(run.folder)
     else:
-        model, tokenizer = load_base(cfg.model, cfg.dtype, cfg.bits)
+        model, tokenizer = load_base(cfg.model, cfg.dtype, cfg.bits,
+                                     group_size=cfg.bits_group_size)
     trained = time.perf_counter() - start
     result = measure(model, tokenizer, cfg, size)
     result |= {"condition": run.condition, "seed": run.seed, "steps": cfg.steps,

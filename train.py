@@ -13,15 +13,20 @@ run that was killed continues bit for bit from its last saved state: the same co
 or gradient that is not finite stops the run before the optimizer has moved. A GRPO step samples its
 batch from the weights as they are, and may hold several updates; its guards skip instead of stop.
 """
+import fcntl
+import hashlib
 import json
-import resource
+import os
+import shutil
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
@@ -32,6 +37,8 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from safetensors import safe_open
 from tqdm import tqdm
 
+import distributed
+import memory
 import plot
 from config import (
     ON_POLICY,
@@ -55,7 +62,7 @@ from eval import (
     summarize_lens,
 )
 from grpo import CollapseGuard, Rollouts
-from hub import read_safetensors
+from hub import find_folder, read_json, read_safetensors
 from lora import apply_lora, load_base, root_model, save_adapters
 from losses import (
     answer_reward_loss,
@@ -69,12 +76,16 @@ from losses import (
 )
 from markovian import Chains, answer_rewards, evaluate_chains, summarize_chains
 from model import Llama, check_tensors, save_model, save_safetensors
+from quant import is_quantized
 from tasks import load_split
 from tokenizer import Tokenizer
 
-RUN_FILES = ("config.yaml", "metrics.jsonl", "state.safetensors", "adapters.safetensors",
-             "adapter_config.json", "model.safetensors", "config.json", "report.json",
-             "emergence.png", "curves.png", "failed_batch.json")
+# in the order in which overwrite=true removes them, a kill in between leaving nothing to continue;
+# config.yaml is replaced, last
+RUN_FILES = ("state.safetensors", "report.json", "metrics.jsonl", "best", "adapters.safetensors",
+             "adapter_config.json", "config.json", "model.safetensors", "emergence.png",
+             "curves.png", "failed_batch.json", "config.yaml")
+LOCK = ".lock"
 BAR_KEYS = ("loss", "answer_loss", "class_loss", "class_accuracy", "reward", "entropy", "kl_k3",
             "tokens_per_s", "peak_gib")
 MAX_MEAN_RATIO = 10  # of a GRPO update; above it the samples say nothing about the policy
@@ -195,27 +206,103 @@ def lr_at(step: int, cfg: Config) -> float:
 # the run folder: everything that a later command, or a later life of this one, needs
 
 
-def open_run(cfg: Config) -> Path:
-    """Make or re-open the run folder; raises BadInput rather than overwrite something else."""
+@contextmanager
+def open_run(cfg: Config) -> Iterator[Path]:
+    """Make or re-open the run folder; within, no other process can.
+
+    raises   BadInput rather than overwrite something else, or train beside another process
+    """
     folder = Path(cfg.run_dir)
-    if cfg.overwrite:
-        for name in RUN_FILES:
-            (folder / name).unlink(missing_ok=True)
-    if (folder / "config.yaml").exists():
-        stored = resolved(load_config(folder / "config.yaml"))
-        differ = [f"{k} was {stored.get(k)!r}, is {v!r}" for k, v in resolved(cfg).items()
-                  if k != "run_dir" and stored.get(k) != v]
-        differ += [f"{k} was {v!r}, is not used" for k, v in stored.items()
-                   if k not in resolved(cfg)]
-        if differ:
-            raise BadInput(f"{folder} holds a run with another config ({'; '.join(differ)}); "
-                           "give another run_dir, or overwrite=true to start over")
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    config = folder / "config.yaml"
+    check_is_run(folder)    # before a file is made in it
+    with lock_run(folder) as lock:
+        if config.exists() and not cfg.overwrite:
+            check_same_run(cfg, config)
+        try:
+            lock.truncate(0)
+            lock.write(f"{os.getpid()} on {os.uname().nodename}\n")
+            lock.flush()
+            remove_leftovers(folder)
+            if cfg.overwrite:
+                for name in RUN_FILES:
+                    if name != config.name and (folder / name).exists():
+                        # aside first, or best/ would be seen half removed
+                        os.replace(folder / name, folder / f".{name}.tmp")
+                        remove_leftovers(folder)
+        except OSError as error:
+            raise unwritable(folder, error) from None
+        if cfg.overwrite or not config.exists():
+            write_text(config, dump(cfg))
+        yield folder
+
+
+def check_is_run(folder: Path) -> None:
+    """Raises BadInput where run_dir is something other than a run: it would be written into."""
+    try:
+        names = {path.name for path in folder.iterdir()}
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        names = {folder.name}
+    except OSError as error:
+        raise unwritable(folder, error) from None
+    # a run that was killed as it began holds no more than these two
+    if "config.yaml" not in names and names - {LOCK, ".config.yaml.tmp"}:
         raise BadInput(f"run_dir = {folder} exists and is not a run folder "
                        "(it has no config.yaml); give another run_dir")
-    else:
-        write_text(folder / "config.yaml", dump(cfg))
-    return folder
+
+
+def check_same_run(cfg: Config, config: Path) -> None:
+    """Raises BadInput where the folder's config.yaml says something else than cfg."""
+    stored = resolved(load_config(config))
+    differ = [f"{k} was {stored.get(k)!r}, is {v!r}" for k, v in resolved(cfg).items()
+              if k != "run_dir" and stored.get(k) != v]
+    differ += [f"{k} was {v!r}, is not used" for k, v in stored.items() if k not in resolved(cfg)]
+    if differ:
+        raise BadInput(f"{config.parent} holds a run with another config ({'; '.join(differ)}); "
+                       "give another run_dir, or overwrite=true to start over")
+
+
+def unwritable(folder: Path, error: OSError) -> BadInput:
+    return BadInput(f"run_dir = {folder} cannot be written ({error.strerror}); "
+                    "give another run_dir, or mend that")
+
+
+def lock_run(folder: Path, kind: int = fcntl.LOCK_EX) -> TextIO:
+    """Open and lock the folder's .lock, which holds the pid; closing the file unlocks it.
+
+    The kernel does so too when the process ends, by kill -9 as well. The file is never deleted:
+    two processes could then each hold one of that name.
+    kind     LOCK_SH only asks: several may at once
+    raises   BadInput where another process holds it
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / LOCK, "a+")
+    except OSError as error:
+        raise unwritable(folder, error) from None
+    try:
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
+        return lock
+    except BlockingIOError:
+        lock.seek(0)
+        message = (f"another process trains in {folder} (pid {lock.read().strip() or 'unknown'}); "
+                   "wait until it ends, kill it, or give another run_dir")
+    except OSError as error:    # some network file systems
+        message = (f"{folder} cannot be locked against a second process ({error.strerror}); "
+                   "give a run_dir on another disk")
+    lock.close()
+    raise BadInput(message)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of saves that a kill cut off."""
+    for place in (folder, folder / "best"):
+        for path in [*place.glob(".*.tmp"), *place.glob(".*.tmp.safetensors")]:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def state_arrays(model: Llama, optimizer: optim.Optimizer) -> dict[str, mx.array]:
@@ -232,19 +319,46 @@ def restore_arrays(arrays: dict[str, mx.array], model: Llama, optimizer: optim.O
     optimizer.state = tree_unflatten(pick("optimizer."))
 
 
-def save_state(folder: Path, step: int, model: Llama, optimizer: optim.Optimizer,
-               cfg: Config, source) -> None:
-    """Write all that continuing needs as one file, by one rename: kill -9 leaves no mixture."""
+def hash_inputs(model: Llama, source: Batches | Rollouts, valid: list) -> dict[str, str]:
+    """Tell apart what a run reads and does not store: frozen weights, and its rows as tokens.
+
+    A Hub name or a data folder may stand for something else when the run is continued.
+    """
+    trained = dict(tree_flatten(model.trainable_parameters()))
+    sums = {}
+    for name, array in tree_flatten(model.parameters()):
+        if name not in trained:
+            # whole numbers: their sum is the same in any order, on any device. As few as can be,
+            # since MLX widens short ones before it adds
+            kind = mx.uint32 if array.nbytes % 4 == 0 else mx.uint8
+            sums[name] = array.reshape(-1).view(kind).sum().item()
+    rows = source.problems if isinstance(source, Rollouts) else source.rows
+    data = hashlib.sha256()
+    for row in [*rows, *valid]:
+        data.update(repr(row).encode())
+    return {"model": hashlib.sha256(repr(sorted(sums.items())).encode()).hexdigest()[:16],
+            "data": data.hexdigest()[:16]}
+
+
+def save_state(folder: Path, model: Llama, optimizer: optim.Optimizer, cfg: Config, source,
+               inputs: dict[str, str], metrics: "Metrics", step: int) -> None:
+    """Write the weights, then all that continuing needs as one file, each by one rename.
+
+    kill -9 leaves no mixture, and what the state counts as done is on the disk before it.
+    """
+    save_weights(folder, model, cfg)
+    metrics.sync()
     arrays = state_arrays(model, optimizer)
     # random state and data position are functions of these two (data.Batches.at)
-    about = {"step": str(step), "seed": str(cfg.seed)}
+    about = {"step": str(step), "seed": str(cfg.seed), **inputs}
     if cfg.method in ON_POLICY:
         arrays |= {f"best.{k}": v for k, v in source.best.items()}
         about |= {"position": str(source.position), "guard": json.dumps(asdict(source.guard))}
     save_safetensors(folder / "state.safetensors", arrays, about)
 
 
-def load_state(folder: Path, model: Llama, optimizer: optim.Optimizer, source) -> int:
+def load_state(folder: Path, model: Llama, optimizer: optim.Optimizer, source,
+               inputs: dict[str, str]) -> int:
     """Restore weights, optimizer and batch source in place; returns the steps done, 0 if none."""
     path = folder / "state.safetensors"
     if not path.exists():
@@ -257,9 +371,14 @@ def load_state(folder: Path, model: Llama, optimizer: optim.Optimizer, source) -
     best = {k.removeprefix("best."): v for k, v in arrays.items() if k.startswith("best.")}
     arrays = {k: v for k, v in arrays.items() if not k.startswith("best.")}
     check_tensors(arrays, state_arrays(model, optimizer), str(path))
-    restore_arrays(arrays, model, optimizer)
     with safe_open(path, framework="numpy") as file:
         about = file.metadata()
+    changed = [name for name, value in inputs.items() if about.get(name, value) != value]
+    if changed and not (folder / "report.json").exists():
+        raise BadInput(f"cannot continue {folder}: its {' and '.join(changed)} changed since it "
+                       "began, and it would end elsewhere; put back what it began with, or give "
+                       "another run_dir, or overwrite=true to start over")
+    restore_arrays(arrays, model, optimizer)
     if "guard" in about:
         source.best, source.position = best, int(about["position"])
         source.guard = CollapseGuard(**json.loads(about["guard"]))
@@ -267,11 +386,33 @@ def load_state(folder: Path, model: Llama, optimizer: optim.Optimizer, source) -
 
 
 def save_weights(folder: Path, model: Llama, cfg: Config) -> None:
-    """Write what eval.py, lens.py and others load: the adapter, or the whole model."""
-    if cfg.full:
-        save_model(model, folder, root_model(cfg.model))
-    else:
+    """Write what eval.py, lens.py and others load: the adapter, or the whole model.
+
+    The weights are one file and one rename; what stands beside them does not change in a run.
+    """
+    if not cfg.full:
         save_adapters(model, cfg, folder)
+    elif (folder / "config.json").exists():     # save_model's last
+        save_safetensors(folder / "model.safetensors", dict(tree_flatten(model.parameters())))
+    else:
+        save_model(model, folder, root_model(cfg.model))
+
+
+def log_inspection(folder: Path, metrics: "Metrics", seen: dict, model: Llama,
+                   cfg: Config) -> None:
+    """Append an inspection to metrics.jsonl; above every earlier accuracy, keep the weights: best/.
+
+    best/ is a run folder for eval.py and the others, and step.json says of which step. Like the
+    records it may be ahead of the state: continuing comes to the same step again.
+    """
+    earlier = [r["valid_accuracy"] for r in metrics.records if r.get("valid_accuracy") is not None]
+    metrics.log(seen)
+    accuracy, best = seen.get("valid_accuracy"), folder / "best"
+    if accuracy is not None and all(accuracy > value for value in earlier):
+        write_text(best / "config.yaml", (folder / "config.yaml").read_text(encoding="utf-8"))
+        save_weights(best, model, cfg)
+        write_text(best / "step.json", json.dumps(
+            {"step": seen["step"], "valid_accuracy": accuracy}) + "\n")
 
 
 class Metrics:
@@ -291,9 +432,18 @@ class Metrics:
 
     def log(self, record: dict) -> None:
         self.records.append(record)
+        self._append(json.dumps(record) + "\n")
+
+    def sync(self) -> None:
+        """Make the lines durable: a power cut must not leave a state without its records."""
+        self._append("", sync=True)
+
+    def _append(self, text: str, sync: bool = False) -> None:
         try:
             with open(self.path, "a") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(text)
+                if sync:
+                    os.fsync(file.fileno())
         except OSError as error:
             raise BadInput(f"could not write {self.path} ({error.strerror}); free some disk space, "
                            "then run the same command again") from None
@@ -303,21 +453,20 @@ class Metrics:
 # the loop
 
 
-def peak_gib() -> float:
-    """Peak memory in GiB: the device's on a GPU, the process' on a CPU, where MLX overcounts."""
-    if mx.default_device() != mx.Device(mx.cpu):
-        return mx.get_peak_memory() / 2**30
-    per_gib = 2**30 if sys.platform == "darwin" else 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / per_gib
-
-
 def prepare_model(cfg: Config) -> tuple[Llama, Tokenizer]:
     """Load the base, make LoRA's arrays or all weights trainable; random numbers from cfg.seed."""
     mx.random.seed(cfg.seed)
-    model, tokenizer = load_base(cfg.model, cfg.dtype, cfg.bits, cfg.from_scratch)
+    memory.check_weights(cfg, read_json(
+        find_folder(root_model(cfg.model), weights=False) / "config.json"))
+    model, tokenizer = load_base(cfg.model, cfg.dtype, cfg.bits, cfg.from_scratch,
+                                 cfg.bits_group_size)
+    model.recompute = cfg.recompute
     if tokenizer is None:
         raise BadInput(f"{cfg.model} has no tokenizer.model and no tokenizer.json; "
                        "add the model's own")
+    if cfg.full and is_quantized(model):
+        raise BadInput(f"full: true cannot train {cfg.model}, whose weights are quantised; train "
+                       "LoRA, or take the unquantised model")
     if not cfg.full:
         apply_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
     mx.eval(model.parameters())
@@ -361,6 +510,7 @@ def take_step(step: int, micro_batches: list[dict[str, mx.array]], loss_and_grad
             metrics[name] = combine(metrics[name], value) if name in metrics else value
         # or the graph, and with it all activations, of every micro-batch would be held at once
         mx.eval(grads, metrics)
+    grads, metrics = distributed.sum_up(grads, metrics)
     norm = mx.sqrt(sum((g.astype(mx.float32) ** 2).sum() for _, g in tree_flatten(grads)))
     metrics = {name: value.item() for name, value in {**metrics, "grad_norm": norm}.items()}
     finite = np.isfinite([metrics["loss"], metrics["grad_norm"]]).all()
@@ -436,8 +586,8 @@ def next_updates(source: Batches | Rollouts, step: int, cfg: Config) -> tuple[li
         return source.at(step)
     micro_batches = source.at(step)
     rows = [i for b in micro_batches for i in b.rows if i >= 0]
-    return [batch_arrays(micro_batches)], {"rows": rows, "n_tokens": sum(
-        len(source.rows[i].ids) for i in rows)}
+    own = batch_arrays(micro_batches)[distributed.rank()::distributed.size()]
+    return [own], {"rows": rows, "n_tokens": sum(len(source.rows[i].ids) for i in rows)}
 
 
 def describe(cfg: Config, model: Llama, block: int, done: int) -> str:
@@ -457,28 +607,46 @@ def train(cfg: Config, with_base: bool = True) -> dict:
     with_base  judge the model it started from as well
     raises   BadInput, Stopped (a guard), KeyboardInterrupt (after a clean save)
     """
+    folder = Path(cfg.run_dir)
+    if os.path.exists(folder / LOCK):
+        lock_run(folder, fcntl.LOCK_SH).close()     # or it would be said after loading a model
+    with ExitStack() as held:       # the run folder's lock
+        return train_run(cfg, with_base, held)
+
+
+def train_run(cfg: Config, with_base: bool, held: ExitStack) -> dict:
+    """`train`, holding the run folder's lock in `held` from where the folder is opened."""
+    distributed.connect(cfg)
+    first, step_cfg = distributed.rank() == 0, distributed.whole(cfg)
     model, tokenizer = prepare_model(cfg)
-    block, source = class_block(cfg, model), load_source(cfg, model, tokenizer)
+    block, source = class_block(cfg, model), load_source(step_cfg, model, tokenizer)
     valid = load_split(cfg, "valid", tokenizer)
     optimizer = optim.AdamW(cfg.lr, weight_decay=cfg.weight_decay, bias_correction=True)
     optimizer.init(model.trainable_parameters())
     # after everything that can be wrong with the input: a mistake leaves no folder behind
-    folder = open_run(cfg)
-    done = load_state(folder, model, optimizer, source)
-    if done >= cfg.steps and (folder / "report.json").exists():
+    inputs = hash_inputs(model, source, valid) | {"processes": str(distributed.size())}
+    folder, done = begin(cfg, model, optimizer, source, inputs, held)
+    if folder and done >= cfg.steps and (folder / "report.json").exists():
         print(f"{folder} is finished ({done} steps); see report.json, "
               "or give overwrite=true to train again")
         return json.loads((folder / "report.json").read_text())
-    print(describe(cfg, model, block, done))
-    metrics = Metrics(folder / "metrics.jsonl", done)
-    if done == 0 and (seen := inspect(model, tokenizer, valid, 0, block, cfg)):
-        metrics.log(seen)
+    needed = memory.prepare(cfg, model, memory.load_of(cfg, source))
+    if first:
+        print(describe(cfg, model, block, done), memory.describe(needed), sep="\n")
+        metrics = Metrics(folder / "metrics.jsonl", done)
+        save = partial(save_state, folder, model, optimizer, cfg, source, inputs, metrics)
+        if done == 0 and (seen := inspect(model, tokenizer, valid, 0, block, cfg)):
+            log_inspection(folder, metrics, seen, model, cfg)
+        if done == cfg.steps:       # killed before its report
+            save_weights(folder, model, cfg)
     # after the restore
     compiled = compile_step(model, optimizer, make_loss(cfg, block))
-    bar = tqdm(total=cfg.steps, initial=done, disable=None, unit="step", dynamic_ncols=True)
+    bar = tqdm(total=cfg.steps, initial=done, disable=None if first else True, unit="step",
+               dynamic_ncols=True)
     with deferred_interrupts() as interrupted, bar:
         for step in range(done, cfg.steps):
             start = time.perf_counter()
+            position, taken = source.position, optimizer.step.item()
             try:
                 updates, about = next_updates(source, step, cfg)
                 if reason := about.pop("collapsed", ""):
@@ -488,30 +656,67 @@ def train(cfg: Config, with_base: bool = True) -> dict:
                     source.best = state_arrays(model, optimizer)    # references, nothing is copied
                 record = take_updates(folder, step, updates, about["rows"], compiled, optimizer,
                                       lr_at(step, cfg) * source.lr_scale, cfg)
+                stop = any(distributed.share(bool(interrupted)))
             except (BadInput, Stopped):     # a user's reward function, a guard: nothing is lost
-                save_state(folder, step, model, optimizer, cfg, source)
+                # the step begins anew; one that has moved the weights, from the last state
+                source.position = position
+                if first and step and optimizer.step.item() == taken:
+                    save(step)
                 raise
             done = step + 1
-            record |= clock(about, time.perf_counter() - start, cfg)
-            metrics.log({"step": done, **record})
-            bar.set_postfix({k: f"{record[k]:.3g}" for k in BAR_KEYS if k in record})
-            bar.update()
-            if seen := inspect(model, tokenizer, valid, done, block, cfg):
-                metrics.log(seen)
-                tqdm.write(format_line(record, seen, block), file=sys.stdout)
-            due = cfg.save_every_steps and done % cfg.save_every_steps == 0
-            if interrupted or due or done == cfg.steps:
-                save_state(folder, done, model, optimizer, cfg, source)
-            if interrupted:
-                save_weights(folder, model, cfg)
-                tqdm.write(f"interrupted; saved after step {done}. The same command continues.",
-                           file=sys.stdout)
+            if first:
+                record |= clock(about, time.perf_counter() - start, step_cfg)
+                metrics.log({"step": done, **record})
+                bar.set_postfix({k: f"{record[k]:.3g}" for k in BAR_KEYS if k in record})
+                bar.update()
+                if seen := inspect(model, tokenizer, valid, done, block, cfg):
+                    log_inspection(folder, metrics, seen, model, cfg)
+                    tqdm.write(format_line(record, seen, block), file=sys.stdout)
+                due = cfg.save_every_steps and done % cfg.save_every_steps == 0
+                if stop or due or done == cfg.steps:
+                    save(done)
+                if stop:
+                    tqdm.write(f"interrupted; saved after step {done}. The same command "
+                               "continues.", file=sys.stdout)
+            if stop:
                 raise KeyboardInterrupt
-    save_weights(folder, model, cfg)
-    return finish(folder, cfg, metrics, with_base)
+    return finish(folder, cfg, metrics, needed["peak"], with_base) if first else {}
 
 
-def take_updates(folder: Path, step: int, updates: list[list[dict[str, mx.array]]],
+def begin(cfg: Config, model: Llama, optimizer: optim.Optimizer, source, inputs: dict[str, str],
+          held: ExitStack) -> tuple[Path | None, int]:
+    """Open the run folder and restore its state; the folder (the first process's) and steps done.
+
+    raises   BadInput, and SystemExit in the other processes, which have nothing to add to it
+    """
+    if distributed.rank() == 0:
+        try:
+            folder = held.enter_context(open_run(cfg))
+            done = load_state(folder, model, optimizer, source, inputs)
+        except BadInput:
+            distributed.share(None)
+            raise
+        finished = done >= cfg.steps and (folder / "report.json").exists()
+        news = {"done": done, "finished": finished, "position": source.position,
+                "guard": asdict(source.guard) if cfg.method in ON_POLICY else None,
+                "best": bool(cfg.method in ON_POLICY and source.best)}
+    else:
+        folder, news = None, None
+    news = distributed.share(news)[0]
+    if distributed.size() > 1:
+        if not news or (folder is None and news["finished"]):
+            raise SystemExit(0 if news else 2)
+        # its run folder may be on another machine's disk
+        arrays = distributed.from_first(state_arrays(model, optimizer))
+        restore_arrays(arrays, model, optimizer)
+        if news["guard"]:
+            source.position, source.guard = news["position"], CollapseGuard(**news["guard"])
+            if news["best"]:
+                source.best = distributed.from_first(source.best or arrays)
+    return folder, news["done"]
+
+
+def take_updates(folder: Path | None, step: int, updates: list[list[dict[str, mx.array]]],
                  rows: list[int], compiled, optimizer, lr: float, cfg: Config) -> dict:
     """The updates of one step, until one stops early; returns the last one's metrics.
 
@@ -523,6 +728,8 @@ def take_updates(folder: Path, step: int, updates: list[list[dict[str, mx.array]
             record = take_step(step, micro_batches, *compiled, optimizer, lr, cfg)
         except Stopped as stopped:
             tokens = [b.get("tokens", b.get("completions")).tolist() for b in micro_batches]
+            if folder is None:      # the first process says it
+                raise SystemExit(3) from stopped
             write_text(folder / "failed_batch.json",
                        json.dumps({"step": step + 1, "tokens": tokens}) + "\n")
             raise Stopped(f"{stopped}, on rows {rows}") from None
@@ -534,7 +741,7 @@ def take_updates(folder: Path, step: int, updates: list[list[dict[str, mx.array]
 def clock(about: dict, seconds: float, cfg: Config) -> dict:
     """What a batch source says of a step, with its times and speeds, for metrics.jsonl."""
     record = {k: v for k, v in about.items() if k not in ("rows", "n_tokens")}
-    record |= {"seconds": round(seconds, 5), "peak_gib": round(peak_gib(), 3),
+    record |= {"seconds": round(seconds, 5), "peak_gib": round(memory.peak_gib(), 3),
                "tokens_per_s": round(about["n_tokens"] / seconds)}
     if cfg.method in ON_POLICY:
         record["completions_per_s"] = round(cfg.batch_size / seconds)
@@ -542,7 +749,7 @@ def clock(about: dict, seconds: float, cfg: Config) -> dict:
     return record
 
 
-def recover(folder: Path, step: int, model: Llama, optimizer: optim.Optimizer, cfg: Config,
+def recover(folder: Path | None, step: int, model: Llama, optimizer: optim.Optimizer, cfg: Config,
             source: Rollouts, reason: str) -> None:
     """Put the best weights and optimizer back after a collapse; the data moves on.
 
@@ -550,13 +757,16 @@ def recover(folder: Path, step: int, model: Llama, optimizer: optim.Optimizer, c
     """
     restore_arrays(source.best, model, optimizer)
     if source.guard.reverts >= source.guard.MAX_REVERTS:
+        if folder is None:      # the first process says it
+            raise SystemExit(3)
         save_weights(folder, model, cfg)
         raise Stopped(f"step {step + 1}: the policy collapsed a {source.guard.reverts + 1}th time "
                       f"({reason}); the best weights are saved in {folder}. Lower lr, or raise "
                       "grpo_kl_weight")
     source.guard.reverted()
-    tqdm.write(f"step {step + 1:5d}  collapse: {reason}; best weights restored, learning rate "
-               f"times {source.lr_scale:g}", file=sys.stdout)
+    if folder:
+        tqdm.write(f"step {step + 1:5d}  collapse: {reason}; best weights restored, learning rate "
+                   f"times {source.lr_scale:g}", file=sys.stdout)
 
 
 def format_line(record: dict, seen: dict, block: int) -> str:
@@ -605,9 +815,12 @@ def format_chains(valid: dict) -> str:
             f"shuffled {of('correct_shuffled')}; {nats}")
 
 
-def finish(folder: Path, cfg: Config, metrics: Metrics, with_base: bool) -> dict:
+def finish(folder: Path, cfg: Config, metrics: Metrics, estimated: float,
+           with_base: bool) -> dict:
     """Judge the saved weights, as eval.py would, beside the base; write report and pictures."""
-    report = make_report(folder, with_base) | {"peak_gib": round(peak_gib(), 3)}
+    peak = memory.peak_gib()    # of training: judging may load the base as well
+    report = make_report(folder, with_base) | {"peak_gib": round(peak, 3),
+                                               "estimated_peak_gib": round(estimated, 3)}
     print_report(report)
     plot.emergence(metrics.records, folder / "emergence.png",
                    f"{cfg.method}, {cfg.model}, seed {cfg.seed}")
@@ -625,7 +838,14 @@ def main(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         raise BadInput("expected `python train.py CONFIG.yaml [key=value ...]`, "
                        "for example `python train.py configs/dual_reward.yaml seed=1`")
-    train(load_config(argv[0], argv[1:]))
+    try:
+        train(load_config(argv[0], argv[1:]))
+    except BadInput:
+        if os.environ.get("MLX_RANK", "0") != "0":
+            # a mistake that all processes see, the first one tells, and the launcher then ends
+            # this one; its own it tells a little later
+            time.sleep(3)
+        raise
 
 
 if __name__ == "__main__":

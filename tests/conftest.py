@@ -24,7 +24,7 @@ import tokenizers  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
 from config import Config  # noqa: E402
-from lora import apply_lora  # noqa: E402
+from lora import adapter_arrays, apply_lora  # noqa: E402
 from model import Llama, parse_args  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
 from train import make_loss  # noqa: E402
@@ -105,6 +105,15 @@ def lora_model(touched=True, source=TINY) -> Llama:
         model.load_weights([(k, mx.random.normal(v.shape) * 0.3) for k, v in
                             tree_flatten(model.trainable_parameters()) if "lora_b" in k],
                            strict=False)
+    return model
+
+
+def adapted(model, targets=("q", "v", "o"), rank=4, alpha=8.0, seed=1):
+    """An adapter with a B that is not zero, as after training."""
+    mx.random.seed(seed)
+    apply_lora(model, rank, alpha, targets)
+    arrays = [(k, 0.1 * mx.random.normal(v.shape)) for k, v in adapter_arrays(model).items()]
+    model.load_weights(arrays, strict=False)
     return model
 
 

@@ -8,10 +8,11 @@ import pytest
 from conftest import ROOT
 
 FILES = sorted(p.name for p in ROOT.glob("*.py"))
-LEVELS = [("blas", "config", "stats", "answers"), ("fastexp", "tokenizer", "plot", "hub"),
-          ("losses", "model", "data"),
-          ("lora", "findings", "tasks"), ("generate",), ("lens", "grpo"), ("markovian",),
-          ("eval", "perturb"), ("train", "probe"), ("bench", "results", "study"),
+LEVELS = [("blas", "config", "stats", "answers"),
+          ("fastexp", "tokenizer", "plot", "hub", "distributed"), ("losses", "quant", "data"),
+          ("model",), ("lora", "findings", "tasks"), ("generate", "memory"), ("lens", "grpo"),
+          ("markovian",),
+          ("eval", "perturb"), ("train", "probe"), ("bench", "results", "study", "fullsize"),
           ("markovian_results",)]
 
 

@@ -11,7 +11,7 @@ import pytest
 from conftest import FAMILIES, GOLDEN
 
 from config import BadInput
-from hub import read_safetensors
+from hub import INDEX, read_safetensors
 from model import load, parse_args, rope_periods
 
 
@@ -185,6 +185,9 @@ def test_every_wrong_tensor_is_named(broken):
     tensors[names[1]] = mx.concatenate([tensors[names[1]], tensors[names[1]]])
     mx.eval(tensors)
     mx.save_safetensors(str(path), tensors)
+    index = json.loads((broken / INDEX).read_text())    # which promises what the shard now holds
+    index["weight_map"]["model.surplus"] = index["weight_map"].pop(names[0])
+    (broken / INDEX).write_text(json.dumps(index))
     with pytest.raises(BadInput) as error:
         load(broken)
     words = ("1 missing: " + names[0], "model.surplus", names[1], "of another shape")

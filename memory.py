@@ -1,0 +1,210 @@
+"""What a run needs: an estimate before it starts, limits while it runs, the truth at its end.
+
+    peak = process + weights + trained (gradient, two Adam moments) + what the backward pass needs
+
+The last part is kept activations, by tokens of a micro-batch and blocks; one block's working set;
+and the logits. `recompute` shrinks it (Chen 1604.06174), `grad_accum_steps` divides it. LoRA's
+frozen weights have no gradient, so their inputs need not be kept, only what silu, softmax and norms
+read. MLX's CPU backend allocates up to a hundred operations ahead: there the memory limit is set to
+the estimate, which makes it wait and costs no time (far below the need it would cost half).
+"""
+import os
+import re
+import resource
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import blas  # noqa: F401  (before mlx)
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from config import ON_POLICY, BadInput, Config
+from hub import find_folder, read_json
+from lora import root_model
+from model import DTYPES, LOGITS_AT_ONCE, Llama, ModelArgs, default_dtype, parse_args
+from quant import settings_of, stored_settings
+
+GIB = 2 ** 30
+
+
+@dataclass
+class Load:
+    """What one micro-batch asks of the model."""
+    tokens: int         # through the blocks
+    length: int         # of the longest row: what a query looks at
+    logit_rows: int     # positions whose logits the loss reads
+    cached: int = 0     # tokens in the KV cache of a rollout's largest batch
+
+
+def peak_gib() -> float:
+    """Peak memory in GiB: the device's on a GPU, the process' on a CPU, where MLX overcounts."""
+    if mx.default_device() != mx.Device(mx.cpu):
+        return mx.get_peak_memory() / GIB
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / GIB
+    # not ru_maxrss, which on Linux begins at the peak of the process that started this one
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2 ** 20
+
+
+def available_gib() -> float:
+    """The machine's memory, or the GPU's."""
+    about = mx.device_info() if mx.default_device() != mx.Device(mx.cpu) else {}
+    for key in ("max_recommended_working_set_size", "total_memory", "memory_size"):
+        if key in about:    # Metal, CUDA, Metal
+            return about[key] / GIB
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
+
+
+def weight_bytes(raw: dict, cfg: Config) -> int:
+    """A model's weights once loaded as cfg says, from its config.json: nothing is allocated."""
+    on_cpu = default_dtype() is not None
+    own = DTYPES.get(raw.get("dtype") or raw.get("torch_dtype"), mx.bfloat16)
+    kind = DTYPES[cfg.dtype] if cfg.dtype else default_dtype() or own
+    stored = stored_settings(raw, "config.json") if "quant_method" not in raw else None
+    total = 0
+    for path, layer in layers_of(Llama(parse_args(raw, "config.json"))):
+        is_linear = isinstance(layer, nn.Linear) and path != "lm_head"
+        is_table = path == "lm_head" or isinstance(layer, nn.Embedding)
+        size = sum(v.size for _, v in tree_flatten(layer.parameters()))
+        if (is_linear or (stored and is_table)) and (stored or cfg.bits):
+            bits, group = settings_of(path, stored or {"bits": cfg.bits,
+                                                       "group_size": cfg.bits_group_size})
+            total += size * bits // 8 + 2 * (size // group) * (4 if on_cpu else kind.size)
+        elif is_table and cfg.bits and on_cpu and not cfg.dtype:
+            total += size * own.size    # model.load keeps these as they come
+        else:
+            total += size * kind.size
+    return total
+
+
+def layers_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
+
+
+def trained_numbers(args: ModelArgs, cfg: Config) -> int:
+    """How many weights the optimizer moves."""
+    D, F, L = args.hidden_size, args.intermediate_size, args.num_hidden_layers
+    q, kv = args.num_attention_heads * args.head_dim, args.num_key_value_heads * args.head_dim
+    shapes = {"q": (D, q), "k": (D, kv), "v": (D, kv), "o": (q, D),
+              "gate": (D, F), "up": (D, F), "down": (F, D)}
+    if not cfg.full:
+        return L * cfg.lora_rank * sum(sum(shapes[t]) for t in cfg.lora_targets)
+    tables = 1 if args.tie_word_embeddings else 2
+    return L * (sum(a * b for a, b in shapes.values()) + 2 * D) + tables * args.vocab_size * D + D
+
+
+def step_bytes(args: ModelArgs, cfg: Config, load: Load, width: int = 4) -> dict[str, int]:
+    """What a step needs beside the weights, in bytes; width bytes a number.
+
+    A block keeps, for each token: the stream before and between its halves, both normed, q, k, v,
+    what the heads say in two layouts, H rows of the softmax; gate and up; and with weights trained
+    behind it, their product. Its working set is once more that, with four gradients of width F.
+    """
+    D, F = args.hidden_size, args.intermediate_size
+    q, kv = args.num_attention_heads * args.head_dim, args.num_key_value_heads * args.head_dim
+    attention = 5 * D + 3 * q + 2 * kv + args.num_attention_heads * load.length
+    mlp = 2 * F + F * (cfg.full or "down" in cfg.lora_targets)
+    kept = {"none": attention + mlp, "mlp": attention, "block": D + 2 * kv}[cfg.recompute]
+    rows = load.logit_rows if cfg.recompute == "none" else min(
+        load.logit_rows, max(1, LOGITS_AT_ONCE // args.vocab_size))
+    block = load.tokens * width
+    return {
+        "trained": trained_numbers(args, cfg) * 4 * (3 + (cfg.grad_accum_steps > 1)),
+        "activations": args.num_hidden_layers * block * kept + block * (attention + mlp + 4 * F),
+        "logits": 4 * rows * args.vocab_size * 4,
+        "kv_cache": 2 * args.num_hidden_layers * kv * load.cached * width,
+    }
+
+
+def estimate(args: ModelArgs, cfg: Config, load: Load, weights: int) -> dict[str, float]:
+    """The parts and the peak, in GiB. A rollout's cache and a step's activations never coexist."""
+    width = 4 if default_dtype() else 2
+    parts = step_bytes(args, cfg, load, width)
+    passing = max(parts["activations"] + parts["logits"], parts["kv_cache"])
+    peak = weights + parts["trained"] + passing + process_bytes()
+    return {name: value / GIB for name, value in
+            {"weights": weights, **parts, "peak": peak}.items()}
+
+
+def process_bytes() -> int:
+    """Python, the libraries and malloc's holes; on a GPU they are not the device's."""
+    return int(0.25 * GIB) if default_dtype() else 0
+
+
+def load_of(cfg: Config, source) -> Load:
+    """A micro-batch of a data.Batches, or of a grpo.Rollouts."""
+    if cfg.method not in ON_POLICY:
+        rows, T = cfg.batch_size // cfg.grad_accum_steps, max(source.lengths)
+        return Load(rows * T, T, rows * source.A + (cfg.method == "dual_reward") * rows)
+    groups = -(-source.P // (cfg.grpo_minibatches * cfg.grad_accum_steps))
+    T, rows = max(len(ids) for _, ids in source.problems), groups * cfg.grpo_group_size
+    # a chain is read a second time by its scorer
+    tokens = (groups * T + rows * source.limit) * (2 if cfg.method == "markovian" else 1)
+    return Load(tokens, T + source.limit, rows * source.limit,
+                cfg.batch_size * (T + source.limit))
+
+
+def advice(args: ModelArgs, cfg: Config, load: Load, raw: dict, limit: float) -> str:
+    """What would make a run fit, each with the peak that it leads to."""
+    def peak(changed: Config) -> float:
+        share = cfg.grad_accum_steps / changed.grad_accum_steps
+        part = replace(load, tokens=int(load.tokens * share),
+                       logit_rows=int(load.logit_rows * share))
+        return estimate(args, changed, part, weight_bytes(raw, changed))["peak"]
+
+    rows = cfg.batch_size // (cfg.grpo_group_size if cfg.method in ON_POLICY else 1)
+    options = [("recompute=block", replace(cfg, recompute="block")),
+               (f"grad_accum_steps={rows}", replace(cfg, grad_accum_steps=rows))]
+    if cfg.full:
+        options.append(("full=false (LoRA)", replace(cfg, full=False)))
+    elif not cfg.bits and not raw.get("quantization"):
+        options.append(("bits=4", replace(cfg, bits=4)))
+    changed = [(name, peak(c)) for name, c in options if c != cfg]
+    all_of = replace(cfg, recompute="block", grad_accum_steps=rows, full=False,
+                     bits=cfg.bits or (None if raw.get("quantization") else 4))
+    changed.append(("all of them", peak(all_of)))
+    text = ", ".join(f"{name}: {gib:.1f} GiB" for name, gib in changed)
+    return text + ("" if changed[-1][1] <= limit else "; none fits: take a smaller model")
+
+
+def describe(found: dict[str, float]) -> str:
+    """example  "memory, GiB: weights 4.60, trained 0.04, ...; estimated peak 6.04" """
+    parts = [f"{name.replace('_', ' ')} {found[name]:.2f}" for name in
+             ("weights", "trained", "activations", "logits", "kv_cache")]
+    return f"memory, GiB: {', '.join(parts)}; estimated peak {found['peak']:.2f}"
+
+
+def check_weights(cfg: Config, raw: dict) -> None:
+    """Before loading: raises BadInput where the weights alone are too much."""
+    limit, needed = cfg.memory_limit_gib or available_gib(), weight_bytes(raw, cfg) / GIB
+    if needed > limit:
+        smaller = "bits=4" if not cfg.bits and not cfg.full else "a smaller model"
+        raise BadInput(f"the weights of {cfg.model} take {needed:.1f} GiB and {limit:.1f} GiB are "
+                       f"there; try {smaller}")
+
+
+def prepare(cfg: Config, model: Llama, load: Load) -> dict[str, float]:
+    """Before step 1: the estimate of a loaded model's run, and MLX's limits. raises  BadInput"""
+    weights = sum(v.nbytes for _, v in tree_flatten(model.parameters()))
+    found = estimate(model.args, cfg, load, weights)
+    limit = cfg.memory_limit_gib or available_gib()
+    if found["peak"] > limit:
+        raw = read_json(find_folder(root_model(cfg.model), weights=False) / "config.json")
+        raise BadInput(f"{describe(found)} and {limit:.1f} are there; it would fit with "
+                       f"{advice(model.args, cfg, load, raw, limit)}")
+    set_limits(cfg, found)
+    return found
+
+
+def set_limits(cfg: Config, found: dict[str, float]) -> None:
+    if default_dtype():     # a CPU; small models must never wait
+        mx.set_memory_limit(int(max(found["peak"] * GIB - process_bytes(), 2 * GIB)))
+    elif mx.metal.is_available():
+        mx.set_wired_limit(mx.device_info()["max_recommended_working_set_size"])
+    if cfg.memory_limit_gib:
+        mx.set_memory_limit(int(cfg.memory_limit_gib * GIB))
+    if cfg.cache_limit_gib is not None:
+        mx.set_cache_limit(int(cfg.cache_limit_gib * GIB))
