@@ -19,6 +19,9 @@ test: .venv/ready_dev  ## all tests, offline
 lint: .venv/ready_dev  ## ruff
 	$(PY) -m ruff check .
 
+kill: .venv/ready  ## kill -9 at 100 random moments, then the same command: every run must end bit-identical (15 minutes)
+	$(PY) tests/kill_drill.py
+
 study: .venv/ready  ## the study: every condition, then RESULTS.md; goes on where it stopped (90 minutes on two cores; STUDY=smoke: two)
 	$(PY) study.py $(if $(filter smoke,$(STUDY)),--smoke)
 
@@ -44,4 +47,4 @@ tiny_cot: .venv/ready  ## the same for the one that can write chains (20 minutes
 clean:  ## remove the virtual environment and all runs
 	rm -rf .venv runs
 
-.PHONY: help setup run test lint study results markovian fullsize tiny tiny_cot clean
+.PHONY: help setup run test kill lint study results markovian fullsize tiny tiny_cot clean

@@ -303,6 +303,10 @@ def validate(cfg: Config, given: set[str]) -> list[str]:
         if cfg.method in METHODS and cfg.method not in owners:
             mistakes.append(f"{key} belongs to method {' or '.join(owners)}, "
                             f"and this config has method {cfg.method}; remove one")
+    for key in ("memory_limit_gib", "cache_limit_gib"):
+        value = getattr(cfg, key)
+        if value is not None and not 0 < value < 2 ** 20:
+            mistakes.append(f"{key} = {value}: expected GiB, a number above 0")
     if not 0 <= cfg.class_weight <= 1:
         mistakes.append(f"class_weight = {cfg.class_weight}: expected a number from 0 to 1")
     if cfg.class_words and (cfg.class_target != "word"

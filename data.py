@@ -404,7 +404,7 @@ class Batches:
     within lengths and the order of batches.
     """
     lr_scale = 1.0  # factor of the learning rate; grpo.Rollouts has one that its guard lowers
-    position = 0    # grpo.Rollouts counts the problems it has drawn
+    guard, position = None, 0   # grpo.Rollouts counts the problems it has drawn
 
     def __init__(self, rows: list[Row], cfg: Config):
         self.rows, self.cfg = rows, cfg

@@ -83,9 +83,10 @@ def write_model(name: str, folder: Path) -> Path:
         shards[f"model-block{i}.safetensors"] = {
             k.replace(".layers.0.", f".layers.{i}."): v for k, v in block.items()}
     for file, arrays in shards.items():
-        mx.save_safetensors(str(folder / file), arrays)
+        mx.save_safetensors(str(folder / file), arrays, metadata={"format": "pt"})
     where = {key: file for file, arrays in shards.items() for key in arrays}
-    write_text(folder / "model.safetensors.index.json", json.dumps({"weight_map": where}))
+    write_text(folder / "model.safetensors.index.json", json.dumps(
+        {"metadata": {}, "weight_map": where}))
     words = ["<unk>", "<s>", "</s>", "add", "subtract", "multiply"]
     words += [f"w{i}" for i in range(raw["vocab_size"] - len(words))]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))

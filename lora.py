@@ -196,7 +196,7 @@ def peft_name(name: str) -> str:
     example  model.layers.0.mlp.up_proj.lora_a, (in, r)
              -> base_model.model.model.layers.0.mlp.up_proj.lora_A.weight, (r, in)
     """
-    return f"base_model.model.{name.removesuffix(name[-1])}{name[-1].upper()}.weight"
+    return f"base_model.model.{name[:-1]}{name[-1].upper()}.weight"
 
 
 def export_peft(model: Llama, folder: Path, base_name: str | Path) -> None:

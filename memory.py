@@ -21,6 +21,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from config import ON_POLICY, BadInput, Config
+from generate import ROWS_PER_BATCH, TOKENS_PER_BATCH
 from hub import find_folder, read_json
 from lora import root_model
 from model import DTYPES, LOGITS_AT_ONCE, Llama, ModelArgs, default_dtype, parse_args
@@ -105,15 +106,21 @@ def step_bytes(args: ModelArgs, cfg: Config, load: Load, width: int = 4) -> dict
     """
     D, F = args.hidden_size, args.intermediate_size
     q, kv = args.num_attention_heads * args.head_dim, args.num_key_value_heads * args.head_dim
-    attention = 5 * D + 3 * q + 2 * kv + args.num_attention_heads * load.length
+    attention = 5 * D + 3 * q + 2 * kv
+    softmax = args.num_attention_heads * load.length
+    if default_dtype():     # a GPU's own attention keeps none
+        attention, softmax = attention + softmax, 0
     mlp = 2 * F + F * (cfg.full or "down" in cfg.lora_targets)
     kept = {"none": attention + mlp, "mlp": attention, "block": D + 2 * kv}[cfg.recompute]
     rows = load.logit_rows if cfg.recompute == "none" else min(
         load.logit_rows, max(1, LOGITS_AT_ONCE // args.vocab_size))
     block = load.tokens * width
     return {
-        "trained": trained_numbers(args, cfg) * 4 * (3 + (cfg.grad_accum_steps > 1)),
-        "activations": args.num_hidden_layers * block * kept + block * (attention + mlp + 4 * F),
+        # LoRA's are float32 always, all weights what they are
+        "trained": trained_numbers(args, cfg) * (width if cfg.full else 4) * (
+            3 + (cfg.grad_accum_steps > 1)),
+        "activations": args.num_hidden_layers * block * kept + block * (
+            attention + softmax + mlp + 4 * F),
         "logits": 4 * rows * args.vocab_size * 4,
         "kv_cache": 2 * args.num_hidden_layers * kv * load.cached * width,
     }
@@ -139,12 +146,13 @@ def load_of(cfg: Config, source) -> Load:
     if cfg.method not in ON_POLICY:
         rows, T = cfg.batch_size // cfg.grad_accum_steps, max(source.lengths)
         return Load(rows * T, T, rows * source.A + (cfg.method == "dual_reward") * rows)
-    groups = -(-source.P // (cfg.grpo_minibatches * cfg.grad_accum_steps))
+    # the source plans the step of all processes
+    groups = -(-source.P // (cfg.grpo_minibatches * source.cfg.grad_accum_steps))
     T, rows = max(len(ids) for _, ids in source.problems), groups * cfg.grpo_group_size
     # a chain is read a second time by its scorer
     tokens = (groups * T + rows * source.limit) * (2 if cfg.method == "markovian" else 1)
     return Load(tokens, T + source.limit, rows * source.limit,
-                cfg.batch_size * (T + source.limit))
+                min(min(cfg.batch_size, ROWS_PER_BATCH) * (T + source.limit), TOKENS_PER_BATCH))
 
 
 def advice(args: ModelArgs, cfg: Config, load: Load, raw: dict, limit: float) -> str:
@@ -155,19 +163,24 @@ def advice(args: ModelArgs, cfg: Config, load: Load, raw: dict, limit: float) ->
                        logit_rows=int(load.logit_rows * share))
         return estimate(args, changed, part, weight_bytes(raw, changed))["peak"]
 
-    rows = cfg.batch_size // (cfg.grpo_group_size if cfg.method in ON_POLICY else 1)
+    rows = cfg.batch_size
+    if cfg.method in ON_POLICY:
+        rows //= cfg.grpo_group_size * cfg.grpo_minibatches
+    plain = not (cfg.bits or cfg.full or cfg.from_scratch
+                 or raw.get("quantization") or raw.get("quantization_config"))
     options = [("recompute=block", replace(cfg, recompute="block")),
                (f"grad_accum_steps={rows}", replace(cfg, grad_accum_steps=rows))]
     if cfg.full:
-        options.append(("full=false (LoRA)", replace(cfg, full=False)))
-    elif not cfg.bits and not raw.get("quantization"):
+        if not cfg.from_scratch:
+            options.append(("full=false (LoRA)", replace(cfg, full=False)))
+    elif plain:
         options.append(("bits=4", replace(cfg, bits=4)))
     changed = [(name, peak(c)) for name, c in options if c != cfg]
-    all_of = replace(cfg, recompute="block", grad_accum_steps=rows, full=False,
-                     bits=cfg.bits or (None if raw.get("quantization") else 4))
+    all_of = replace(cfg, recompute="block", grad_accum_steps=rows,
+                     full=cfg.full and cfg.from_scratch, bits=4 if plain else cfg.bits)
     changed.append(("all of them", peak(all_of)))
     text = ", ".join(f"{name}: {gib:.1f} GiB" for name, gib in changed)
-    return text + ("" if changed[-1][1] <= limit else "; none fits: take a smaller model")
+    return text + ("" if changed[-1][1] <= limit else "; not enough: take a smaller model")
 
 
 def describe(found: dict[str, float]) -> str:
@@ -193,7 +206,7 @@ def prepare(cfg: Config, model: Llama, load: Load) -> dict[str, float]:
     limit = cfg.memory_limit_gib or available_gib()
     if found["peak"] > limit:
         raw = read_json(find_folder(root_model(cfg.model), weights=False) / "config.json")
-        raise BadInput(f"{describe(found)} and {limit:.1f} are there; it would fit with "
+        raise BadInput(f"{describe(found)} and {limit:.1f} are there; estimates with "
                        f"{advice(model.args, cfg, load, raw, limit)}")
     set_limits(cfg, found)
     return found

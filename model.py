@@ -326,8 +326,10 @@ class Llama(nn.Module):
         yield resid
         caches = cache or [None] * len(self.model.layers)
         for tap, (block, block_cache) in enumerate(zip(self.model.layers, caches), 1):
-            # the last block's activations are wanted at once: keeping them costs nothing
-            recompute = self.recompute if tap < len(caches) else "none"
+            # the last block's activations are wanted at once: keeping them costs nothing; and one
+            # token behind a cache is decoding, which has no backward pass
+            keep = tap == len(caches) or (cache and tokens.shape[1] == 1)
+            recompute = "none" if keep else self.recompute
             resid = edit.get(tap, unchanged)(block(resid, block_cache, recompute))
             yield resid
 
@@ -444,7 +446,7 @@ def load_weights(model: Llama, folder: Path, raw: dict, dtype: mx.Dtype | None =
             raise BadInput(f"bits = {bits} in groups of {group_size}: {folder} is already "
                            f"quantised to {stored['bits']} bits in groups of "
                            f"{stored['group_size']}; leave bits out, or load the unquantised model")
-        make_room(model, found, stored, kind or mx.bfloat16, where)
+        make_room(model, found, stored, kind, where)
     check_tensors(found, dict(tree_flatten(model.parameters())), str(folder))
     # where memory is scarce, a float32 model's tables stay in the 16 bits they come in
     keep_half = (bits or stored) and dtype is None and kind == mx.float32

@@ -180,14 +180,18 @@ def settings_of(path: str, settings: dict) -> tuple[int, int]:
     return own.get("bits", settings["bits"]), own.get("group_size", settings["group_size"])
 
 
-def make_room(model: nn.Module, found: dict[str, mx.array], settings: dict, dtype: mx.Dtype,
-              where: str) -> None:
-    """Put quantised layers, still empty, where a checkpoint has scales; in place."""
+def make_room(model: nn.Module, found: dict[str, mx.array], settings: dict,
+              dtype: mx.Dtype | None, where: str) -> None:
+    """Put quantised layers, still empty, where a checkpoint has scales; in place.
+
+    dtype  of what they compute; None: the scales' own
+    """
     packed = []
     for path, layer in tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module):
         if f"{path}.scales" in found:
             kind = QuantizedEmbedding if isinstance(layer, nn.Embedding) else QuantizedLinear
-            packed.append((path, kind.empty(layer, *settings_of(path, settings), dtype,
+            packed.append((path, kind.empty(layer, *settings_of(path, settings),
+                                            dtype or found[f"{path}.scales"].dtype,
                                             f"{where}: {path}")))
     model.update_modules(tree_unflatten(packed))
 
@@ -206,7 +210,8 @@ def quantize(model: nn.Module, bits: int, group_size: int) -> None:
 
 
 def is_quantized(model: nn.Module) -> bool:
-    return any(isinstance(m, QuantizedLinear) for _, m in model.named_modules())
+    """Whether some weights are packed: they cannot be trained, or quantised again."""
+    return any(isinstance(m, (QuantizedLinear, HalfLinear)) for _, m in model.named_modules())
 
 
 def unquantize(model: nn.Module, dtype: mx.Dtype) -> None:

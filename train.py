@@ -13,6 +13,7 @@ run that was killed continues bit for bit from its last saved state: the same co
 or gradient that is not finite stops the run before the optimizer has moved. A GRPO step samples its
 batch from the weights as they are, and may hold several updates; its guards skip instead of stop.
 """
+import copy
 import fcntl
 import hashlib
 import json
@@ -86,6 +87,8 @@ RUN_FILES = ("state.safetensors", "report.json", "metrics.jsonl", "best", "adapt
              "adapter_config.json", "config.json", "model.safetensors", "emergence.png",
              "curves.png", "failed_batch.json", "config.yaml")
 LOCK = ".lock"
+# keys that change where and how a run is carried out, and none of its numbers
+NOT_THE_RUN = ("run_dir", "memory_limit_gib", "cache_limit_gib", "worker_timeout_s")
 BAR_KEYS = ("loss", "answer_loss", "class_loss", "class_accuracy", "reward", "entropy", "kl_k3",
             "tokens_per_s", "peak_gib")
 MAX_MEAN_RATIO = 10  # of a GRPO update; above it the samples say nothing about the policy
@@ -256,7 +259,7 @@ def check_same_run(cfg: Config, config: Path) -> None:
     """Raises BadInput where the folder's config.yaml says something else than cfg."""
     stored = resolved(load_config(config))
     differ = [f"{k} was {stored.get(k)!r}, is {v!r}" for k, v in resolved(cfg).items()
-              if k != "run_dir" and stored.get(k) != v]
+              if k not in NOT_THE_RUN and stored.get(k) != v]
     differ += [f"{k} was {v!r}, is not used" for k, v in stored.items() if k not in resolved(cfg)]
     if differ:
         raise BadInput(f"{config.parent} holds a run with another config ({'; '.join(differ)}); "
@@ -455,9 +458,9 @@ class Metrics:
 
 def prepare_model(cfg: Config) -> tuple[Llama, Tokenizer]:
     """Load the base, make LoRA's arrays or all weights trainable; random numbers from cfg.seed."""
-    mx.random.seed(cfg.seed)
     memory.check_weights(cfg, read_json(
         find_folder(root_model(cfg.model), weights=False) / "config.json"))
+    mx.random.seed(cfg.seed)
     model, tokenizer = load_base(cfg.model, cfg.dtype, cfg.bits, cfg.from_scratch,
                                  cfg.bits_group_size)
     model.recompute = cfg.recompute
@@ -467,7 +470,9 @@ def prepare_model(cfg: Config) -> tuple[Llama, Tokenizer]:
     if cfg.full and is_quantized(model):
         raise BadInput(f"full: true cannot train {cfg.model}, whose weights are quantised; train "
                        "LoRA, or take the unquantised model")
-    if not cfg.full:
+    if cfg.full:
+        model.unfreeze()    # a run's base was frozen under its adapter
+    else:
         apply_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
     mx.eval(model.parameters())
     return model, tokenizer
@@ -623,6 +628,7 @@ def train_run(cfg: Config, with_base: bool, held: ExitStack) -> dict:
     valid = load_split(cfg, "valid", tokenizer)
     optimizer = optim.AdamW(cfg.lr, weight_decay=cfg.weight_decay, bias_correction=True)
     optimizer.init(model.trainable_parameters())
+    needed = memory.prepare(cfg, model, memory.load_of(cfg, source))
     # after everything that can be wrong with the input: a mistake leaves no folder behind
     inputs = hash_inputs(model, source, valid) | {"processes": str(distributed.size())}
     folder, done = begin(cfg, model, optimizer, source, inputs, held)
@@ -630,7 +636,6 @@ def train_run(cfg: Config, with_base: bool, held: ExitStack) -> dict:
         print(f"{folder} is finished ({done} steps); see report.json, "
               "or give overwrite=true to train again")
         return json.loads((folder / "report.json").read_text())
-    needed = memory.prepare(cfg, model, memory.load_of(cfg, source))
     if first:
         print(describe(cfg, model, block, done), memory.describe(needed), sep="\n")
         metrics = Metrics(folder / "metrics.jsonl", done)
@@ -647,6 +652,7 @@ def train_run(cfg: Config, with_base: bool, held: ExitStack) -> dict:
         for step in range(done, cfg.steps):
             start = time.perf_counter()
             position, taken = source.position, optimizer.step.item()
+            guard = copy.deepcopy(source.guard) if cfg.method in ON_POLICY else None
             try:
                 updates, about = next_updates(source, step, cfg)
                 if reason := about.pop("collapsed", ""):
@@ -659,7 +665,7 @@ def train_run(cfg: Config, with_base: bool, held: ExitStack) -> dict:
                 stop = any(distributed.share(bool(interrupted)))
             except (BadInput, Stopped):     # a user's reward function, a guard: nothing is lost
                 # the step begins anew; one that has moved the weights, from the last state
-                source.position = position
+                source.position, source.guard = position, guard
                 if first and step and optimizer.step.item() == taken:
                     save(step)
                 raise
@@ -689,6 +695,13 @@ def begin(cfg: Config, model: Llama, optimizer: optim.Optimizer, source, inputs:
 
     raises   BadInput, and SystemExit in the other processes, which have nothing to add to it
     """
+    mine = {k: v for k, v in resolved(cfg).items() if k not in NOT_THE_RUN} | {
+        f"the {name} itself": value for name, value in inputs.items()}
+    mine = json.loads(json.dumps(mine))     # as it arrives: tuples are lists
+    for other, theirs in enumerate(distributed.share(mine)):
+        if unlike := [name for name in theirs if theirs[name] != mine.get(name)]:
+            raise BadInput(f"process {distributed.rank()} and process {other} of this run differ "
+                           f"in {', '.join(unlike)}; give all the same config, model and data")
     if distributed.rank() == 0:
         try:
             folder = held.enter_context(open_run(cfg))
@@ -704,8 +717,12 @@ def begin(cfg: Config, model: Llama, optimizer: optim.Optimizer, source, inputs:
         folder, news = None, None
     news = distributed.share(news)[0]
     if distributed.size() > 1:
-        if not news or (folder is None and news["finished"]):
-            raise SystemExit(0 if news else 2)
+        if not news:
+            raise SystemExit(2)
+        if news["finished"]:
+            if folder is None:
+                raise SystemExit(0)
+            return folder, news["done"]
         # its run folder may be on another machine's disk
         arrays = distributed.from_first(state_arrays(model, optimizer))
         restore_arrays(arrays, model, optimizer)
@@ -830,7 +847,8 @@ def finish(folder: Path, cfg: Config, metrics: Metrics, estimated: float,
     write_text(folder / "report.json", json.dumps(report, indent=1) + "\n")
     curves = "curves.png, " if cfg.method in ON_POLICY else ""
     print(f"\nwrote {folder}/report.json, metrics.jsonl, emergence.png, {curves}"
-          f"{'model' if cfg.full else 'adapters'}.safetensors")
+          f"{'model' if cfg.full else 'adapters'}.safetensors; "
+          f"peak memory {peak:.2f} GiB, estimated {estimated:.2f}")
     return report
 
 

@@ -53,8 +53,8 @@ METHODS = {
 }
 CLOCKS = {"seconds", "tokens_per_s", "peak_gib", "completions_per_s", "rollout_s", "score_s",
           "update_s"}
-# of the report: what differs between two folders of one run, and between two commits
-PLACES = {"ckpt", "versions", "peak_gib"}
+# of the report: what differs between two folders of one run, two commits, two machines
+PLACES = {"ckpt", "versions", "peak_gib", "estimated_peak_gib"}
 # 24 questions to judge instead of 600, which would take longer than the training
 SHORT_TEST = "import tasks, train\ntasks.TEST_SUMS = 24\ntrain.run_main(train.main)"
 AGAIN = 0.3     # how often a run that was killed is killed once more

@@ -27,17 +27,17 @@ def free_ports(count):
     return ports
 
 
-def start(path, tmp_path, count=2, only=None, run_dirs=None):
+def start(path, tmp_path, count=2, run_dirs=None, more=((), ())):
     """What mlx.launch does, process by process."""
     hosts = tmp_path / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(count)]))
     processes = []
-    for rank in range(count) if only is None else [only]:
+    for rank in range(count):
         env = {**os.environ, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts),
                "OPENBLAS_NUM_THREADS": "1"}
-        more = [f"run_dir={run_dirs[rank]}"] if run_dirs else []
+        words = [f"run_dir={run_dirs[rank]}"] if run_dirs else more[rank]
         processes.append(subprocess.Popen(
-            [sys.executable, "train.py", str(path), *more], cwd=ROOT, env=env, text=True,
+            [sys.executable, "train.py", str(path), *words], cwd=ROOT, env=env, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE))
     return processes
 
@@ -116,6 +116,15 @@ def test_other_processes_need_no_run_folder(write_config, tmp_path):
     finish(start(path, tmp_path, run_dirs=dirs))
     again = load_file(dirs[0] / "adapters.safetensors")
     assert all((again[name] == whole[name]).all() for name in whole)
+    (out, _), (silent, _) = finish(start(path, tmp_path, run_dirs=dirs))
+    assert "is finished" in out and not silent
+
+
+def test_processes_that_would_train_other_things(write_config, tmp_path):
+    path, folder = write_config("a")
+    processes = start(path, tmp_path, more=[[], ["lr=0.5"]])
+    outputs = finish(processes, code=2)
+    assert any("differ in lr" in err for _, err in outputs) and not folder.exists()
 
 
 def test_another_number_of_processes_is_refused(write_config, tmp_path):

@@ -10,7 +10,7 @@ from conftest import ROOT
 FILES = sorted(p.name for p in ROOT.glob("*.py"))
 LEVELS = [("blas", "config", "stats", "answers"),
           ("fastexp", "tokenizer", "plot", "hub", "distributed"), ("losses", "quant", "data"),
-          ("model",), ("lora", "findings", "tasks"), ("generate", "memory"), ("lens", "grpo"),
+          ("model",), ("lora", "findings", "tasks"), ("generate",), ("lens", "grpo", "memory"),
           ("markovian",),
           ("eval", "perturb"), ("train", "probe"), ("bench", "results", "study", "fullsize"),
           ("markovian_results",)]

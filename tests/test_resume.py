@@ -25,7 +25,8 @@ from grpo import Rollouts
 from train import train
 
 GRPO = {"method": "grpo", "batch_size": 16, "grpo_group_size": 4, "max_completion_tokens": 4,
-        "lr": "1e-2", "grpo_epochs": 2, "grpo_minibatches": 2}
+        "lr": "1e-2", "grpo_epochs": 2, "grpo_minibatches": 2, "eval_every_steps": 0,
+        "lens_every_steps": 0}
 
 
 def start(path, *words):
@@ -57,7 +58,7 @@ def test_killed_runs_end_bit_identical(tmp_path, method):
     """One killed at some moment, one in a save."""
     write_data(tmp_path / "data")
     (tmp_path / method).mkdir()
-    keys = {"steps": 12} if method == "grpo" else {}
+    keys = {"steps": 8, "lens_every_steps": 0}
     whole = run_whole(tmp_path, method, **keys)
     assert whole.saves > 5
     for name in ("timed", "in_save"):
@@ -196,7 +197,7 @@ def test_a_reward_that_fails_in_a_redraw(write_config, tmp_path, monkeypatch):
 @pytest.mark.parametrize("full", ["false", "true"])
 def test_best_is_the_first_of_the_highest(write_config, tmp_path, monkeypatch, full):
     """Its weights are those of a run that ends there; eval.py judges it as it does a run."""
-    keys = {"full": full, "lr_schedule": "constant", "save_every_steps": 4}
+    keys = {"full": full, "lr_schedule": "constant", "save_every_steps": 4}    # 6 steps
     monkeypatch.setattr(training, "inspect", lambda *args: {
         "step": args[3], "valid_accuracy": (0.2, 0.5, None, 0.7, 0.4, 0.7, 0.6)[args[3]]})
     monkeypatch.setattr(training, "format_line", lambda *_: "")
@@ -260,8 +261,10 @@ def test_two_runs_in_one_folder(write_config):
     assert contents(folder) == before
     first.kill()
     first.communicate()
+    saved = (folder / "state.safetensors").stat().st_mtime_ns
     second = start(path)
-    wait_for(second, lambda: (folder / ".lock").read_text().startswith(f"{second.pid} "))
+    wait_for(second, lambda: (folder / "state.safetensors").stat().st_mtime_ns != saved)
+    assert (folder / ".lock").read_text().startswith(f"{second.pid} ")
     second.send_signal(signal.SIGINT)
     out, _ = second.communicate(timeout=60)
     assert second.returncode == 130 and "continuing after step" in out
@@ -333,7 +336,7 @@ def test_disk_full_in_any_save(write_config, monkeypatch, full):
 
     A limit on the size of files, for as long as one save takes, fails it as a full disk does.
     """
-    keys = {"full": full, "steps": 8, "lr": "1e-2"}
+    keys = {"full": full, "steps": 8, "lr": "1e-2", "lens_every_steps": 0}
     path, whole = write_config("whole", **keys)
     train(load_config(path))
     weights = "model.safetensors" if full == "true" else "adapters.safetensors"

@@ -1,6 +1,5 @@
 """The study's plan, its tests on made-up runs, and the whole path on a golden model."""
 import json
-import time
 
 import numpy as np
 import pytest
@@ -240,9 +239,8 @@ def test_whole_path_on_a_golden_model(golden_with_words, tmp_path):
     assert len(measures["claims"]["taps"]) == 5 and measures["block"] == 2
     assert len(measures["problems"]["word.strength"]) == 27
     (runs / "dual_1" / "measures.json").unlink()
-    start = time.monotonic()
     again = run(*command)
-    assert "9 runs, 7 done" in again.stdout and time.monotonic() - start < 60
+    assert "9 runs, 7 done" in again.stdout
     same = json.loads((runs / "dual_1" / "measures.json").read_text())
     for key in ("values", "curves", "problems", "claims", "attribution", "trajectory"):
         assert same[key] == measures[key], key

@@ -239,11 +239,11 @@ def test_not_finite_stops_before_the_optimizer_moves(tokenizer, write_config):
 def test_run_folder_of_another_config(write_config):
     path, folder = write_config()
     run("train.py", path, check=0)
-    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     done = run("train.py", path, "lr=0.5", "seed=3")
     assert_one_clear_line(done, "holds a run with another config", "lr was", "seed was 0, is 3",
                           "overwrite=true")
-    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
 
 
 def test_folder_that_is_no_run(write_config, tmp_path):
@@ -261,7 +261,7 @@ def test_other_bad_input(write_config, small_folder, tmp_path):
              ({"data_samples": 0}, ("is empty", "data_samples = 0")),
              ({"method": "dual_reward", "class_layer": 9}, ("class_layer = 9", "from 0 to 1")),
              ({"data": tmp_path / "none"}, ("expected one of arithmetic",)),
-             ({"bits": 4}, ("divide by 64",))]
+             ({"bits": 4}, ("groups of 64", "bits_group_size"))]
     for i, (keys, words) in enumerate(cases):
         path, folder = write_config(f"bad{i}", **keys)
         assert_one_clear_line(run("train.py", path), *words)
