@@ -296,7 +296,7 @@ def test_padding_groups_weigh_nothing(tokenizer):
     model = lora_model()
     source = rollouts(model, tokenizer)
     groups, _ = source.rollout()
-    alone, filled = (source.make_arrays(groups[:1], size, 20, False) for size in (1, 4))
+    alone, filled = (source.make_arrays(groups[:1], groups[0], size, 20, False) for size in (1, 4))
     assert filled["completions"].shape[0] == 16
     a, b = (grads_of(model, source.cfg, [x]) for x in (alone, filled))
     assert abs(a[0] - b[0]) < 1e-6 and close(a[2], b[2], 1e-6)

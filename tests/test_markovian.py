@@ -275,7 +275,8 @@ def test_spread_floor_and_bound(cot):
     from_rewards = lambda r: group_of(source, r)
     small = from_rewards(tiny)
     assert small.spread == pytest.approx(0.1) and np.abs(small.advantages).max() < 0.11
-    wild = source.make_arrays([from_rewards(far)], 1, 16, False)
+    spread_out = from_rewards(far)
+    wild = source.make_arrays([spread_out], spread_out, 1, 16, False)
     assert np.array(wild["advantages"]).min() >= -5
     flat = from_rewards(np.full((1, 16), -2.0))
     assert source.is_live(flat) and not flat.advantages.any()
