@@ -50,6 +50,13 @@ def keep_freed_memory() -> None:
         libc.mallopt(-2, 64 << 20)      # M_TOP_PAD: it grows by 64 MiB at a time
 
 
+def trim() -> None:
+    """Give malloc's free pages back to the kernel, once."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 def cpu_wheel() -> bool:
     """True where MLX's Linux CPU backend does the work; a CUDA build multiplies on the card."""
     names = {d.metadata["Name"] for d in importlib.metadata.distributions(path=sys.path)
