@@ -174,7 +174,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--only", choices=SHAPES, help="one model's shapes")
     parser.add_argument("--peer-python", help="a Python with torch, transformers and peft")
     parser.add_argument("--here", metavar="MODEL", help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)   # words may stand behind options
     overrides = [word for word in args.words if "=" in word]
     works = [word for word in args.words if "=" not in word] or list(WORKS)
     if wrong := [work for work in works if work not in WORKS]:
