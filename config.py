@@ -25,7 +25,8 @@ LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 # keys that only some methods read; in another method's config they would do nothing,
 # so they are refused
 METHOD_KEYS = {"class_": ("dual_reward",), "answer_": ("dual_reward",),
-               "mask_": ("sft", "dual_reward"), "grpo_reward": ("grpo",), "grpo_": ON_POLICY,
+               "mask_": ("sft", "dual_reward"), "template": ("sft", "dual_reward"),
+               "grpo_reward": ("grpo",), "grpo_": ON_POLICY,
                "markovian": ("markovian",), "chain_": ("markovian",)}
 
 
@@ -44,6 +45,8 @@ class Config:
     method: str = "sft"             # sft | dual_reward | grpo | markovian
     run_dir: str = ""               # empty: runs/<name of the config file>
     overwrite: bool = False         # start over in a run folder that holds another run
+    # a gate.json (eval.py --gate) that must say GO for this model before training starts
+    require_gate: str = ""
     seed: int = 0                   # LoRA's start, data sampling and order
     # float32 | bfloat16 | float16; null: float32 on CPU, the checkpoint's on GPU
     dtype: str | None = None
@@ -67,6 +70,9 @@ class Config:
     data_terms: int = 15            # sums: how many numbers are added
     data_largest: int = 99          # sums: numbers from 1 to this
     mask_prompt: bool = True        # loss on answer and EOS only; false: on every token
+    # what rows are put in: none (as they are) | lines | plain | cued | chat (tokenizer.py's top);
+    # the loss is then on every reply. Rows {"messages": [...]} of a data folder need one
+    template: str = "none"
 
     # --- optimisation (AdamW)
     steps: int = 500
@@ -159,7 +165,7 @@ class Config:
 CHOICES = {
     "method": METHODS, "dtype": ("float32", "bfloat16", "float16"), "bits": BITS,
     "bits_group_size": GROUP_SIZES, "recompute": ("none", "mlp", "block"),
-    "lr_schedule": ("cosine", "constant"),
+    "lr_schedule": ("cosine", "constant"), "template": ("none", "lines", "plain", "cued", "chat"),
     "data_operations": ("add", "subtract", "multiply", "divide"),
     "data_wordings": ("symbolic", "worded", "asked", "asked_worded", "masked"),
     "lora_targets": LORA_TARGETS,
@@ -241,10 +247,10 @@ def explain_unknown(key: str, names: list[str]) -> str:
     return f"unknown key {key!r}; {hint}"
 
 
-def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
-    """Read a YAML file and `key=value` words into a Config; raises BadInput with all mistakes."""
+def read_keys(path: str | Path, overrides: list[str], kinds: dict[str, type],
+              ) -> tuple[dict[str, object], list[str]]:
+    """A YAML file's keys, `key=value` words on top, typed by kinds; and the mistakes in them."""
     path = Path(path)
-    kinds = typing.get_type_hints(Config)
     given = [(key, text, f"{path}:{line}") for key, text, line in read_yaml(path)]
     mistakes, seen = [], {}
     for word in overrides:
@@ -266,9 +272,15 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
                 values[key] = parse_value(text, kinds[key])
             except ValueError as error:
                 mistakes.append(f"{where}: {key} = {text!r}: expected {error}")
+    return values, mistakes
+
+
+def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
+    """Read a YAML file and `key=value` words into a Config; raises BadInput with all mistakes."""
+    values, mistakes = read_keys(path, overrides, typing.get_type_hints(Config))
     cfg = Config(**values)
     if not cfg.run_dir:
-        cfg.run_dir = f"runs/{path.stem}"
+        cfg.run_dir = f"runs/{Path(path).stem}"
     mistakes += validate(cfg, set(values))
     if mistakes:
         raise BadInput("; ".join(mistakes))

@@ -29,7 +29,7 @@ import numpy as np
 import sentencepiece
 
 from config import BadInput, Config, run_main, write_bytes
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, check_messages
 
 SYMBOLS = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/"}
 # each phrase names one (operation, a, b) and no other;
@@ -71,8 +71,9 @@ TEST_PROBLEMS_PER_CELL = 300  # of each operation and wording, where there are s
 class Problem:
     """One question. A row of a user's data has `wording` 'file', and may have `operation` ''.
 
-    hidden   of a question to reason about: the prompt without the question (tasks.py)
-    letters  its options, such as "ABCD"; "": the answer is a number
+    hidden    of a question to reason about: the prompt without the question (tasks.py)
+    letters   its options, such as "ABCD"; "": the answer is a number
+    messages  of a conversation: (role, content) of all of it; prompt and answer are its last two
     """
     prompt: str
     answer: str
@@ -82,6 +83,7 @@ class Problem:
     b: int = 0
     hidden: str = ""
     letters: str = ""
+    messages: tuple[tuple[str, str], ...] = ()
 
 
 def number_words(n: int) -> str:
@@ -299,7 +301,10 @@ def write_tiny_tokenizer(folder: Path, chains: bool = False) -> None:
 
 
 def read_jsonl(path: Path) -> list[Problem]:
-    """Rows {"prompt", "response", optional "operation"}; BadInput names the first bad lines."""
+    """Rows {"prompt", "response"} or {"messages"}, and perhaps {"operation"}.
+
+    raises   BadInput, which names the first bad lines
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -311,15 +316,21 @@ def read_jsonl(path: Path) -> list[Problem]:
             continue
         try:
             row = json.loads(line)
+            messages = ()
+            if "messages" in row:
+                check_messages(row["messages"], reply_follows=False)
+                messages = tuple((m["role"], m["content"]) for m in row["messages"])
+                row = {"prompt": messages[-2][1], "response": messages[-1][1]} | row
             texts = row["prompt"], row["response"], row.get("operation", "")
             if not all(isinstance(t, str) for t in texts) or not texts[0] or not texts[1]:
                 raise ValueError("prompt and response must be non-empty strings")
-            problems.append(Problem(*texts, wording="file"))
+            problems.append(Problem(*texts, wording="file", messages=messages))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             bad.append(f"line {number} ({error!r})")
     if bad:
         raise BadInput(f'{path}: {len(bad)} bad rows: {", ".join(bad[:5])}; '
-                       'expected {"prompt": "...", "response": "...", "operation": "..."}')
+                       'expected {"prompt": "...", "response": "...", "operation": "..."} or '
+                       '{"messages": [{"role": "user", "content": "..."}, ...]}')
     return problems
 
 
@@ -329,10 +340,20 @@ def read_jsonl(path: Path) -> list[Problem]:
 
 @dataclass
 class Row:
-    """One tokenised problem: ids = prompt + answer + EOS, P = length of the prompt."""
+    """One tokenised problem: ids = prompt + answer + EOS, P = length of the prompt.
+
+    Of a conversation P is where its *last* reply starts: the class loss and the lens look at the
+    token before it. spans: all of its replies with what ends them; (): ids[P:] is the only one.
+    """
     ids: list[int]
     P: int
     class_id: int
+    spans: tuple[tuple[int, int], ...] = ()
+
+    def targets(self, cfg: Config) -> tuple[tuple[int, int], ...]:
+        """(start, stop) of the tokens that the loss counts."""
+        whole = len(self.ids)
+        return self.spans or ((self.P, whole),) if cfg.mask_prompt else ((1, whole),)
 
 
 @dataclass
@@ -349,26 +370,56 @@ class Batch:
     rows: list[int]             # which rows of the data set, to name a batch that fails
 
 
+def messages_of(problem: Problem) -> list[dict[str, str]]:
+    """A problem as a conversation; a question and its answer are one of one turn."""
+    pairs = problem.messages or (("user", problem.prompt), ("assistant", problem.answer))
+    return [{"role": role, "content": content} for role, content in pairs]
+
+
+def encode_prompt_of(problem: Problem, tokenizer: Tokenizer, template: str = "none") -> list[int]:
+    """What a model reads before it answers: the prompt, or the conversation up to the last reply.
+
+    raises   BadInput, also for a conversation without a template: its history would be lost
+    """
+    if template != "none":
+        return tokenizer.encode_messages(messages_of(problem)[:-1], template)[0]
+    if problem.messages:
+        raise BadInput(f"the row with the reply {problem.answer[:40]!r} is a conversation, which "
+                       "needs template: lines, plain or chat (methods sft and dual_reward)")
+    return tokenizer.encode_prompt(problem.prompt)
+
+
+def encode_problem(problem: Problem, tokenizer: Tokenizer, template: str = "none",
+                   class_id: int = 0) -> Row:
+    """The same with the answer and what ends it: all that training reads."""
+    if template == "none":
+        encode_prompt_of(problem, tokenizer)
+        return Row(*tokenizer.encode_pair(problem.prompt, problem.answer), class_id)
+    ids, spans = tokenizer.encode_messages(messages_of(problem), template, reply_follows=False)
+    return Row(ids, spans[-1][0], class_id, tuple(spans))
+
+
 def tokenize(problems: list[Problem], tokenizer: Tokenizer, context: int,
-             class_ids: list[int] | None = None) -> list[Row]:
-    """Encode prompt + answer + EOS jointly; raises BadInput naming a row beyond the context.
+             class_ids: list[int] | None = None, template: str = "none") -> list[Row]:
+    """Encode each problem with its answer; raises BadInput naming a row beyond the context.
 
     class_ids  the class loss's target token of each problem; none for methods without that loss
     """
     rows = []
     for problem, class_id in zip(problems, class_ids or [0] * len(problems), strict=True):
-        ids, P = tokenizer.encode_pair(problem.prompt, problem.answer)
-        if len(ids) > context:
-            raise BadInput(f"row {problem.prompt[:60]!r} has {len(ids)} tokens with its answer, "
-                           f"and the model's context is {context}; shorten the row")
-        rows.append(Row(ids, P, class_id))
+        row = encode_problem(problem, tokenizer, template, class_id)
+        if len(row.ids) > context:
+            raise BadInput(f"row {problem.prompt[:60]!r} has {len(row.ids)} tokens with its "
+                           f"answer, and the model's context is {context}; shorten the row")
+        rows.append(row)
     return rows
 
 
 def make_batch(rows: list[Row], indices: list[int], T: int, A: int, cfg: Config) -> Batch:
     """Pad the rows to T tokens and mark their targets.
 
-    targets  answer and EOS, or all tokens after the first (mask_prompt false)
+    targets  answer and EOS, of a conversation every reply and what ends it, or all tokens after
+             the first (mask_prompt false)
     indices  rows to take; -1 fills the batch up with a row of zeros that counts for nothing
     example  ids [1, 7, *, 8, =, 56, 2], P 5: loss_mask [0, 0, 0, 0, 1, 1],
              target_positions [4, 5], targets [56, 2]
@@ -380,10 +431,11 @@ def make_batch(rows: list[Row], indices: list[int], T: int, A: int, cfg: Config)
         if index < 0:
             continue
         row = rows[index]
-        n, first = len(row.ids), row.P if cfg.mask_prompt else 1
-        tokens[i, :n] = row.ids
-        loss_mask[i, first - 1:n - 1] = 1
-        class_positions[i] = row.P - 1 if cfg.class_position == "prompt" else n - 2
+        tokens[i, :len(row.ids)] = row.ids
+        for start, stop in row.targets(cfg):
+            loss_mask[i, start - 1:stop - 1] = 1
+        last = row.spans[-1][1] if row.spans else len(row.ids)
+        class_positions[i] = row.P - 1 if cfg.class_position == "prompt" else last - 2
         class_ids[i] = row.class_id
     positions = np.argsort(-loss_mask, axis=1, kind="stable")[:, :A]  # the ones first, in order
     return Batch(
@@ -411,8 +463,7 @@ class Batches:
         lengths = np.array([len(r.ids) for r in rows])
         multiple = 4 if lengths.max() <= 32 else 8 if lengths.max() <= 64 else 32
         self.padded = np.minimum(-(-lengths // multiple) * multiple, lengths.max())
-        targets = [len(r.ids) - (r.P if cfg.mask_prompt else 1) for r in rows]
-        self.A = max(targets)
+        self.A = max(sum(stop - start for start, stop in r.targets(cfg)) for r in rows)
         self.lengths = sorted(set(self.padded.tolist()))
         self.per_epoch = sum(-(-int((self.padded == n).sum()) // cfg.batch_size)
                              for n in self.lengths)

@@ -10,27 +10,36 @@ and counted any of twenty top tokens that contained any of the words or answers 
     python eval.py --ckpt runs/dual_reward --base                    # beside its base model
     python eval.py --ckpt runs/dual_reward --compare runs/sft        # exact McNemar, same problems
     python eval.py --ckpt models/tiny data_wordings=symbolic,worded  # any model; any config key
+    python eval.py --gate configs/gate_tiny.yaml         # before training: is there a gap?
 """
 import argparse
 import json
-import subprocess
-from importlib.metadata import version
 from pathlib import Path
 
 import blas  # noqa: F401  (before mlx)
-import mlx.core as mx
 import numpy as np
 
+import gate
+from clean import provenance
 from config import BadInput, Config, load_config, load_overrides, resolved, run_main, write_text
-from data import NAMED_PROMPTS, SYMBOLS, Problem, grade, named_problems, stable_hash
+from data import (
+    NAMED_PROMPTS,
+    SYMBOLS,
+    Problem,
+    encode_problem,
+    encode_prompt_of,
+    grade,
+    named_problems,
+    stable_hash,
+)
 from generate import sample
 from lens import Reading, read_prompts
 from lora import load_base, load_checkpoint
 from markovian import answer_prompt, encode_question, evaluate_chains, summarize_chains
 from model import Llama
-from stats import bootstrap_mean, mcnemar, wilson
+from stats import bootstrap_mean, mcnemar, percent, wilson
 from tasks import load_split, question_of
-from tokenizer import Tokenizer
+from tokenizer import STOPS, Tokenizer
 
 SERIES = ("answer", "operation", "symbol")
 EMERGED = 0.10  # the prior work's threshold on a probability before the last block
@@ -50,8 +59,8 @@ def class_ids(cfg: Config, tokenizer: Tokenizer, problems: list[Problem]) -> lis
     and for every seed: it can be learnt by heart, but not from what the problem asks.
     """
     if cfg.class_target == "answer":
-        pairs = [tokenizer.encode_pair(p.prompt, p.answer) for p in problems]
-        return [ids[P] for ids, P in pairs]
+        rows = [encode_problem(p, tokenizer, cfg.template) for p in problems]
+        return [row.ids[row.P] for row in rows]
     draw = lambda p, n: stable_hash(p.prompt) % n
     if cfg.class_target == "random":
         return [draw(p, tokenizer.vocab_size) for p in problems]
@@ -74,8 +83,8 @@ def class_block(cfg: Config, model: Llama) -> int:
     return block
 
 
-def series_ids(tokenizer: Tokenizer,
-               problems: list[Problem]) -> tuple[list[list[int]], np.ndarray]:
+def series_ids(tokenizer: Tokenizer, problems: list[Problem],
+               template: str = "none") -> tuple[list[list[int]], np.ndarray]:
     """Each problem's prompt as ids, and the tokens of SERIES, (B, 3).
 
     Rows of a user's data without an operation follow the answer in all three series.
@@ -84,16 +93,17 @@ def series_ids(tokenizer: Tokenizer,
     symbols = target_ids(tokenizer, problems, "symbol")
     prompts, ids = [], []
     for p in problems:
-        joint, P = tokenizer.encode_pair(p.prompt, p.answer)
-        prompts.append(joint[:P])
-        ids.append([joint[P], words.get(p.operation, joint[P]), symbols.get(p.operation, joint[P])])
+        row = encode_problem(p, tokenizer, template)
+        answer = row.ids[row.P]
+        prompts.append(row.ids[:row.P])
+        ids.append([answer, words.get(p.operation, answer), symbols.get(p.operation, answer)])
     return prompts, np.array(ids)
 
 
-def read_series(model: Llama, tokenizer: Tokenizer,
-                problems: list[Problem]) -> tuple[Reading, np.ndarray]:
+def read_series(model: Llama, tokenizer: Tokenizer, problems: list[Problem],
+                template: str = "none") -> tuple[Reading, np.ndarray]:
     """The lens at each prompt's last token: a Reading (A = 1, N = 3) of SERIES, and series_ids."""
-    prompts, ids = series_ids(tokenizer, problems)
+    prompts, ids = series_ids(tokenizer, problems, template)
     return read_prompts(model, prompts, ids.tolist()), ids
 
 
@@ -108,10 +118,17 @@ def summarize_lens(reading: Reading, ids: np.ndarray, block: int) -> dict:
 
 
 def measure_accuracy(model: Llama, tokenizer: Tokenizer, problems: list[Problem],
-                     max_completion_tokens: int) -> list[dict]:
-    """Complete and grade problems: [{prompt, expected, generated, correct, operation, wording}]."""
-    prompts = [tokenizer.encode_prompt(p.prompt) for p in problems]
-    done = sample(model, tokenizer, prompts, max_completion_tokens)
+                     max_completion_tokens: int, template: str = "none") -> list[dict]:
+    """Complete and grade problems: [{prompt, expected, generated, correct, operation, wording}].
+
+    Of a conversation the last reply, given all before it as it is in the data. It ends as it was
+    trained to: at EOS, and where all replies are of one line at a line break, but for a chat.
+    """
+    prompts = [encode_prompt_of(p, tokenizer, template) for p in problems]
+    many_lines = template != "none" and (
+        template == "chat" or any("\n" in p.answer for p in problems))
+    done = sample(model, tokenizer, prompts, max_completion_tokens, many_lines=many_lines,
+                  stops=STOPS[template] if many_lines else ())
     return [{"prompt": p.prompt, "expected": p.answer, "generated": c.text.strip(),
              "correct": grade(p.answer, c.text, c.finished),
              "operation": p.operation, "wording": p.wording} for p, c in zip(problems, done)]
@@ -128,8 +145,8 @@ def judge(model: Llama, tokenizer: Tokenizer, cfg: Config) -> dict:
              if cfg.data in ("arithmetic", "tiny_corpus")}
     problems = test + [p for group in named.values() for p in group]
     sets = ["test"] * len(test) + [name for name, group in named.items() for _ in group]
-    reading, ids = read_series(model, tokenizer, problems)
-    rows = measure_accuracy(model, tokenizer, problems, cfg.max_completion_tokens)
+    reading, ids = read_series(model, tokenizer, problems, cfg.template)
+    rows = measure_accuracy(model, tokenizer, problems, cfg.max_completion_tokens, cfg.template)
     for i, row in enumerate(rows):
         row |= {"set": sets[i], **peak_of_prompt(reading.probs[:, i, 0])}
     words = target_ids(tokenizer, problems, "word")
@@ -223,14 +240,6 @@ def summarize_strength(probs: np.ndarray, is_top: np.ndarray) -> dict:
     }
 
 
-def provenance() -> dict:
-    """What produced a number: package versions, device, commit."""
-    git = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-                         capture_output=True, text=True)
-    return {"mlx": version("mlx"), "numpy": np.__version__, "device": str(mx.default_device()),
-            "blas": blas.LOADED or "bundled", "commit": git.stdout.strip() or "unknown"}
-
-
 def make_report(ckpt: str | Path, with_base: bool, compare: str | None = None,
                 overrides: list[str] = ()) -> dict:
     """Judge a run or a model, its base, another run on the same problems: report.json's content."""
@@ -252,14 +261,6 @@ def make_report(ckpt: str | Path, with_base: bool, compare: str | None = None,
         of_test = lambda r: [row["correct"] for row in r["prompts"] if row["set"] == "test"]
         report["compare"] = {**other, "mcnemar": mcnemar(of_test(report), of_test(other))}
     return report
-
-
-def percent(interval: dict) -> str:
-    """example  {value .913, low .89, high .93, n 600} -> ' 91.3 % [89.0, 93.0] n=600' """
-    if interval["value"] is None:
-        return "-"
-    return (f"{100 * interval['value']:5.1f} % "
-            f"[{100 * interval['low']:.1f}, {100 * interval['high']:.1f}] n={interval['n']}")
 
 
 def print_report(report: dict) -> None:
@@ -347,16 +348,27 @@ def print_prompts(rows: list[dict]) -> None:
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description="Accuracy and classifier report of a run or model.")
-    parser.add_argument("--ckpt", required=True, help="run folder, model folder or Hub name")
+    parser.add_argument("--ckpt", help="run folder, model folder or Hub name")
     parser.add_argument("--base", action="store_true",
                         help="judge the model it was trained from as well")
     parser.add_argument("--compare", metavar="RUN2",
                         help="another run or model, on the same problems")
     parser.add_argument("--json", metavar="FILE", help="where to write the report; "
                         "a run folder's report.json is left as it is")
+    parser.add_argument("--gate", metavar="CONFIG", help="base against instruct model on a "
+                        "benchmark of conversations, before a training run (gate.py)")
+    parser.add_argument("--paired", nargs=2, metavar="FOLDER:CONDITION",
+                        help="two conditions of finished gates on one benchmark")
     parser.add_argument("overrides", nargs="*", metavar="key=value",
-                        help="config keys, such as data_wordings=worded")
+                        help="config keys, such as data_wordings=worded; of a gate, its own")
     args = parser.parse_args(argv)
+    if args.gate:
+        return gate.main(args.gate, args.overrides)
+    if args.paired:
+        return gate.print_comparison(" against ".join(args.paired),
+                                     gate.compare_folders(*args.paired))
+    if not args.ckpt:
+        raise BadInput("nothing to judge; give --ckpt RUN_OR_MODEL, --gate CONFIG or --paired")
     report = make_report(args.ckpt, args.base, args.compare, args.overrides)
     print_report(report)
     if args.json:

@@ -9,6 +9,7 @@ no draw. (The usual Gumbel trick needs two logarithms for every entry of the voc
     python generate.py --ckpt runs/sft --prompt "7 * 8 = " --temperature 0.8 --top-p 0.95 --seed 1
 """
 import argparse
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -29,9 +30,10 @@ ROWS_PER_BATCH, TOKENS_PER_BATCH = 512, 2 ** 16     # of one KV cache: 8 GiB of 
 class Completion:
     ids: list[int]          # sampled tokens, the stop token included
     text: str               # decoded, cut at the first line break unless many lines were asked for
-    finished: bool          # ended by a stop token; otherwise cut by the length limit
+    finished: bool          # ended by a stop token or text; otherwise cut by the length limit
     logprobs: np.ndarray    # (len(ids),) float32 at the temperature used; empty for greedy
     entropies: np.ndarray   # (len(ids),) float32 nats of the distribution drawn from; the same
+    stop: str = ""          # which of `stops` ended it; "": a stop token did, or nothing
 
 
 def check_context(prompts: list[list[int]], max_completion_tokens: int, model: Llama) -> None:
@@ -83,16 +85,22 @@ def choose(logits: mx.array, uniform: mx.array | None, temperature: float, top_k
 def sample(model: Llama, tokenizer: Tokenizer, prompts: list[list[int]],
            max_completion_tokens: int, group: int = 1, temperature: float = 0.0, top_k: int = 0,
            top_p: float = 1.0, key: mx.array | None = None, many_lines: bool = False,
-           before: int = 0, after: int = 0) -> list[Completion]:
+           before: int = 0, after: int = 0, stops: tuple[str, ...] = ()) -> list[Completion]:
     """Complete every prompt `group` times, until EOS, a line break or the limit.
 
     many_lines   only EOS ends a completion
+    stops        texts that end one too, such as "\nUser:". The text is cut in front of the first;
+                 the ids go up to the token that completes it. They are looked for in the decoded
+                 text: one text has many tokenisations, and the last token of each stands elsewhere
     key      MLX random key; the same key gives the same completions, however rows are batched
     before   prompts that other processes complete with this key, in front of these; after: behind
     returns  len(prompts) * group completions, a prompt's in a row, in the prompts' order
     raises   BadInput if a prompt does not fit the context
     """
     check_context(prompts, max_completion_tokens, model)
+    # tokens sampled since the last look, and as many as may hold the longest stop
+    window = 8 + max((len(stop.encode()) for stop in stops), default=0)
+    over = lambda ids: first_stop(tokenizer.decode(ids[-window:]), stops) != ""
     is_stop = np.zeros(model.args.vocab_size, bool)
     ends = tokenizer.eos_ids if many_lines else tokenizer.stop_ids
     is_stop[[i for i in ends if i < len(is_stop)]] = True
@@ -108,23 +116,32 @@ def sample(model: Llama, tokenizer: Tokenizer, prompts: list[list[int]],
         part = by_length[i:i + per_batch]
         rows = np.array([j * group + g for j in part for g in range(group)])
         drawn = sample_batch(model, [prompts[j] for j in part], group, pick,
-                             uniforms[mx.array(rows)], stop_table)
+                             uniforms[mx.array(rows)], stop_table, over if stops else None)
         for row, (ids, logprobs, entropies) in zip(rows.tolist(), zip(*drawn)):
-            stops = np.flatnonzero(is_stop[ids])
-            n = stops[0] + 1 if len(stops) else len(ids)
+            ended = np.flatnonzero(is_stop[ids])
+            n = ended[0] + 1 if len(ended) else len(ids)
             text = tokenizer.decode(ids[:n])
             text = text if many_lines else text.partition("\n")[0]
+            if stop := first_stop(text, stops):
+                text = text[:text.index(stop)]
+                n = 1 + bisect_left(range(1, n), True, key=lambda k: first_stop(
+                    tokenizer.decode(ids[:k]), stops) != "")
             kept = n if temperature else 0
-            completions[row] = Completion(ids[:n].tolist(), text, len(stops) > 0,
-                                          logprobs[:kept], entropies[:kept])
+            completions[row] = Completion(ids[:n].tolist(), text, len(ended) > 0 or stop != "",
+                                          logprobs[:kept], entropies[:kept], stop)
     return [completions[row] for row in range(len(prompts) * group)]
 
 
+def first_stop(text: str, stops: tuple[str, ...]) -> str:
+    """Of the stops in a text the one that begins first; "" if there is none."""
+    return min((s for s in stops if s in text), key=text.index, default="")
+
+
 def sample_batch(model: Llama, prompts: list[list[int]], group: int, pick, uniforms: mx.array,
-                 is_stop: mx.array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+                 is_stop: mx.array, is_over=None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Decode one batch of R = P * group rows; returns ids, log-probabilities, entropies, (R, C).
 
-    What stands behind a row's stop token is arbitrary.
+    What stands behind a row's stop is arbitrary. is_over  of a row's ids so far: has it ended?
     """
     R, C = uniforms.shape
     tokens, start = left_pad(prompts)
@@ -143,6 +160,9 @@ def sample_batch(model: Llama, prompts: list[list[int]], group: int, pick, unifo
         if n == C or n & (n - 1) == 0 or n % 8 == 0:    # asking the device makes it wait: rarely
             for array, column in zip(out, zip(*pending)):
                 array[alive, n - len(pending):n] = np.array(mx.stack(column, axis=1))
+            if is_over:
+                over = np.array([is_over(out[0][row, :n]) for row in alive])
+                stopped = stopped | mx.array(over)
             pending, going = [], np.flatnonzero(~np.array(stopped))
             if n == C or not len(going):
                 break

@@ -26,7 +26,7 @@ import mlx.core as mx
 import numpy as np
 
 from config import BadInput, Config
-from data import Problem, grade
+from data import Problem, encode_prompt_of, grade
 from distributed import rank, share, size
 from generate import Completion, check_context, left_pad, sample
 from lora import adapters_off, fused_for_decoding
@@ -287,7 +287,7 @@ class Rollouts:
         self.score = partial(mx.compile, inputs=[model.state])(self._score)
 
     def encode(self, problem: Problem) -> list[int]:
-        return self.tokenizer.encode_prompt(problem.prompt)
+        return encode_prompt_of(problem, self.tokenizer)
 
     @property
     def lr_scale(self) -> float:

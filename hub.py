@@ -24,7 +24,7 @@ from config import BadInput
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SMALL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model",
-               "tokenizer_config.json", "special_tokens_map.json", INDEX)
+               "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", INDEX)
 # no separators, so it stays in its folder; no *?[, which the Hub's library reads as patterns
 SHARD = re.compile(r"\w[\w.+=-]*\.safetensors")
 REPO = re.compile(r"(?!models/|runs/)\w[\w.-]*/\w[\w.-]*", re.ASCII)

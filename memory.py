@@ -25,7 +25,7 @@ from generate import ROWS_PER_BATCH, TOKENS_PER_BATCH
 from hub import find_folder, read_json
 from lora import root_model
 from model import DTYPES, LOGITS_AT_ONCE, Llama, ModelArgs, default_dtype, parse_args
-from quant import settings_of, stored_settings
+from quant import PIECE, settings_of, stored_settings
 
 GIB = 2 ** 30
 
@@ -85,12 +85,17 @@ def layers_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
 
 
+def matrix_shapes(args: ModelArgs) -> dict[str, tuple[int, int]]:
+    """A block's seven matrices: {"q": (in, out), ...}."""
+    D, F = args.hidden_size, args.intermediate_size
+    q, kv = args.num_attention_heads * args.head_dim, args.num_key_value_heads * args.head_dim
+    return {"q": (D, q), "k": (D, kv), "v": (D, kv), "o": (q, D),
+            "gate": (D, F), "up": (D, F), "down": (F, D)}
+
+
 def trained_numbers(args: ModelArgs, cfg: Config) -> int:
     """How many weights the optimizer moves."""
-    D, F, L = args.hidden_size, args.intermediate_size, args.num_hidden_layers
-    q, kv = args.num_attention_heads * args.head_dim, args.num_key_value_heads * args.head_dim
-    shapes = {"q": (D, q), "k": (D, kv), "v": (D, kv), "o": (q, D),
-              "gate": (D, F), "up": (D, F), "down": (F, D)}
+    D, L, shapes = args.hidden_size, args.num_hidden_layers, matrix_shapes(args)
     if not cfg.full:
         return L * cfg.lora_rank * sum(sum(shapes[t]) for t in cfg.lora_targets)
     tables = 1 if args.tie_word_embeddings else 2
@@ -112,6 +117,11 @@ def step_bytes(args: ModelArgs, cfg: Config, load: Load, width: int = 4) -> dict
         attention, softmax = attention + softmax, 0
     mlp = 2 * F + F * (cfg.full or "down" in cfg.lora_targets)
     kept = {"none": attention + mlp, "mlp": attention, "block": D + 2 * kv}[cfg.recompute]
+    # sampling reads each adapted float32 matrix with its update added (lora.fused_for_decoding)
+    fused = 0 if cfg.full or cfg.bits or width < 4 or not load.cached else sum(
+        a * b for a, b in map(matrix_shapes(args).get, cfg.lora_targets))
+    # the pieces that wait in line (quant.PIECE)
+    unpacked = 36 * PIECE * 4 if cfg.bits and default_dtype() else 0
     rows = load.logit_rows if cfg.recompute == "none" else min(
         load.logit_rows, max(1, LOGITS_AT_ONCE // args.vocab_size))
     block = load.tokens * width
@@ -120,17 +130,17 @@ def step_bytes(args: ModelArgs, cfg: Config, load: Load, width: int = 4) -> dict
         "trained": trained_numbers(args, cfg) * (width if cfg.full else 4) * (
             3 + (cfg.grad_accum_steps > 1)),
         "activations": args.num_hidden_layers * block * kept + block * (
-            attention + softmax + mlp + 4 * F),
+            attention + softmax + mlp + 4 * F) + unpacked,
         "logits": 4 * rows * args.vocab_size * 4,
-        "kv_cache": 2 * args.num_hidden_layers * kv * load.cached * width,
+        "sampling": args.num_hidden_layers * (2 * kv * load.cached + fused) * width,
     }
 
 
 def estimate(args: ModelArgs, cfg: Config, load: Load, weights: int) -> dict[str, float]:
-    """The parts and the peak, in GiB. A rollout's cache and a step's activations never coexist."""
+    """The parts and the peak, in GiB. Sampling and a step's activations never coexist."""
     width = 4 if default_dtype() else 2
     parts = step_bytes(args, cfg, load, width)
-    passing = max(parts["activations"] + parts["logits"], parts["kv_cache"])
+    passing = max(parts["activations"] + parts["logits"], parts["sampling"])
     peak = weights + parts["trained"] + passing + process_bytes()
     return {name: value / GIB for name, value in
             {"weights": weights, **parts, "peak": peak}.items()}
@@ -185,8 +195,8 @@ def advice(args: ModelArgs, cfg: Config, load: Load, raw: dict, limit: float) ->
 
 def describe(found: dict[str, float]) -> str:
     """example  "memory, GiB: weights 4.60, trained 0.04, ...; estimated peak 6.04" """
-    parts = [f"{name.replace('_', ' ')} {found[name]:.2f}" for name in
-             ("weights", "trained", "activations", "logits", "kv_cache")]
+    parts = [f"{name} {found[name]:.2f}" for name in
+             ("weights", "trained", "activations", "logits", "sampling")]
     return f"memory, GiB: {', '.join(parts)}; estimated peak {found['peak']:.2f}"
 
 

@@ -545,7 +545,8 @@ def save_model(model: Llama, folder: Path, source: str | Path) -> None:
     raw["torch_dtype"] = raw["dtype"] = str(model.model.norm.weight.dtype).removeprefix("mlx.core.")
     for file in origin.iterdir():
         if file.name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
-                         "generation_config.json", "special_tokens_map.json"):
+                         "generation_config.json", "special_tokens_map.json",
+                         "chat_template.jinja"):
             write_bytes(folder / file.name, file.read_bytes())
     save_safetensors(folder / "model.safetensors", dict(tree_flatten(model.parameters())))
     # last: its presence says that all is there

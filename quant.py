@@ -23,7 +23,9 @@ from config import BITS, GROUP_SIZES, BadInput
 from fastexp import linux_cpu
 
 FEW_ROWS = 2            # of x, for which the scalar loop is the faster one
-PIECE = 2 ** 25         # weights that are unpacked together: 128 MiB of float32
+# weights that are unpacked together: 8 MiB of float32. MLX's CPU backend allocates for dozens of
+# operations ahead, so that much more is taken at a time (128 MiB pieces: 2 GiB)
+PIECE = 2 ** 21
 
 
 @functools.cache

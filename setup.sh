@@ -8,7 +8,7 @@ python=${PYTHON:-python3}
 [ -x .venv/bin/python ] || "$python" -m venv .venv || { echo "error: no virtual environment; on Debian run: apt-get install python3-venv" >&2; exit 2; }
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements" 2>&1 | grep -v '^WARNING: Location' || true
 [ -z "${CUDA:-}" ] || { .venv/bin/python -m pip install --quiet "mlx[cuda13]>=0.32,<0.33" && .venv/bin/python -m pip uninstall --quiet --yes mlx-cpu; }
-.venv/bin/python -c 'import mlx.core, scipy, matplotlib, tokenizers, sentencepiece, yaml' || { echo "error: packages are missing; see pip's messages above" >&2; exit 2; }
+.venv/bin/python -c 'import mlx.core, scipy, matplotlib, tokenizers, sentencepiece, jinja2, yaml' || { echo "error: packages are missing; see pip's messages above" >&2; exit 2; }
 if [ "$(uname -s)" = Linux ] && [ -z "${CUDA:-}" ] && ! .venv/bin/python -c 'import blas, sys; sys.exit(not blas.LOADED)' 2>/dev/null; then
     if [ "$(id -u)" = 0 ]; then root=""; else root="sudo -n"; fi
     echo "installing libopenblas0 (MLX trains about ten times faster with it)"

@@ -18,10 +18,22 @@ def wilson(successes: int, n: int, level: float = 0.95) -> dict:
             "low": float(interval.low), "high": float(interval.high)}
 
 
+def percent(interval: dict) -> str:
+    """A share with its interval, for a person.
+
+    example  {value .913, low .89, high .93, n 600} -> ' 91.3 % [89.0, 93.0] n=600'
+    """
+    if interval["value"] is None:
+        return "-"
+    return (f"{100 * interval['value']:5.1f} % "
+            f"[{100 * interval['low']:.1f}, {100 * interval['high']:.1f}] n={interval['n']}")
+
+
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> dict:
     """Exact McNemar test of two runs on the same problems: only those that just one solves count.
 
-    returns  {only_first, only_second, p}, p two-sided binomial on the discordant pairs
+    returns  {only_first, only_second, p}, p two-sided binomial on the discordant pairs. Never the
+             chi-squared form: it is off where discordant pairs are few, which is where it matters
     example  10 only by the first, 2 only by the second -> p 0.0386
     raises   ValueError if the lengths differ
     """
@@ -33,6 +45,111 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> dict:
     discordant = only_first + only_second
     p = stats.binomtest(only_first, discordant, 0.5).pvalue if discordant else 1.0
     return {"only_first": only_first, "only_second": only_second, "p": float(p)}
+
+
+def cohens_h(first: float, second: float) -> float:
+    """Effect size of two proportions, second over first, signed: .2 small, .5 medium, .8 large.
+
+    example  (.3, .8) -> 1.055;  (298/300, 300/300) -> .163: a point at the edge is worth more
+    """
+    return float(2 * np.arcsin(np.sqrt(second)) - 2 * np.arcsin(np.sqrt(first)))
+
+
+def power_of_mcnemar(n: int, only_first: float, only_second: float, alpha: float = 0.01) -> float:
+    """Chance that n pairs give exact McNemar p < alpha in favour of the second, exactly.
+
+    only_first, only_second  the chances of a pair that just one of the two passes
+    example  (40, .06, .56) -> .964: a base at 30 % and an instruct model at 80 %, independent
+    """
+    apart = only_first + only_second
+    if apart == 0:
+        return 0.0
+    m = np.arange(n + 1)                                            # discordant pairs
+    # so few passed by the first alone that 2 P(at most that many of m) < alpha; -1: no m reaches it
+    few = stats.binom.ppf(alpha / 2, m, 0.5) - 1
+    wins = np.where(few >= 0, m - few, m + 1)
+    reached = stats.binom.sf(wins - 1, m, only_second / apart)
+    return float((stats.binom.pmf(m, n, apart) * reached).sum())
+
+
+def items_needed(only_first: float, only_second: float, alpha: float = 0.01, power: float = 0.9,
+                 most: int = 5000) -> int | None:
+    """How many pairs reach that power; None if `most` do not, or the second is not ahead.
+
+    Power climbs in small teeth, since counts are whole: this is the first n at which the next
+    three reach it too.
+    """
+    reaches = lambda n: power_of_mcnemar(n, only_first, only_second, alpha) >= power
+    if only_second <= only_first or not reaches(most):
+        return None
+    low, high = 0, 1
+    while not reaches(high):
+        low, high = high, min(2 * high, most)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if reaches(middle) else (middle, high)
+    while not all(reaches(n) for n in range(high, high + 4)):
+        high += 1
+    return high
+
+
+def cohens_kappa(first: Sequence, second: Sequence, level: float = 0.95) -> dict:
+    """Agreement of two raters beyond chance: {value, low, high, n, agreement, ac1}.
+
+    Large-sample interval (Fleiss, Cohen and Everitt 1969). Value None where both use one label
+    only. ac1 (Gwet) is 1 minus disagreement over what chance would give, and stays high where one
+    label is rare, as kappa does not: read them together.
+    example  9 both pass, 2 and 2 apart, 17 both fail -> .713, ac1 .751
+    """
+    labels = sorted(set(first) | set(second))
+    table = np.array([[sum(a == i and b == j for a, b in zip(first, second, strict=True))
+                       for j in labels] for i in labels], dtype=np.float64)
+    n = int(table.sum())
+    if n == 0:
+        return {"value": None, "low": None, "high": None, "n": 0, "agreement": None, "ac1": None}
+    share = table / n
+    rows, columns, agreement = share.sum(1), share.sum(0), float(np.trace(share))
+    mean = (rows + columns) / 2
+    chance = float((mean * (1 - mean)).sum() / max(len(labels) - 1, 1))
+    found = {"value": None, "low": None, "high": None, "n": n, "agreement": agreement,
+             "ac1": (agreement - chance) / (1 - chance)}
+    expected = float(rows @ columns)
+    if expected == 1:
+        return found
+    kappa = (agreement - expected) / (1 - expected)
+    diagonal = (np.diag(share) * (1 - (rows + columns) * (1 - kappa)) ** 2).sum()
+    crossed = share * (columns[:, None] + rows[None, :]) ** 2
+    off = (1 - kappa) ** 2 * (crossed.sum() - np.trace(crossed))
+    variance = (diagonal + off - (kappa - expected * (1 - kappa)) ** 2) / (n * (1 - expected) ** 2)
+    half = stats.norm.ppf((1 + level) / 2) * np.sqrt(max(variance, 0))
+    return found | {"value": float(kappa), "low": float(kappa - half), "high": float(kappa + half)}
+
+
+def paired_bootstrap(first: Sequence[float], second: Sequence[float], strata: Sequence = (),
+                     level: float = 0.95, draws: int = 10000) -> dict:
+    """Mean of second - first over the same items, with a seeded percentile interval over items.
+
+    Items are drawn with their two outcomes together, within strata (categories) where given.
+    """
+    difference = np.asarray(second, np.float64) - np.asarray(first, np.float64)
+    n = len(difference)
+    if n == 0:
+        return {"value": None, "n": 0, "low": None, "high": None}
+    strata, rng = np.asarray(strata if len(strata) else [""] * n), np.random.default_rng(0)
+    totals = np.zeros(draws)
+    for stratum in np.unique(strata):
+        part = difference[strata == stratum]
+        totals += part[rng.integers(0, len(part), (draws, len(part)))].sum(1)
+    low, high = np.quantile(totals / n, [(1 - level) / 2, (1 + level) / 2])
+    return {"value": float(difference.mean()), "n": n, "low": float(low), "high": float(high)}
+
+
+def auc(scores: Sequence[float], right: Sequence[bool]) -> float | None:
+    """Chance that a passed item scores above a failed one; None where all passed or all failed.
+
+    example  lengths of replies as scores: .5 says nothing, near 0 or 1 length decides
+    """
+    return auc_within(scores, right, [""] * len(right))
 
 
 def bootstrap_mean(values: Sequence[float], level: float = 0.95, draws: int = 2000) -> dict:

@@ -26,9 +26,10 @@ import mlx.core as mx
 import numpy as np
 import yaml
 
+from clean import provenance
 from config import BadInput, Config, load_overrides, run_main, write_text
 from data import Problem, held_out, matched_problems
-from eval import class_block, class_ids, measure_accuracy, provenance, series_ids, target_ids
+from eval import class_block, class_ids, measure_accuracy, series_ids, target_ids
 from findings import write_results
 from lens import contributions, depth, read_prompts
 from lora import load_base, load_checkpoint

@@ -152,7 +152,7 @@ def write_model(folder, raw, tokenizer_from):
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(raw))
     for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
-                 "generation_config.json"):
+                 "generation_config.json", "chat_template.jinja"):
         if (tokenizer_from / name).exists():
             (folder / name).write_bytes((tokenizer_from / name).read_bytes())
     mx.save_safetensors(str(folder / "model.safetensors"),

@@ -2,20 +2,23 @@
 
 Batches depend on the step alone.
 """
+import dataclasses
 import itertools
+import json
 import re
 
 import numpy as np
 import pytest
-from conftest import config
+from conftest import TINY, config, small_config, write_model
 
-from config import BadInput
+from config import BadInput, load_config
 from data import (
     NAMED_PROMPTS,
     SYMBOLS,
     Batches,
     Row,
     compute,
+    encode_prompt_of,
     grade,
     held_out,
     make_batch,
@@ -28,7 +31,11 @@ from data import (
     split_of,
     tokenize,
 )
+from eval import make_report
+from grpo import Rollouts
 from tasks import load_split
+from tokenizer import load_tokenizer
+from train import train
 
 ALL = {"data_operations": ("add", "subtract", "multiply", "divide"),
        "data_wordings": ("symbolic", "worded")}
@@ -189,6 +196,109 @@ def test_own_data(tmp_path):
     (tmp_path / "test.jsonl").write_text("\n")
     with pytest.raises(BadInput, match="is empty"):
         load_split(config(data=str(tmp_path)), "test")
+
+
+TALK = [{"role": "user", "content": "7 + 8 ="}, {"role": "assistant", "content": "15"},
+        {"role": "user", "content": "15 + 4 ="}, {"role": "assistant", "content": "19"}]
+CHAT = ("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token + '\\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}")
+
+
+@pytest.fixture
+def conversations(tmp_path):
+    """A data folder of one conversation, one of a turn more, and one question; as problems."""
+    rows = [{"messages": TALK}, {"messages": TALK[:2]},
+            {"prompt": "7 + 8 = ", "response": "15", "operation": "add"}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return load_split(config(data=str(tmp_path)), "train")
+
+
+@pytest.mark.parametrize("template", ["plain", "chat"])
+def test_conversations_are_trained_on_their_replies(template, conversations):
+    """What the mask covers, decoded: every reply with what ends it, and no label of a speaker."""
+    tokenizer = load_tokenizer(TINY)
+    tokenizer.chat_template = CHAT
+    rows = tokenize(conversations, tokenizer, 128, [5, 6, 7], template)
+    assert rows[1].ids == rows[2].ids and rows[1].P == rows[2].P    # a question is a conversation
+    cfg, T = config(), max(len(r.ids) for r in rows)
+    A = Batches(rows, cfg).A
+    batch = make_batch(rows, [0, 1, -1], T, A, cfg)
+    break_, eos = tokenizer.encode("\n")[-1], tokenizer.eos_id
+    first, second = tokenizer.single_id("15"), tokenizer.single_id("19")
+    expected = [first, break_ if template == "plain" else eos, second, eos]
+    assert batch.targets.tolist()[0] == expected and A == 4
+    assert batch.targets.tolist()[1][:2] == [first, eos]
+    assert batch.target_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [0] * 4]
+    assert batch.loss_mask.sum(1).tolist() == [4, 2, 0]
+    # the class loss and the lens: before the last reply
+    assert [rows[0].ids[t + 1] for t in batch.class_positions.tolist()[:1]] == [second]
+    assert batch.class_ids.tolist()[:2] == [5, 6]
+    answer = make_batch(rows, [0], T, A, config(class_position="answer")).class_positions.item()
+    assert rows[0].ids[answer] == second
+    # generation is asked with what training put in front of the reply
+    for problem, row in zip(conversations, rows):
+        prompt = encode_prompt_of(problem, tokenizer, template)
+        assert prompt == row.ids[:row.P]
+    whole = make_batch(rows, [0, 1], T, T - 1, config(mask_prompt=False))
+    assert whole.loss_mask.sum(1).tolist() == [len(r.ids) - 1 for r in rows[:2]]
+
+
+def test_targets_do_not_depend_on_the_history(tokenizer, conversations):
+    """Another and longer first question: the same labels."""
+    talk = [{"role": "user", "content": "compute nine plus six ="}, *TALK[1:]]
+    messages = tuple((m["role"], m["content"]) for m in talk)
+    other = dataclasses.replace(conversations[0], messages=messages)
+    rows = tokenize([conversations[0], other], tokenizer, 128, template="plain")
+    labels = [[row.ids[slice(*span)] for span in row.spans] for row in rows]
+    assert labels[0] == labels[1] and len(rows[0].ids) != len(rows[1].ids)
+
+
+def test_a_cued_question(tokenizer, conversations):
+    row, = tokenize(conversations[2:], tokenizer, 128, template="cued")
+    assert tokenizer.decode(row.ids[:row.P]) == "Instruction: 7 + 8 =\nResponse:"
+    assert row.ids[row.P:] == [tokenizer.single_id("15"), tokenizer.eos_id]
+    with pytest.raises(BadInput, match="cued is for one instruction"):
+        tokenize(conversations, tokenizer, 128, template="cued")
+
+
+def test_a_conversation_needs_a_template(tokenizer, conversations):
+    for ask in (lambda: tokenize(conversations, tokenizer, 128),
+                lambda: Rollouts(None, tokenizer, conversations, config(method="grpo"))):
+        with pytest.raises(BadInput, match="is a conversation, which needs template: plain"):
+            ask()
+
+
+@pytest.mark.parametrize("template", ["plain", "chat"])
+def test_what_is_trained_is_what_is_generated(write_config, tmp_path, template):
+    """Replies in the second turn that only the history gives: learnt, then written and ended."""
+    tell = lambda n, turns: {"messages": [
+        {"role": "user", "content": f"{n}"}, {"role": "assistant", "content": "which"},
+        {"role": "user", "content": "the sum"},
+        {"role": "assistant", "content": f"{n + 1}\nis {n}" if turns else f"{n + 1}"}]}
+    for n, lines in enumerate((False, True)):
+        data, source = tmp_path / f"data{n}", tmp_path / f"model{n}"
+        rows = "".join(json.dumps(tell(k, lines)) + "\n" for k in range(20, 26))
+        data.mkdir()
+        for split in ("train", "valid", "test"):
+            (data / f"{split}.jsonl").write_text(rows)
+        write_model(source, small_config(), TINY)
+        (source / "chat_template.jinja").write_text(CHAT)
+        path, folder = write_config(
+            f"c{n}", model=source, data=data, template=template, full="true", batch_size=6, lr=1e-2,
+            steps=60, eval_every_steps=0, lens_every_steps=0, save_every_steps=0)
+        report = train(load_config(path))
+        assert report["accuracy"]["value"] == 1.0 and report["accuracy"]["n"] == 6
+        assert report["prompts"][0]["generated"] == ("21\nis 20" if lines else "21")
+        assert (folder / "chat_template.jinja").exists()    # a trained model keeps its template
+        assert make_report(folder, False, overrides=["max_completion_tokens=9"])[
+            "accuracy"]["value"] == 1.0
+
+
+@pytest.mark.parametrize("messages", [TALK[:1], TALK[1:], [], "hi", [*TALK[:1], TALK[0]]])
+def test_bad_conversations(tmp_path, messages):
+    (tmp_path / "train.jsonl").write_text(json.dumps({"messages": messages}))
+    with pytest.raises(BadInput, match="1 bad rows: line 1 .*the assistant last"):
+        load_split(config(data=str(tmp_path)), "train")
 
 
 def test_no_data_and_too_long(tokenizer):

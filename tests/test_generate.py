@@ -113,6 +113,48 @@ def test_stops_at_eos_or_line_break(model, tokenizer, prompts, monkeypatch):
     assert done.ids[-1] == line_break and done.text == "56" and done.finished
 
 
+def test_a_stop_text_over_several_tokens(model, tokenizer, prompts, monkeypatch):
+    """"\\nUser:" is six tokens here, and none of them alone is a stop."""
+    ids = [*tokenizer.encode("56"), *tokenizer.encode("\nUser: 3")[1:], *tokenizer.encode("7 8")]
+    assert [tokenizer.piece(i) for i in ids[:7]] == ["·56", "<0x0A>", "U", "s", "e", "r", ":"]
+    calls = []
+
+    def scripted(logits, *_):
+        calls.append(len(logits))
+        token = ids[len(calls) - 1] if len(calls) <= len(ids) else ids[0]
+        return mx.full(len(logits), token), mx.zeros(len(logits)), mx.zeros(len(logits))
+    monkeypatch.setattr(generate, "choose", scripted)
+    done = sample(model, tokenizer, prompts[:1], 64, temperature=1.0, many_lines=True,
+                  stops=("\nUser:", "\n\n", "7 8"))[0]
+    assert (done.text, done.stop, done.finished) == ("56", "\nUser:", True)
+    assert done.ids == ids[:7] and len(done.logprobs) == len(done.entropies) == 7
+    assert len(calls) == 8      # it left at the next look and not at the limit
+    calls.clear()
+    done = sample(model, tokenizer, prompts[:1], 6, many_lines=True, stops=("\nUser:",))[0]
+    assert (done.text, done.stop, done.finished) == ("56\nUser", "", False)
+
+
+def test_stop_texts_cut_and_change_nothing_else(model, tokenizer, prompts):
+    """Rows with a stop, EOS or neither: each as without stops, cut at the first one."""
+    draw = lambda **keys: sample(model, tokenizer, prompts, 24, group=4, temperature=1.0,
+                                 key=mx.random.key(7), many_lines=True, **keys)
+    whole = draw()
+    stops = (whole[0].text[5:8], whole[1].text[9:11], whole[2].text[-3:])
+    hit = 0
+    for free, cut in zip(whole, draw(stops=stops)):
+        found = [free.text.index(s) for s in stops if s in free.text]
+        assert cut.text == free.text[:min(found, default=None)]
+        assert cut.ids == free.ids[:len(cut.ids)] and cut.finished == (free.finished or found != [])
+        if found:
+            hit += 1
+            assert free.text[min(found):].startswith(cut.stop) and cut.stop in stops
+            assert cut.stop in tokenizer.decode(cut.ids)
+            assert not any(s in tokenizer.decode(cut.ids[:-1]) for s in stops)
+        else:
+            assert cut.ids == free.ids and cut.stop == ""
+    assert 3 <= hit < len(whole)
+
+
 def test_cut_completion_is_not_finished(model, tokenizer, prompts):
     done = sample(model, tokenizer, prompts, 2)
     assert all(c.finished == (c.ids[-1] in tokenizer.stop_ids) for c in done)

@@ -35,7 +35,8 @@ from grpo import (
 )
 from lora import adapters_off, apply_lora, fused_for_decoding, load_base
 from losses import kl_estimates, policy_loss, token_entropy, token_logprobs
-from train import compile_step, make_loss, state_arrays, take_step
+from run_folder import state_arrays
+from train import compile_step, make_loss, take_step
 
 PROBLEMS = [make_problem("add", 3, 4), make_problem("multiply", 12, 11, "what is {a} times {b}"),
             make_problem("subtract", 95, 7), make_problem("add", 60, 9)]

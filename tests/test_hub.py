@@ -277,6 +277,13 @@ def test_gated_unknown_and_not_a_model(server):
         "error: someone/dataset has no config.json on the Hub")
 
 
+def test_a_chat_template_in_a_file_of_its_own_comes_along(server):
+    files = server.repos["someone/whole"][OLD]
+    files["chat_template.jinja"] = b"{{ messages[0]['content'] }}"
+    assert find(server, "someone/whole").returncode == 0
+    assert ("chat_template.jinja", OLD) in server.files("someone/whole")
+
+
 def test_index_that_names_decoys(server):
     """Neither a pattern nor a path in the index makes the Hub's library fetch a file by it."""
     files = server.repos["someone/sharded"][OLD]

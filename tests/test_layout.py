@@ -10,10 +10,11 @@ from conftest import ROOT
 FILES = sorted(p.name for p in ROOT.glob("*.py"))
 LEVELS = [("blas", "config", "stats", "answers"),
           ("fastexp", "tokenizer", "plot", "hub", "distributed"), ("losses", "quant", "data"),
-          ("model",), ("lora", "findings", "tasks"), ("generate",), ("lens", "grpo", "memory"),
-          ("markovian",),
-          ("eval", "perturb"), ("train", "probe"), ("bench", "results", "study", "fullsize"),
-          ("markovian_results",)]
+          ("model", "checks"), ("lora", "findings", "tasks", "drafts"),
+          ("generate", "conversations"), ("lens", "grpo", "memory", "clean", "converse", "judge"),
+          ("markovian", "run_folder", "gate"),
+          ("eval", "perturb"), ("train", "probe", "self_instruct"),
+          ("bench", "results", "study", "fullsize"), ("markovian_results",)]
 
 
 def imports_of(name):

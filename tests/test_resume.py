@@ -19,6 +19,7 @@ from kill_drill import METHODS, differences, run_killed, run_whole, tensors, wri
 
 import lora
 import model
+import run_folder
 import train as training
 from config import BadInput, Stopped, load_config
 from grpo import Rollouts
@@ -276,7 +277,7 @@ def test_the_lock_ends_with_train(write_config, monkeypatch):
     cfg = load_config(path)
     train(cfg)
     train(cfg)
-    held = training.lock_run(folder)
+    held = run_folder.lock_run(folder)
     with pytest.raises(BadInput, match="another process trains"):
         train(cfg)
     held.close()
@@ -301,11 +302,12 @@ def test_no_permission(write_config, monkeypatch, tmp_path):
         raise PermissionError(13, "Permission denied")
 
     words = f"run_dir = {folder} cannot be written .Permission denied.; give another run_dir"
-    for owner, name in ((training.Path, "mkdir"), (training, "open"), (training.Path, "iterdir")):
+    for owner, name in ((run_folder.Path, "mkdir"), (run_folder, "open"),
+                        (run_folder.Path, "iterdir")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, refuse, raising=False)
             with pytest.raises(BadInput, match=words):
-                with training.open_run(load_config(path)):
+                with run_folder.open_run(load_config(path)):
                     pass
     (tmp_path / "file").write_text("")
     path, _ = write_config("file", run_dir=tmp_path / "file" / "run")

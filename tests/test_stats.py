@@ -3,15 +3,24 @@ import math
 
 import numpy as np
 import pytest
-from sklearn.metrics import roc_auc_score
+from scipy import stats as scipy_stats
+from sklearn.metrics import cohen_kappa_score, roc_auc_score
+from statsmodels.stats import inter_rater, multitest, proportion
+from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
 
 from stats import (
     adjusted_p,
+    auc,
     auc_within,
     bootstrap_mean,
+    cohens_h,
+    cohens_kappa,
     equivalence_p,
+    items_needed,
     mcnemar,
     mean_interval,
+    paired_bootstrap,
+    power_of_mcnemar,
     rank_correlation,
     sign_flip,
     wilson,
@@ -112,3 +121,105 @@ def test_rank_correlation():
     found = rank_correlation([1, 2, 3, 4, 5], [2, 4, 6, 8, 100])
     assert abs(found["value"] - 1) < 1e-12 and found["n"] == 5 and found["low"] > 0.99
     assert rank_correlation([1, 1, 1], [1, 2, 3])["value"] is None
+
+
+def pairs_of(both, only_first, only_second, neither=0):
+    first = [True] * (both + only_first) + [False] * (only_second + neither)
+    second = [True] * both + [False] * only_first + [True] * only_second + [False] * neither
+    return first, second
+
+
+def test_against_statsmodels():
+    """Wilson, McNemar, h, Benjamini-Hochberg and kappa with its interval, to 1e-10."""
+    rng = np.random.default_rng(0)
+    for k, n in ((243, 300), (298, 300), (300, 300), (78, 100), (0, 10), (3, 10)):
+        low, high = proportion.proportion_confint(k, n, method="wilson")
+        ours = wilson(k, n)
+        assert abs(ours["low"] - low) < 1e-10 and abs(ours["high"] - high) < 1e-10
+    for apart in ((57, 2), (10, 2), (8, 2), (0, 2), (8, 0), (6, 0), (0, 0), (31, 29)):
+        table = [[5, apart[0]], [apart[1], 7]]
+        assert abs(mcnemar(*pairs_of(5, *apart, 7))["p"]
+                   - statsmodels_mcnemar(table, exact=True).pvalue) < 1e-10
+    for p, q in ((.3, .8), (.81, 298 / 300), (1, 298 / 300), (0, 1), (.5, .5)):
+        assert abs(cohens_h(p, q) - proportion.proportion_effectsize(q, p)) < 1e-10
+    for _ in range(20):
+        p = rng.uniform(size=rng.integers(1, 12)) ** 2
+        theirs = multitest.multipletests(p, method="fdr_bh")[1]
+        assert np.abs(np.array(adjusted_p(p)) - theirs).max() < 1e-10
+        n, labels = int(rng.integers(20, 200)), int(rng.integers(2, 5))
+        first = rng.integers(0, labels, n)
+        second = np.where(rng.uniform(size=n) < .6, first, rng.integers(0, labels, n))
+        ours = cohens_kappa(first.tolist(), second.tolist())
+        table = np.zeros((labels, labels))
+        np.add.at(table, (first, second), 1)
+        theirs = inter_rater.cohens_kappa(table)
+        assert abs(ours["value"] - theirs.kappa) < 1e-10
+        assert abs(ours["low"] - theirs.kappa_low) < 1e-10
+        assert abs(ours["high"] - theirs.kappa_upp) < 1e-10
+        assert abs(ours["value"] - cohen_kappa_score(first, second)) < 1e-10
+
+
+def test_published_failure_recounted():
+    """243 of 300 against 298, then 300 against 298: from p 6e-15 and h .74 to p .5 and h -.16."""
+    length, recount = pairs_of(241, 2, 57), pairs_of(298, 2, 0)
+    assert mcnemar(*length)["p"] == pytest.approx(6.144e-15, rel=1e-3)
+    assert cohens_h(.81, 298 / 300) == pytest.approx(.73857, abs=1e-5)
+    assert mcnemar(*recount)["p"] == .5
+    assert cohens_h(1, 298 / 300) == pytest.approx(-.16348, abs=1e-5)
+
+
+def test_kappa_by_hand_and_where_it_says_nothing():
+    """9 both pass, 2 and 2 apart, 17 both fail: .8667 agreement, kappa .7129, AC1 .7510."""
+    found = cohens_kappa(*pairs_of(9, 2, 2, 17))
+    assert found["agreement"] == pytest.approx(26 / 30)
+    assert found["value"] == pytest.approx(.7129, abs=1e-4)
+    assert found["ac1"] == pytest.approx(.7510, abs=1e-4)
+    same = cohens_kappa([True] * 40, [True] * 40)
+    assert (same["value"], same["agreement"], same["ac1"]) == (None, 1.0, 1.0)
+    # one rater sees what the other does not: kappa 0, not an error
+    assert cohens_kappa([True] * 40, [True] * 39 + [False])["value"] == 0
+    assert cohens_kappa([], [])["n"] == 0
+    with pytest.raises(ValueError):
+        cohens_kappa([True], [True, False])
+
+
+def test_power_against_the_table_and_against_simulation():
+    """The prior work's design table at alpha .01, and 4,000 simulated experiments."""
+    table = {(.06, .56): {20: .571, 40: .964, 50: .993, 75: .9999},
+             (.15, .35): {20: .041, 40: .148, 200: .922, 300: .991},
+             (.05, .15): {40: .048, 75: .177, 200: .702, 300: .904}}
+    for rates, row in table.items():
+        for n, power in row.items():
+            assert power_of_mcnemar(n, *rates) == pytest.approx(power, abs=6e-4)
+    rng, won = np.random.default_rng(0), 0
+    for _ in range(4000):
+        first, second, _ = rng.multinomial(60, [.1, .3, .6])
+        p = scipy_stats.binomtest(int(first), int(first + second)).pvalue if first + second else 1
+        won += p < .05 and second > first
+    assert power_of_mcnemar(60, .1, .3, .05) == pytest.approx(won / 4000, abs=.025)
+    needed = items_needed(.06, .56)
+    assert power_of_mcnemar(needed, .06, .56) >= .9 > power_of_mcnemar(needed - 2, .06, .56)
+    assert items_needed(.3, .3) is None and items_needed(.300, .301) is None
+    assert power_of_mcnemar(50, 0, 0) == 0
+
+
+def test_paired_bootstrap_against_scipy():
+    """scipy's percentile bootstrap of the same differences; within the error of 10,000 draws."""
+    first, second = (np.array(side, float) for side in pairs_of(120, 10, 40, 30))
+    ours = paired_bootstrap(first, second)
+    theirs = scipy_stats.bootstrap((second - first,), np.mean, n_resamples=10000,
+                                   method="percentile", rng=1).confidence_interval
+    assert ours["value"] == pytest.approx(.15)
+    assert abs(ours["low"] - theirs.low) < .006 and abs(ours["high"] - theirs.high) < .006
+    # where a category decides everything, drawing within categories leaves no doubt
+    strata = np.array(["a"] * 50 + ["b"] * 50)
+    certain = paired_bootstrap(np.zeros(100), np.repeat([0., 1.], 50), strata)
+    assert (certain["low"], certain["high"]) == (.5, .5)
+    assert paired_bootstrap([], [])["value"] is None
+
+
+def test_auc_against_scikit_learn():
+    rng = np.random.default_rng(0)
+    scores, right = rng.integers(0, 9, 80), rng.uniform(size=80) < .4
+    assert auc(scores, right) == pytest.approx(roc_auc_score(right, scores), abs=1e-12)
+    assert auc([1, 2], [True, True]) is None

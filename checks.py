@@ -1,0 +1,400 @@
+"""Deterministic checks of a reply: pass, fail, or abstain where the words alone do not settle it.
+
+The prior work's rules would count "no chicken" as meat and see a clarifying question wherever
+"which" stands, and its score failed right answers for their length. Here text is brought to one
+form first (straight quotes, lower case, numbers as digits), terms are matched as whole words, a hit
+is void behind a negation ("free of", "instead of", "-free"), a value that was replaced may be told
+as history ("moved from 5 to 7 pm"), and what stays unclear is neither right nor wrong. Length alone
+never fails a reply; only a user who asked for so many words has a `words` check.
+
+    recall    values (and no wrong one)      forbid   none of a lexicon, negations void
+    current   the values in force, not those replaced           order    values in this order
+    number    = <= >= with a unit            anchor   terms of the topic, else abstain
+    exact, one_of   the whole reply          yes_no   which way it decides
+    words, items, format                     nonempty, no_repeat, no_clarify
+
+A check is a dictionary {"type": NAME, ...the function's keywords}, as in a benchmark file.
+"""
+import functools
+import inspect
+import json
+import re
+import unicodedata
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from data import ONES, TENS
+
+PASS = "pass"
+
+
+class Verdict(NamedTuple):
+    """verdict  pass | fail | abstain;  decided  "" or the check and why: "recall:wrong_entity" """
+    verdict: str
+    decided: str
+
+
+# --------------------------------------------------------------------------------------------------
+# one form for all text
+
+# curly quotes, and the dashes and minus signs, as a keyboard writes them
+PLAIN = str.maketrans("\u2018\u2019\u201c\u201d\u2010\u2011\u2012\u2013\u2014\u2212",
+                      "''\"\"------")
+TEN = "|".join(TENS)
+ONE = "|".join(sorted(ONES, key=len, reverse=True))     # "sixteen" before "six"
+NUMBER_WORDS = re.compile(
+    rf"\b(?:(?P<hundreds>a|{ONE})[ -]hundred(?:(?: and|-and)?[ -](?=(?:{TEN}|{ONE})\b))?)?"
+    rf"(?:(?P<tens>{TEN})(?:[ -](?P<ones>{ONE}))?|(?P<alone>{ONE}))?\b")
+
+
+def number_of_words(match: re.Match) -> str:
+    """example  "twenty-three" -> "23";  "a hundred and five" -> "105";  no number -> as it was"""
+    if not match[0]:
+        return ""
+    hundreds, tens, ones, alone = match.group("hundreds", "tens", "ones", "alone")
+    total = (100 * (1 if hundreds == "a" else ONES.index(hundreds)) if hundreds else 0)
+    total += 10 * (TENS.index(tens) + 2) if tens else 0
+    return str(total + sum(ONES.index(word) for word in (ones, alone) if word))
+
+
+def normalise(text: str) -> str:
+    """NFKC, lower case, straight quotes, "not" for n't, digits for number words, "7 pm" for 7:00PM.
+
+    example  "They won\u2019t come at 7 P.M., all **twenty-three**" -> "they will not come at 7 pm,
+             all 23"
+    """
+    text = unicodedata.normalize("NFKC", text).translate(PLAIN).casefold()
+    text = re.sub(r"(?<!\w)[*_`]+|[*_`]+(?!\w)", "", text)      # decoration, not "a*b"
+    text = text.replace("won't", "will not")
+    text = re.sub(r"\bcan(?:no|')t\b", "can not", text)
+    text = re.sub(r"n't\b", " not", text)
+    text = re.sub(r"\b(\d{1,3})((?:,\d{3})+)\b(?![.,]?\d)", lambda m: m[0].replace(",", ""), text)
+    text = NUMBER_WORDS.sub(number_of_words, text)
+    text = re.sub(r"(\d)(?:st|nd|rd|th)\b", r"\1", text)
+    return re.sub(r"(\d)(?::00)?\s*([ap])(?:\.\s?m\.?|m\b)", r"\1 \2m", text)
+
+
+@functools.cache
+def term_pattern(term: str) -> re.Pattern:
+    """A whole word or phrase in normalised text, also in its regular plural, without its article.
+
+    example  "anchovy" finds "anchovies" and not "anchovyless"; "5" is neither in "15" nor in "5.5";
+             "the mill" finds "our mill"
+    """
+    term = re.sub(r"^(?:the|an?) (?=\w)", "", normalise(term).strip())
+    words = [re.escape(word) for word in re.split(r"[\s-]+", term) if word]
+    body, end = r"[\s-]+".join(words), ""
+    if re.search(r"[^\W\d]$", body):
+        end = r"(?:'?s|es)?"
+        if re.search("[^aeiou]y$", body):
+            body, end = body[:-1], r"(?:y|ies|y's)"
+    return re.compile(rf"(?<![\w])(?<!\d[.,:]){body}{end}(?!\w)(?![.,:]\d)")
+
+
+class Hit(NamedTuple):
+    """An occurrence of a term, with what stands around it in its sentence."""
+    text: str
+    before: str
+    after: str
+
+
+def sentences(text: str) -> list[str]:
+    return [s for s in re.split(r"(?<=[.!?;])\s+|\n+", text) if s.strip()]
+
+
+def find(term: str, reply: str) -> list[Hit]:
+    """Every occurrence of a term in a reply that is already normalised."""
+    pattern = term_pattern(term)
+    return [Hit(m[0], sentence[:m.start()], sentence[m.end():])
+            for sentence in sentences(reply) for m in pattern.finditer(sentence)]
+
+
+def near(text: str, words: int, breaks: str, last: bool) -> str:
+    """The `words` words of a text next to a hit, up to a word that begins another thought."""
+    tokens = re.findall(r"[\w'$]+|[,()>]", text)
+    tokens = tokens[-words:] if last else tokens[:words]
+    joined = " ".join(tokens)
+    parts = re.split(breaks, joined) if breaks else [joined]
+    return parts[-1] if last else parts[0]
+
+
+# --------------------------------------------------------------------------------------------------
+# negation
+
+NEGATOR = re.compile(
+    r"\b(?:not|no|never|nor|neither|non|without|lacks?|free (?:of|from)|avoid\w*|omit\w*|skip\w*|"
+    r"leav(?:e|es|ing) out|exclud\w+|instead of|rather than|in place of|replac\w+|substitut\w+)\b"
+    r"(?! (?:only|just|merely|problem|worries|doubt)\b| ,)")    # "No, ..." only answers
+NEW_THOUGHT = r"\b(?:but|except|use|add|adding|try|with|serve|choose|have|include|then|however)\b"
+STAND_IN = re.compile(r"\b(?:vegan|vegetarian|plant[- ]based|meatless|mock|imitation|faux|fake|"
+                      r"dairy[- ]free|egg[- ]free|gluten[- ]free|nut[- ]free|alcohol[- ]free|"
+                      r"non[- ]alcoholic)\s+(?:\w+\s+)?$")
+FREE = re.compile(r"\s*-?\s*(?:free|less)\b|\s+(?:substitute|alternative|replacement)s?\b")
+HISTORY = re.compile(
+    r"\b(?:was|were|originally|previously|formerly|initially|earlier|old|former|first planned|used "
+    r"to be|had been|no longer|not|never|instead of|rather than|replac\w+|up from|down from|"
+    r"(?:chang|mov|switch|shift|updat|rais|lower|bump|swap|increas|reduc|postpon|push|bring|cut)\w*"
+    r"(?: \w+){0,3} from)\b")
+
+
+def polarity(hit: Hit) -> str:
+    """"plain", "negated", or "unclear": two negations, or one that follows.
+
+    example  "no chicken", "chicken-free", "vegan chicken" -> negated;  "do not avoid chicken",
+             "chicken is not for everyone" -> unclear;  "not only chicken" -> plain
+    """
+    if FREE.match(hit.after) or STAND_IN.search(hit.before):
+        return "negated"
+    negators = NEGATOR.findall(near(hit.before, 5, NEW_THOUGHT, last=True))
+    if len(negators) == 1:
+        return "negated"
+    behind = near(hit.after, 4, NEW_THOUGHT, last=False)
+    return "unclear" if negators or NEGATOR.search(behind) else "plain"
+
+
+def denied(hit: Hit) -> bool:
+    """Whether a value is named only to say that it is not the one: "not Oslo"."""
+    return bool(re.search(r"\b(?:not|never|no longer|instead of|rather than|nor)\b(?! only)",
+                          near(hit.before, 4, r"[,()]|\bbut\b", last=True)))
+
+
+def as_history(hit: Hit) -> str:
+    """Whether a replaced value is told as the past: "yes", "no", or "unclear" ("from 5 to 7")."""
+    before = near(hit.before, 6, r"\b(?:now|is|are|but)\b", last=True)
+    behind = near(hit.after, 4, "", last=False)
+    if HISTORY.search(before) or re.search(
+            r"^(?:> |, )?(?:\w+ )?(?:before|originally|previously|earlier|was|no longer|is not|"
+            r"is out|to begin with)\b", behind) or re.match(r"\s*(?:->|→|=>)", hit.after):
+        return "yes"
+    return "unclear" if re.search(r"\bfrom\b", before) and behind.startswith("to ") else "no"
+
+
+# --------------------------------------------------------------------------------------------------
+# the checks: each returns "pass", or "fail:why", or "abstain:why"
+
+
+def named(value: str, aliases: dict | None, reply: str) -> list[Hit]:
+    """Where a reply names a value, in any of its names."""
+    return [hit for name in [value, *(aliases or {}).get(value, [])] for hit in find(name, reply)]
+
+
+def recall(reply: str, values: Sequence[str], mode: str = "all", aliases: dict | None = None,
+           wrong: Sequence[str] = (), either_way: bool = False) -> str:
+    """All (or any) of the values are named, and none of the wrong ones.
+
+    either_way  also behind a "not": who avoids gluten may be told that there is no gluten in it
+    """
+    text = normalise(reply)
+    stated = {value: [hit for hit in named(value, aliases, text) if either_way or not denied(hit)]
+              for value in values}
+    present = (all if mode == "all" else any)(stated.values())
+    mistaken = any(not denied(hit) for value in wrong for hit in named(value, aliases, text))
+    if present:
+        return "abstain:right_and_wrong" if mistaken else PASS
+    return "fail:wrong_entity" if mistaken else "fail:missing"
+
+
+def forbid(reply: str, lexicon: Sequence[str], allow: Sequence[str] = (),
+           literal: bool = False) -> str:
+    """None of the lexicon's terms, but in allowed spans or negated (literal: not even negated)."""
+    text = normalise(reply)
+    for span in allow:
+        text = term_pattern(span).sub(" allowed ", text)
+    hits = [hit for term in lexicon for hit in find(term, text)]
+    found = {"plain" if literal else polarity(hit) for hit in hits}
+    if "plain" in found:
+        return "fail:forbidden"
+    return "abstain:unclear" if "unclear" in found else PASS
+
+
+def current(reply: str, present: Sequence[str], superseded: Sequence[str] = (),
+            aliases: dict | None = None) -> str:
+    """Every value in force is named; one that was replaced at most as history."""
+    verdict = recall(reply, present, aliases=aliases)
+    if verdict != PASS:
+        return verdict
+    text = normalise(reply)
+    told = {as_history(hit) for value in superseded for hit in named(value, aliases, text)}
+    return "fail:superseded" if "no" in told else "abstain:unclear" if "unclear" in told else PASS
+
+
+def order(reply: str, values: Sequence[str]) -> str:
+    """The values in this order; each counts where it first stands."""
+    text = normalise(reply)
+    places = [match.start() if (match := term_pattern(value).search(text)) else None
+              for value in values]
+    if None in places:
+        return "fail:missing"
+    return PASS if places == sorted(places) else "fail:order"
+
+
+def number(reply: str, op: str, value: float, unit: Sequence[str] = ()) -> str:
+    """Numbers with one of the units ("$" may lead); both ends of "20 to 25 minutes" count.
+
+    op  "=": one is the value;  "<=", ">=": all are within, and abstain if there is none
+    """
+    digits = r"(\d+(?:\.\d+)?)"
+    units = "|".join(term_pattern(u).pattern for u in unit if u != "$")
+    behind = rf"\s*-?\s*(?:{units})" if units else ""
+    spans = [m.groups() for m in re.finditer(
+        rf"(?<![\w.]){digits}(?:\s*(?:-|to|or)\s*\$?{digits})?(?![\d]){behind}", normalise(reply))]
+    if "$" in unit:
+        spans += [m.groups() for m in re.finditer(
+            rf"\${digits}(?:\s*(?:-|to|or)\s*\$?{digits})?", normalise(reply))]
+    found = [float(n) for span in spans for n in span if n]
+    if op == "=":
+        return PASS if value in found else "fail:number" if found else "fail:missing"
+    within = [n <= value if op == "<=" else n >= value for n in found]
+    return "abstain:no_number" if not found else PASS if all(within) else "fail:number"
+
+
+def anchor(reply: str, terms: Sequence[str], at_least: int = 1) -> str:
+    """Terms of the topic; their absence is weak evidence, so it is no failure."""
+    text = normalise(reply)
+    return PASS if sum(bool(find(t, text)) for t in terms) >= at_least else "abstain:no_anchor"
+
+
+def bare(text: str) -> str:
+    """Normalised, single spaces, without what encloses it."""
+    return " ".join(normalise(text).split()).strip(" .,!?:;\"'()[]")
+
+
+def exact(reply: str, value: str) -> str:
+    """The whole reply but for case, quotes and end marks: "68." is 68, "68 68" is not."""
+    return one_of(reply, [value])
+
+
+def one_of(reply: str, values: Sequence[str]) -> str:
+    return PASS if bare(reply) in [bare(value) for value in values] else "fail:other"
+
+
+FOR = r"yes|yeah|yep|sure|certainly|absolutely|of course|definitely"
+AGAINST = r"no|nope|unfortunately|sorry|afraid|i am afraid|i'm afraid|i'm sorry"
+SPEAKS_FOR = re.compile(r"\b(?:you can|it is (?:fine|ok|okay|safe|suitable)|fits|suits)\b(?! not)")
+SPEAKS_AGAINST = re.compile(r"\b(?:can|should|would|does|do|is|must|will|could) not\b|\bavoid\b|"
+                            r"\bnot (?:suit|safe|fit|okay|ok|fine|allow)|\bunsuitable\b")
+
+
+def yes_no(reply: str, value: str) -> str:
+    """Which way a reply decides: by its first word, else by what it says can or cannot be."""
+    text = normalise(reply)
+    first = re.match(rf"\W*(?:(?:well|oh|hm+)\b\W*)?({FOR}|{AGAINST})\b", text)
+    for_it, against = SPEAKS_FOR.search(text), SPEAKS_AGAINST.search(text)
+    if first and re.fullmatch(AGAINST, first[1]):
+        said = "no"
+    elif first or bool(for_it) != bool(against):
+        said = "yes" if not against else "" if first else "no"      # "yes, ... avoid": undecided
+    else:
+        said = ""
+    return "abstain:undecided" if not said else PASS if said == value else "fail:other_way"
+
+
+def words(reply: str, count: int, op: str = "=") -> str:
+    """So many words (=, <= or >=), for a user who asked for them."""
+    n = len(re.findall(r"\w+(?:['\u2019-]\w+)*", reply))
+    return PASS if {"=": n == count, "<=": n <= count, ">=": n >= count}[op] else "fail:count"
+
+
+def items(reply: str, count: int, style: str = "any") -> str:
+    """A list of so many: numbered 1.., bulleted, any of these, or comma (one line)."""
+    if style == "comma":
+        parts = re.split(r",(?:\s*and\s)?|\sand\s", reply.strip())
+        return PASS if len([p for p in parts if p.strip()]) == count else "fail:count"
+    numbers = [int(n) for n in re.findall(r"^\s*(\d{1,3})[.)]\s*\S", reply, re.M)]
+    bullets = re.findall(r"^\s*[-*\u2022]\s+\S", reply, re.M)
+    if style != "bulleted" and numbers == list(range(1, count + 1)):
+        return PASS
+    return PASS if style != "numbered" and len(bullets) == count else "fail:count"
+
+
+def format(reply: str, json: bool = False, keys: dict | None = None, case: str = "",
+           starts: str = "", ends: str = "", regex: str = "") -> str:
+    """The shape that was asked for: JSON (with keys and values), case upper or lower, first and
+    last words, or a regular expression that some of the text matches."""
+    text = reply.strip()
+    if json and not right_json(text, keys):
+        return "fail:json"
+    letters = re.sub(r"[^^\W\d_]|[\d_]", "", text)
+    if case and (not letters or text != (text.upper() if case == "upper" else text.lower())):
+        return "fail:case"
+    if starts and not re.match(rf"{re.escape(normalise(starts))}(?!\w)", bare(text)):
+        return "fail:start"
+    if ends and not re.search(rf"(?<!\w){re.escape(bare(ends))}$", bare(text)):
+        return "fail:end"
+    return PASS if re.search(regex, text) else "fail:form"
+
+
+def right_json(text: str, keys: dict | None) -> bool:
+    """Whether a text is one JSON object or list, in a fence or not, with these keys and values."""
+    fenced = re.fullmatch(r"(?s)```(?:json)?\s*(.*?)\s*```", text)
+    try:
+        value = json.loads(fenced[1] if fenced else text)
+    except ValueError:
+        return False
+    if keys is None:
+        return isinstance(value, dict | list)
+    if not isinstance(value, dict) or value.keys() != keys.keys():
+        return False
+    return all(wanted is None or bare(str(value[key])) == bare(str(wanted))
+               for key, wanted in keys.items())
+
+
+def nonempty(reply: str) -> str:
+    return PASS if re.search(r"\w", reply) else "fail:empty"
+
+
+def no_repeat(reply: str, earlier: Sequence[str] = ()) -> str:
+    """No earlier reply again, and at most half of its four-word runs are repetitions."""
+    if any(bare(reply) == bare(other) for other in earlier):
+        return "fail:said_before"
+    tokens = re.findall(r"\w+", normalise(reply))
+    runs = [tuple(tokens[i:i + 4]) for i in range(len(tokens) - 3)]
+    return "fail:repeats" if runs and len(set(runs)) < len(runs) / 2 else PASS
+
+
+def no_clarify(reply: str) -> str:
+    """Not a short reply (under 25 words) whose one question asks what is meant.
+
+    "the town which you named" has a "which" and asks nothing.
+    """
+    text = normalise(reply)
+    asked = [s for s in sentences(text) if s.rstrip(" \"'").endswith("?")]
+    asks_what = re.compile(r"\b(?:which|what|who|whom|whose)\b.*\b(?:mean|meant|refer\w*|talking|"
+                           r"asking|1|ones)\b|\b(?:clarify|specify|more (?:details?|context))\b")
+    short = len(re.findall(r"\w+", text)) < 25
+    return "fail:asks_back" if short and len(asked) == 1 and asks_what.search(asked[0]) else PASS
+
+
+CHECKS = {f.__name__: f for f in (recall, forbid, current, order, number, anchor, exact, one_of,
+                                  yes_no, words, items, format, nonempty, no_repeat, no_clarify)}
+
+
+def mistake_in(check: dict) -> str:
+    """What is wrong with a check as written in a file; "" if nothing."""
+    if not isinstance(check, dict) or check.get("type") not in CHECKS:
+        return f"check {check!r}: expected a type out of {', '.join(CHECKS)}"
+    arguments = {key: value for key, value in check.items() if key != "type"}
+    try:
+        inspect.signature(CHECKS[check["type"]]).bind("", **arguments)
+    except TypeError as error:
+        return f"check {check['type']}: {error}"
+    return ""
+
+
+def check_turn(checks: Sequence[dict], reply: str, earlier_replies: Sequence[str] = ()) -> Verdict:
+    """One reply's verdict: fail if any check fails, pass if all pass, else abstain.
+
+    example  [{"type": "recall", "values": ["Graz"], "wrong": ["Oslo"]}], "In Oslo."
+             -> ("fail", "recall:wrong_entity")
+    """
+    unclear = ""
+    for check in checks:
+        arguments = {key: value for key, value in check.items() if key != "type"}
+        if check["type"] == "no_repeat":
+            arguments["earlier"] = earlier_replies
+        verdict, _, why = CHECKS[check["type"]](reply, **arguments).partition(":")
+        if verdict == "fail":
+            return Verdict("fail", f"{check['type']}:{why}")
+        if verdict == "abstain":
+            unclear = unclear or f"{check['type']}:{why}"
+    return Verdict("abstain", unclear) if unclear else Verdict("pass", "")

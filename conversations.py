@@ -1,0 +1,481 @@
+"""Conversations whose answers lie in what was said before, generated from a file that one can read.
+
+A benchmark is a file of conversations, one a line; a single question is a conversation of one turn.
+Its user turns are fixed, the model's replies are its own, and each scored turn carries the checks
+that a right reply passes (checks.py). The draft of the prior work was never built, and most of its
+follow-ups could be answered without the conversation. Here that is measured before any model is:
+`audit` lets oracles answer. One knows everything and must pass; one has forgotten the first turn,
+one names whatever was named last, others say nothing, echo or ask back, and these must fail.
+
+    memory        facts told first, asked after asides and next to look-alikes
+    preferences   a standing wish that every reply respects, and that is asked back
+    continuity    "it", "the second one", "the one after that"
+    updates       a plan, changes, and the plan read back: new values in, old ones out, rest kept
+
+The text is in benchmarks/families.yaml, the drawing in drafts.py. Other kinds of the same record:
+single instructions with checkable answers, and operations and a running value for the bundled
+models, where no number pair of a test conversation is in a training one.
+
+    python conversations.py make OUT.jsonl n=300 seed=1 kind=conversations
+    python conversations.py show benchmarks/conversations.jsonl 5
+    python conversations.py audit benchmarks/conversations.jsonl
+    python conversations.py make_train FOLDER kind=tiny_turns n=20000 seed=0
+"""
+import dataclasses
+import functools
+import hashlib
+import json
+import random
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from checks import Verdict, check_turn, find, mistake_in, normalise, term_pattern
+from config import BadInput, run_main, write_text
+from data import ASKED, PHRASES, SYMBOLS, compute, pairs_in, split_of
+from drafts import Turn, draft_conversation, draft_instruction, load_texts, values_of
+
+KINDS = ("conversations", "instructions", "tiny_turns", "tiny_operations")
+SHARES = {"memory": 60, "preferences": 50, "continuity": 50, "updates": 40}     # of 200
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A benchmark's item; it passes if and only if every scored turn does."""
+    id: str
+    category: str
+    family: str
+    difficulty: str
+    seed: int
+    slots: dict[str, str]
+    turns: tuple[Turn, ...]
+
+    def check(self, replies: list[str]) -> list[Verdict | None]:
+        """Each turn's verdict on a reply; None where a turn is not scored."""
+        return [check_turn(turn.checks, reply, replies[:t]) if turn.scored else None
+                for t, (turn, reply) in enumerate(zip(self.turns, replies, strict=True))]
+
+    def passes(self, replies: list[str]) -> bool:
+        return all(v is None or v.verdict == "pass" for v in self.check(replies))
+
+
+# --------------------------------------------------------------------------------------------------
+# files
+
+
+def write_benchmark(path: Path, conversations: list[Conversation]) -> None:
+    write_text(Path(path), "".join(json.dumps(dataclasses.asdict(c), ensure_ascii=False) + "\n"
+                                   for c in conversations))
+
+
+def read_benchmark(path: Path) -> tuple[list[Conversation], str]:
+    """The conversations of a file and its SHA-256; BadInput names the first bad line."""
+    try:
+        data = Path(path).read_bytes()
+        lines = data.decode().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"could not read {path} ({error}); expected a benchmark file, such as "
+                       "`python conversations.py make OUT.jsonl` writes") from None
+    conversations, ids = [], set()
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            conversations.append(read_conversation(json.loads(line)))
+            if conversations[-1].id in ids:
+                raise ValueError(f"id {conversations[-1].id} is there twice")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BadInput(f"{path}:{number}: {error}; expected a conversation as `make` writes "
+                           "it, with id, category, family, difficulty, seed, slots and turns; "
+                           "mend the line or make the file again") from None
+        ids.add(conversations[-1].id)
+    if not conversations:
+        raise BadInput(f"{path} holds no conversation; `python conversations.py make {path}` "
+                       "writes some")
+    return conversations, hashlib.sha256(data).hexdigest()
+
+
+def read_conversation(row: dict) -> Conversation:
+    """One line's record; raises ValueError, KeyError or TypeError with what is wrong."""
+    turns = tuple(Turn(**{**turn, "checks": tuple(turn.get("checks", ()))})
+                  for turn in row["turns"])
+    if not turns or not all(isinstance(turn.user, str) and turn.user.strip() for turn in turns):
+        raise ValueError("every conversation has turns, and every turn a text in user")
+    mistakes = [mistake_in(check) for turn in turns for check in turn.checks]
+    if any(mistakes):
+        raise ValueError(next(filter(None, mistakes)))
+    if not any(turn.scored for turn in turns) or any(t.scored and not t.checks for t in turns):
+        raise ValueError("at least one turn is scored, and each that is has checks")
+    return Conversation(**{**row, "turns": turns})
+
+
+# --------------------------------------------------------------------------------------------------
+# the kinds
+
+
+def shares_of(n: int) -> dict[str, int]:
+    """The categories' sizes: 300 is 75 each, another n as 60/50/50/40 of 200, largest rests up."""
+    if n < 40:
+        raise BadInput(f"n={n}: expected at least 40 conversations, ten a category or so; "
+                       "give n=40 or more")
+    if n == 300:
+        return dict.fromkeys(SHARES, 75)
+    sizes = {category: n * share // 200 for category, share in SHARES.items()}
+    for category in sorted(SHARES, key=lambda c: -(n * SHARES[c] % 200))[:n - sum(sizes.values())]:
+        sizes[category] += 1
+    return sizes
+
+
+def generate(seed: int = 0, n: int = 200) -> list[Conversation]:
+    """The benchmark of a seed: families in turn, two easy and two medium to one hard.
+
+    No two have the same family and values.
+    """
+    conversations, seen = [], set()
+    for category, count in shares_of(n).items():
+        rng = random.Random(f"{seed} {category}")
+        families = load_texts()[category]
+        families = rng.sample(families, len(families))
+        levels = ["easy"] * round(0.4 * count) + ["medium"] * round(0.4 * count)
+        levels += ["hard"] * (count - len(levels))
+        rng.shuffle(levels)
+        for i, level in enumerate(levels):
+            family, key = families[i % len(families)], None
+            while key is None or key in seen:
+                d = draft_conversation(category, family, level, rng)
+                key = (family["family"], json.dumps(d.slots, sort_keys=True))
+            seen.add(key)
+            conversations.append(Conversation(
+                f"{category}-{i + 1:03d}", category, f"{category}/{family['family']}", level, seed,
+                d.slots, tuple(d.turns)))
+    return conversations
+
+
+def generate_instructions(seed: int = 0, n: int = 100) -> list[Conversation]:
+    """Single instructions: categories and their families in turn, no text twice."""
+    rng, texts = random.Random(f"{seed} instructions"), load_texts()["instructions"]
+    conversations, seen = [], set()
+    for i in range(n):
+        category = list(texts)[i % len(texts)]
+        number = i // len(texts)
+        family = texts[category][number % len(texts[category])]
+        draw = functools.partial(draft_instruction, family, rng)
+        d = draw_new(seen, draw, lambda d: (d.family["family"], str(d.slots)), n)
+        conversations.append(Conversation(
+            f"{category}-{number + 1:03d}", category, f"{category}/{family['family']}",
+            d.difficulty, seed, {k: v for k, v in d.slots.items() if isinstance(v, str)},
+            tuple(d.turns)))
+    return conversations
+
+
+def draw_new(seen: set, draw: Callable, key: Callable, n: int):
+    """Draw until the key is new; BadInput when there seem to be no more."""
+    for _ in range(2000):
+        item = draw()
+        if key(item) not in seen:
+            seen.add(key(item))
+            return item
+    raise BadInput(f"n={n}: after {len(seen)} different ones no new one comes; give a smaller n")
+
+
+# --------------------------------------------------------------------------------------------------
+# what a model of the bundled size can do: follow a named operation, keep a value over turns
+
+OPERATIONS = ("add", "subtract")    # unseen products are beyond it
+FORMS = {op: [form for form in PHRASES[op] if form.startswith((op, "what is"))]
+         + [ASKED.replace("SYMBOL", SYMBOLS[op]), f"compute {{a}} {SYMBOLS[op]} {{b}}"]
+         for op in OPERATIONS}
+UPDATES = {"add": ("add {x}", "plus {x}"), "subtract": ("subtract {x}", "take away {x}")}
+START, BACK = ("the answer is {v}",), ("what is the answer", "which is the answer")
+
+
+def exactly(answer: object, user: str, lag: int, need: str, scored: bool = True) -> Turn:
+    """A turn whose reply is a number and nothing else."""
+    checks = ({"type": "exact", "value": str(answer)},)
+    return Turn(user, scored, lag, need, str(answer), checks if scored else ())
+
+
+def draft_operation(rng: random.Random, split: str) -> tuple:
+    """(category, difficulty, slots, turns) of one instruction, such as "subtract 11 from 68"."""
+    operation = rng.choice(OPERATIONS)
+    a, b = rng.choice(pairs_in(operation, split))
+    user = rng.choice(FORMS[operation]).format(a=a, b=b)
+    answer = compute(operation, a, b)
+    return operation, "easy", {"a": str(a), "b": str(b), "result": str(answer)}, [
+        exactly(answer, user, 0, f"{a} {SYMBOLS[operation]} {b} is {answer}")]
+
+
+@functools.cache
+def steps_from(value: int, split: str, largest: int = 100) -> list[tuple[str, int]]:
+    """The (operation, x) that lead from a value to one in 0..100, by pairs of one split."""
+    return [(op, x) for op in OPERATIONS for x in range(1, largest + 1)
+            if split_of(value, x) == split and 0 <= compute(op, value, x) <= 100]
+
+
+def draft_running(rng: random.Random, split: str) -> tuple:
+    """A running value all of whose pairs of numbers are of the split."""
+    category, difficulty = rng.choice(("hold", "update")), rng.choice(("easy", "medium"))
+    while True:
+        slots, turns = run_of(category, difficulty, rng, split)
+        if all(split_of(*pair) == split for pair in pairs_of(turns)):
+            return category, difficulty, slots, turns
+
+
+def run_of(category: str, difficulty: str, rng: random.Random, split: str) -> tuple[dict, list]:
+    """A value, what is done to it, and questions between: (slots, turns).
+
+    update  "the answer is 23" 23, "add 45" 68, "subtract 11" 57
+    hold    "the answer is 23" 23, "what is 3 + 4" 7, "what is the answer" 23
+    A medium one has one turn more: an aside before the last change, or a change before the aside.
+    """
+    plan = {"hold easy": "aside back", "hold medium": "change aside back",
+            "update easy": "change change", "update medium": "change aside change"}
+    value = rng.choice([v for v in range(101) if steps_from(v, split)])
+    slots, since = {"start": str(value)}, 0
+    turns = [exactly(value, rng.choice(START).format(v=value), 0, "", scored=False)]
+    for step in plan[f"{category} {difficulty}"].split():
+        lag, t = len(turns) - since, len(turns) + 1
+        if step == "change":    # any operand where the split has none: thrown away by the caller
+            op, x = rng.choice(steps_from(value, split) or [("add", 0)])
+            need = f"the value was {value}"
+            value, since = compute(op, value, x), len(turns)
+            slots |= {f"x_{t}": str(x), f"value_{t}": str(value)}
+            turns.append(exactly(value, rng.choice(UPDATES[op]).format(x=x), lag, need))
+        elif step == "aside":
+            a = rng.choice([a for a in range(21) if steps_from(a, split, 20)])
+            op, b = rng.choice(steps_from(a, split, 20))
+            slots |= {f"aside_{t}": str(b)}
+            user = ASKED.replace("SYMBOL", SYMBOLS[op]).format(a=a, b=b)
+            turns.append(exactly(compute(op, a, b), user, 0, "", scored=False))
+        else:
+            turns.append(exactly(value, rng.choice(BACK), lag, f"the value is {value}"))
+    return slots, turns
+
+
+def pairs_of(turns: list[Turn]) -> list[tuple[int, int]]:
+    """The pairs of numbers of a running value: with each change, in each aside and with its first.
+
+    example  "the answer is 23", "what is 3 + 4", "add 45" -> (3, 4), (23, 3), (23, 45)
+    """
+    pairs, value = [], int(turns[0].answer)
+    for turn in turns[1:]:
+        numbers = [int(n) for n in re.findall(r"[0-9]+", turn.user)]
+        if len(numbers) == 2:
+            pairs += [tuple(numbers), (value, numbers[0])]
+        elif numbers:
+            pairs.append((value, numbers[0]))
+            value = int(turn.answer)
+    return pairs
+
+
+def generate_tiny(kind: str, seed: int = 0, n: int = 200, split: str = "test") -> list:
+    """Conversations for the bundled models over one split's pairs, no two alike."""
+    draft = {"tiny_operations": draft_operation, "tiny_turns": draft_running}[kind]
+    rng, seen, conversations = random.Random(f"{seed} {kind} {split}"), set(), []
+    for i in range(n):
+        category, difficulty, slots, turns = draw_new(
+            seen, lambda: draft(rng, split), lambda item: tuple(t.user for t in item[3]), n)
+        conversations.append(Conversation(f"{kind}-{i + 1:03d}", category, f"{kind}/{category}",
+                                          difficulty, seed, slots, tuple(turns)))
+    return conversations
+
+
+def make(kind: str, seed: int, n: int | None, split: str) -> list[Conversation]:
+    """The conversations of a kind; n None: 200, of instructions 100."""
+    if kind == "conversations":
+        return generate(seed, n or 200)
+    if kind == "instructions":
+        return generate_instructions(seed, n or 100)
+    return generate_tiny(kind, seed, n or 200, split)
+
+
+def write_train(folder: Path, kind: str, seed: int, n: int) -> dict[str, int]:
+    """train.jsonl (n rows), valid.jsonl and test.jsonl (n / 20 each) of {"messages": [...]}."""
+    sizes = {"train": n, "valid": max(1, n // 20), "test": max(1, n // 20)}
+    for split, size in sizes.items():
+        rows = [{"messages": [{"role": role, "content": text} for turn in c.turns for role, text in
+                              (("user", turn.user), ("assistant", turn.answer))]}
+                for c in generate_tiny(kind, seed, size, split)]
+        write_text(folder / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    return sizes
+
+
+# --------------------------------------------------------------------------------------------------
+# oracles: what the benchmark can tell apart before any model has seen it
+
+
+def base_name(slot: str) -> str:
+    """example  "item_3" -> "item" """
+    return re.sub(r"_\d+$", "", slot)
+
+
+def forgetful(conversations: list[Conversation]) -> Callable[[Conversation, int], str]:
+    """One to whom the first turn was never said, and who else answers as well as anyone.
+
+    It knows the form of the right reply, all that is said later, and which values may be there: for
+    one that it never heard it guesses out of the family's values, the right one included. Of
+    families that are not in families.yaml it knows the values of the other conversations.
+    """
+    pool, texts = defaultdict(list), load_texts()
+    families = {f"{category}/{family['family']}": family for category in SHARES
+                for family in texts[category]}
+    for c in conversations:
+        for slot, value in c.slots.items():
+            pool[c.family, base_name(slot)].append(value)
+    for family, slot in pool:
+        pool[family, slot] = values_of(families.get(family, {}), slot) or pool[family, slot]
+
+    def reply(c: Conversation, t: int) -> str:
+        rng = random.Random(f"{c.id} {t}")
+        heard = normalise(" ".join(turn.user for turn in c.turns[1:t + 1]))
+        unheard = {value: slot for slot, value in c.slots.items() if not find(value, heard)}
+        if not unheard:
+            return c.turns[t].answer
+        names = "|".join(re.escape(v) for v in sorted(unheard, key=len, reverse=True))
+        lower = {value.casefold(): slot for value, slot in unheard.items()}
+        return re.sub(rf"(?<!\w)(?:{names})(?!\w)", lambda m: rng.choice(
+            pool[c.family, base_name(lower[m[0].casefold()])]), c.turns[t].answer, flags=re.I)
+    return reply
+
+
+def last_named(c: Conversation, t: int) -> str:
+    """The thing of any kind that the user named last, the question included."""
+    said = normalise(" \n".join(turn.user for turn in c.turns[:t + 1]))
+    places = {value: max((m.start() for m in term_pattern(value).finditer(said)), default=-1)
+              for value in c.slots.values()}
+    last = max(places, key=places.get, default="")
+    return last if places.get(last, -1) >= 0 else ""
+
+
+LAST = lambda _: last_named
+ORACLES = {     # name: (builder from all conversations, its mark: (category, at least, at most))
+    "knows everything": (lambda _: lambda c, t: c.turns[t].answer, ("all", 1, 1)),
+    "forgot turn 1": (forgetful, ("memory", 0, 0.05)),
+    "last named": (LAST, ("all", 0, 0.40)),
+    "says nothing": (lambda _: lambda c, t: "", ("all", 0, 0)),
+    "does not know": (lambda _: lambda c, t: "I don't know.", ("all", 0, 0)),
+    "echo": (lambda _: lambda c, t: c.turns[t].user, ("all", 0, 0)),
+    "asks back": (lambda _: lambda c, t: "Which one do you mean?", ("all", 0, 0)),
+}
+
+
+def audit(conversations: list[Conversation]) -> dict[str, dict[str, float]]:
+    """Each oracle's share of passed conversations by category, "all", and "abstains" of turns."""
+    rates, several = {}, any(len(c.turns) > 1 for c in conversations)
+    for name, (build, _) in ORACLES.items():
+        if build in (forgetful, LAST) and not several:
+            continue        # there is nothing to forget in one turn
+        oracle, passed, abstained, turns = build(conversations), defaultdict(list), 0, 0
+        for c in conversations:
+            verdicts = [v for v in c.check([oracle(c, t) for t in range(len(c.turns))]) if v]
+            ok = all(v.verdict == "pass" for v in verdicts)
+            passed[c.category].append(ok)
+            passed["all"].append(ok)
+            abstained += sum(v.verdict == "abstain" for v in verdicts)
+            turns += len(verdicts)
+        rates[name] = {key: sum(oks) / len(oks) for key, oks in passed.items()}
+        rates[name]["abstains"] = abstained / turns
+    return rates
+
+
+def missed_marks(rates: dict[str, dict[str, float]]) -> list[str]:
+    """The oracles that pass too much or too little, in words."""
+    missed = []
+    for name, (_, (category, low, high)) in ORACLES.items():
+        rate = rates.get(name, {}).get(category)
+        if rate is not None and not low <= rate <= high:
+            missed.append(f"{name}: {rate:.1%} of {category}, expected {low:.0%} to {high:.0%}")
+    return missed
+
+
+# --------------------------------------------------------------------------------------------------
+# the command line
+
+
+def described(c: Conversation) -> str:
+    """A conversation as plain text, for a person to read and sign off."""
+    lines = [f"=== {c.id}  {c.family}  {c.difficulty}"]
+    for turn in c.turns:
+        lines.append(f"User:   {turn.user}")
+        if turn.scored:
+            shown = "; ".join(one_check(check) for check in turn.checks)
+            lines += [f"  needs:  {turn.need}  (lag {turn.lag})", f"  right:  {turn.answer}",
+                      f"  checks: {shown}"]
+    return "\n".join(line.replace("\n", " / ") for line in lines) + "\n"
+
+
+def one_check(check: dict) -> str:
+    """example  recall values=['Graz'] wrong=['Oslo'];  long lists are cut, with their length"""
+    def text(value):
+        cut = isinstance(value, list) and len(value) > 6
+        return f"{str(value[:4])[:-1]}, ... {len(value)}]" if cut else str(value)
+    return " ".join([check["type"], *(f"{key}={text(value)}" for key, value in check.items()
+                                      if key != "type" and value != [])])
+
+
+def show(path: Path, count: int | None) -> None:
+    for c in read_benchmark(path)[0][:count]:
+        print(described(c))
+
+
+def print_audit(path: Path) -> int:
+    conversations, digest = read_benchmark(path)
+    rates = audit(conversations)
+    columns = [*dict.fromkeys(c.category for c in conversations), "all", "abstains"]
+    print(f"{path}: {len(conversations)} conversations, sha256 {digest}")
+    print(f"{'passed by':18}" + "".join(f"{column:>13}" for column in columns))
+    for name, row in rates.items():
+        print(f"{name:18}" + "".join(f"{row[column]:>13.1%}" for column in columns))
+    missed = missed_marks(rates)
+    if missed:
+        raise BadInput(f"{path} does not measure what it should: {'; '.join(missed)}; "
+                       "mend the families, or make it with another seed")
+    return 0
+
+
+def options(given: list[str], known: dict) -> dict:
+    """`key=value` words over defaults; raises BadInput."""
+    values = dict(known)
+    for word in given:
+        key, equals, text = word.partition("=")
+        if not equals or key not in known:
+            raise BadInput(f"{word!r}: expected one of {', '.join(f'{k}=' for k in known)}")
+        if key in ("n", "seed"):
+            if not re.fullmatch("[0-9]{1,7}", text) or (key == "n" and not int(text)):
+                raise BadInput(f"{word!r}: expected a whole number, such as {key}=200")
+            values[key] = int(text)
+        else:
+            values[key] = text
+    if values["kind"] not in KINDS or values.get("split", "test") not in ("train", "valid", "test"):
+        raise BadInput(f"{' '.join(given)}: expected kind={'|'.join(KINDS)} and, of the tiny ones, "
+                       "split=train|valid|test")
+    return values
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) >= 2 and argv[0] == "make":
+        given = options(argv[2:], {"n": None, "seed": 0, "kind": "conversations", "split": "test"})
+        conversations = make(given["kind"], given["seed"], given["n"], given["split"])
+        write_benchmark(Path(argv[1]), conversations)
+        print(f"{argv[1]}: {len(conversations)} {given['kind']}, seed {given['seed']}")
+    elif len(argv) >= 2 and argv[0] == "make_train":
+        given = options(argv[2:], {"n": 20000, "seed": 0, "kind": "tiny_turns"})
+        if not given["kind"].startswith("tiny"):
+            raise BadInput(f"kind={given['kind']}: training rows are made of tiny_turns or "
+                           "tiny_operations; the other kinds are for judging only")
+        print(f"{argv[1]}: {write_train(Path(argv[1]), given['kind'], given['seed'], given['n'])}")
+    elif len(argv) in (2, 3) and argv[0] == "show" and re.fullmatch("[0-9]*", "".join(argv[2:])):
+        show(Path(argv[1]), int(argv[2]) if argv[2:] else None)
+    elif len(argv) == 2 and argv[0] == "audit":
+        return print_audit(Path(argv[1]))
+    else:
+        raise BadInput("expected `python conversations.py make OUT.jsonl [n=] [seed=] [kind=]`, "
+                       "`make_train FOLDER [kind=] [n=] [seed=]`, `show FILE [COUNT]` or "
+                       f"`audit FILE`, got {' '.join(argv) or 'nothing'}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,182 @@
+"""Let a model answer a benchmark's conversations, and score what it said: two steps, kept apart.
+
+One loop serves every model: each user turn is rendered with the model's own earlier replies, all
+conversations at once, and the completion is cut where the next speaker would begin. Formats differ
+in nothing but the rendering (Tokenizer.encode_messages) and those stops:
+
+    raw    the user's text and nothing else      cued   Instruction: ...\\nResponse:
+    plain  User: ...\\nAssistant: ...             chat   the model's own chat template
+
+Replies are files, written in parts: broken off, the same command goes on behind the last part, and
+since a part is always the same rows, to the same result. Scores are computed from the files, so
+scoring anew never generates anew. Length is reported beside every score and is never part of one:
+the prior work's score was "between 5 and 500 characters" (here `length`, kept to show its failure).
+"""
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import blas  # noqa: F401  (before mlx)
+
+from checks import check_turn, normalise
+from config import BadInput, write_text
+from conversations import Conversation
+from generate import sample
+from model import Llama
+from stats import auc, wilson
+from tokenizer import STOPS, Tokenizer
+
+SCORERS = ("checks", "judge", "exact", "length")
+PART = 32       # conversations answered at once and written together
+SUSPICIOUS = 0.8    # AUC of length for a score above which length may be what is measured
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One model in one format."""
+    role: str       # base, instruct or alternative
+    model: str
+    template: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.role}-{self.template}"
+
+
+# --------------------------------------------------------------------------------------------------
+# replies
+
+
+def answer(model: Llama, tokenizer: Tokenizer, conversations: list[Conversation], template: str,
+           max_reply_tokens: int) -> list[dict]:
+    """Greedy replies to every turn: [{id, replies: [{text, tokens, ended}]}].
+
+    ended    "stop" by EOS or where the next speaker begins, "length" by max_reply_tokens
+    raises   BadInput where a conversation does not fit the context: it is never cut in silence
+    """
+    histories = [[] for _ in conversations]
+    rows = [{"id": c.id, "replies": []} for c in conversations]
+    for t in range(max(len(c.turns) for c in conversations)):
+        going = [i for i, c in enumerate(conversations) if t < len(c.turns)]
+        for i in going:
+            histories[i].append({"role": "user", "content": conversations[i].turns[t].user})
+        prompts = [tokenizer.encode_messages(histories[i], template)[0] for i in going]
+        done = sample(model, tokenizer, prompts, max_reply_tokens, many_lines=True,
+                      stops=STOPS[template])
+        for i, completion in zip(going, done):
+            text = completion.text.strip()
+            histories[i].append({"role": "assistant", "content": text})
+            rows[i]["replies"].append({"text": text, "tokens": len(completion.ids),
+                                       "ended": "stop" if completion.finished else "length"})
+    return rows
+
+
+def read_replies(path: Path, conversations: list[Conversation]) -> list[dict]:
+    """The whole parts of a replies file, in the benchmark's order; [] if there is none.
+
+    raises   BadInput where it holds other conversations than the benchmark
+    """
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break       # torn by a kill
+    if len(rows) < len(conversations):
+        rows = rows[:len(rows) // PART * PART]
+    ids = [c.id for c in conversations]
+    if [row["id"] for row in rows] != ids[:len(rows)]:
+        raise BadInput(f"{path} holds replies to other conversations than the benchmark's; "
+                       "give another out, or overwrite=true to start over")
+    return rows
+
+
+def answer_all(path: Path, model: Llama, tokenizer: Tokenizer, conversations: list[Conversation],
+               template: str, max_reply_tokens: int, say=print) -> list[dict]:
+    """Answer what a replies file lacks, part by part, and return all of its rows."""
+    rows = read_replies(path, conversations)
+    while len(rows) < len(conversations):
+        part = conversations[len(rows):len(rows) + PART]
+        rows += answer(model, tokenizer, part, template, max_reply_tokens)
+        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        say(f"  {path.stem:<34} {len(rows):4} of {len(conversations)} conversations")
+    return rows
+
+
+def transcript(conversation: Conversation, row: dict) -> str:
+    """A conversation as a person reads it."""
+    return "\n".join(f"User: {turn.user}\nAssistant: {reply['text']}"
+                     for turn, reply in zip(conversation.turns, row["replies"]))
+
+
+# --------------------------------------------------------------------------------------------------
+# scores
+
+
+def score_turn(conversation: Conversation, row: dict, t: int, scorer: str) -> tuple[str, str]:
+    """("pass" | "fail" | "abstain", why) of one turn by a scorer that is no model."""
+    turn, texts = conversation.turns[t], [reply["text"] for reply in row["replies"]]
+    if scorer == "checks":
+        return check_turn(turn.checks, texts[t], texts[:t])
+    if scorer == "exact":
+        return ("pass" if normalise(texts[t]) == normalise(turn.answer) else "fail"), "exact"
+    # the prior work's success rule: what it measured was whether 100 tokens were enough to stop
+    return ("pass" if 5 <= len(texts[t]) <= 500 else "fail"), "length"
+
+
+def passed(verdicts: list[str]) -> bool | None:
+    """A conversation fails by one failed turn; it is undecided (None) by one undecided turn."""
+    if "fail" in verdicts:
+        return False
+    return True if all(v == "pass" for v in verdicts) else None
+
+
+def score(conversations: list[Conversation], rows: list[dict], scorer: str,
+          judged: dict[tuple[str, int], str] | None = None) -> list[dict]:
+    """[{id, category, passed, turns: [verdict or None where not scored], why}].
+
+    judged   the judge's verdicts by (id, turn), for scorer "judge"
+    """
+    scores = []
+    for conversation, row in zip(conversations, rows, strict=True):
+        verdicts, why = [], []
+        for t, turn in enumerate(conversation.turns):
+            if not turn.scored:
+                verdicts.append(None)
+                continue
+            verdict, reason = ((judged[conversation.id, t], "judge") if scorer == "judge"
+                               else score_turn(conversation, row, t, scorer))
+            verdicts.append(verdict)
+            why += [f"turn {t + 1}: {reason}"] * (verdict == "fail")
+        scores.append({"id": conversation.id, "category": conversation.category,
+                       "passed": passed([v for v in verdicts if v]), "turns": verdicts,
+                       "why": why})
+    return scores
+
+
+def reply_length(row: dict) -> float:
+    """Mean characters of a conversation's replies."""
+    return statistics.mean(len(reply["text"]) for reply in row["replies"])
+
+
+def summarize_scores(scores: list[dict], rows: list[dict]) -> dict:
+    """Rates over decided conversations, by category; length beside them, and what it predicts."""
+    decided = [(s, reply_length(row)) for s, row in zip(scores, rows) if s["passed"] is not None]
+    share = lambda part: wilson(sum(s["passed"] for s in part), len(part))
+    categories = sorted({s["category"] for s in scores})
+    return {
+        "rate": share([s for s, _ in decided]), "undecided": len(scores) - len(decided),
+        "by_category": {c: share([s for s, _ in decided if s["category"] == c])
+                        for c in categories},
+        "length_auc": auc([length for _, length in decided], [s["passed"] for s, _ in decided]),
+        **summarize_lengths(rows)}
+
+
+def summarize_lengths(rows: list[dict]) -> dict:
+    """What replies look like, whatever they are worth: median tokens, share cut by the limit."""
+    replies = [reply for row in rows for reply in row["replies"]]
+    cut = sum(reply["ended"] == "length" for reply in replies)
+    return {"median_tokens": statistics.median(r["tokens"] for r in replies),
+            "median_characters": statistics.median(len(r["text"]) for r in replies),
+            "cut": wilson(cut, len(replies))}

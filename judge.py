@@ -1,0 +1,305 @@
+"""A language model as judge of replies: a verdict with its margin, and when to believe it.
+
+The judge reads the chat, what the reply had to use, and the reply, and answers with one of two
+letters. A local model is asked for the letters' log-probabilities (no text is parsed), an
+OpenAI-compatible endpoint for text (URL and OPENAI_API_KEY). Either is asked twice with the
+letters' meanings exchanged, which cancels a liking for a letter. What is not a verdict is never
+counted as one: small margins and contradictions are `unsure`, unreadable answers `invalid`, both
+left out of rates and listed for a person.
+
+A judge heads a report only after calibration: kappa of at least 0.7 with at least 30 labels that
+people gave. The prior work planned to calibrate on 30 conversations pooled over models, of which
+some all fail and some all pass; pooling alone makes kappa high there, so agreement stands beside it
+for each condition.
+"""
+import json
+import os
+import random
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import blas  # noqa: F401  (before mlx)
+import mlx.core as mx
+import numpy as np
+
+from config import BadInput, run_main, write_text
+from conversations import Conversation
+from losses import token_logprobs
+from model import Llama
+from stats import cohens_kappa
+from tokenizer import Tokenizer
+
+PROMPT = """Below are a chat between a user and an assistant, and the reply under review.
+To be right, the reply must use this from earlier in the chat: {need}
+{right} means: the reply uses it correctly and contradicts nothing that was said before.
+{wrong} means: the reply ignores it, gets it wrong, makes something up, or asks for it again.
+Style and length do not matter.
+
+CHAT
+{chat}
+
+REPLY UNDER REVIEW
+{reply}
+
+Verdict ({first} or {second}):"""
+FIELDS = ("need", "answer", "chat", "reply", "right", "wrong", "first", "second")
+LEAST_LABELS, LEAST_KAPPA = 30, 0.7
+ROWS = 32           # prompts of a forward pass
+ATTEMPTS = 3        # of a request, one and two seconds apart
+
+
+def load_prompt(path: str) -> str:
+    """The judge's prompt: built in, or a text file with {reply}, {right} and {wrong} at least."""
+    if not path:
+        return PROMPT
+    try:
+        text = Path(path).read_text(encoding="utf-8").rstrip("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"judge_prompt = {path} cannot be read ({error}); expected a text "
+                       "file") from None
+    named = set(re.findall(r"{(\w*)}", text))
+    if named - set(FIELDS) or not {"reply", "right", "wrong"} <= named:
+        raise BadInput(f"judge_prompt = {path} names {', '.join(sorted(named)) or 'nothing'}; "
+                       f"expected reply, right and wrong, and any of {', '.join(FIELDS)}")
+    return text
+
+
+def fill_prompt(template: str, conversation: Conversation, replies: list[str], t: int,
+                letters: tuple[str, str], swapped: bool) -> str:
+    """What the judge reads of turn t; swapped exchanges the letters' meanings."""
+    right, wrong = letters[::-1] if swapped else letters
+    said = [f"User: {turn.user}" + (f"\nAssistant: {replies[i]}" if i < t else "")
+            for i, turn in enumerate(conversation.turns[:t + 1])]
+    turn = conversation.turns[t]
+    values = {"need": turn.need, "answer": turn.answer, "chat": "\n".join(said),
+              "reply": replies[t] or "(nothing)", "right": right, "wrong": wrong,
+              "first": letters[0], "second": letters[1]}
+    # in one pass: a reply that holds "{need}" is text
+    return re.sub(r"{(\w+)}", lambda match: values[match[1]], template)
+
+
+# --------------------------------------------------------------------------------------------------
+# two kinds of judge
+
+
+def letter_logprobs(model: Llama, tokenizer: Tokenizer, prompts: list[str],
+                    letters: tuple[str, str]) -> np.ndarray:
+    """log p of each letter as the next token, with and without a space before it, (B, 2)."""
+    spellings = [sorted({ids[0] for text in (letter, " " + letter)
+                         if len(ids := tokenizer.encode(text)) == 1}) for letter in letters]
+    for letter, ids in zip(letters, spellings):
+        if not ids:
+            tokenizer.single_id(letter)     # says why not
+    rows = [tokenizer.encode_prompt(text) for text in prompts]
+    context = model.args.max_position_embeddings
+    if (longest := max(map(len, rows))) > context:
+        raise BadInput(f"a judge's prompt has {longest} tokens and the judge's context is "
+                       f"{context}; take a judge with a longer one")
+    found = np.zeros((len(rows), 2), np.float32)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    for start in range(0, len(order), ROWS):
+        part = order[start:start + ROWS]
+        T = max(len(rows[i]) for i in part)
+        tokens = mx.array([rows[i] + [0] * (T - len(rows[i])) for i in part])
+        last = mx.array([len(rows[i]) - 1 for i in part])
+        # causal: filling behind the last token changes nothing before it
+        resid = mx.take_along_axis(model.final_resid(tokens), last[:, None, None], axis=1)[:, 0]
+        logits = model.head(resid).astype(mx.float32)                               # (B, V)
+        for k, ids in enumerate(spellings):
+            each = [token_logprobs(logits, mx.full(len(part), i)) for i in ids]
+            found[part, k] = np.array(mx.logsumexp(mx.stack(each), axis=0))
+    return found
+
+
+def judge_locally(model: Llama, tokenizer: Tokenizer, asked: list[tuple[str, str]],
+                  letters: tuple[str, str], threshold: float, unsure: float) -> Iterator[dict]:
+    """Verdicts of a local model on pairs of prompts, plain and with meanings exchanged.
+
+    margin   mean over both of log p(right) - log p(wrong), nats; passes at `threshold` or more
+    invalid  the letters hold less than half of the probability: it answers something else
+    """
+    plain, swapped = (letter_logprobs(model, tokenizer, [pair[k] for pair in asked], letters)
+                      for k in (0, 1))
+    for (a, b), (c, d) in zip(plain, swapped):
+        margin, mass = (a - b + d - c) / 2, min(np.exp(a) + np.exp(b), np.exp(c) + np.exp(d))
+        verdict = ("invalid" if mass < 0.5 else "unsure" if abs(margin - threshold) < unsure
+                   else "pass" if margin >= threshold else "fail")
+        yield {"verdict": verdict, "margin": round(float(margin), 4), "mass": round(float(mass), 4)}
+
+
+def judge_by_endpoint(url: str, name: str, asked: list[tuple[str, str]],
+                      letters: tuple[str, str], timeout: float = 60) -> Iterator[dict]:
+    """Verdicts of an OpenAI-compatible endpoint; {verdict, texts, asked}, one by one as they come.
+
+    Each prompt is asked again once where the answer is not one letter. raises BadInput where the
+    endpoint cannot be reached: that is no verdict, and what came before is kept
+    """
+    for pair in asked:
+        votes, texts = [], []
+        for prompt, right in zip(pair, letters):
+            for _ in range(2):
+                texts.append(request_text(url, name, prompt, timeout))
+                if letter := parse_letter(texts[-1], letters):
+                    break
+            votes.append(None if letter is None else letter == right)
+        verdict = ("invalid" if None in votes else "unsure" if votes[0] != votes[1]
+                   else "pass" if votes[0] else "fail")
+        yield {"verdict": verdict, "texts": [text[:80] for text in texts]}
+
+
+def parse_letter(text: str, letters: tuple[str, str]) -> str | None:
+    """The one letter an answer consists of, or begins with before a reason; None for all else.
+
+    example  "A", "**B**", "A: it names the city" -> A, B, A;  "A or B?", "A B", "Because" -> None
+    """
+    either = "|".join(map(re.escape, letters))
+    match = re.match(rf"\W*({either})(?:\W*$|\W*[.:\n-])", text)
+    rest = text[match.end(1):] if match else ""
+    return match[1] if match and not re.search(rf"\b({either})\b", rest) else None
+
+
+def request_text(url: str, name: str, prompt: str, timeout: float) -> str:
+    """One chat completion at temperature 0; the key goes in a header and nowhere else."""
+    address = url.rstrip("/") + "/chat/completions"
+    body = {"model": name, "temperature": 0, "max_tokens": 16,
+            "messages": [{"role": "user", "content": prompt}]}
+    headers = {"Content-Type": "application/json"}
+    if key := os.environ.get("OPENAI_API_KEY"):
+        headers["Authorization"] = f"Bearer {key}"
+    for attempt in range(ATTEMPTS):
+        try:
+            request = urllib.request.Request(address, json.dumps(body).encode(), headers)
+            with urllib.request.urlopen(request, timeout=timeout) as response:
+                answer = json.loads(response.read())
+            return answer["choices"][0]["message"]["content"] or ""
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            if not isinstance(error, urllib.error.URLError):
+                return ""   # an answer of another form: asked again, then invalid
+        except urllib.error.HTTPError as error:
+            why = f"HTTP {error.code} {error.reason}"
+            if error.code not in (408, 429) and error.code < 500:
+                break       # wrong address, key or model: asking again will not help
+        except OSError as error:
+            why = str(getattr(error, "reason", error))
+        if attempt + 1 < ATTEMPTS:
+            time.sleep(2 ** attempt)
+    raise BadInput(f"the judge at {address} (model {name or 'not named'}) does not answer ({why}); "
+                   "check judge, judge_model and OPENAI_API_KEY. Replies and verdicts so far are "
+                   "kept: the same command goes on from there")
+
+
+# --------------------------------------------------------------------------------------------------
+# people's labels
+
+
+def read_labels(path: str, known: set[tuple[str, str]]) -> dict[tuple[str, str], bool]:
+    """Rows {"condition", "id", "human": "pass" or "fail"}: {(condition, id): passes}.
+
+    Rows whose "human" is null are not labelled yet. known: what was judged.
+    raises   BadInput naming rows that are damaged, twice there, or of unknown conversations
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"labels = {path} cannot be read ({error}); expected the judged "
+                       "spotcheck.jsonl with a person's pass or fail in each row") from None
+    labels, bad, unknown = {}, [], []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            key, human = (row["condition"], row["id"]), row["human"]
+            if human not in ("pass", "fail", None) or key in labels:
+                raise ValueError("twice" if key in labels else f"human is {human!r}")
+        except (ValueError, KeyError, TypeError) as error:
+            bad.append(f"line {number} ({error})")
+            continue
+        if key not in known:
+            unknown.append(f"{key[0]} {key[1]}")
+        elif human:
+            labels[key] = human == "pass"
+    if bad or unknown:
+        raise BadInput(
+            f"labels = {path}: " + "; ".join(
+                [f"{len(bad)} bad rows: {', '.join(bad[:4])}"] * bool(bad)
+                + [f"{len(unknown)} of unknown conversations: {', '.join(unknown[:4])}"]
+                * bool(unknown))
+            + '; expected {"condition": ..., "id": ..., "human": "pass" or "fail"} of this '
+            "benchmark's conversations")
+    return labels
+
+
+def calibrate(judged: dict[tuple[str, str], bool | None],
+              labels: dict[tuple[str, str], bool]) -> dict:
+    """The judge against people: kappa overall, agreement and AC1 by condition; `ok` if trusted."""
+    both = [key for key in labels if judged.get(key) is not None]
+    compare = lambda keys: cohens_kappa([judged[k] for k in keys], [labels[k] for k in keys])
+    found = compare(both)
+    enough = found["n"] >= LEAST_LABELS
+    return {**found, "undecided": len(labels) - len(both),
+            "ok": enough and found["value"] is not None and found["value"] >= LEAST_KAPPA,
+            "by_condition": {c: compare([k for k in both if k[0] == c])
+                             for c in sorted({condition for condition, _ in both})},
+            "disagreements": sorted(k for k in both if judged[k] != labels[k])}
+
+
+def write_spotcheck(path: Path, rows: list[dict], share: float = 0.1) -> list[dict]:
+    """Draw a tenth of the judged conversations for people or a second judge; returns those drawn.
+
+    Which they are depends on their ids alone. Rows {condition, id, chat, human: null} in random
+    order, without any verdict: who labels them should not know what the judge said. A file in which
+    somebody has begun to label is left as it is.
+    """
+    drawn = sorted(rows, key=lambda r: (r["condition"], r["id"]))
+    random.Random(0).shuffle(drawn)
+    drawn = drawn[:max(1, round(share * len(drawn)))]
+    if not path.exists() or '"human": null' in path.read_text(encoding="utf-8") and (
+            '"human": "' not in path.read_text(encoding="utf-8")):
+        write_text(path, "".join(json.dumps(
+            {k: row[k] for k in ("condition", "id", "chat")} | {"human": None}) + "\n"
+            for row in drawn))
+    return drawn
+
+
+# --------------------------------------------------------------------------------------------------
+# the bundled example's judge: a tiny model that has learnt to compare
+
+
+def tiny_rows(template: str, letters: tuple[str, str], n: int, seed: int) -> list[dict]:
+    """Rows {"prompt", "response"} that teach models/tiny to compare a reply with the right answer.
+
+    Half of the replies are right; of the others some are one or ten off, or digits exchanged, and
+    some are no number at all. Both orders of the letters, so that neither is worth more.
+    """
+    rng, rows = random.Random(seed), []
+    for _ in range(n):
+        answer = rng.randrange(0, 200)
+        wrong = rng.choice((str(abs(answer + rng.choice((-10, -1, 1, 10)))),
+                            str(answer)[::-1], str(rng.randrange(0, 200)), "(nothing)",
+                            f"{answer} {rng.randrange(0, 200)}", "add", f"{answer}{answer}"))
+        reply = str(answer) if rng.random() < 0.5 or wrong == str(answer) else wrong
+        right = rng.random() < 0.5      # the meaning of the first letter
+        pair = letters if right else letters[::-1]
+        values = {"answer": str(answer), "reply": reply, "right": pair[0], "wrong": pair[1]}
+        rows.append({"prompt": template.format(**values) + " ",
+                     "response": pair[0] if reply == str(answer) else pair[1]})
+    return rows
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) != 2 or argv[0] != "make_train":
+        raise BadInput("expected `python judge.py make_train FOLDER`, "
+                       f"got {' '.join(argv) or 'nothing'}")
+    template = load_prompt(str(Path(__file__).parent / "benchmarks" / "tiny_judge.txt"))
+    for seed, (split, n) in enumerate((("train", 20000), ("valid", 400), ("test", 400))):
+        write_text(Path(argv[1]) / f"{split}.jsonl", "".join(
+            json.dumps(row) + "\n" for row in tiny_rows(template, ("1", "0"), n, seed)))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,610 @@
+"""Training data from the model itself: it writes the tasks, the answers, and says which are good.
+
+    lists          numbered lists that begin with known tasks; the model goes on       lists.jsonl
+    instructions   parsed, filtered, near-duplicates and held-out tasks out     instructions.jsonl
+    tasks judged   the model's own log-probabilities accept or reject                  tasks.jsonl
+    responses      behind worked examples, up to an end marker                     responses.jsonl
+    pairs judged   the same critic, of task and answer as they are stored              pairs.jsonl
+    train, valid, test.jsonl in data.py's format; qc.json, manifest.json
+
+A base model does all of it: the cue is the format (Self-Instruct 2212.10560). Each step is a file
+that only grows, in parts that are always the same rows, so a run that was broken off goes on behind
+its last part to the same result. What is thrown away stays there, with the reason.
+
+Where we differ from the prior work: stops are texts, not the last token of one (which ended every
+answer at its first bare colon); the first item of a list has its number put back and is not lost;
+near-duplicates are dropped where they arise (two thirds of its first 3,968 rows were copies); rates
+are shares of what was generated, not of the survivors. The critic's margin keeps its sign, is the
+mean over both orders of the labels, and a task that says nothing is subtracted: whatever the model
+holds for the letter A alone cancels. Where it would answer something else, it abstains.
+
+    python self_instruct.py OUT model=Qwen/Qwen2.5-32B bits=4 n=8000 heldout=benchmarks/FILE.jsonl
+"""
+import json
+import os
+import random
+import re
+import statistics
+import typing
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import blas  # noqa: F401  (before mlx)
+import mlx.core as mx
+import numpy as np
+
+from clean import check_base, hash_file, hash_model, provenance
+from config import BadInput, read_keys, run_main, write_text
+from data import stable_hash
+from generate import sample
+from judge import letter_logprobs
+from lora import load_base
+from model import Llama
+from tokenizer import Tokenizer
+
+PART = 16       # rows that are generated and written together
+END = "[END]"   # what the worked examples end with
+NEAR = 0.7      # Jaccard similarity of word 5-grams from which two texts are one
+MIN_MASS = 0.5  # of the critic's two labels together; with less it answers something else
+QUANTILES = (5, 25, 50, 75, 95)
+
+# tasks that lists begin with, and worked examples that answers follow
+SEEDS = (
+    ("Name three metals that a magnet attracts.", "Iron, nickel and cobalt."),
+    ("How many minutes are there in two hours?", "There are 120 minutes in two hours."),
+    ("Rewrite this sentence in the past tense: She walks to the station.",
+     "She walked to the station."),
+    ("Explain in one sentence why the sea is salty.",
+     "Rivers carry dissolved minerals from rocks into the sea, and when water evaporates the salt "
+     "stays behind."),
+    ("Give me a short name for a bakery near a harbour.", "The Quay Loaf"),
+    ("List the steps for changing a bicycle tube.",
+     "1. Take the wheel off.\n2. Lever one side of the tyre over the rim.\n3. Pull out the old "
+     "tube and feel inside the tyre for anything sharp.\n4. Put in the new tube with a little air "
+     "in it.\n5. Press the tyre back and pump it up."),
+    ("Which is larger, 0.7 or 3/5?", "0.7 is larger, since 3/5 is 0.6."),
+    ("Translate 'good evening' into Spanish.", "Buenas noches."),
+    ("Suggest a quiet hobby for someone who works on their feet all day.",
+     "Drawing would suit: it is done sitting down, costs little and can be stopped at any time."),
+    ("What does the word 'frugal' mean?", "Frugal means careful not to spend more than is needed."),
+    ("Write a two-line poem about fog.",
+     "It hides the hill, the mast, the tower,\nand gives them back within the hour."),
+    ("My friend is sad about a lost match. What could I say?",
+     "You could say that you saw how hard they tried, and ask whether they want to talk about it "
+     "or do something else for a while."),
+    ("Put these words in alphabetical order: pear, fig, plum, apple.", "apple, fig, pear, plum"),
+    ("Write a Python expression for the sum of the squares from 1 to 10.",
+     "sum(k * k for k in range(1, 11))"),
+    ("Is it safe to leave a candle burning overnight?",
+     "No. A candle without anybody watching can start a fire, so put it out before you sleep."),
+    ("Name the season that follows autumn.", "Winter."),
+)
+LIST_HEAD = "Different tasks for an assistant that answers in text, each complete in itself:\n\n"
+CRITIC = ("{head}\n{first}: {first_means}\n{second}: {second_means}\n\n{item}\n\n"
+          "Label ({first} or {second}):")
+CRITIC_HEADS = {"tasks": "A task for a text assistant gets one of two labels.",
+                "pairs": "A task and an assistant's answer get one of two labels."}
+CRITIC_MEANINGS = {     # good, bad
+    "tasks": ("clear, specific, harmless, and can be done in text alone",
+              "unclear, incomplete, harmful or impossible in text; also when in doubt"),
+    "pairs": ("the answer is right, complete, and does what the task asks",
+              "the answer is wrong, cut off, beside the task or harmful; also when in doubt")}
+
+META = re.compile(r"\b(here are|i will|let me|the following|these are|listed below|given below|"
+                  r"see above|previous (task|question|answer)|this list)\b|^(another|one more)\b")
+MARKERS = re.compile(rf"###|<\|.*?\|>|{re.escape(END)}|"
+                     r"\b(Instruction|Response|User|Assistant|Human):")
+
+
+@dataclass
+class Settings:
+    """What may stand on the command line as key=value."""
+    model: str = "models/tiny"      # a base model: folder, Hub name or run
+    dtype: str | None = None
+    bits: int | None = None         # 2, 3, 4, 5, 6 or 8: quantise it
+    bits_group_size: int = 64
+    n: int = 100                    # tasks to keep before they are judged; pairs are fewer
+    calls: int = 0                  # lists at most; 0: as many as n
+    seed: int = 0
+    threshold: float = 1.0          # the critic's margin from which a task or pair is accepted
+    heldout: str = ""               # a benchmark (JSONL) whose user turns must not come up
+    seeds: str = ""                 # JSONL of {"prompt", "response"} in the place of SEEDS
+    labels: tuple[str, ...] = ("A", "B")    # the critic's; one token each
+    shown: int = 8                  # tasks that a list begins with
+    asked: int = 10                 # and how many it may go on for
+    shots: int = 3                  # worked examples before a response
+    list_tokens: int = 200
+    list_temperature: float = 0.7
+    response_tokens: int = 256
+    response_temperature: float = 0.4
+    top_p: float = 0.9
+
+
+@dataclass
+class Run:
+    """What every step needs."""
+    folder: Path
+    settings: Settings
+    model: Llama
+    tokenizer: Tokenizer
+    seeds: list[tuple[str, str]]
+    heldout: "Similar"
+
+
+# --------------------------------------------------------------------------------------------------
+# texts: the same, nearly the same, held out
+
+
+def words_of(text: str) -> tuple[str, ...]:
+    """Words whatever their case, letter forms (NFKC) and punctuation; + and = are words too.
+
+    example  "What is 3 + 4?" -> (what, is, 3, +, 4)
+    """
+    text = unicodedata.normalize("NFKC", text).casefold()
+    return tuple(re.findall(r"\w+|[+*/=<>^%×÷]|-(?=\s*\d)", text))
+
+
+def grams(words: tuple[str, ...], n: int) -> set[tuple[str, ...]]:
+    """All runs of n words; of a shorter text itself."""
+    return {words[i:i + n] for i in range(max(1, len(words) - n + 1))}
+
+
+class Similar:
+    """Texts that can be asked for one nearly like another: exact, by an inverted index."""
+
+    def __init__(self, texts: Iterable[str] = ()):
+        self.keys, self.sizes, self.eights = set(), [], set()
+        self.holders: dict[tuple[str, ...], list[int]] = {}     # which texts hold a 5-gram
+        for text in texts:
+            self.add(words_of(text))
+
+    def add(self, words: tuple[str, ...]) -> None:
+        fives = grams(words, 5)
+        for gram in fives:
+            self.holders.setdefault(gram, []).append(len(self.sizes))
+        self.sizes.append(len(fives))
+        self.keys.add(words)
+        self.eights |= grams(words, 8) if len(words) >= 8 else set()
+
+    def nearest(self, words: tuple[str, ...]) -> float:
+        """The largest Jaccard similarity |A and B| / |A or B| of 5-grams; 1 for the same words."""
+        if words in self.keys:
+            return 1.0
+        fives = grams(words, 5)
+        shared = Counter(i for gram in fives for i in self.holders.get(gram, ()))
+        return max((k / (len(fives) + self.sizes[i] - k) for i, k in shared.items()), default=0.0)
+
+    def touches(self, words: tuple[str, ...]) -> bool:
+        """Near one of the texts, or with eight words in a row of one: too close to be held out."""
+        return (self.nearest(words) >= NEAR
+                or len(words) >= 8 and not self.eights.isdisjoint(grams(words, 8)))
+
+
+def user_texts(row: dict) -> list[str]:
+    """What a user says in a row of a benchmark or of data; ValueError where there is nothing."""
+    texts = [turn["user"] for turn in row.get("turns", ())]
+    texts += [m["content"] for m in row.get("messages", ()) if m["role"] == "user"]
+    texts += [row[key] for key in ("prompt", "instruction") if key in row]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError("no turns, messages or prompt with a user's text")
+    return texts
+
+
+def read_rows(path: str, read: Callable) -> list:
+    """`read` of each line of a JSONL file; BadInput names the first bad one."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} cannot be read ({error}); expected a JSONL file") from None
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found += [read(json.loads(line))] if line.strip() else []
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BadInput(f"{path}:{number}: {' '.join(repr(error).split())[:120]}; expected "
+                           "a benchmark's or data rows, one JSON object a line") from None
+    if not found:
+        raise BadInput(f"{path} is empty; expected one JSON object a line")
+    return found
+
+
+# --------------------------------------------------------------------------------------------------
+# steps: files that grow by parts
+
+
+def read_part_rows(path: Path, wanted: int | None = None) -> list[dict]:
+    """A step's rows, whole parts of them: what a kill has torn is taken off the file.
+
+    wanted   how many rows the step has in all, if known: its last part may be shorter
+    """
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    whole = len(lines) - (bool(lines) and not lines[-1].endswith(b"\n"))
+    if whole != wanted:
+        whole -= whole % PART
+    if whole < len(lines):
+        os.truncate(path, sum(map(len, lines[:whole])))
+    return [json.loads(line) for line in lines[:whole]]
+
+
+def append_rows(path: Path, rows: list[dict]) -> list[dict]:
+    """Add rows to a file, on the disk before anything is built on them; returns them."""
+    try:
+        with open(path, "ab") as file:
+            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise BadInput(f"could not write {path} ({error.strerror}); free some disk space and give "
+                       "the same command again: what is there is whole") from None
+    return rows
+
+
+def grow(run: Run, name: str, tasks: list[dict],
+         do: Callable[[list[dict], int], list[dict]]) -> list[dict]:
+    """Rows of a step, one for each task: those of its file, and `do` of the parts that it lacks.
+
+    do       (a part of the tasks, the first one's number) -> its rows
+    raises   BadInput where the file is about other tasks: somebody changed a step before it
+    """
+    path = run.folder / f"{name}.jsonl"
+    rows = read_part_rows(path, len(tasks))
+    if [row["task"] for row in rows] != [task["task"] for task in tasks[:len(rows)]]:
+        raise BadInput(f"{path} is about other tasks than the step before it now gives; put back "
+                       "what was changed, or name a new folder")
+    while len(rows) < len(tasks):
+        rows += append_rows(path, do(tasks[len(rows):len(rows) + PART], len(rows)))
+        print(f"  {name:<14}{len(rows):6} of {len(tasks)}", flush=True)
+    return rows
+
+
+def key_of(run: Run, name: str, first: int) -> mx.array:
+    return mx.random.key(stable_hash(f"{run.settings.seed} {name} {first}"))
+
+
+def write(run: Run, prompts: list[str], tokens: int, temperature: float, stops: tuple[str, ...],
+          key: mx.array) -> list[dict]:
+    """What the model writes behind raw prompts, as rows: {prompt, text, tokens, stop_reason}."""
+    done = sample(run.model, run.tokenizer, [run.tokenizer.encode_prompt(p) for p in prompts],
+                  tokens, temperature=temperature, top_p=run.settings.top_p, key=key,
+                  many_lines=True, stops=stops)
+    return [{"prompt": prompt, "text": c.text, "tokens": len(c.ids), "stop_reason":
+             f"stop:{c.stop}" if c.stop else "eos" if c.finished else "length"}
+            for prompt, c in zip(prompts, done)]
+
+
+# --------------------------------------------------------------------------------------------------
+# instructions
+
+
+def list_prompt(run: Run, number: int, kept: list[str]) -> str:
+    """A numbered list to go on with: seeds, two of the tasks found so far, and the next number.
+
+    No space behind that: it belongs to the next word's token.
+    """
+    rng, size = random.Random(f"{run.settings.seed} list {number}"), run.settings.shown
+    found = rng.sample(kept, min(2, size // 2, len(kept)))
+    tasks = rng.sample([task for task, _ in run.seeds], size - len(found)) + found
+    rng.shuffle(tasks)
+    lines = [f"{i}. {' '.join(task.split())}\n" for i, task in enumerate(tasks, 1)]
+    return f"{LIST_HEAD}{''.join(lines)}{size + 1}."
+
+
+def parse_list(first: int, text: str, cut: bool) -> list[str]:
+    """The items of a list's continuation, whose first number stood in the prompt.
+
+    cut      the length limit ended it, so its last line is no whole item
+    example  (9, " Name a bird.\\n10. Name a fish.\\n10. Na", True) -> [Name a bird., Name a fish.]
+    """
+    items, lines = [], f"{first}.{text}".split("\n")
+    for line in lines[:-1] if cut else lines:
+        match = re.fullmatch(r"\s*(\d+)[.)]\s*(\S.*?)\s*", line)
+        if match and int(match[1]) == first + len(items):
+            items.append(match[2])
+    return items
+
+
+def reject_task(text: str) -> str:
+    """Why a text is no task; "" if it may be one."""
+    letters = sum(c.isalnum() or c.isspace() for c in text)
+    if len(words_of(text)) < 2:
+        return "short"
+    if META.search(text.casefold()):
+        return "about the list"
+    if MARKERS.search(text):
+        return "marker"
+    return "no text" if letters < 0.7 * len(text) else ""
+
+
+def sift(run: Run, lists: list[dict]) -> list[dict]:
+    """Every item of the lists in turn: {task, list, reason}; reason "" for those that are kept."""
+    seen, starts, rows = Similar(task for task, _ in run.seeds), Counter(), []
+    most = max(3, run.settings.n // 100)    # tasks that may begin with the same four words
+    for number, row in enumerate(lists):
+        items = parse_list(run.settings.shown + 1, row["text"], row["stop_reason"] == "length")
+        for task in items[:run.settings.asked]:
+            words = words_of(task)
+            reason = reject_task(task)
+            if not reason and (near := seen.nearest(words)) >= NEAR:
+                reason = "duplicate" if near == 1 else "near-duplicate"
+            if not reason and starts[words[:4]] >= most:
+                reason = "same beginning"
+            if not reason and run.heldout.touches(words):
+                reason = "held out"
+            if not reason:
+                seen.add(words)
+                starts[words[:4]] += 1
+            rows.append({"task": task, "list": number, "reason": reason})
+    return rows
+
+
+def make_instructions(run: Run) -> tuple[list[dict], list[dict]]:
+    """Lists until n tasks are kept; (lists, items). The items follow from the lists alone."""
+    path, wanted = run.folder / "lists.jsonl", run.settings
+    lists, most = read_part_rows(path), wanted.calls or wanted.n
+    while True:
+        items = sift(run, lists)
+        kept = [row["task"] for row in items if not row["reason"]]
+        if len(kept) >= wanted.n or len(lists) >= most:
+            break
+        prompts = [list_prompt(run, len(lists) + i, kept) for i in range(PART)]
+        lists += append_rows(path, write(
+            run, prompts, wanted.list_tokens, wanted.list_temperature,
+            ("\n\n", f"\n{wanted.shown + wanted.asked + 1}."), key_of(run, "lists", len(lists))))
+        print(f"  {'lists':<14}{len(lists):6}, {len(kept)} of {wanted.n} tasks before", flush=True)
+    left = wanted.n
+    for row in items:       # the last lists may bring more than was asked for
+        if not row["reason"]:
+            row["reason"], left = ("" if left > 0 else "enough"), left - 1
+    write_text(run.folder / "instructions.jsonl", "".join(
+        json.dumps(row, ensure_ascii=False) + "\n" for row in items))
+    return lists, items
+
+
+# --------------------------------------------------------------------------------------------------
+# responses
+
+
+def response_prompt(run: Run, number: int, task: str) -> str:
+    """Worked examples, each with the end marker, and the task."""
+    shots = random.Random(f"{run.settings.seed} response {number}").sample(
+        run.seeds, run.settings.shots)
+    worked = "".join(f"Instruction: {a}\nResponse: {b}\n{END}\n\n" for a, b in shots)
+    return f"{worked}Instruction: {task}\nResponse:"
+
+
+def reject_response(run: Run, task: str, response: str, stop_reason: str) -> str:
+    """Why a response cannot be trained on; "" if it can. Length is no reason, being cut off is."""
+    words = words_of(response)
+    four = [words[i:i + 4] for i in range(len(words) - 3)]
+    if stop_reason == "length":
+        return "cut off"
+    if not response:
+        return "empty"
+    if MARKERS.search(response):
+        return "marker"
+    if response.endswith(":"):
+        return "announces only"
+    if words == words_of(task):
+        return "repeats the task"
+    if len(four) >= 8 and len(set(four)) < len(four) / 2:
+        return "repeats itself"
+    if words in (("true",), ("false",)) and not re.search(r"\?|\btrue or false\b", task.casefold()):
+        return "statement judged"   # the task was a sentence and asked for nothing
+    return "held out" if not run.heldout.eights.isdisjoint(grams(words, 8)) else ""
+
+
+def make_responses(run: Run, tasks: list[dict]) -> list[dict]:
+    """One response to each task: {task, response, reason} beside what `write` gives."""
+    def do(part: list[dict], first: int) -> list[dict]:
+        prompts = [response_prompt(run, first + i, row["task"]) for i, row in enumerate(part)]
+        rows = write(run, prompts, run.settings.response_tokens, run.settings.response_temperature,
+                     (END, "\nInstruction:", "\nUser:", "\nQ:"), key_of(run, "responses", first))
+        for asked, row in zip(part, rows):
+            row["task"], row["response"] = asked["task"], row["text"].strip()
+            row["reason"] = reject_response(run, row["task"], row["response"], row["stop_reason"])
+        return rows
+    return grow(run, "responses", tasks, do)
+
+
+# --------------------------------------------------------------------------------------------------
+# the critic
+
+
+def critic_prompt(kind: str, item: str, labels: tuple[str, str], swapped: bool) -> str:
+    """The labels in their order, their meanings exchanged where swapped."""
+    means = CRITIC_MEANINGS[kind][::-1] if swapped else CRITIC_MEANINGS[kind]
+    return CRITIC.format(head=CRITIC_HEADS[kind], first=labels[0], second=labels[1],
+                         first_means=means[0], second_means=means[1], item=item)
+
+
+def describe(task: str, response: str | None = None) -> str:
+    return f"Task: {task}" + (f"\nAnswer: {response}" if response is not None else "")
+
+
+def criticise(model: Llama, tokenizer: Tokenizer, kind: str, items: list[str],
+              labels: tuple[str, str], threshold: float) -> list[dict]:
+    """The model's own view of each item: [{margin, mass, verdict}].
+
+    margin   log p(good) - log p(bad) in nats, mean over both orders of the labels, less the same of
+             an item that says nothing. With orders o: 1/2 sum_o (l_good - l_bad)_o
+    mass     of both labels together, the smaller of both orders; below MIN_MASS it abstains
+    verdict  accept (margin >= threshold) | reject | abstain
+    """
+    empty = describe("N/A", None if kind == "tasks" else "N/A")
+    prompts = [critic_prompt(kind, item, labels, swapped)
+               for item in [*items, empty] for swapped in (False, True)]
+    # (items, orders, labels); with swapped meanings the second label is the good one
+    logprobs = letter_logprobs(model, tokenizer, prompts, labels).astype(np.float64)
+    logprobs = logprobs.reshape(-1, 2, 2)
+    signed = logprobs[..., 0] - logprobs[..., 1]
+    margins = (signed[:, 0] - signed[:, 1]) / 2
+    masses = np.exp(logprobs).sum(-1).min(-1)
+    rows = []
+    for margin, mass in zip((margins - margins[-1])[:-1].tolist(), masses.tolist()):
+        verdict = ("abstain" if mass < MIN_MASS else "accept" if margin >= threshold else "reject")
+        rows.append({"margin": round(margin, 4), "mass": round(mass, 4), "verdict": verdict})
+    return rows
+
+
+def judge_all(run: Run, kind: str, rows: list[dict]) -> list[dict]:
+    """A critic's step: accepted and rejected rows alike, with their margins."""
+    def do(part: list[dict], _) -> list[dict]:
+        items = [describe(row["task"], row.get("response")) for row in part]
+        views = criticise(run.model, run.tokenizer, kind, items, run.settings.labels,
+                          run.settings.threshold)
+        return [row | view for row, view in zip(part, views)]
+    return grow(run, kind, rows, do)
+
+
+# --------------------------------------------------------------------------------------------------
+# what comes out
+
+
+def split_pairs(pairs: list[dict]) -> dict[str, list[dict]]:
+    """A twentieth each for valid and test, at least one row, by a hash of the task."""
+    if len(pairs) < 3:
+        raise BadInput(f"{len(pairs)} pairs were accepted, too few for train, valid and test; "
+                       "look at the reasons and margins in the folder, then give a larger n or a "
+                       "lower threshold and a new folder")
+    rows = sorted(pairs, key=lambda row: (stable_hash(row["task"]), row["task"]))
+    rows = [{"prompt": row["task"], "response": row["response"]} for row in rows]
+    k = max(1, len(rows) // 20)
+    return {"valid": rows[:k], "test": rows[k:2 * k], "train": rows[2 * k:]}
+
+
+def quality(lists: list[dict], items: list[dict], tasks: list[dict], responses: list[dict],
+            pairs: list[dict]) -> dict:
+    """Counts of every step, of all that was generated; rates, and which of them are out of bounds.
+
+    The bounds are the prior work's: answers cut off below 10 %, each critic accepting half.
+    """
+    share = lambda part, whole: round(part / whole, 4) if whole else None
+    count = lambda rows, key: dict(Counter(row[key] or "kept" for row in rows).most_common())
+    judged = {"tasks": tasks, "pairs": pairs}
+    accepted = {kind: sum(row["verdict"] == "accept" for row in rows)
+                for kind, rows in judged.items()}
+    lengths = [row["tokens"] for row in responses]
+    found = {
+        "lists": len(lists), "items": len(items), "instructions": count(items, "reason"),
+        "tasks": count(tasks, "verdict"), "responses": count(responses, "reason"),
+        "pairs": count(pairs, "verdict"),
+        "stop_reasons": count(responses, "stop_reason"),
+        "acceptance": {kind: share(accepted[kind], len(rows)) for kind, rows in judged.items()},
+        "cut_off": share(sum(row["stop_reason"] == "length" for row in responses), len(responses)),
+        "duplicates": share(sum("duplicate" in row["reason"] for row in items), len(items)),
+        "median_tokens": statistics.median(lengths) if lengths else None,
+        "margins": {kind: {f"p{q}": round(float(np.percentile([r["margin"] for r in rows], q)), 3)
+                           for q in QUANTILES} if rows else {} for kind, rows in judged.items()},
+    }
+    bounds = {"cut_off below 0.10": found["cut_off"] is not None and found["cut_off"] < 0.10,
+              **{f"acceptance of {kind} at least 0.50": (rate or 0) >= 0.5
+                 for kind, rate in found["acceptance"].items()}}
+    return found | {"passed": all(bounds.values()), "bounds": bounds}
+
+
+def print_quality(found: dict) -> None:
+    """The funnel as a table for a person."""
+    print(f"\n{'lists':<16}{found['lists']:6}\n{'items':<16}{found['items']:6}")
+    for step in ("instructions", "tasks", "responses", "pairs"):
+        parts = ", ".join(f"{name} {k}" for name, k in found[step].items())
+        print(f"{step:<16}{sum(found[step].values()):6}   {parts}")
+    for kind, margins in found["margins"].items():
+        values = "  ".join(f"{q} {value:+.2f}" for q, value in margins.items())
+        print(f"margins, {kind:<7} {values or '-'}")
+    print(f"cut off {found['cut_off']}, duplicates {found['duplicates']}, "
+          f"median response {found['median_tokens']} tokens")
+    for bound, held in found["bounds"].items():
+        print(f"  {'held  ' if held else 'MISSED'}  {bound}")
+
+
+def make_data(run: Run, record: dict) -> dict:
+    """All steps, from lists to the manifest; returns qc.json's content."""
+    lists, items = make_instructions(run)
+    kept = [{"task": row["task"]} for row in items if not row["reason"]]
+    tasks = judge_all(run, "tasks", kept)
+    responses = make_responses(run, [{"task": r["task"]} for r in tasks
+                                     if r["verdict"] == "accept"])
+    pairs = judge_all(run, "pairs", [{"task": r["task"], "response": r["response"]}
+                                     for r in responses if not r["reason"]])
+    found = quality(lists, items, tasks, responses, pairs)
+    write_text(run.folder / "qc.json", json.dumps(found, indent=2) + "\n")
+    print_quality(found)
+    for split, rows in split_pairs([r for r in pairs if r["verdict"] == "accept"]).items():
+        write_text(run.folder / f"{split}.jsonl", "".join(
+            json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    outputs = {path.name: hash_file(path) for path in sorted(run.folder.glob("*.json*"))
+               if path.name != "manifest.json"}
+    write_text(run.folder / "manifest.json", json.dumps(
+        record | {"outputs": outputs, "passed": found["passed"]}, indent=2) + "\n")
+    return found
+
+
+def open_folder(folder: Path, about: dict) -> None:
+    """Begin a folder, or go on with one that was begun alike; BadInput names what differs."""
+    path = folder / "settings.json"
+    about = json.loads(json.dumps(about))
+    if not path.exists():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise BadInput(f"{folder} holds other files; name a new folder")
+        write_text(path, json.dumps(about, indent=2) + "\n")
+        return
+    try:
+        begun = json.loads(path.read_text())
+        unlike = [f"{part}.{name}" for part in about for name in about[part]
+                  if begun[part].get(name) != about[part][name]]
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise BadInput(f"{path} cannot be read ({error!r}); name a new folder") from None
+    if unlike:
+        raise BadInput(f"{folder} was begun with another {', '.join(unlike)}; put back what it "
+                       "began with, or name a new folder")
+
+
+def read_settings(words: list[str]) -> Settings:
+    """`key=value` words as Settings; raises BadInput with all mistakes."""
+    values, mistakes = read_keys(os.devnull, words, typing.get_type_hints(Settings))
+    found = Settings(**values)
+    low = {"n": 1, "calls": 0, "seed": 0, "shown": 1, "asked": 1, "shots": 1, "list_tokens": 1,
+           "response_tokens": 1, "list_temperature": 0, "response_temperature": 0}
+    mistakes += [f"{key} = {getattr(found, key)}: expected at least {least}"
+                 for key, least in low.items() if getattr(found, key) < least]
+    if not 0 < found.top_p <= 1:
+        mistakes.append(f"top_p = {found.top_p}: expected above 0 and at most 1")
+    if len(set(found.labels)) != 2 or len(found.labels) != 2:
+        mistakes.append(f"labels = {', '.join(found.labels)}: expected two different words")
+    if mistakes:
+        raise BadInput("; ".join(mistakes))
+    return found
+
+
+def main(argv: list[str]) -> None:
+    if not argv or "=" in argv[0]:
+        raise BadInput("expected `python self_instruct.py OUT_FOLDER [key=value ...]`, "
+                       f"got {' '.join(argv) or 'nothing'}")
+    folder, settings = Path(argv[0]), read_settings(argv[1:])
+    seeds = (read_rows(settings.seeds, lambda row: (row["prompt"], row["response"]))
+             if settings.seeds else list(SEEDS))
+    if len(seeds) < max(settings.shown, settings.shots):
+        raise BadInput(f"{len(seeds)} seeds are too few for shown = {settings.shown} and shots = "
+                       f"{settings.shots}; add seeds, or show fewer")
+    texts = read_rows(settings.heldout, user_texts) if settings.heldout else []
+    inputs = {key: hash_file(Path(path)) for key in ("heldout", "seeds")
+              if (path := getattr(settings, key))}
+    about = {"settings": asdict(settings), "inputs": inputs | hash_model(settings.model)}
+    open_folder(folder, about)
+    model, tokenizer = load_base(settings.model, settings.dtype, settings.bits,
+                                 group_size=settings.bits_group_size)
+    if tokenizer is None:
+        raise BadInput(f"{settings.model} has no tokenizer.model and no tokenizer.json")
+    record = about | {"clean": check_base(settings.model, model, tokenizer),
+                      "versions": provenance()}
+    run = Run(folder, settings, model, tokenizer, seeds,
+              Similar(text for row in texts for text in row))
+    make_data(run, record)
+    print(f"\nwrote {folder}: train on it with data={folder} template=cued")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,202 @@
+"""Replies that a careless matcher gets wrong, each with the verdict that a careful reader gives.
+
+The cases are worked by hand: negations, near misses, plurals, number words, history, half answers.
+"""
+import random
+
+import pytest
+
+from checks import CHECKS, check_turn, mistake_in, normalise
+from data import number_words
+
+MEAT = {"type": "forbid", "lexicon": ["chicken", "ham", "anchovy", "egg", "milk"],
+        "allow": ["coconut milk", "eggplant"]}
+CITY = {"type": "recall", "values": ["Graz"], "wrong": ["Oslo"]}
+PLAN = {"type": "current", "present": ["7 pm", "Friday"], "superseded": ["5 pm", "Monday"]}
+COUNT = {"type": "recall", "values": ["23"]}
+BUDGET = {"type": "number", "op": "<=", "value": 60, "unit": ["$", "dollar", "usd"]}
+
+CASES = [  # check, reply, verdict and why
+    # forbidden things, negated or not
+    (MEAT, "Roast the chicken.", "fail:forbidden"),
+    (MEAT, "A soup with no chicken.", "pass"),
+    (MEAT, "It is chicken-free.", "pass"),
+    (MEAT, "A stew without any ham or chicken in it.", "pass"),
+    (MEAT, "Use tofu instead of chicken.", "pass"),
+    (MEAT, "Instead, use chicken.", "fail:forbidden"),
+    (MEAT, "Replace the chicken with beans.", "pass"),
+    (MEAT, "Replace the beans with chicken.", "fail:forbidden"),
+    (MEAT, "No beef, but chicken.", "fail:forbidden"),
+    (MEAT, "No. Chicken it is.", "fail:forbidden"),
+    (MEAT, "No problem, chicken soup!", "fail:forbidden"),
+    (MEAT, "Not only chicken, take rice as well.", "fail:forbidden"),
+    (MEAT, "Try vegan chicken.", "pass"),
+    (MEAT, "I didn\u2019t put CHICKEN in it.", "pass"),
+    (MEAT, "You need not avoid chicken.", "abstain:unclear"),
+    (MEAT, "Chicken is not for everyone.", "abstain:unclear"),
+    (MEAT, "Pasta with anchovies.", "fail:forbidden"),
+    (MEAT, "A hamburger bun and a graham cracker.", "pass"),
+    (MEAT, "Eggplant in coconut milk.", "pass"),
+    (MEAT, "Eggplant in coconut milk and milk.", "fail:forbidden"),
+    (MEAT, "Dice two eggs.", "fail:forbidden"),
+    (MEAT | {"literal": True}, "There is no chicken in it.", "fail:forbidden"),
+    # recall: whole words, wrong entities, denials
+    (CITY, "You live in Graz.", "pass"),
+    (CITY, "graz", "pass"),
+    (CITY, "You live in **Graz**!", "pass"),
+    (CITY, "In Grazer Street.", "fail:missing"),
+    (CITY, "You told me your city.", "fail:missing"),
+    (CITY, "In Oslo.", "fail:wrong_entity"),
+    (CITY, "In Graz or in Oslo.", "abstain:right_and_wrong"),
+    (CITY, "Not in Oslo but in Graz.", "pass"),
+    (CITY, "You do not live in Graz.", "fail:missing"),
+    (CITY, "", "fail:missing"),
+    (CITY | {"either_way": True}, "You do not live in Graz.", "pass"),
+    ({"type": "recall", "values": ["Noor", "Osman"]}, "That was Noor.", "fail:missing"),
+    ({"type": "recall", "values": ["Noor", "Osman"], "mode": "any"}, "That was Noor.", "pass"),
+    ({"type": "recall", "values": ["gas"], "aliases": {"gas": ["gaseous"]}}, "Gaseous.", "pass"),
+    ({"type": "recall", "values": ["the boathouse"]}, "At your boathouse.", "pass"),
+    ({"type": "recall", "values": ["shepherd's pie"]}, "Shepherd\u2019s Pie it is", "pass"),
+    ({"type": "recall", "values": ["brother-in-law"]}, "For your brother in law.", "pass"),
+    # numbers
+    (COUNT, "Twenty-three guests.", "pass"),
+    (COUNT, "twenty three", "pass"),
+    (COUNT, "There are 23.", "pass"),
+    (COUNT, "There are 123.", "fail:missing"),
+    (COUNT, "There are 23.5 of them.", "fail:missing"),
+    (COUNT, "At 10:23.", "fail:missing"),
+    (COUNT, "A hundred and twenty-three.", "fail:missing"),
+    (COUNT, "On the 23rd.", "pass"),
+    ({"type": "recall", "values": ["1200"]}, "It has 1,200 seats.", "pass"),
+    ({"type": "recall", "values": ["105"]}, "one hundred and five", "pass"),
+    (BUDGET, "A lamp for $45.", "pass"),
+    (BUDGET, "A lamp for forty-five dollars.", "pass"),
+    (BUDGET, "Between 40 and 50 dollars.", "pass"),
+    (BUDGET, "A lamp for 50 to 70 dollars.", "fail:number"),
+    (BUDGET, "A lamp for $1,045.", "fail:number"),
+    (BUDGET, "A lamp with 80 little lights.", "abstain:no_number"),
+    ({"type": "number", "op": "=", "value": 20, "unit": ["minute", "min"]}, "20 min", "pass"),
+    ({"type": "number", "op": "=", "value": 20, "unit": ["minute"]}, "20 hours", "fail:missing"),
+    # what was replaced
+    (PLAN, "Friday at 7 pm.", "pass"),
+    (PLAN, "Friday, 7:00 P.M.", "pass"),
+    (PLAN, "Friday at seven pm", "pass"),
+    (PLAN, "Friday; the time changed from 5 to 7 pm.", "pass"),
+    (PLAN, "Friday; moved from 5 pm to 7 pm.", "pass"),
+    (PLAN, "Friday at 7 pm instead of Monday.", "pass"),
+    (PLAN, "It was Monday at first, now it is Friday at 7 pm.", "pass"),
+    (PLAN, "Friday, no longer Monday, at 7 pm.", "pass"),
+    (PLAN, "Friday from 5 pm to 7 pm.", "abstain:unclear"),
+    (PLAN, "Friday and Monday at 7 pm.", "fail:superseded"),
+    (PLAN, "Friday at 5 pm.", "fail:missing"),
+    # which way
+    ({"type": "yes_no", "value": "no"}, "No, it has ham in it.", "pass"),
+    ({"type": "yes_no", "value": "no"}, "Unfortunately you can't.", "pass"),
+    ({"type": "yes_no", "value": "no"}, "You should not eat that.", "pass"),
+    ({"type": "yes_no", "value": "no"}, "Sure, enjoy it!", "fail:other_way"),
+    ({"type": "yes_no", "value": "yes"}, "Yes, that fits.", "pass"),
+    ({"type": "yes_no", "value": "no"}, "Yes, but you should not.", "abstain:undecided"),
+    ({"type": "yes_no", "value": "no"}, "Nobody knows. Notes follow.", "abstain:undecided"),
+    # whole replies and shapes
+    ({"type": "exact", "value": "68"}, " 68.\n", "pass"),
+    ({"type": "exact", "value": "68"}, "sixty-eight", "pass"),
+    ({"type": "exact", "value": "68"}, "68 68", "fail:other"),
+    ({"type": "exact", "value": "68"}, "-68", "fail:other"),
+    ({"type": "one_of", "values": ["NYC", "New York"]}, "new  york!", "pass"),
+    ({"type": "words", "count": 5}, "It's a well-known old song.", "pass"),
+    ({"type": "words", "count": 5}, "Four words are here.", "fail:count"),
+    ({"type": "words", "count": 12, "op": "<="}, "Yes.", "pass"),
+    ({"type": "items", "count": 2, "style": "numbered"}, "Here:\n1. rake\n2) hoe", "pass"),
+    ({"type": "items", "count": 2, "style": "numbered"}, "1. rake\n3. hoe", "fail:count"),
+    ({"type": "items", "count": 2, "style": "numbered"}, "- rake\n- hoe", "fail:count"),
+    ({"type": "items", "count": 2}, "* rake\n* hoe", "pass"),
+    ({"type": "items", "count": 3, "style": "comma"}, "rake, hoe and axe", "pass"),
+    ({"type": "format", "json": True, "keys": {"n": "5"}}, '```json\n{"n": 5}\n```', "pass"),
+    ({"type": "format", "json": True, "keys": {"n": "5"}}, '{"n": 5, "m": 1}', "fail:json"),
+    ({"type": "format", "json": True}, "{n: 5}", "fail:json"),
+    ({"type": "format", "case": "upper"}, "LILAC 5", "pass"),
+    ({"type": "format", "case": "upper"}, "LiLAC", "fail:case"),
+    ({"type": "format", "case": "upper"}, "55", "fail:case"),
+    ({"type": "format", "ends": "ember"}, "It is ice. Ember!", "pass"),
+    ({"type": "format", "ends": "ember"}, "It is in December", "fail:end"),
+    ({"type": "format", "starts": "ember"}, "\u201cEmber\u201d: ice.", "pass"),
+    ({"type": "format", "starts": "ember"}, "Embers glow.", "fail:start"),
+    ({"type": "format", "regex": r"\[ember\]"}, "[ember]", "pass"),
+    ({"type": "order", "values": ["jay", "owl"]}, "Jay, then owl.", "pass"),
+    ({"type": "order", "values": ["jay", "owl"]}, "owl, jay", "fail:order"),
+    ({"type": "order", "values": ["jay", "owl"]}, "jay", "fail:missing"),
+    # topic, repetition, asking back
+    ({"type": "anchor", "terms": ["hive", "bee"]}, "They live in hives.", "pass"),
+    ({"type": "anchor", "terms": ["hive", "bee"], "at_least": 2}, "A hive.", "abstain:no_anchor"),
+    ({"type": "nonempty"}, " ...\n", "fail:empty"),
+    ({"type": "no_repeat"}, "and so on and so on and so on and so on and so on", "fail:repeats"),
+    ({"type": "no_repeat"}, "Take the tram to the old harbour and walk.", "pass"),
+    ({"type": "no_clarify"}, "Which one do you mean?", "fail:asks_back"),
+    ({"type": "no_clarify"}, "Could you clarify that, please?", "fail:asks_back"),
+    ({"type": "no_clarify"}, "The town which you named is Graz.", "pass"),
+    ({"type": "no_clarify"}, "It is Graz. What else can I do?", "pass"),
+]
+
+
+@pytest.mark.parametrize("check, reply, expected", CASES)
+def test_matchers(check, reply, expected):
+    verdict, decided = check_turn([check], reply)
+    wanted, _, why = expected.partition(":")
+    assert (verdict, decided) == (wanted, f"{check['type']}:{why}" if why else "")
+
+
+def test_every_check_has_cases():
+    assert {check["type"] for check, _, _ in CASES} == set(CHECKS)
+
+
+def test_one_failure_decides_and_doubt_beats_a_pass():
+    unclear, wrong = "In Graz or in Oslo.", "In Bergen."
+    assert check_turn([CITY, {"type": "nonempty"}], unclear).verdict == "abstain"
+    assert check_turn([CITY, {"type": "exact", "value": "Graz"}], unclear).verdict == "fail"
+    assert check_turn([{"type": "nonempty"}, CITY], wrong) == ("fail", "recall:missing")
+    assert check_turn([], "anything") == ("pass", "")
+
+
+def test_an_earlier_reply_again():
+    check, reply = [{"type": "no_repeat"}], "How about a mushroom omelette?"
+    assert check_turn(check, reply, ["Graz."]).verdict == "pass"
+    assert check_turn(check, "How about a mushroom  omelette", ["Graz.", reply]) == (
+        "fail", "no_repeat:said_before")
+
+
+def test_length_never_fails():
+    """The published failure was a score of length; here a right reply passes at any length."""
+    filler = [f"Remark {i} is about weather, trains and the number {i + 1000}." for i in range(400)]
+    random.Random(0).shuffle(filler)
+    for check, reply, expected in CASES:
+        if expected == "pass" and check["type"] in ("recall", "current", "anchor", "forbid"):
+            long = f"{reply.rstrip('.!')}. {' '.join(filler)}"
+            assert check_turn([check], long).verdict == "pass", (check, reply)
+
+
+def test_number_words_against_the_projects_own():
+    """Every number 0..999 as data.number_words writes it, with hyphen and "and" too."""
+    for n in range(1000):
+        words = number_words(n)
+        forms = {words, words.replace("hundred ", "hundred and ")}
+        if n > 20 and n % 10:
+            forms.add("-".join(words.rsplit(" ", 1)) if n % 100 > 20 else words)
+        for form in forms:
+            assert normalise(f"about {form} people") == f"about {n} people", form
+
+
+def test_normalise():
+    assert normalise("They won\u2019t come at 7 P.M., all **twenty-three**") == (
+        "they will not come at 7 pm, all 23")
+    assert normalise("can\u2019t, cannot, isn't: a\u2013b \u201cx\u201d") == (
+        'can not, can not, is not: a-b "x"')
+    assert normalise("\ufb01ve \uff15 apples, 1,234,567") == "5 5 apples, 1234567"
+
+
+@pytest.mark.parametrize("check, word", [
+    ({"type": "recal", "values": []}, "recal"), ({"values": ["x"]}, "type"),
+    ({"type": "recall"}, "values"), ({"type": "exact", "value": "1", "unit": "x"}, "unit"),
+    ("recall", "recall"),
+])
+def test_mistakes_in_a_file(check, word):
+    assert word in mistake_in(check) and not mistake_in(CITY)

@@ -1,0 +1,294 @@
+"""The benchmark measures context: oracles that lack it fail, for every seed.
+
+The files are what the generator writes, byte for byte.
+"""
+import collections
+import dataclasses
+import json
+import re
+import time
+
+import pytest
+from conftest import ROOT, assert_one_clear_line, run
+
+from checks import find, normalise
+from config import BadInput
+from conversations import (
+    KINDS,
+    SHARES,
+    audit,
+    generate,
+    generate_tiny,
+    last_named,
+    make,
+    missed_marks,
+    pairs_of,
+    read_benchmark,
+    shares_of,
+    write_benchmark,
+)
+from data import split_of
+from drafts import load_texts
+
+BENCHMARKS = ROOT / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    return generate()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_files_are_what_the_generator_writes(kind, tmp_path):
+    write_benchmark(tmp_path / "again.jsonl", make(kind, 0, None, "test"))
+    assert (tmp_path / "again.jsonl").read_bytes() == (BENCHMARKS / f"{kind}.jsonl").read_bytes()
+
+
+def test_the_same_in_every_process(tmp_path):
+    """Whatever the seed of Python's own hashes, and with the time that is allowed."""
+    for seed in "01":
+        run("conversations.py", "make", tmp_path / f"{seed}.jsonl", "seed=5", check=0,
+            PYTHONHASHSEED=seed)
+    assert (tmp_path / "0.jsonl").read_bytes() == (tmp_path / "1.jsonl").read_bytes()
+    start = time.perf_counter()
+    other = generate(6)
+    assert time.perf_counter() - start < 5
+    assert [c.turns for c in other] != [c.turns for c in read_benchmark(tmp_path / "0.jsonl")[0]]
+
+
+@pytest.mark.parametrize("seed", (0, 1, 2))
+def test_oracles_with_and_without_the_context(seed):
+    """All with the conversation, almost nothing without its first turn or with the last name."""
+    for n in (200, 300, 40) if seed == 0 else (200,):
+        rates = audit(generate(seed, n))
+        assert rates["knows everything"] == dict.fromkeys(rates["knows everything"], 1) | {
+            "abstains": 0}
+        assert rates["forgot turn 1"]["memory"] <= 0.05
+        assert rates["last named"]["all"] <= 0.40
+        for name in ("says nothing", "does not know", "echo", "asks back"):
+            assert rates[name]["all"] == 0, name
+        assert not missed_marks(rates)
+
+
+def test_an_oracle_without_its_mark_is_reported(benchmark):
+    """The audit can fail: conversations whose answer is in the question pass every echo."""
+    spoilt = [dataclasses.replace(c, turns=tuple(
+        dataclasses.replace(t, user=t.answer) if t.scored else t for t in c.turns))
+        for c in benchmark]
+    missed = missed_marks(audit(spoilt))
+    assert any(line.startswith("echo: 100.0%") for line in missed)
+    assert any(line.startswith("forgot turn 1") for line in missed)
+
+
+def test_the_last_named_thing():
+    """Of any kind: the aside's thing after an aside, the look-alike after it; not nothing."""
+    c = next(c for c in generate() if c.family == "memory/holiday" and c.difficulty == "medium")
+    said = [turn.user for turn in c.turns]
+    for t in range(len(said)):
+        name, text = last_named(c, t), normalise(" ".join(said[:t + 1]))
+        place = text.rindex(normalise(name))
+        others = [v for v in c.slots.values() if find(v, text) and v != name]
+        assert name and all(text.rindex(normalise(v)) < place for v in others)
+
+
+def test_sizes(benchmark):
+    assert collections.Counter(c.category for c in benchmark) == SHARES
+    assert shares_of(300) == dict.fromkeys(SHARES, 75)
+    assert shares_of(40) == {"memory": 12, "preferences": 10, "continuity": 10, "updates": 8}
+    assert all(sum(shares_of(n).values()) == n for n in range(40, 140))
+    levels = collections.Counter((c.category, c.difficulty) for c in benchmark)
+    for category, count in SHARES.items():
+        assert [levels[category, level] / count for level in ("easy", "medium", "hard")] == [
+            0.4, 0.4, 0.2]
+    turns = {"easy": {3}, "medium": {4}, "hard": {5}}
+    assert all(len(c.turns) in turns[c.difficulty] for c in benchmark)
+    families = collections.Counter(c.family for c in benchmark)
+    for category in SHARES:
+        counts = [n for family, n in families.items() if family.startswith(category)]
+        assert len(counts) >= 8 and max(counts) - min(counts) <= 1
+
+
+def test_nothing_leaks(benchmark):
+    """No two alike; what is asked is told in no user turn but the one that sets it."""
+    assert len({(c.family, json.dumps(c.slots)) for c in benchmark}) == len(benchmark)
+    choices = load_texts()["choices"]
+    for c in benchmark:
+        said = [normalise(turn.user) for turn in c.turns]
+        for name, value in c.slots.items():
+            if name not in choices:
+                assert sum(bool(find(value, text)) for text in said) <= 1, (c.id, name, value)
+        for t, turn in enumerate(c.turns):
+            for check in turn.checks:
+                for value in check.get("values", []) if check["type"] == "recall" else []:
+                    asked = name_of(c, value) in choices
+                    assert asked or not find(value, said[t]), (c.id, value)
+
+
+def name_of(c, value):
+    return next((name for name, other in c.slots.items() if other == value), "")
+
+
+def test_turns_say_what_they_need(benchmark):
+    for c in benchmark:
+        assert not c.turns[0].scored and any(turn.scored for turn in c.turns)
+        for t, turn in enumerate(c.turns):
+            assert not re.search(r"[{}]", turn.user + turn.answer + turn.need), c.id
+            if turn.scored:
+                assert turn.need and turn.answer and 1 <= turn.lag <= t
+            else:
+                assert {check["type"] for check in turn.checks} <= {"nonempty"}
+
+
+def test_memory_and_updates_by_hand():
+    """One conversation each, with replies that a person would write."""
+    conversations = {c.id: c for c in read_benchmark(BENCHMARKS / "conversations.jsonl")[0]}
+    c = conversations["memory-005"]
+    values = [check["values"][0] for turn in c.turns for check in turn.checks if turn.scored]
+    wrong = c.turns[3].checks[0]["wrong"][0]
+    good = ["Hello!", "Fine.", "No idea.", f"Sure, {values[0]}.", f"{values[1]} and {values[2]}"]
+    assert c.passes(good)
+    assert not c.passes(good[:3] + [f"Sure, {wrong}."] + good[4:])
+    assert [v and v.verdict for v in c.check(good[:4] + [f"It was {values[1]}."])] == [
+        None, None, None, "pass", "fail"]
+    assert c.passes(["", "", "", *good[3:]])     # what is not scored does not count
+    c = next(c for c in conversations.values() if c.family == "updates/meeting")
+    check, replies = c.turns[-1].checks[0], [turn.answer for turn in c.turns]
+    told = ", ".join(check["present"])
+    assert c.passes([*replies[:-1], f"{told} (no longer {check['superseded'][0]})"])
+    assert not c.passes([*replies[:-1], f"{told}, {check['superseded'][0]}"])
+    assert not c.passes([*replies[:-1], ", ".join(check["present"][1:])])
+
+
+def test_tables_of_the_texts():
+    """Pools are large and without doubles; rows have every column; enough forms of everything."""
+    texts = load_texts()
+    small = {"months", "days", "hours", "transport", "relations", "colours", "instruments",
+             "materials"}
+    for name, pool in texts["pools"].items():
+        assert len(set(pool)) == len(pool) and (len(pool) >= 40 or name in small), name
+    for name in ("asides", "countries", "animals", "elements"):
+        assert all(len(row) == len(texts[name]["columns"]) for row in texts[name]["rows"])
+    assert all(len(set(diet["forbidden"])) >= 25 for diet in texts["diets"])
+    for category in ("memory", "updates"):
+        for family in texts[category]:
+            assert len(family["lead"]) >= 3 and len(family["facts"]) >= 4
+            assert all(len(fact["say"]) >= 2 for fact in family["facts"].values())
+    for category in ("preferences", "continuity"):
+        assert all(len(family["open"]) >= 3 for family in texts[category])
+
+
+def test_facts_of_the_elements():
+    """Symbols and numbers of the table against the periodic table's order."""
+    order = ("H He Li Be B C N O F Ne Na Mg Al Si P S Cl Ar K Ca Sc Ti V Cr Mn Fe Co Ni Cu Zn Ga "
+             "Ge As Se Br Kr Rb Sr Y Zr Nb Mo Tc Ru Rh Pd Ag Cd In Sn Sb Te I Xe Cs Ba La Ce Pr Nd "
+             "Pm Sm Eu Gd Tb Dy Ho Er Tm Yb Lu Hf Ta W Re Os Ir Pt Au Hg Tl Pb Bi Po At Rn").split()
+    for _, symbol, _, number in load_texts()["elements"]["rows"]:
+        assert order[int(number) - 1] == symbol
+
+
+# --------------------------------------------------------------------------------------------------
+# the tiny kinds
+
+
+def test_no_pair_of_a_tiny_test_is_in_training():
+    """Neither in an operation, nor between a value and what is done to it, nor in an aside."""
+    def pairs(split, n):
+        return {tuple(sorted(pair)) for c in generate_tiny("tiny_turns", 0, n, split)
+                for pair in pairs_of(c.turns)}
+    train, valid, test = pairs("train", 3000), pairs("valid", 200), pairs("test", 300)
+    assert len(train) > 2500 and not train & test and not train & valid and not valid & test
+    for c in generate_tiny("tiny_operations", 0, 300, "test"):
+        assert split_of(int(c.slots["a"]), int(c.slots["b"])) == "test"
+
+
+def test_tiny_answers_are_right():
+    """Computed again from the text alone, by another way: Python's own arithmetic on the words."""
+    for c in generate_tiny("tiny_turns", 3, 400, "train"):
+        value = None
+        for turn in c.turns:
+            numbers = [int(n) for n in re.findall(r"\d+", turn.user)]
+            if turn.user.startswith("the answer is"):
+                value, expected = numbers[0], numbers[0]
+            elif len(numbers) == 2:
+                expected = numbers[0] + numbers[1] * (1 if "+" in turn.user else -1)
+            elif numbers:
+                up = turn.user.startswith(("add", "plus"))
+                expected = value = value + numbers[0] * (1 if up else -1)
+            else:
+                expected = value
+            assert turn.answer == str(expected) and 0 <= expected <= 100
+        assert c.category == ("hold" if not numbers else "update")
+    for c in generate_tiny("tiny_operations", 3, 200, "test"):
+        user = c.turns[0].user
+        a, b = (int(n) for n in re.findall(r"\d+", user))
+        if "from" in user:
+            a, b = b, a
+        minus = re.search("subtract|minus|-", user)
+        assert c.turns[0].answer == str(a - b if minus else a + b)
+
+
+def test_tiny_texts_are_words_of_the_bundled_tokenizer(tokenizer):
+    """One token a word and number: no letters, no bytes."""
+    for kind in ("tiny_turns", "tiny_operations"):
+        for c in generate_tiny(kind, 1, 100, "test"):
+            for turn in c.turns:
+                assert len(tokenizer.encode(turn.user)) <= len(turn.user.split()) + 1, turn.user
+
+
+def test_training_rows(tmp_path):
+    run("conversations.py", "make_train", tmp_path, "n=60", "seed=2", check=0)
+    for split, size in (("train", 60), ("valid", 3), ("test", 3)):
+        rows = [json.loads(line) for line in (tmp_path / f"{split}.jsonl").read_text().splitlines()]
+        assert len(rows) == size
+        for row in rows:
+            roles = [message["role"] for message in row["messages"]]
+            assert roles == ["user", "assistant"] * (len(roles) // 2) and len(roles) in (6, 8)
+
+
+# --------------------------------------------------------------------------------------------------
+# files and commands
+
+
+def test_read_again(benchmark, tmp_path):
+    path = tmp_path / "b.jsonl"
+    write_benchmark(path, benchmark)
+    again, digest = read_benchmark(path)
+    assert again == benchmark and len(digest) == 64
+    path.write_text(path.read_text() + "\n")
+    assert read_benchmark(path)[1] != digest    # a file that changed is seen, even by a line break
+
+
+@pytest.mark.parametrize("spoil, word", [
+    (lambda row: "{", "line"), (lambda row: "[]", ":2:"),
+    (lambda row: json.dumps(row | {"turns": []}), "turns"),
+    (lambda row: json.dumps({k: v for k, v in row.items() if k != "slots"}), "slots"),
+    (lambda row: json.dumps(row | {"colour": 1}), "colour"),
+    (lambda row: json.dumps(row | {"turns": [{"user": "Hi", "scored": True}]}), "checks"),
+    (lambda row: json.dumps(row | {"turns": [
+        {"user": "Hi", "scored": True, "checks": [{"type": "rekall"}]}]}), "rekall"),
+    (lambda row: json.dumps(row), "twice"),
+])
+def test_a_bad_line_is_named(benchmark, tmp_path, spoil, word):
+    path = tmp_path / "b.jsonl"
+    write_benchmark(path, benchmark[:1])
+    path.write_text(path.read_text() + spoil(dataclasses.asdict(benchmark[0])) + "\n")
+    with pytest.raises(BadInput, match=r"b\.jsonl:2: ") as error:
+        read_benchmark(path)
+    assert word in str(error.value)
+
+
+def test_commands(tmp_path):
+    done = run("conversations.py", "show", BENCHMARKS / "conversations.jsonl", 2, check=0)
+    assert done.stdout.count("=== ") == 2 and "needs:" in done.stdout
+    done = run("conversations.py", "audit", BENCHMARKS / "tiny_turns.jsonl", check=0)
+    assert "knows everything" in done.stdout
+    easy = generate()[:1]
+    turns = tuple(dataclasses.replace(t, checks=({"type": "nonempty"},)) for t in easy[0].turns)
+    write_benchmark(tmp_path / "easy.jsonl", [dataclasses.replace(easy[0], turns=turns)])
+    done = run("conversations.py", "audit", tmp_path / "easy.jsonl")
+    assert_one_clear_line(done, "does not measure", "echo")
+    for words, said in ((["make", "x", "n=3"], "40"), (["make", "x", "kind=odd"], "tiny_turns"),
+                        (["make", "x", "colour=1"], "seed="), (["audit"], "show FILE"),
+                        (["make_train", "x", "kind=instructions"], "tiny_operations"),
+                        (["show", tmp_path / "none"], "make OUT.jsonl")):
+        assert_one_clear_line(run("conversations.py", *words, cwd=ROOT), said)
