@@ -2,7 +2,7 @@
 PY = .venv/bin/python
 
 help:  ## this list
-	@grep -E '^[a-z_]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: .venv/ready  ## virtual environment, packages, OpenBLAS on Linux (CUDA=1: MLX's CUDA backend)
 .venv/ready: requirements.txt setup.sh
@@ -19,6 +19,13 @@ test: .venv/ready_dev  ## all tests, offline
 lint: .venv/ready_dev  ## ruff
 	$(PY) -m ruff check .
 
+gate: .venv/ready  ## before you train: is there a gap? on the bundled model, with its two small helpers trained first (15 minutes)
+	$(PY) conversations.py make_train runs/tiny_turns_data kind=tiny_turns n=45000
+	$(PY) judge.py make_train runs/tiny_judge_data
+	$(PY) train.py configs/tiny_chat.yaml
+	$(PY) train.py configs/tiny_judge.yaml
+	$(PY) eval.py --gate configs/gate_tiny.yaml
+
 kill: .venv/ready  ## kill -9 at 100 random moments, then the same command: every run must end bit-identical (15 minutes)
 	$(PY) tests/kill_drill.py
 
@@ -34,6 +41,18 @@ markovian: .venv/ready  ## every number of RESULTS.md's part on Markovian traini
 fullsize: .venv/ready  ## load, train, look into and sample models of 1B, 8B and 32B shapes (random weights; half an hour, 12 GB of disk)
 	$(PY) fullsize.py
 
+bench: .venv/ready  ## speed and memory beside peers, in turn, and the share of this machine's limit (a quarter of an hour; SHAPE=tiny or 1b)
+	$(PY) bench.py --json bench.json --png docs/bench.png $(if $(SHAPE),--shape $(SHAPE))
+
+bench-peers: .venv-bench/ready  ## the peers' own environment, which `make bench` then uses (4 GB with CUDA's torch)
+.venv-bench/ready: requirements-bench.txt requirements.lock
+	$(or $(PYTHON),python3) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c requirements.lock -r requirements-bench.txt
+	touch $@
+
+growth: .venv/ready  ## time and memory against length, batch, blocks, vocabulary, group and prompts (ten minutes on two cores)
+	$(PY) growth.py --json growth.json --png docs/growth.png
+
 tiny: .venv/ready  ## train the bundled base model from scratch again (40 minutes on two cores)
 	$(PY) data.py tokenizer models/tiny
 	$(PY) train.py configs/tiny_base.yaml
@@ -45,6 +64,6 @@ tiny_cot: .venv/ready  ## the same for the one that can write chains (20 minutes
 	cp runs/tiny_cot_base/model.safetensors models/tiny_cot/
 
 clean:  ## remove the virtual environment and all runs
-	rm -rf .venv runs
+	rm -rf .venv .venv-bench runs
 
-.PHONY: help setup run test kill lint study results markovian fullsize tiny tiny_cot clean
+.PHONY: help setup run test gate kill lint study results markovian fullsize bench bench-peers growth tiny tiny_cot clean

@@ -13,7 +13,7 @@ one names whatever was named last, others say nothing, echo or ask back, and the
     updates       a plan, changes, and the plan read back: new values in, old ones out, rest kept
 
 The text is in benchmarks/families.yaml, the drawing in drafts.py. Other kinds of the same record:
-single instructions with checkable answers, and operations and a running value for the bundled
+single instructions with checkable answers, and operations and a held value for the bundled
 models, where no number pair of a test conversation is in a training one.
 
     python conversations.py make OUT.jsonl n=300 seed=1 kind=conversations
@@ -187,8 +187,8 @@ OPERATIONS = ("add", "subtract")    # unseen products are beyond it
 FORMS = {op: [form for form in PHRASES[op] if form.startswith((op, "what is"))]
          + [ASKED.replace("SYMBOL", SYMBOLS[op]), f"compute {{a}} {SYMBOLS[op]} {{b}}"]
          for op in OPERATIONS}
-UPDATES = {"add": ("add {x}", "plus {x}"), "subtract": ("subtract {x}", "take away {x}")}
-START, BACK = ("the answer is {v}",), ("what is the answer", "which is the answer")
+START = ("the answer is {v}", "{v} is the answer")
+BACK = ("what is the answer", "which is the answer")
 
 
 def exactly(answer: object, user: str, lag: int, need: str, scored: bool = True) -> Turn:
@@ -215,7 +215,7 @@ def steps_from(value: int, split: str, largest: int = 100) -> list[tuple[str, in
 
 
 def draft_running(rng: random.Random, split: str) -> tuple:
-    """A running value all of whose pairs of numbers are of the split."""
+    """A held value all of whose pairs of numbers are of the split."""
     category, difficulty = rng.choice(("hold", "update")), rng.choice(("easy", "medium"))
     while True:
         slots, turns = run_of(category, difficulty, rng, split)
@@ -224,25 +224,25 @@ def draft_running(rng: random.Random, split: str) -> tuple:
 
 
 def run_of(category: str, difficulty: str, rng: random.Random, split: str) -> tuple[dict, list]:
-    """A value, what is done to it, and questions between: (slots, turns).
+    """A value, perhaps another in its place, and questions between: (slots, turns).
 
-    update  "the answer is 23" 23, "add 45" 68, "subtract 11" 57
     hold    "the answer is 23" 23, "what is 3 + 4" 7, "what is the answer" 23
-    A medium one has one turn more: an aside before the last change, or a change before the aside.
+    update  "the answer is 23" 23, "the answer is 45" 45, "what is 3 + 4" 7, "what is the answer" 45
+    A medium one has one question more. Nothing is computed with the value: for so small a model an
+    unseen sum is a task of its own, and this is about what it keeps.
     """
-    plan = {"hold easy": "aside back", "hold medium": "change aside back",
-            "update easy": "change change", "update medium": "change aside change"}
+    plan = {"hold easy": "aside back", "hold medium": "aside aside back",
+            "update easy": "change aside back", "update medium": "aside change aside back"}
     value = rng.choice([v for v in range(101) if steps_from(v, split)])
     slots, since = {"start": str(value)}, 0
     turns = [exactly(value, rng.choice(START).format(v=value), 0, "", scored=False)]
     for step in plan[f"{category} {difficulty}"].split():
         lag, t = len(turns) - since, len(turns) + 1
-        if step == "change":    # any operand where the split has none: thrown away by the caller
-            op, x = rng.choice(steps_from(value, split) or [("add", 0)])
-            need = f"the value was {value}"
-            value, since = compute(op, value, x), len(turns)
-            slots |= {f"x_{t}": str(x), f"value_{t}": str(value)}
-            turns.append(exactly(value, rng.choice(UPDATES[op]).format(x=x), lag, need))
+        if step == "change":
+            value = rng.choice([v for v in range(101)
+                                if v != value and split_of(value, v) == split])
+            since, slots[f"value_{t}"] = len(turns), str(value)
+            turns.append(exactly(value, rng.choice(START).format(v=value), 0, "", scored=False))
         elif step == "aside":
             a = rng.choice([a for a in range(21) if steps_from(a, split, 20)])
             op, b = rng.choice(steps_from(a, split, 20))
@@ -255,9 +255,9 @@ def run_of(category: str, difficulty: str, rng: random.Random, split: str) -> tu
 
 
 def pairs_of(turns: list[Turn]) -> list[tuple[int, int]]:
-    """The pairs of numbers of a running value: with each change, in each aside and with its first.
+    """The pairs of numbers of a held value: with the next one, in each aside and with its first.
 
-    example  "the answer is 23", "what is 3 + 4", "add 45" -> (3, 4), (23, 3), (23, 45)
+    example  "the answer is 23", "what is 3 + 4", "the answer is 45" -> (3, 4), (23, 3), (23, 45)
     """
     pairs, value = [], int(turns[0].answer)
     for turn in turns[1:]:

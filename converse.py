@@ -49,9 +49,11 @@ class Condition:
 
 
 def answer(model: Llama, tokenizer: Tokenizer, conversations: list[Conversation], template: str,
-           max_reply_tokens: int) -> list[dict]:
+           max_reply_tokens: int, history: str = "own") -> list[dict]:
     """Greedy replies to every turn: [{id, replies: [{text, tokens, ended}]}].
 
+    history  "own": earlier turns as the model answered them; "right": as they should have been, so
+             that one error does not make the next
     ended    "stop" by EOS or where the next speaker begins, "length" by max_reply_tokens
     raises   BadInput where a conversation does not fit the context: it is never cut in silence
     """
@@ -65,8 +67,9 @@ def answer(model: Llama, tokenizer: Tokenizer, conversations: list[Conversation]
         done = sample(model, tokenizer, prompts, max_reply_tokens, many_lines=True,
                       stops=STOPS[template])
         for i, completion in zip(going, done):
-            text = completion.text.strip()
-            histories[i].append({"role": "assistant", "content": text})
+            text, right = completion.text.strip(), conversations[i].turns[t].answer
+            histories[i].append({"role": "assistant",
+                                 "content": right if history == "right" and right else text})
             rows[i]["replies"].append({"text": text, "tokens": len(completion.ids),
                                        "ended": "stop" if completion.finished else "length"})
     return rows
@@ -93,14 +96,14 @@ def read_replies(path: Path, conversations: list[Conversation]) -> list[dict]:
 
 
 def answer_all(path: Path, model: Llama, tokenizer: Tokenizer, conversations: list[Conversation],
-               template: str, max_reply_tokens: int, say=print) -> list[dict]:
+               template: str, max_reply_tokens: int, history: str = "own") -> list[dict]:
     """Answer what a replies file lacks, part by part, and return all of its rows."""
     rows = read_replies(path, conversations)
     while len(rows) < len(conversations):
         part = conversations[len(rows):len(rows) + PART]
-        rows += answer(model, tokenizer, part, template, max_reply_tokens)
+        rows += answer(model, tokenizer, part, template, max_reply_tokens, history)
         write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        say(f"  {path.stem:<34} {len(rows):4} of {len(conversations)} conversations")
+        print(f"  {path.stem:<34} {len(rows):4} of {len(conversations)} conversations")
     return rows
 
 

@@ -78,6 +78,7 @@ class GateConfig:
     instruct_templates: tuple[str, ...] = ("plain",)
     alternative_templates: tuple[str, ...] = ("plain",)
     max_reply_tokens: int = 256
+    history: str = "own"            # earlier replies: the model's own, or the right ones
     dtype: str | None = None
     bits: int | None = None         # of all models, the judge too
     bits_group_size: int = 64
@@ -106,7 +107,7 @@ class GateConfig:
 
 ROLES = ("base", "instruct", "alternative")
 # what replies depend on: other values of these are another evaluation
-GENERATION = ("limit", "max_reply_tokens", "dtype", "bits", "bits_group_size")
+GENERATION = ("limit", "max_reply_tokens", "history", "dtype", "bits", "bits_group_size")
 
 
 def load_gate(path: str | Path, overrides: list[str]) -> GateConfig:
@@ -133,7 +134,8 @@ def load_gate(path: str | Path, overrides: list[str]) -> GateConfig:
         mistakes.append(f"judge_letters = {', '.join(cfg.judge_letters)}: expected two, as A,B")
     if not cfg.base:
         mistakes.append("base is empty: expected the model that training would start from")
-    for key, allowed in (("bits", (None, *BITS)), ("bits_group_size", GROUP_SIZES),
+    for key, allowed in (("history", ("own", "right")), ("bits", (None, *BITS)),
+                         ("bits_group_size", GROUP_SIZES),
                          ("dtype", (None, "float32", "bfloat16", "float16"))):
         if getattr(cfg, key) not in allowed:
             mistakes.append(f"{key} = {getattr(cfg, key)}: expected one of "
@@ -220,7 +222,7 @@ def collect_replies(cfg: GateConfig, record: dict, conversations: list[Conversat
                     known["clean"] = check_base(name, model, tokenizer)
                 write_text(folder / "record.json", json.dumps(record, indent=1) + "\n")
                 rows = answer_all(path, model, tokenizer, conversations, condition.template,
-                                  cfg.max_reply_tokens)
+                                  cfg.max_reply_tokens, cfg.history)
             replies[condition.name] = rows
     return replies
 

@@ -147,7 +147,7 @@ def sample_batch(model: Llama, prompts: list[list[int]], group: int, pick, unifo
     tokens, start = left_pad(prompts)
     cache = model.make_cache(tokens.shape[1], start)
     # slice the residual stream, not the logits: the unembedding runs for one position only
-    logits = mx.repeat(model.head(model.final_resid(tokens, cache)[:, -1]), group, axis=0)  # (R, V)
+    logits = mx.repeat(model.head(model.last_resid(tokens, cache)), group, axis=0)  # (R, V)
     cache = [c.repeat(group, room=C) for c in cache]
     out = np.zeros((R, C), np.int32), np.zeros((R, C), np.float32), np.zeros((R, C), np.float32)
     alive, stopped, pending = np.arange(R), mx.zeros(R, mx.bool_), []
@@ -171,7 +171,7 @@ def sample_batch(model: Llama, prompts: list[list[int]], group: int, pick, unifo
                 drawn = [x[rows] for x in drawn]
                 stopped, uniforms = stopped[rows], uniforms[rows]
                 cache = [c.take(rows) for c in cache]
-        logits = model.head(model.final_resid(drawn[0][:, None], cache)[:, -1])
+        logits = model.head(model.last_resid(drawn[0][:, None], cache))
     return out
 
 
@@ -184,7 +184,7 @@ def stream_text(model: Llama, tokenizer: Tokenizer, prompt: list[int], max_compl
     cache, tokens = model.make_cache(len(prompt) + max_completion_tokens), mx.array([prompt])
     ids, shown = [], ""
     for t in range(max_completion_tokens):
-        logits = model.head(model.final_resid(tokens, cache)[:, -1])
+        logits = model.head(model.last_resid(tokens, cache))
         token, _, _ = choose(logits, uniforms[:, t], temperature, top_k, top_p)
         ids.append(token.item())
         text = tokenizer.decode(ids).partition("\n")[0]

@@ -30,7 +30,7 @@ from data import Problem, encode_prompt_of, grade
 from distributed import rank, share, size
 from generate import Completion, check_context, left_pad, sample
 from lora import adapters_off, fused_for_decoding
-from losses import gather_positions, token_logprobs
+from losses import token_logprobs
 from model import Llama
 from tokenizer import Tokenizer
 
@@ -103,8 +103,8 @@ def self_reward(model: Llama, tokenizer: Tokenizer, problems: list[Problem],
     # the A positions up to the row's last; those before its answer are masked out
     targets = np.array([len(row) for row in rows])[:, None] - A + np.arange(A)          # (N, A)
     mask = np.arange(A) >= A - np.array(answers)[:, None]
-    resid = model.final_resid(mx.array(tokens))
-    logits = model.head(gather_positions(resid, mx.array(np.maximum(targets - 1, 0))))
+    before = mx.array(np.maximum(targets - 1, 0))
+    logits = model.head(model.final_resid(mx.array(tokens), positions=before))
     chosen = mx.array(np.take_along_axis(tokens, np.maximum(targets, 0), axis=1))
     logprobs = np.array(token_logprobs(logits, chosen))
     return (logprobs * mask).sum(1) / mask.sum(1)

@@ -105,10 +105,9 @@ def letter_logprobs(model: Llama, tokenizer: Tokenizer, prompts: list[str],
         part = order[start:start + ROWS]
         T = max(len(rows[i]) for i in part)
         tokens = mx.array([rows[i] + [0] * (T - len(rows[i])) for i in part])
-        last = mx.array([len(rows[i]) - 1 for i in part])
+        last = mx.array([[len(rows[i]) - 1] for i in part])
         # causal: filling behind the last token changes nothing before it
-        resid = mx.take_along_axis(model.final_resid(tokens), last[:, None, None], axis=1)[:, 0]
-        logits = model.head(resid).astype(mx.float32)                               # (B, V)
+        logits = model.head(model.final_resid(tokens, positions=last))[:, 0]        # (B, V)
         for k, ids in enumerate(spellings):
             each = [token_logprobs(logits, mx.full(len(part), i)) for i in ids]
             found[part, k] = np.array(mx.logsumexp(mx.stack(each), axis=0))

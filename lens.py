@@ -21,6 +21,7 @@ Memory: of a (rows, V) array of logits a few numbers per row are kept. Never (ta
                    [--attribute 56 15] [--png FILE] [--html FILE] [--json FILE]
 """
 import argparse
+import functools
 import json
 import os
 import sys
@@ -33,11 +34,10 @@ import numpy as np
 
 import plot
 from config import BadInput, run_main, write_text
-from fastexp import exp, fold, logsumexp
+from fastexp import exp, fold, linux_cpu, logsumexp
 from generate import check_context
 from lora import load_checkpoint
-from losses import gather_positions
-from model import Llama
+from model import Llama, gather_positions
 from tokenizer import Tokenizer
 
 ROWS_PER_BATCH = 256
@@ -119,11 +119,20 @@ def top_tokens(logits: mx.array, k: int) -> mx.array:
     return mx.take_along_axis(top, order, axis=-1)
 
 
+@functools.cache
+def streams() -> list[mx.Stream]:
+    """Where taps are read side by side: MLX's CPU backend computes on one core, but for products."""
+    return [mx.new_stream(mx.cpu) for _ in range(2)] if linux_cpu() else [
+        mx.default_stream(mx.default_device())]
+
+
 def taps_at(model: Llama, tokens: mx.array, positions: mx.array, edit=None) -> list[mx.array]:
     """The residual stream at some positions (B, A) of tokens (B, T): L+1 arrays (B, A, D)."""
-    picked = []
-    for resid in model.stream(tokens, edit=edit):
-        picked.append(gather_positions(resid, positions))
+    picked, L = [], model.args.num_hidden_layers
+    at_last = None if edit and L in edit else positions
+    for tap, resid in enumerate(model.stream(tokens, edit=edit, positions=at_last)):
+        there = tap == L and at_last is not None
+        picked.append(resid if there else gather_positions(resid, positions))
         # here, or the lazy graph would hold the whole stream of all taps until the end
         mx.eval(picked[-1], resid)
     return picked
@@ -149,10 +158,15 @@ def read_taps(model: Llama, tokens: mx.array, positions: mx.array, targets: mx.a
         logits = model.head(mx.stack(resids[max(0, end - at_once):end]))            # (g, B, A, V)
         mx.eval(logits)
         final = final or final_distribution(logits[-1])
-        for tap in [logits[i] for i in reversed(range(len(logits)))]:
-            reading = read_logits(tap, targets, k, *final)
-            mx.eval(reading, final)     # here, or the graph would hold the logits of all taps
-            taps.append([np.array(a) for a in reading])
+        rows = [logits[i] for i in reversed(range(len(logits)))]
+        mx.eval(rows, final)
+        for i in range(0, len(rows), len(streams())):
+            readings = []
+            for tap, stream in zip(rows[i:], streams()):
+                with mx.stream(stream):
+                    readings.append(read_logits(tap, targets, k, *final))
+            mx.eval(readings)           # here, or the graph would hold the logits of all taps
+            taps += [[np.array(a) for a in reading] for reading in readings]
     return Reading(*(np.stack(arrays[::-1]) for arrays in zip(*taps)))
 
 

@@ -29,14 +29,6 @@ def token_logprobs(logits: mx.array, tokens: mx.array) -> mx.array:
     return log_softmax_at(logits.astype(mx.float32), tokens)
 
 
-def gather_positions(resid: mx.array, positions: mx.array) -> mx.array:
-    """Take rows of the residual stream: resid (B, T, D), positions (B, A) int32 -> (B, A, D).
-
-    Done before the unembedding, so that logits exist for A positions and never for all T.
-    """
-    return mx.take_along_axis(resid, positions[..., None], axis=1)
-
-
 def masked_cross_entropy(logprobs: mx.array, mask: mx.array, denominator: mx.array) -> mx.array:
     """Sum of -log p(target) where mask is 1, over a denominator that the caller fixes, in nats.
 

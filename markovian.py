@@ -31,8 +31,8 @@ from data import Problem
 from generate import Completion, check_context, left_pad, sample
 from grpo import Group, Rollouts
 from lora import adapters_off
-from losses import gather_positions, token_logprobs
-from model import Llama
+from losses import token_logprobs
+from model import Llama, gather_positions
 from stats import bootstrap_mean, mcnemar, wilson
 from tasks import HEADER
 from tokenizer import Tokenizer

@@ -120,8 +120,8 @@ def step_bytes(args: ModelArgs, cfg: Config, load: Load, width: int = 4) -> dict
     # sampling reads each adapted float32 matrix with its update added (lora.fused_for_decoding)
     fused = 0 if cfg.full or cfg.bits or width < 4 or not load.cached else sum(
         a * b for a, b in map(matrix_shapes(args).get, cfg.lora_targets))
-    # the pieces that wait in line (quant.PIECE)
-    unpacked = 36 * PIECE * 4 if cfg.bits and default_dtype() else 0
+    # pieces and products that wait in line (quant.PIECE)
+    unpacked = 36 * PIECE * 4 + 8 * load.tokens * F * width if cfg.bits and default_dtype() else 0
     rows = load.logit_rows if cfg.recompute == "none" else min(
         load.logit_rows, max(1, LOGITS_AT_ONCE // args.vocab_size))
     block = load.tokens * width

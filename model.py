@@ -129,6 +129,14 @@ def rope_periods(args: ModelArgs) -> mx.array:
     return mx.array((1 / freqs).astype(np.float32))
 
 
+def gather_positions(resid: mx.array, positions: mx.array) -> mx.array:
+    """Take rows of the residual stream: resid (B, T, D), positions (B, A) int32 -> (B, A, D).
+
+    Done before the unembedding, so that logits exist for A positions and never for all T.
+    """
+    return mx.take_along_axis(resid, positions[..., None], axis=1)
+
+
 class KVCache:
     """Keys and values of one block for up to `capacity` tokens, allocated once: no step copies.
 
@@ -192,11 +200,16 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(H * d, D, bias=args.o_bias)
         self._periods = rope_periods(args)  # (d/2,); the underscore keeps it out of parameters()
 
-    def __call__(self, x: mx.array, cache: KVCache | None = None) -> mx.array:
-        return self.o_proj(self.heads(x, cache))  # (B, T, D)
+    def __call__(self, x: mx.array, cache: KVCache | None = None,
+                 positions: mx.array | None = None) -> mx.array:
+        return self.o_proj(self.heads(x, cache, positions))  # (B, T, D), or (B, A, D)
 
-    def heads(self, x: mx.array, cache: KVCache | None = None) -> mx.array:
-        """What the heads say before o_proj mixes them: (B, T, H * d), head i in slice i."""
+    def heads(self, x: mx.array, cache: KVCache | None = None,
+              positions: mx.array | None = None) -> mx.array:
+        """What the heads say before o_proj mixes them: (B, T, H * d), head i in slice i.
+
+        positions   (B, A) of x whose queries alone are asked; then (B, A, H * d)
+        """
         B, T, _ = x.shape
         d = self.head_dim
         split = lambda y: y.reshape(B, T, -1, d).transpose(0, 2, 1, 3)
@@ -210,9 +223,14 @@ class Attention(nn.Module):
         mask = cache.mask(T) if cache else "causal"
         if cache:
             k, v = cache.update(k, v)
+        if positions is not None:
+            rows = positions[:, None, :, None]                                      # (B, 1, A, 1)
+            q = mx.take_along_axis(q, rows, axis=2)
+            mask = (mx.take_along_axis(mask, rows, axis=2) if isinstance(mask, mx.array)
+                    else mx.arange(k.shape[2]) <= offset + rows)                    # (B, 1, A, S)
         # right padding needs no mask of its own, since no real token can look to its right
         y = attention(q, k, v, d ** -0.5, mask)
-        return y.transpose(0, 2, 1, 3).reshape(B, T, -1)
+        return y.transpose(0, 2, 1, 3).reshape(B, y.shape[2], -1)
 
 
 class MLP(nn.Module):
@@ -254,24 +272,27 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         self.mlp = MLP(args)
 
-    def attend(self, resid: mx.array, cache: KVCache | None = None) -> mx.array:
+    def attend(self, resid: mx.array, cache: KVCache | None = None,
+               positions: mx.array | None = None) -> mx.array:
         """The stream between the block's halves: attention has written, the MLP has not."""
-        return resid + self.self_attn(self.input_layernorm(resid), cache)
+        written = self.self_attn(self.input_layernorm(resid), cache, positions)
+        return (resid if positions is None else gather_positions(resid, positions)) + written
 
     def transform(self, resid: mx.array) -> mx.array:
         """The block's second half: the MLP reads the stream and adds to it, each position alone."""
         return resid + self.mlp(self.post_attention_layernorm(resid))
 
     def __call__(self, resid: mx.array, cache: KVCache | None = None,
-                 recompute: str = "none") -> mx.array:
-        """resid (B, T, D) -> (B, T, D).
+                 recompute: str = "none", positions: mx.array | None = None) -> mx.array:
+        """resid (B, T, D) -> (B, T, D), or at some positions (B, A) alone (B, A, D).
 
+        Keys and values are made of all T in any case; with positions nothing is recomputed.
         recompute  what the backward pass computes again instead of keeping: none; mlp: the second
                    half, whose F-wide products are most of a block's activations; block: both
         """
         if recompute == "block":
             return self.recomputed(resid, cache)
-        resid = self.attend(resid, cache)
+        resid = self.attend(resid, cache, positions)
         if recompute == "mlp":
             return checkpoint(self.transform, self.post_attention_layernorm, self.mlp)(resid)
         return self.transform(resid)
@@ -313,9 +334,12 @@ class Llama(nn.Module):
             self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
 
     def stream(self, tokens: mx.array, cache: list[KVCache] | None = None,
-               edit: Edit | None = None) -> Iterator[mx.array]:
+               edit: Edit | None = None,
+               positions: mx.array | None = None) -> Iterator[mx.array]:
         """Yield the residual stream (B, T, D) at tap 0, 1, ..., L, each before the final norm.
 
+        positions  (B, A): tap L there alone, (B, A, D); not with an edit of tap L. Nobody reads the
+                   last block's other rows, and its MLP is a large part of a shallow model
         tokens   (B, T) int32. A consumer that drops what it has read never holds more than one tap.
         edit     {tap: function (B, T, D) -> (B, T, D)}: what the stream is replaced by at a tap;
                  the blocks above go on from there. Ablation, steering and patching are this.
@@ -330,15 +354,30 @@ class Llama(nn.Module):
             # token behind a cache is decoding, which has no backward pass
             keep = tap == len(caches) or (cache and tokens.shape[1] == 1)
             recompute = "none" if keep else self.recompute
-            resid = edit.get(tap, unchanged)(block(resid, block_cache, recompute))
+            here = positions if tap == len(caches) else None
+            if here is not None and 2 * here.shape[1] > tokens.shape[1]:
+                # most rows are wanted: gathering them would cost more than it spares
+                resid = gather_positions(block(resid, block_cache, recompute), here)
+            else:
+                resid = block(resid, block_cache, recompute, here)
+            resid = edit.get(tap, unchanged)(resid)
             yield resid
 
     def final_resid(self, tokens: mx.array, cache: list[KVCache] | None = None,
-                    edit: Edit | None = None) -> mx.array:
-        """The residual stream at tap L, (B, T, D): what `head` turns into the model's logits."""
-        for resid in self.stream(tokens, cache, edit):
+                    edit: Edit | None = None, positions: mx.array | None = None) -> mx.array:
+        """The residual stream at tap L: what `head` turns into the model's logits.
+
+        (B, T, D), or at some positions (B, A) alone (B, A, D)
+        """
+        for resid in self.stream(tokens, cache, edit, positions):
             pass
         return resid
+
+    def last_resid(self, tokens: mx.array, cache: list[KVCache] | None = None) -> mx.array:
+        """The same at the last position of tokens (B, T) alone: (B, D)."""
+        B, T = tokens.shape
+        at_last = None if T == 1 else mx.full((B, 1), T - 1)
+        return self.final_resid(tokens, cache, positions=at_last)[:, 0]
 
     def head(self, resid: mx.array) -> mx.array:
         """Final norm, then unembedding: (..., D) -> float32 logits (..., V).
@@ -389,7 +428,7 @@ class Llama(nn.Module):
         """
         G, C = completions.shape[0] // prompts.shape[0], completions.shape[1]
         cache = self.make_cache(prompts.shape[1], start)
-        first = self.final_resid(prompts, cache)[:, -1:]                # (P, 1, D): scores token 0
+        first = self.last_resid(prompts, cache)[:, None]                # (P, 1, D): scores token 0
         cache = [c.repeat(G, room=C - 1) for c in cache]
         first = mx.repeat(first, G, axis=0)
         if C == 1:

@@ -47,8 +47,7 @@ from lens import (
     word_directions,
 )
 from lora import load_checkpoint
-from losses import gather_positions
-from model import Edit, Llama
+from model import Edit, Llama, gather_positions
 from stats import bootstrap_mean
 from tokenizer import Tokenizer
 

@@ -54,7 +54,6 @@ from lora import apply_lora, load_base, root_model
 from losses import (
     answer_reward_loss,
     dual_reward_loss,
-    gather_positions,
     kl_estimates,
     masked_cross_entropy,
     policy_loss,
@@ -62,7 +61,7 @@ from losses import (
     token_logprobs,
 )
 from markovian import Chains, answer_rewards, evaluate_chains, summarize_chains
-from model import Llama
+from model import Llama, gather_positions
 from quant import is_quantized
 from run_folder import (
     LOCK,
@@ -109,12 +108,14 @@ def supervised_loss(cfg: Config, block: int, model: Llama, batch: dict[str, mx.a
         tokens = tokens[:, :-1]     # the last token predicts nothing
     else:
         positions = positions + 1   # the prior code's error A: read at the target itself
-    for tap, resid in enumerate(model.stream(tokens)):                  # (B, T, D)
+    # only the positions that the loss reads leave the last block, and are unembedded: (B, A, V)
+    read_at_last = cfg.method == "dual_reward" and block + 1 == model.args.num_hidden_layers
+    at_last = None if read_at_last else positions
+    for tap, resid in enumerate(model.stream(tokens, positions=at_last)):   # (B, T, D)
         if tap == block + 1:
             class_resid = resid
-    # only the positions that the loss reads are unembedded: (B, A, V), not (B, T, V)
-    answer_logprobs = model.read_logits(
-        token_logprobs, gather_positions(resid, positions), batch["targets"])
+    answer_resid = gather_positions(resid, positions) if read_at_last else resid
+    answer_logprobs = model.read_logits(token_logprobs, answer_resid, batch["targets"])
     answer_loss = masked_cross_entropy(answer_logprobs, batch["target_mask"], n_targets)
     if cfg.method == "sft":
         return answer_loss, {"answer_loss": answer_loss}

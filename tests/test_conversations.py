@@ -196,7 +196,7 @@ def test_no_pair_of_a_tiny_test_is_in_training():
         return {tuple(sorted(pair)) for c in generate_tiny("tiny_turns", 0, n, split)
                 for pair in pairs_of(c.turns)}
     train, valid, test = pairs("train", 3000), pairs("valid", 200), pairs("test", 300)
-    assert len(train) > 2500 and not train & test and not train & valid and not valid & test
+    assert len(train) > 2000 and not train & test and not train & valid and not valid & test
     for c in generate_tiny("tiny_operations", 0, 300, "test"):
         assert split_of(int(c.slots["a"]), int(c.slots["b"])) == "test"
 
@@ -207,17 +207,15 @@ def test_tiny_answers_are_right():
         value = None
         for turn in c.turns:
             numbers = [int(n) for n in re.findall(r"\d+", turn.user)]
-            if turn.user.startswith("the answer is"):
+            if len(numbers) == 1:
                 value, expected = numbers[0], numbers[0]
             elif len(numbers) == 2:
                 expected = numbers[0] + numbers[1] * (1 if "+" in turn.user else -1)
-            elif numbers:
-                up = turn.user.startswith(("add", "plus"))
-                expected = value = value + numbers[0] * (1 if up else -1)
             else:
                 expected = value
             assert turn.answer == str(expected) and 0 <= expected <= 100
-        assert c.category == ("hold" if not numbers else "update")
+        told = sum(len(re.findall(r"\d+", turn.user)) == 1 for turn in c.turns)
+        assert c.category == ("hold" if told == 1 else "update") and c.turns[-1].scored
     for c in generate_tiny("tiny_operations", 3, 200, "test"):
         user = c.turns[0].user
         a, b = (int(n) for n in re.findall(r"\d+", user))
@@ -242,7 +240,7 @@ def test_training_rows(tmp_path):
         assert len(rows) == size
         for row in rows:
             roles = [message["role"] for message in row["messages"]]
-            assert roles == ["user", "assistant"] * (len(roles) // 2) and len(roles) in (6, 8)
+            assert roles == ["user", "assistant"] * (len(roles) // 2) and len(roles) in (6, 8, 10)
 
 
 # --------------------------------------------------------------------------------------------------

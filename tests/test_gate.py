@@ -12,6 +12,7 @@ from config import BadInput, Config, Stopped, load_config
 from conversations import Conversation, Turn, write_benchmark
 from data import held_out
 from gate import GateConfig, agreement_of, decide, length_warnings, load_gate, paired, run_gate
+from generate import Completion
 from train import train
 
 OPEN = {"base_at_most": 1, "instruct_at_least": 0, "h_at_least": 0}     # only the test decides
@@ -235,6 +236,26 @@ def test_bad_input(parts, tmp_path, monkeypatch):
         run_gate(here, [f"out={tmp_path}/b", "limit=2", "scorers=checks,judge",
                         "judge=http://127.0.0.1:9/v1", "judge_model=m"])
     assert (tmp_path / "b" / "replies_base-raw.jsonl").exists()
+
+
+def test_right_history_is_what_the_model_reads(tokenizer, monkeypatch):
+    """The second turn's prompt holds the first reply: the model's own, or the benchmark's."""
+    turns = (Turn(user="add 3 and 4", scored=True, need="7", answer="7"),
+             Turn(user="plus 1", scored=True, need="8", answer="8"))
+    one = Conversation(id="x", category="c", family="f", difficulty="easy", seed=0, slots={},
+                       turns=turns)
+    prompts = []
+
+    def nine(model, tokenizer, batch, *_, **__):
+        prompts.append(tokenizer.decode(batch[0]))
+        return [Completion([], " 9\n", True, None, None)]
+
+    monkeypatch.setattr(converse, "sample", nine)
+    for history in ("own", "right"):
+        rows = converse.answer(None, tokenizer, [one], "lines", 4, history)
+        assert [r["text"] for r in rows[0]["replies"]] == ["9", "9"]
+    assert prompts == ["add 3 and 4\n", "add 3 and 4\n9\nplus 1\n",
+                       "add 3 and 4\n", "add 3 and 4\n7\nplus 1\n"]
 
 
 def test_paired_folders(parts, tmp_path):

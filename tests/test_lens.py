@@ -27,8 +27,7 @@ from lens import (
     word_directions,
 )
 from lora import apply_lora
-from losses import gather_positions
-from model import Llama, load
+from model import Llama, gather_positions, load
 from plot import lens_page
 
 

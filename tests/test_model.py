@@ -6,13 +6,15 @@ import json
 import shutil
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import FAMILIES, GOLDEN
+from conftest import FAMILIES, GOLDEN, lora_model
+from mlx.utils import tree_flatten
 
 from config import BadInput
 from hub import INDEX, read_safetensors
-from model import load, parse_args, rope_periods
+from model import gather_positions, load, parse_args, rope_periods
 
 
 @pytest.fixture(params=FAMILIES)
@@ -199,3 +201,43 @@ def test_truncated_file_is_noticed(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(whole[:5000])
     with pytest.raises(BadInput, match="truncated or corrupt"):
         read_safetensors(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_positions_of_the_last_block(family):
+    """Asked for some positions alone, the last tap is what it is without that: unsorted ones too,
+    doubled ones, behind a cache and behind left padding."""
+    model, _ = load(GOLDEN / family, dtype="float32")
+    tokens = mx.array(np.random.default_rng(0).integers(3, 90, (2, 12)))
+    positions = mx.array([[5, 2], [11, 11]])
+    whole = model.final_resid(tokens)
+    taps = list(model.stream(tokens, positions=positions))
+    assert mx.abs(taps[-1] - gather_positions(whole, positions)).max() < 1e-4
+    assert taps[-1].shape[1] == 2 and taps[-2].shape[1] == 12
+    assert mx.abs(model.last_resid(tokens) - whole[:, -1]).max() < 1e-4
+    for start in (None, mx.array([0, 3])):
+        cache, other = model.make_cache(12, start), model.make_cache(12, start)
+        first = model.final_resid(tokens[:, :7], cache)
+        assert mx.abs(model.last_resid(tokens[:, :7], other) - first[:, -1]).max() < 1e-4
+        behind = model.final_resid(tokens[:, 7:], cache)
+        at = mx.array([[4, 1], [0, 2]])
+        assert mx.abs(model.final_resid(tokens[:, 7:], other, positions=at)
+                      - gather_positions(behind, at)).max() < 1e-4
+        assert mx.array_equal(cache[-1].keys, other[-1].keys)
+
+
+def test_positions_have_the_same_gradient():
+    """Of a loss on three positions, for every adapted matrix, against the whole last block."""
+    model = lora_model()
+    tokens = mx.array(np.random.default_rng(0).integers(3, 90, (2, 9)))
+    positions, want = mx.array([[4, 7, 7], [2, 3, 8]]), mx.array(
+        np.random.default_rng(1).normal(size=(2, 3, 32)).astype(np.float32))
+    loss = lambda of: lambda model: (of(model) * want).sum()
+    few = nn.value_and_grad(model, loss(
+        lambda m: m.final_resid(tokens, positions=positions)))(model)
+    all_of = nn.value_and_grad(model, loss(
+        lambda m: gather_positions(m.final_resid(tokens), positions)))(model)
+    assert mx.allclose(few[0], all_of[0], rtol=1e-5)
+    theirs = dict(tree_flatten(all_of[1]))
+    for name, grad in tree_flatten(few[1]):
+        assert mx.abs(grad - theirs[name]).max() < 1e-5 * max(1, mx.abs(theirs[name]).max()), name
