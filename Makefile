@@ -20,7 +20,7 @@ lint: .venv/ready_dev  ## ruff
 	$(PY) -m ruff check .
 
 gate: .venv/ready  ## before you train: is there a gap? on the bundled model, with its two small helpers trained first (15 minutes)
-	$(PY) conversations.py make_train runs/tiny_turns_data kind=tiny_turns n=45000
+	$(PY) conversations.py make_train runs/tiny_turns_data kind=tiny_turns n=32000
 	$(PY) judge.py make_train runs/tiny_judge_data
 	$(PY) train.py configs/tiny_chat.yaml
 	$(PY) train.py configs/tiny_judge.yaml

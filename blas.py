@@ -25,8 +25,11 @@ def load_openblas() -> str:
     named = os.environ.get("NANOLENS_BLAS", "")
     if named == "none":
         return ""
-    for path in [named] if named else [ctypes.util.find_library("openblas"), DEBIAN_PATH]:
+    # asking the loader starts other programs, a fifth of a second: only where the path is another
+    for find in [lambda: named] if named else [lambda: DEBIAN_PATH,
+                                               lambda: ctypes.util.find_library("openblas")]:
         try:
+            path = find()
             # without RTLD_GLOBAL the symbols stay private and MLX keeps its bundled BLAS
             library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL) if path else None
         except OSError:

@@ -424,7 +424,9 @@ def length_warnings(outcomes: dict[str, dict[str, dict]],
                          if passed is not None] for name, cell in by_condition.items()}
         points["all conditions"] = [point for part in points.values() for point in part]
         for name, part in points.items():
-            value = auc(*zip(*part)) if part else None
+            fates = [passed for _, passed in part]
+            few = min(fates.count(True), fates.count(False)) < 5    # chance alone would predict
+            value = None if few else auc(*zip(*part))
             if value is not None and max(value, 1 - value) > SUSPICIOUS:
                 side = "longer" if value > 0.5 else "shorter"
                 warnings.append(f"{name}: length alone predicts what {scorer} passes (AUC "

@@ -15,9 +15,8 @@ import stat
 from pathlib import Path
 
 import blas  # noqa: F401  (before mlx)
+import huggingface_hub  # what it needs for the network is imported where it is first used
 import mlx.core as mx
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub import errors as hub_errors
 from safetensors import SafetensorError, safe_open
 
 from config import BadInput
@@ -60,7 +59,7 @@ def find_folder(name: str | Path, weights: bool = True) -> Path:
                        f"commit of {repo} behind the @, such as {repo}@main")
     folder = fetch(repo, revision or "main", SMALL_FILES)
     where = ("in the Hub cache (HF_HUB_OFFLINE is set: unset it where there is a network)"
-             if constants.HF_HUB_OFFLINE else "on the Hub")
+             if huggingface_hub.constants.HF_HUB_OFFLINE else "on the Hub")
     if not is_file(folder / "config.json"):
         raise BadInput(f"{name} has no config.json {where}: not a model in the Hub's layout "
                        "(an adapter, a data set or GGUF?); name the model itself")
@@ -84,23 +83,26 @@ def fetch(repo: str, revision: str, files: list[str], lacks: str = "") -> Path:
     command = f".venv/bin/hf download {repo}" + f" --revision {revision}" * (revision != "main")
     mend = f"run `{command}` where there is a network, or give a local folder"
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(files)))
-    except hub_errors.GatedRepoError:
+        return Path(huggingface_hub.snapshot_download(repo, revision=revision,
+                                                      allow_patterns=list(files)))
+    except huggingface_hub.errors.GatedRepoError:
         raise BadInput(f"{repo} is gated: accept its licence at https://huggingface.co/{repo}, "
                        "then run `.venv/bin/hf auth login` or set HF_TOKEN") from None
-    except hub_errors.RepositoryNotFoundError:
+    except huggingface_hub.errors.RepositoryNotFoundError:
         raise BadInput(f"no folder {repo!r} here and no such model on the Hub; check the spelling, "
                        "or for a private or gated model run `.venv/bin/hf auth login`") from None
-    except hub_errors.RevisionNotFoundError:
+    except huggingface_hub.errors.RevisionNotFoundError:
         raise BadInput(f"{repo} has no revision {revision!r} on the Hub; expected one of its "
                        f"branches, tags or commits: give {repo}@REVISION as listed at "
                        f"https://huggingface.co/{repo}/commits/main, or {repo} alone") from None
-    except (hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled) as error:
+    except (huggingface_hub.errors.LocalEntryNotFoundError,
+            huggingface_hub.errors.OfflineModeIsEnabled) as error:
         what = repo if revision == "main" else f"{repo}@{revision}"
         partly = hasattr(error, "snapshot_path")    # then its own text says what lacks
         why = lacks or one_line(error if partly else error.__cause__ or error).split(". ")[0]
         state = "only partly" if lacks or partly else "not"
-        net = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub is not reachable"
+        net = ("HF_HUB_OFFLINE is set" if huggingface_hub.constants.HF_HUB_OFFLINE
+               else "the Hub is not reachable")
         raise BadInput(f"no folder {repo!r} here, {what} is {state} in the Hub cache, and {net} "
                        f"({why}); {mend}") from None
     except Exception as error:  # the Hub's, the HTTP library's, the disk's: all mean the same

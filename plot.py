@@ -6,8 +6,10 @@ with its scale.
     python plot.py runs/dual_reward    # draws the run's emergence.png again from its metrics.jsonl
 """
 import html
+import importlib.util
 import io
 import json
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -16,8 +18,20 @@ import numpy as np
 from config import BadInput, run_main, write_bytes
 from stats import mean_interval
 
+
+def import_at_first_use(name: str):
+    """A module that is loaded when first asked for something: importlib's own recipe."""
+    spec = importlib.util.find_spec(name)
+    spec.loader = importlib.util.LazyLoader(spec.loader)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
 matplotlib.use("Agg")  # draw into files, also where there is no screen
-import matplotlib.pyplot as plt  # noqa: E402
+# most of a second, which training needs at its end only
+plt = sys.modules.get("matplotlib.pyplot") or import_at_first_use("matplotlib.pyplot")
 
 
 def save_figure(figure, path: str | Path) -> None:

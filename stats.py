@@ -2,7 +2,7 @@
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
+import scipy  # `scipy.stats` is imported where it is first used: training can do without
 
 
 def wilson(successes: int, n: int, level: float = 0.95) -> dict:
@@ -13,7 +13,7 @@ def wilson(successes: int, n: int, level: float = 0.95) -> dict:
     """
     if n == 0:
         return {"value": None, "n": 0, "low": None, "high": None}
-    interval = stats.binomtest(successes, n).proportion_ci(level, method="wilson")
+    interval = scipy.stats.binomtest(successes, n).proportion_ci(level, method="wilson")
     return {"value": successes / n, "n": n,
             "low": float(interval.low), "high": float(interval.high)}
 
@@ -43,7 +43,7 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> dict:
     only_first = sum(a and not b for a, b in zip(first, second))
     only_second = sum(b and not a for a, b in zip(first, second))
     discordant = only_first + only_second
-    p = stats.binomtest(only_first, discordant, 0.5).pvalue if discordant else 1.0
+    p = scipy.stats.binomtest(only_first, discordant, 0.5).pvalue if discordant else 1.0
     return {"only_first": only_first, "only_second": only_second, "p": float(p)}
 
 
@@ -66,10 +66,10 @@ def power_of_mcnemar(n: int, only_first: float, only_second: float, alpha: float
         return 0.0
     m = np.arange(n + 1)                                            # discordant pairs
     # so few passed by the first alone that 2 P(at most that many of m) < alpha; -1: no m reaches it
-    few = stats.binom.ppf(alpha / 2, m, 0.5) - 1
+    few = scipy.stats.binom.ppf(alpha / 2, m, 0.5) - 1
     wins = np.where(few >= 0, m - few, m + 1)
-    reached = stats.binom.sf(wins - 1, m, only_second / apart)
-    return float((stats.binom.pmf(m, n, apart) * reached).sum())
+    reached = scipy.stats.binom.sf(wins - 1, m, only_second / apart)
+    return float((scipy.stats.binom.pmf(m, n, apart) * reached).sum())
 
 
 def items_needed(only_first: float, only_second: float, alpha: float = 0.01, power: float = 0.9,
@@ -121,7 +121,7 @@ def cohens_kappa(first: Sequence, second: Sequence, level: float = 0.95) -> dict
     crossed = share * (columns[:, None] + rows[None, :]) ** 2
     off = (1 - kappa) ** 2 * (crossed.sum() - np.trace(crossed))
     variance = (diagonal + off - (kappa - expected * (1 - kappa)) ** 2) / (n * (1 - expected) ** 2)
-    half = stats.norm.ppf((1 + level) / 2) * np.sqrt(max(variance, 0))
+    half = scipy.stats.norm.ppf((1 + level) / 2) * np.sqrt(max(variance, 0))
     return found | {"value": float(kappa), "low": float(kappa - half), "high": float(kappa + half)}
 
 
@@ -171,7 +171,7 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> dict:
     mean = float(values.mean())
     if len(values) < 2:
         return {"value": mean, "n": len(values), "low": None, "high": None}
-    half = stats.t.ppf((1 + level) / 2, len(values) - 1) * stats.sem(values)
+    half = scipy.stats.t.ppf((1 + level) / 2, len(values) - 1) * scipy.stats.sem(values)
     return {"value": mean, "n": len(values), "low": mean - float(half), "high": mean + float(half)}
 
 
@@ -201,8 +201,8 @@ def equivalence_p(differences: Sequence[float], margin: float) -> float:
     d = np.asarray(differences, dtype=np.float64)
     if np.ptp(d) == 0:
         return 0.0 if abs(d[0]) < margin else 1.0
-    above = stats.ttest_1samp(d, -margin, alternative="greater").pvalue
-    below = stats.ttest_1samp(d, margin, alternative="less").pvalue
+    above = scipy.stats.ttest_1samp(d, -margin, alternative="greater").pvalue
+    below = scipy.stats.ttest_1samp(d, margin, alternative="less").pvalue
     return float(max(above, below))
 
 
@@ -211,7 +211,7 @@ def adjusted_p(p: Sequence[float]) -> list[float]:
 
     example  [.001, .004, .03, .08, .15, .20] -> [.006, .012, .06, .12, .18, .20]
     """
-    return stats.false_discovery_control(p).tolist() if len(p) else []
+    return scipy.stats.false_discovery_control(p).tolist() if len(p) else []
 
 
 def auc_within(scores: Sequence[float], right: Sequence[bool],
@@ -226,7 +226,7 @@ def auc_within(scores: Sequence[float], right: Sequence[bool],
     for cell in np.unique(cells):
         good, bad = (scores[(cells == cell) & (right == r)] for r in (True, False))
         if len(good) and len(bad):
-            wins += stats.mannwhitneyu(good, bad).statistic
+            wins += scipy.stats.mannwhitneyu(good, bad).statistic
             twos += len(good) * len(bad)
     return float(wins / twos) if twos else None
 
@@ -239,9 +239,9 @@ def rank_correlation(x: Sequence[float], y: Sequence[float], draws: int = 2000) 
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     if len(x) < 3 or not np.ptp(x) or not np.ptp(y):
         return {"value": None, "low": None, "high": None, "n": len(x), "p": None}
-    found = stats.spearmanr(x, y)
+    found = scipy.stats.spearmanr(x, y)
     drawn = np.random.default_rng(0).integers(0, len(x), (draws, len(x)))
-    samples = [stats.spearmanr(x[i], y[i]).statistic for i in drawn
+    samples = [scipy.stats.spearmanr(x[i], y[i]).statistic for i in drawn
                if np.ptp(x[i]) and np.ptp(y[i])]
     low, high = np.quantile(samples, [0.025, 0.975])
     return {"value": float(found.statistic), "low": float(low), "high": float(high), "n": len(x),

@@ -28,8 +28,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import huggingface_hub
 import pyarrow
-from huggingface_hub import snapshot_download
 from pyarrow import parquet
 
 from answers import parse_number
@@ -215,7 +215,7 @@ def find_files(data: str, data_folder: str, split: str) -> list[Path]:
             raise BadInput(f"data_folder = {data_folder!r} is no folder; {fetch}")
     else:
         try:
-            folder = Path(snapshot_download(source.repo, repo_type="dataset",
+            folder = Path(huggingface_hub.snapshot_download(source.repo, repo_type="dataset",
                                             revision=source.revision, allow_patterns=source.files))
         except Exception as error:  # the Hub's, the HTTP library's, the disk's: all mean the same
             raise BadInput(f"data = {data}: the Hub did not deliver {source.repo} "

@@ -111,6 +111,8 @@ def test_length_that_predicts_the_score_is_told():
     warnings = length_warnings({"checks": {"base-raw": short}}, {"base-raw": rows})
     assert len(warnings) == 2 and "AUC 0.00: shorter replies pass" in warnings[0]
     assert length_warnings({"checks": {"base-raw": none}}, {"base-raw": rows}) == []
+    once = fates(passed=1, failed=39)       # one reply proves nothing
+    assert length_warnings({"checks": {"base-raw": once}}, {"base-raw": rows}) == []
 
 
 # --------------------------------------------------------------------------------------------------
