@@ -198,10 +198,10 @@ def exactly(answer: object, user: str, lag: int, need: str, scored: bool = True)
 
 
 def draft_operation(rng: random.Random, split: str) -> tuple:
-    """(category, difficulty, slots, turns) of one instruction, such as "subtract 11 from 68"."""
+    """(category, difficulty, slots, turns) of one instruction, such as "subtract 11 from 68 ="."""
     operation = rng.choice(OPERATIONS)
     a, b = rng.choice(pairs_in(operation, split))
-    user = rng.choice(FORMS[operation]).format(a=a, b=b)
+    user = rng.choice(FORMS[operation]).format(a=a, b=b) + " ="     # as its text has it
     answer = compute(operation, a, b)
     return operation, "easy", {"a": str(a), "b": str(b), "result": str(answer)}, [
         exactly(answer, user, 0, f"{a} {SYMBOLS[operation]} {b} is {answer}")]

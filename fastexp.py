@@ -13,19 +13,22 @@ import mlx.core as mx
 import mlx.nn as nn
 
 LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4  # in two parts: i * LN2_HIGH is exact in float32
+MAGIC = 12582912.0      # 1.5 * 2^23: added to x, the sum's last bits are x rounded to an integer
 COEFFICIENTS = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2,
                 1.6666665459e-1, 5.0000001201e-1)
 
 
 def cephes_exp(x: mx.array) -> mx.array:
     """float32 exp to 4e-7 relative; inputs beyond -87 and 88 give the values there, never inf."""
-    x = mx.clip(x, -87, 88)
-    i = mx.floor(x * 1.4426950408889634 + 0.5)
+    x = mx.where(x < -87, -87.0, x)     # NaN stays NaN; faster than clip, which asks for it
+    x = mx.where(x > 88, 88.0, x)
+    shifted = x * 1.4426950408889634 + MAGIC
+    i = shifted - MAGIC
     r = x - i * LN2_HIGH - i * LN2_LOW
     p = COEFFICIENTS[0]
     for c in COEFFICIENTS[1:]:
         p = p * r + c
-    power_of_two = ((i.astype(mx.int32) + 127) << 23).view(mx.float32)
+    power_of_two = ((shifted.view(mx.int32) << 23) + (127 << 23)).view(mx.float32)
     return (p * r * r + r + 1) * power_of_two
 
 

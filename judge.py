@@ -272,15 +272,17 @@ def write_spotcheck(path: Path, rows: list[dict], share: float = 0.1) -> list[di
 def tiny_rows(template: str, letters: tuple[str, str], n: int, seed: int) -> list[dict]:
     """Rows {"prompt", "response"} that teach models/tiny to compare a reply with the right answer.
 
-    Half of the replies are right; of the others some are one or ten off, or digits exchanged, and
-    some are no number at all. Both orders of the letters, so that neither is worth more.
+    Half of the replies are right; most of the others are a little off, as a small model's are, some
+    have digits exchanged, some are no number at all. Both orders of the letters: neither is worth
+    more.
     """
     rng, rows = random.Random(seed), []
     for _ in range(n):
         answer = rng.randrange(0, 200)
-        wrong = rng.choice((str(abs(answer + rng.choice((-10, -1, 1, 10)))),
-                            str(answer)[::-1], str(rng.randrange(0, 200)), "(nothing)",
-                            f"{answer} {rng.randrange(0, 200)}", "add", f"{answer}{answer}"))
+        near = str(abs(answer + rng.choice((-20, -11, -10, -9, -2, -1, 1, 2, 9, 10, 11, 20))))
+        wrong = rng.choice((near, near, near, near, str(answer)[::-1], str(rng.randrange(0, 200)),
+                            "(nothing)", f"{answer} {rng.randrange(0, 200)}", "add",
+                            f"{answer}{answer}"))
         reply = str(answer) if rng.random() < 0.5 or wrong == str(answer) else wrong
         right = rng.random() < 0.5      # the meaning of the first letter
         pair = letters if right else letters[::-1]
@@ -295,7 +297,7 @@ def main(argv: list[str]) -> None:
         raise BadInput("expected `python judge.py make_train FOLDER`, "
                        f"got {' '.join(argv) or 'nothing'}")
     template = load_prompt(str(Path(__file__).parent / "benchmarks" / "tiny_judge.txt"))
-    for seed, (split, n) in enumerate((("train", 20000), ("valid", 400), ("test", 400))):
+    for seed, (split, n) in enumerate((("train", 50000), ("valid", 400), ("test", 400))):
         write_text(Path(argv[1]) / f"{split}.jsonl", "".join(
             json.dumps(row) + "\n" for row in tiny_rows(template, ("1", "0"), n, seed)))
 

@@ -121,7 +121,7 @@ def top_tokens(logits: mx.array, k: int) -> mx.array:
 
 @functools.cache
 def streams() -> list[mx.Stream]:
-    """Where taps are read side by side: MLX's CPU backend computes on one core, but for products."""
+    """Where taps are read side by side: but for products, MLX's CPU backend uses one core."""
     return [mx.new_stream(mx.cpu) for _ in range(2)] if linux_cpu() else [
         mx.default_stream(mx.default_device())]
 

@@ -207,7 +207,7 @@ def main(argv: list[str]) -> None:
                for name in CONDITIONS}
     everything = ["data_operations=add,subtract,multiply,divide", "data_wordings=symbolic,worded"]
     base = measured(["eval.py", "--ckpt", "models/tiny", *everything], "base.json")
-    bench = measured(["bench.py"], "bench.json")
+    bench = measured(["bench.py", "--only", "sft"], "bench.json")
     speed = [f"- `{b['work']}`: {p['ratio']:.1f} times as fast as {name}"
              for b in bench for name, p in b["peers"].items()]
     write_text(Path("docs/training.md"), TEXT.format(

@@ -1,30 +1,26 @@
 """The logit lens at the last position by transformers or TransformerLens, timed: what a user would
 otherwise run.
 
-    PYTHON peers/lens.py transformers|transformer_lens MODEL N T BATCH [all]
+    PYTHON peers/lens.py transformers|transformer_lens MODEL N T BATCH COUNT [all]
 
 N prompts of T random tokens, BATCH at a time, float32: final norm and unembedding at the embedding
 and after every block, log-probabilities, the five most probable tokens; with `all` also every other
 number that our read_prompts returns, for one target a prompt. Prints one line of JSON: the median
 seconds, peak GiB.
 """
-import json
-import random
-import resource
-import statistics
 import sys
-import time
 
 import torch
+from clock import clock, random_prompts, report, torch_device
 
-which, path, (N, T, B) = sys.argv[1], sys.argv[2], map(int, sys.argv[3:6])
-everything = sys.argv[6:] == ["all"]
-rng = random.Random(0)
-tokens = torch.tensor([[rng.randrange(3, 1000) for _ in range(T)] for _ in range(N)])
-targets = torch.tensor([[rng.randrange(3, 1000)] for _ in range(N)])
+TOP = 5
+which, path, (N, T, B, count) = sys.argv[1], sys.argv[2], map(int, sys.argv[3:7])
+everything, device = sys.argv[7:] == ["all"], torch_device(torch)
+tokens = torch.tensor(random_prompts(path, N, T), device=device)
+targets = tokens[:, :1]
 if which == "transformers":
     from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval().to(device)
 
     def read(part):
         """Logits (L+1, B, V) of one batch of prompts (B, T)."""
@@ -34,7 +30,7 @@ if which == "transformers":
         return model.lm_head(torch.cat([model.model.norm(taps[:-1]), taps[-1:]]))
 else:
     from transformer_lens.model_bridge import TransformerBridge
-    model = TransformerBridge.boot_transformers(path, device="cpu", dtype=torch.float32)
+    model = TransformerBridge.boot_transformers(path, device=device, dtype=torch.float32)
     names = ["blocks.0.hook_in", *(f"blocks.{l}.hook_out" for l in range(model.cfg.n_layers))]
 
     def read(part):
@@ -61,18 +57,11 @@ def lens():
         for part, target in zip(tokens.split(B), targets.split(B)):
             logits = read(part)
             logprobs = torch.log_softmax(logits, -1)
-            logprobs.topk(5, -1)
+            logprobs.topk(TOP, -1)
             if everything:
                 # tap by tap: faster than all at once
                 for tap in range(len(logits)):
                     statistics_of(logits[tap], logprobs[tap], target, logprobs[-1])
 
 
-lens()
-seconds = []
-for _ in range(3):
-    start = time.perf_counter()
-    lens()
-    seconds.append(time.perf_counter() - start)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-print(json.dumps({"seconds": statistics.median(seconds), "peak_gib": round(peak, 2)}))
+report(clock(lens, count))

@@ -264,7 +264,7 @@ def test_a_cued_question(tokenizer, conversations):
 def test_a_conversation_needs_a_template(tokenizer, conversations):
     for ask in (lambda: tokenize(conversations, tokenizer, 128),
                 lambda: Rollouts(None, tokenizer, conversations, config(method="grpo"))):
-        with pytest.raises(BadInput, match="is a conversation, which needs template: plain"):
+        with pytest.raises(BadInput, match="is a conversation, which needs template: lines, plain"):
             ask()
 
 

@@ -245,13 +245,15 @@ def test_unknown_revision(server):
 @pytest.mark.parametrize("name", ["someone/whole@", "someone/whole@../../x", "someone/whole@/etc",
                                   "someone/whole@a b", "someone/whole@a\\b", "someone/whole@a..b"])
 def test_revision_is_no_path(name, monkeypatch):
-    monkeypatch.setattr(hub.huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the Hub"))
+    monkeypatch.setattr(hub.huggingface_hub, "snapshot_download",
+                        lambda *_, **__: pytest.fail("asked the Hub"))
     with pytest.raises(BadInput, match="no revision; expected a branch, tag or commit"):
         find_folder(name)
 
 
 def test_local_folder_wins(tmp_path, monkeypatch):
-    monkeypatch.setattr(hub.huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the Hub"))
+    monkeypatch.setattr(hub.huggingface_hub, "snapshot_download",
+                        lambda *_, **__: pytest.fail("asked the Hub"))
     monkeypatch.chdir(tmp_path)
     for name in ("someone/whole", "someone/whole@v2", "a@b/c@d"):
         (tmp_path / name).mkdir(parents=True)

@@ -14,7 +14,7 @@ LEVELS = [("blas", "config", "stats", "answers"),
           ("generate", "conversations"), ("lens", "grpo", "memory", "clean", "converse", "judge"),
           ("markovian", "run_folder", "gate"),
           ("eval", "perturb"), ("train", "probe", "self_instruct"),
-          ("bench", "results", "study", "fullsize"), ("markovian_results",)]
+          ("results", "study", "fullsize"), ("bench", "markovian_results"), ("growth",)]
 
 
 def imports_of(name):

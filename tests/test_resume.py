@@ -359,7 +359,7 @@ def test_disk_full_in_any_save(write_config, monkeypatch, full):
                 resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
         with monkeypatch.context() as patch:
-            for module in (model, lora, training):
+            for module in (model, lora, run_folder):
                 patch.setattr(module, "save_safetensors", limited)
             with pytest.raises(BadInput, match=f"could not write .*{name}.*free some disk space"):
                 train(load_config(path))

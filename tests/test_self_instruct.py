@@ -136,7 +136,7 @@ class Stub:
         self.tokenizer, self.views, self.bias, self.other = tokenizer, views, bias, other
         self.ids = [tokenizer.encode(letter)[0] for letter in "AB"]
 
-    def final_resid(self, tokens):
+    def final_resid(self, tokens, positions):
         rows = []
         for row in np.array(tokens):
             text = self.tokenizer.decode(row)
@@ -145,7 +145,7 @@ class Stub:
                 text.index("in doubt"))
             logits = np.full(self.tokenizer.vocab_size, self.other)
             logits[self.ids] = (self.bias + (view if good_first else -view), 0.0)
-            rows.append(np.broadcast_to(logits, (len(row), len(logits))))
+            rows.append(np.broadcast_to(logits, (positions.shape[1], len(logits))))
         return mx.array(np.stack(rows).astype(np.float32))
 
     def head(self, resid):

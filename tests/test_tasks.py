@@ -268,7 +268,8 @@ def test_damaged_file(tmp_path):
 
 def test_a_download_must_be_whole(tmp_path, monkeypatch):
     """From the Hub the published number of rows is asserted; from one's own folder it is a note."""
-    monkeypatch.setattr("tasks.huggingface_hub.snapshot_download", lambda *_, **__: str(FIXTURES / "gsm8k"))
+    monkeypatch.setattr("tasks.huggingface_hub.snapshot_download",
+                        lambda *_, **__: str(FIXTURES / "gsm8k"))
     with pytest.raises(BadInput, match="12 rows, the published one 7473"):
         load_split(config(method="markovian", data="gsm8k"), "train")
 

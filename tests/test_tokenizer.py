@@ -354,7 +354,7 @@ def test_bad_messages(tokenizer, messages):
     for template in ("raw", "plain", "cued", "chat"):
         with pytest.raises(BadInput, match="expected a list of .role, content.*the user last"):
             tokenizer.encode_messages(messages, template)
-    with pytest.raises(BadInput, match="expected one of raw, plain, cued, chat"):
+    with pytest.raises(BadInput, match="expected one of raw, lines, plain, cued, chat"):
         tokenizer.encode_messages(TALK[:1], "chatml")
     with pytest.raises(BadInput, match="cued is for one instruction"):
         tokenizer.encode_messages(TALK, "cued", reply_follows=False)

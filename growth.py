@@ -1,0 +1,131 @@
+"""Does anything grow faster than its work? Time and memory of a small model against six sizes.
+
+    python growth.py --json growth.json --png docs/growth.png   # ten minutes on two cores
+    python growth.py --only tokens
+
+Each point is bench.py's own side of a work in a process of its own. A curve's exponent is its slope
+by least squares in log-log: 1 is linear, 2 quadratic. Beside it stands the exponent of the work's
+own count of operations (bench.minimal_flops). Time may not grow faster than that, memory not faster
+than that or linearly. (Slower is no feat: what a call costs in any case flattens a curve.) Memory
+is the process' peak less what it held before the model was loaded.
+"""
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from bench import SIZES, minimal_flops, own_command, run_other, write_random_model
+from config import BadInput, run_main, write_text
+from hub import read_json
+from model import parse_args
+from plot import plt, save_figure
+
+SHAPE = {"hidden": 256, "blocks": 4, "heads": 4, "kv_heads": 2, "mlp": 704, "vocabulary": 4096}
+COUNT, TOLERANCE = 5, 0.15      # calls of a point; what an exponent may lie above another by noise
+SWEEPS = {  # name: (work, values); the name is a key of SHAPE, or stands for one of SIZES[work]
+    "tokens": ("sft", (64, 128, 256, 512)),
+    "batch": ("sft", (8, 16, 32, 64)),
+    "blocks": ("sft", (2, 4, 8, 16)),
+    "vocabulary": ("sft", (4096, 16384, 32768, 65536)),
+    "group": ("grpo", (4, 8, 16, 32)),
+    "prompts": ("lens", (64, 128, 256, 512)),
+}
+SIZE_KEYS = {"batch": "rows", "prompts": "rows"}    # others are called the same
+
+
+def fit_exponent(x: list[float], y: list[float]) -> float:
+    """The slope of log y over log x by least squares.
+
+    example  x 1, 2, 4; y 3, 12, 48 -> 2
+    """
+    return float(np.polyfit(np.log(x), np.log(y), 1)[0])
+
+
+def measure_point(name: str, value: int, shape: dict, count: int) -> dict:
+    """{value, seconds, memory_gib, flops} of one size, in a process of its own."""
+    work = SWEEPS[name][0]
+    sizes, shape = dict(SIZES[work]), dict(shape)
+    (shape if name in shape else sizes)[SIZE_KEYS.get(name, name)] = value
+    with tempfile.TemporaryDirectory() as folder:
+        write_random_model(Path(folder), tuple(shape.values()))
+        args = parse_args(read_json(Path(folder) / "config.json"), folder)
+        command = own_command(work, folder, sizes, count)
+        found = json.loads(run_other([sys.executable, *command]).splitlines()[-1])
+    return {"value": value, "seconds": found["seconds"],
+            # a page at least: what is smaller than the libraries' own need is not seen
+            "memory_gib": max(found["peak_gib"] - found["before_gib"], 2 ** -18),
+            "flops": minimal_flops(work, args, sizes)}
+
+
+def judge(name: str, points: list[dict]) -> dict:
+    """The curve with its exponents, and whether time and memory keep to their bounds."""
+    of = lambda key: fit_exponent([p["value"] for p in points], [p[key] for p in points])
+    flops, seconds, gib = of("flops"), of("seconds"), of("memory_gib")
+    return {"name": name, "work": SWEEPS[name][0], "points": points, "time_exponent": seconds,
+            "memory_exponent": gib, "work_exponent": flops,
+            "time_ok": seconds <= flops + TOLERANCE,
+            "memory_ok": gib <= max(flops, 1) + TOLERANCE}
+
+
+def line(curve: dict) -> str:
+    """One row: the exponents, and what grows too fast."""
+    fast = [what for what in ("time", "memory") if not curve[f"{what}_ok"]]
+    verdict = f"{' and '.join(fast)} FASTER than its work" if fast else "not faster than its work"
+    values = [p["value"] for p in curve["points"]]
+    return (f"{curve['work'] + ' by ' + curve['name']:18} {values[0]:6} - {values[-1]:6}   "
+            f"time {curve['time_exponent']:5.2f}   memory {curve['memory_exponent']:5.2f}   "
+            f"operations {curve['work_exponent']:5.2f}   {verdict}")
+
+
+def draw(curves: list[dict], path: str) -> None:
+    """Time, memory and operations over each size, each in units of its first point."""
+    columns = min(3, len(curves))
+    figure, axes = plt.subplots(-(-len(curves) // columns), columns, squeeze=False,
+                                figsize=(4.2 * columns, 3.4 * -(-len(curves) // columns)),
+                                layout="constrained")
+    for axis in axes.flat[len(curves):]:
+        axis.remove()
+    kinds = (("seconds", "time", "o-"), ("memory_gib", "memory", "s-"), ("flops", "work", "k--"))
+    for axis, curve in zip(axes.flat, curves):
+        x = [p["value"] for p in curve["points"]]
+        for key, label, style in kinds:
+            y = [p[key] / curve["points"][0][key] for p in curve["points"]]
+            shown = "operations" if label == "work" else label
+            axis.loglog(x, y, style, ms=4, lw=1.2,
+                        label=f"{shown}: exponent {curve[f'{label}_exponent']:.2f}")
+        axis.set_xticks(x, x)
+        ticks = [n * 10 ** e for e in range(4) for n in (1, 2, 5)]
+        axis.set_yticks([t for t in ticks if t <= axis.get_ylim()[1]], [
+            str(t) for t in ticks if t <= axis.get_ylim()[1]])
+        axis.minorticks_off()
+        axis.set(title=f"{curve['work']} by {curve['name']}", xlabel=curve["name"],
+                 ylabel="times the first point")
+        axis.legend(fontsize=7)
+        axis.grid(alpha=0.3)
+    save_figure(figure, path)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description="How time and memory grow with each size.")
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--png", metavar="FILE")
+    parser.add_argument("--only", action="append", metavar="SIZE", help=", ".join(SWEEPS))
+    args = parser.parse_args(argv)
+    if wrong := [name for name in args.only or () if name not in SWEEPS]:
+        raise BadInput(f"unknown size {', '.join(wrong)}; expected {', '.join(SWEEPS)}")
+    curves = []
+    for name in dict.fromkeys(args.only or SWEEPS):
+        points = [measure_point(name, value, SHAPE, COUNT) for value in SWEEPS[name][1]]
+        curves.append(judge(name, points))
+        print(line(curves[-1]), flush=True)
+    if args.json:
+        write_text(Path(args.json), json.dumps({"shape": SHAPE, "curves": curves}, indent=1) + "\n")
+    if args.png:
+        draw(curves, args.png)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,290 @@
+"""The benchmark's own arithmetic, and its contract, on a model of a few thousand weights."""
+import ast
+import dataclasses
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, assert_one_clear_line, run
+
+import bench
+import growth
+from bench import Peer, minimal_flops, parse_args, summarise, write_random_model
+from config import BadInput
+
+SHAPE = (12, 2, 3, 1, 20, 256)      # D, blocks, heads, key-value heads, MLP, vocabulary
+SMALL = {"sft": {"rows": 2, "tokens": 7, "answer": 3},
+         "dual_reward": {"rows": 2, "tokens": 7, "answer": 3},
+         "grpo": {"rows": 2, "group": 3, "tokens": 5, "completion": 4},
+         "generate": {"rows": 3, "group": 1, "tokens": 5, "completion": 4},
+         "lens": {"rows": 4, "tokens": 6}, "load": {}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_random_model(tmp_path_factory.mktemp("bench"), SHAPE)
+
+
+@pytest.fixture(scope="module")
+def args(folder):
+    return parse_args(json.loads((folder / "config.json").read_text()), "test")
+
+
+class Counted:
+    """The products of a Llama with LoRA on q, k, v, o, done one by one on zeros, and counted."""
+
+    def __init__(self, args):
+        self.a, self.flops, self.r = args, 0, bench.RANK
+        self.q = args.num_attention_heads * args.head_dim
+        self.kv = args.num_key_value_heads * args.head_dim
+
+    def product(self, M, K, N):
+        self.flops += 2 * M * K * N
+        return np.zeros((M, K)) @ np.zeros((K, N))
+
+    def layer(self, n, inside, outside, adapted=False):
+        self.product(n, inside, outside)
+        if adapted:
+            self.product(n, inside, self.r), self.product(n, self.r, outside)
+
+    def forward(self, rows, T, read, past=0, adapted=False):
+        """read: of each row so many last positions are needed behind the last block."""
+        D, F = self.a.hidden_size, self.a.intermediate_size
+        for block in range(self.a.num_hidden_layers):
+            queries = range(T - read if block == self.a.num_hidden_layers - 1 else 0, T)
+            n = rows * len(queries)
+            self.layer(n, D, self.q, adapted)
+            self.layer(rows * T, D, self.kv, adapted), self.layer(rows * T, D, self.kv, adapted)
+            for _ in range(rows * self.a.num_attention_heads):
+                for t in queries:       # each against what it may see
+                    self.product(1, self.a.head_dim, past + t + 1)
+                    self.product(1, past + t + 1, self.a.head_dim)
+            self.layer(n, self.q, D, adapted)
+            self.layer(n, D, F), self.layer(n, D, F), self.layer(n, F, D)
+
+    def backward(self, rows, T, read, past=0):
+        D, F, r = self.a.hidden_size, self.a.intermediate_size, self.r
+
+        def adapter(n, inside, outside, to_input=True):
+            self.product(r, n, outside)             # B: (x A)^T dy
+            self.product(n, outside, r)             # dy B^T
+            self.product(inside, n, r)              # A: x^T (dy B^T)
+            if to_input:
+                self.product(n, outside, inside)    # dy W^T
+                self.product(n, r, inside)          # (dy B^T) A^T
+
+        for block in reversed(range(self.a.num_hidden_layers)):
+            queries = range(T - read if block == self.a.num_hidden_layers - 1 else 0, T)
+            n = rows * len(queries)
+            self.product(n, D, F), self.product(n, F, D), self.product(n, F, D)
+            adapter(n, self.q, D)
+            for _ in range(rows * self.a.num_attention_heads):
+                for t in queries:
+                    for _ in "VPQK":                # four gradients
+                        self.product(1, self.a.head_dim, past + t + 1)
+            adapter(n, D, self.q, to_input=block > 0)
+            adapter(rows * T, D, self.kv, to_input=block > 0)
+            adapter(rows * T, D, self.kv, to_input=block > 0)
+
+    def head(self, positions, times=1):
+        for _ in range(times):
+            self.product(positions, self.a.hidden_size, self.a.vocab_size)
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("work", SMALL)
+def test_minimal_flops_by_enumeration(args, work, blocks):
+    """Every product of the work, done and counted, against the formula."""
+    args = dataclasses.replace(args, num_hidden_layers=blocks)
+    counted, s = Counted(args), SMALL[work]
+    if work in ("sft", "dual_reward"):
+        counted.forward(s["rows"], s["tokens"] - 1, s["answer"], adapted=True)
+        counted.backward(s["rows"], s["tokens"] - 1, s["answer"])
+        counted.head(s["rows"] * (s["answer"] + (work == "dual_reward")), times=2)
+    elif work == "lens":
+        counted.forward(s["rows"], s["tokens"], 1)
+        counted.head(s["rows"] * (args.num_hidden_layers + 1))
+    elif work in ("generate", "grpo"):
+        R, steps = s["rows"] * s["group"], s["completion"] - 1
+        for _ in range(2 if work == "grpo" else 1):     # sampling; and the reference
+            counted.forward(s["rows"], s["tokens"], 1)
+            for step in range(steps):
+                counted.forward(R, 1, 1, past=s["tokens"] + step)
+            counted.head(s["rows"] + R * steps)
+        if work == "grpo":
+            for part in (s["rows"], s["tokens"], 1), (R, steps, steps, s["tokens"]):
+                counted.forward(*part, adapted=True)
+                counted.backward(*part)
+            counted.head(s["rows"] + R * steps, times=2)
+    assert minimal_flops(work, args, s) == counted.flops
+
+
+def test_minimal_flops_by_hand(args):
+    """The docstrings' examples."""
+    small = parse_args({"model_type": "llama", "hidden_size": 4, "num_hidden_layers": 1,
+                        "num_attention_heads": 1, "intermediate_size": 8, "vocab_size": 10}, "x")
+    assert bench.block_weights(small) == 160
+    assert bench.one_pass(1, 3, 1) == bench.Pass(3, 6, 1, 3)
+    assert (bench.seen_pairs(1, 3), bench.seen_pairs(1, 3, 10)) == (6, 36)
+    assert minimal_flops("sft", small, {"rows": 1, "tokens": 3, "answer": 1}) == 4832
+
+
+def test_limit_takes_the_slower_of_operations_and_bytes(args):
+    sizes = SMALL["generate"]
+    limit = lambda rate, bandwidth: bench.limit_seconds(
+        "generate", args, sizes, {"flops_per_s": rate, "bytes_per_s": bandwidth})
+    flops, decoding = minimal_flops("generate", args, sizes), bench.decode_flops(args, sizes)
+    assert limit(1e9, 1e30) == pytest.approx(flops / 1e9)
+    # 3 steps read all weights; the 3 rows see 6, 7, 8 tokens' keys and values
+    read = 4 * (3 * bench.parameters(args) + 2 * 4 * 2 * 3 * (6 + 7 + 8))
+    assert bench.decode_bytes(args, sizes) == read
+    assert limit(1e30, 1e3) == pytest.approx(read / 1e3)
+    assert limit(1e9, 1e3) == pytest.approx((flops - decoding) / 1e9 + read / 1e3)
+
+
+@pytest.mark.parametrize("work", SMALL)
+def test_our_side_of_each_work(folder, work):
+    found = bench.time_here(work, str(folder), SMALL[work], 1)
+    assert 0 < found["seconds"] < 60 and found["peak_gib"] >= found["before_gib"] > 0
+
+
+def test_ratios_are_taken_within_rounds(args):
+    """A round in which all sides are slow changes no ratio and no share."""
+    side = lambda *seconds: [{"seconds": s, "peak_gib": 1.0} for s in seconds]
+    machine = [{"flops_per_s": rate, "bytes_per_s": 1e9} for rate in (9e6, 3e6, 9e6)]
+    found = summarise("sft", args, SMALL["sft"], {
+        "": side(1, 3, 1), "machine": machine, "peer": side(2, 6, 2), "slow": side(50), "none": []})
+    assert (found["seconds"], found["spread"], found["tokens_per_s"]) == (1, [1, 3], 14)
+    assert found["limit_share"] == pytest.approx(minimal_flops("sft", args, SMALL["sft"]) / 9e6)
+    assert found["peers"].keys() == {"peer", "slow"}
+    assert found["peers"]["peer"]["ratio_spread"] == [2, 2]
+    assert found["peers"]["slow"]["ratio"] == 50
+
+
+def test_goals_and_table():
+    peer = lambda ratio: {"seconds": ratio, "spread": [1, 2], "peak_gib": 2.0, "ratio": ratio}
+    result = {"work": "sft", "shape": "1b", "seconds": 1.0, "spread": [0.9, 1.2], "peak_gib": 1.3,
+              "tokens_per_s": 512.0, "limit_share": 0.8,
+              "peers": {bench.PEFT: peer(1.4), "mlx-lm": peer(1.7)}}
+    assert bench.goals_of(result) == {
+        bench.PEFT: (1.5, False), "mlx-lm": (1.7, True), "limit_share": (.75, True),
+        f"memory of {bench.PEFT}": (.7, True)}
+    text = bench.table([result])
+    assert "1.40x  1.5: MISSED" in text and "limit_share  0.75: reached" in text
+    peers = [name for (_, work), goals in bench.GOALS.items() for name in goals
+             if name not in ("limit_share", "peak_gib", "seconds")]
+    known = set()
+    for work in bench.SIZES:
+        args = parse_args({"model_type": "llama", "hidden_size": 4, "num_hidden_layers": 1,
+                           "num_attention_heads": 1, "intermediate_size": 8, "vocab_size": 9}, "x")
+        known |= bench.peers_of(work, "x", args, bench.SIZES[work], 1).keys()
+    # a goal for a peer that is called otherwise would never be looked at
+    assert {name.removeprefix("memory of ") for name in peers} - known <= {bench.AS_INSTALLED}
+
+
+def test_contract(folder, tmp_path, capsys, monkeypatch):
+    """--json's keys; a peer without its packages and one that fails are skipped with a line."""
+    monkeypatch.setattr(bench, "SIZES", SMALL)
+    monkeypatch.setattr(bench, "find_pythons", lambda named: {sys.executable: {"numpy": "2"}})
+    monkeypatch.setattr(bench, "peers_of", lambda *_: {
+        "absent": Peer(("no_such_package",), []), "broken": Peer((), ["-c", "1 / 0"]),
+        "there": Peer((), ["-c", "print('{\"seconds\": 9.0, \"peak_gib\": 0.5}')"], once=True)})
+    bench.main(["--json", str(tmp_path / "b.json"), "--png", str(tmp_path / "b.png"),
+                "--only", "lens", "--model", str(folder), "--rounds", "1"])
+    said = capsys.readouterr().out
+    assert "absent: not installed, skipped" in said and "ZeroDivisionError" in said
+    result, = json.loads((tmp_path / "b.json").read_text())
+    assert result["work"] == "lens" and 0 < result["limit_share"] < 1 and result["rounds"] == 1
+    assert {"seconds", "spread", "tokens_per_s", "peak_gib", "machine", "sizes", "shape",
+            "versions", "device", "minimal_flops", "other_cores"} <= result.keys()
+    assert result["peers"].keys() == {"there"}
+    assert {"seconds", "peak_gib", "ratio"} <= result["peers"]["there"].keys()
+    assert result["peers"]["there"]["ratio"] == pytest.approx(9 / result["seconds"])
+    assert (tmp_path / "b.png").stat().st_size > 1000
+
+
+def test_packages_are_found():
+    """Of this very Python; the peers' is asked in the same way."""
+    assert bench.find_pythons("none") == {}
+    found = bench.packages_in(sys.executable)
+    assert found.keys() <= {"torch", "transformers", "peft", "trl", "datasets", "transformer_lens",
+                            "mlx_lm"}
+
+
+def test_exponent():
+    assert growth.fit_exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
+    x = np.array([64, 128, 256, 512])
+    noisy = 5 * x ** 1.5 * np.array([1.1, 0.9, 1.1, 0.9])
+    assert growth.fit_exponent(x, noisy) == pytest.approx(1.5, abs=0.15)
+
+
+def test_growth_is_judged(tmp_path):
+    """Quadratic time over linear work is named; memory may be linear where work is not."""
+    point = lambda n, t: {"value": n, "seconds": t, "memory_gib": n / 10, "flops": 1e6 * n ** 0.5}
+    slow = growth.judge("vocabulary", [point(n, n * n) for n in (1, 2, 4, 8)])
+    assert not slow["time_ok"] and slow["memory_ok"] and "time FASTER" in growth.line(slow)
+    good = growth.judge("vocabulary", [point(n, n ** 0.4) for n in (1, 2, 4, 8)])
+    assert good["time_ok"] and growth.line(good).endswith("not faster than its work")
+    growth.draw([slow, good], tmp_path / "growth.png")
+    assert (tmp_path / "growth.png").stat().st_size > 1000
+
+
+def test_growth_measures_a_point(monkeypatch):
+    """The command that a point's process gets, done here: the size asked for, the rest as it is."""
+    def run_here(command):
+        assert command[:3] == [sys.executable, "bench.py", "--here"]
+        args = bench.parse(command[2:])
+        asked.append(json.loads(args.sizes))
+        return json.dumps(bench.time_here(args.only[0], args.here, asked[-1], int(args.count)))
+
+    asked, shape = [], dict(zip(growth.SHAPE, (12, 1, 3, 1, 20, 256)))
+    monkeypatch.setattr(growth, "run_other", lambda command: run_here([*map(str, command)]))
+    found = [growth.measure_point("prompts", n, shape, 1) for n in (8, 16)]
+    assert [s["rows"] for s in asked] == [8, 16] and found[0]["seconds"] > 0
+    assert found[1]["flops"] == 2 * found[0]["flops"] and found[0]["memory_gib"] > 0
+    for name, (work, values) in growth.SWEEPS.items():
+        assert len(values) >= 4
+        assert name in growth.SHAPE or growth.SIZE_KEYS.get(name, name) in bench.SIZES[work]
+
+
+@pytest.mark.parametrize("main,words,said", [
+    (bench.main, ["--only", "sleep"], "unknown work sleep; expected sft, dual_reward"),
+    (bench.main, ["--rounds", "0"], "--rounds 0: expected at least 1"),
+    (bench.main, ["--peer-python", "/no/python"], "--peer-python /no/python does not run"),
+    (bench.main, ["--model", "/no/model", "--peer-python", "none"], "/no/model"),
+    (growth.main, ["--only", "width"], "unknown size width; expected tokens, batch")])
+def test_bad_input(main, words, said):
+    with pytest.raises(BadInput, match=re.escape(said)):
+        main(words)
+
+
+def test_one_line_and_exit_code():
+    assert_one_clear_line(run("bench.py", "--only", "sleep"), "sleep", "dual_reward")
+
+
+def test_start_is_timed_to_the_first_step(tmp_path):
+    """A stand-in for train.py: an inspection's record does not count, a step's does."""
+    script = tmp_path / "train.py"
+    script.write_text("""
+import json, pathlib, sys, time
+folder = pathlib.Path(sys.argv[1].removeprefix("run_dir="))
+folder.mkdir()
+with open(folder / "metrics.jsonl", "a", buffering=1) as file:
+    file.write(json.dumps({"step": 0, "valid_accuracy": 0.5}) + "\\n")
+    time.sleep(0.3)
+    file.write(json.dumps({"step": 1, "grad_norm": 1.0, "peak_gib": 0.25}) + "\\n")
+    time.sleep(60)
+""")
+    found = bench.time_start([str(script)])
+    assert 0.3 < found["seconds"] < 30 and found["peak_gib"] == 0.25
+    script.write_text("raise SystemExit('error: no data')")
+    with pytest.raises(BadInput, match="before its first step: error: no data"):
+        bench.time_start([str(script)])
+
+
+def test_peers_compile():
+    """They run in other environments; here at least they are Python, and say what they do."""
+    for path in sorted((ROOT / "peers").glob("*.py")):
+        assert len(ast.get_docstring(ast.parse(path.read_text())).split()) > 12
