@@ -71,6 +71,8 @@ def check_prompts(tokenizer: Tokenizer, encode=None) -> list[dict]:
     reserved, seen = tokenizer.reserved_ids, []
     for text in (*SENTINELS, INJECTION):
         plain, ids = encode_by_library(tokenizer, text), list(encode(text))
+        if reserved & set(plain):   # the library reads a control token's name as that token
+            plain = tokenizer.encode(text)
         blind = [name for name, wrong in (
             ("system text", bos + encode_by_library(tokenizer, f"System: be helpful.\n{text}")),
             ("a control id", bos + [tokenizer.eos_id] + plain),

@@ -74,7 +74,7 @@ def read_benchmark(path: Path) -> tuple[list[Conversation], str]:
     """The conversations of a file and its SHA-256; BadInput names the first bad line."""
     try:
         data = Path(path).read_bytes()
-        lines = data.decode().splitlines()
+        lines = data.decode().split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"could not read {path} ({error}); expected a benchmark file, such as "
                        "`python conversations.py make OUT.jsonl` writes") from None

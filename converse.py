@@ -81,7 +81,7 @@ def read_replies(path: Path, conversations: list[Conversation]) -> list[dict]:
     raises   BadInput where it holds other conversations than the benchmark
     """
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
         try:
             rows.append(json.loads(line))
         except ValueError:

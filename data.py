@@ -306,7 +306,7 @@ def read_jsonl(path: Path) -> list[Problem]:
     raises   BadInput, which names the first bad lines
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines cuts at U+2028 too
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"could not read {path} ({error}); "
                        "a data folder holds train.jsonl, valid.jsonl and test.jsonl") from None

@@ -8,10 +8,10 @@ of scoring have to agree, item by item and in their verdict; and the verdict is 
 
     python eval.py --gate configs/gate_tiny.yaml            # replies, scores, verdict, gate.json
     python eval.py --gate configs/gate_tiny.yaml judge=...  # scores anew, generates nothing anew
-    python eval.py --paired runs/gate_tiny:base-raw runs/gate_tiny:base-plain
+    python eval.py --paired runs/gate_tiny:base-raw runs/gate_tiny:base-lines
 
-GO: every scorer finds the gap. NO-GO: every scorer does not. AMBIGUOUS: they disagree, too much is
-undecided, or too little is there to say. All figures are printed in any case.
+GO: every scorer finds the gap. NO-GO: every scorer measures a rate that refutes it. AMBIGUOUS: they
+disagree, too much is undecided, or too little is there to say. All figures are printed in any case.
 """
 import dataclasses
 import hashlib
@@ -40,6 +40,7 @@ from converse import (
 from judge import (
     LEAST_KAPPA,
     LEAST_LABELS,
+    LEAST_LOW,
     calibrate,
     fill_prompt,
     judge_by_endpoint,
@@ -59,6 +60,7 @@ from stats import (
     paired_bootstrap,
     percent,
     power_of_mcnemar,
+    wilson,
 )
 from tokenizer import TEMPLATES
 
@@ -106,6 +108,9 @@ class GateConfig:
 
 
 ROLES = ("base", "instruct", "alternative")
+MARGIN = 0.10   # how far beyond its threshold a rate's Wilson interval may reach
+# the rules that refute a gap; the others say that too little is known
+RATES = ("base passes at most", "alternative base passes at most", "instruct passes at least")
 # what replies depend on: other values of these are another evaluation
 GENERATION = ("limit", "max_reply_tokens", "history", "dtype", "bits", "bits_group_size")
 
@@ -128,9 +133,9 @@ def load_gate(path: str | Path, overrides: list[str]) -> GateConfig:
                         "since one alone cannot be seen to measure something else")
     if "judge" in cfg.scorers and not cfg.judge:
         mistakes.append("scorer judge needs judge: a model, or the URL of an endpoint")
-    if cfg.judge.startswith("http") and not cfg.judge_model:
+    if not cfg.judge_model and any(j.startswith("http") for j in (cfg.judge, cfg.second_judge)):
         mistakes.append("judge is an endpoint: give judge_model, its name for the model")
-    if len(set(cfg.judge_letters)) != 2:
+    if len(cfg.judge_letters) != 2 or len(set(cfg.judge_letters)) != 2:
         mistakes.append(f"judge_letters = {', '.join(cfg.judge_letters)}: expected two, as A,B")
     if not cfg.base:
         mistakes.append("base is empty: expected the model that training would start from")
@@ -169,7 +174,7 @@ def open_evaluation(cfg: GateConfig, sha: str) -> dict:
                     folder / "gate.json", path]:
             old.unlink(missing_ok=True)
     if not path.exists():
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise BadInput(f"out = {folder} exists and is not an evaluation (it has no "
                            "record.json); give another out")
         write_text(path, json.dumps(fresh, indent=1) + "\n")
@@ -211,7 +216,7 @@ def collect_replies(cfg: GateConfig, record: dict, conversations: list[Conversat
             raise BadInput(f"{role} = {name} has other weights or another tokenizer than when "
                            f"{folder} was begun ({known['name']}); give another out, or "
                            "overwrite=true")
-        loaded = None
+        loaded = model = tokenizer = None       # or the last role's model would still be held
         for condition in group:
             path = folder / f"replies_{condition.name}.jsonl"
             rows = read_replies(path, conversations)
@@ -220,6 +225,8 @@ def collect_replies(cfg: GateConfig, record: dict, conversations: list[Conversat
                 model, tokenizer = loaded
                 if role != "instruct" and "clean" not in known:
                     known["clean"] = check_base(name, model, tokenizer)
+                if "clean" in known:
+                    known["clean"]["template_applied"] |= condition.template == "chat"
                 write_text(folder / "record.json", json.dumps(record, indent=1) + "\n")
                 rows = answer_all(path, model, tokenizer, conversations, condition.template,
                                   cfg.max_reply_tokens, cfg.history)
@@ -293,7 +300,7 @@ def verdict_at(row: dict, cfg: GateConfig) -> str:
 def read_lines(path: Path) -> list[dict]:
     """A JSON-lines file without what a kill has torn; [] if there is none."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
         try:
             rows.append(json.loads(line))
         except ValueError:
@@ -323,8 +330,14 @@ def paired(first: dict[str, bool | None],
 
 def rate(outcomes: dict[str, bool | None]) -> float | None:
     """Share that passed, of what was decided."""
+    passed, decided = counts_of(outcomes)
+    return passed / decided if decided else None
+
+
+def counts_of(outcomes: dict[str, bool | None]) -> tuple[int, int]:
+    """How many passed, and how many were decided."""
     decided = [passed for passed in outcomes.values() if passed is not None]
-    return sum(decided) / len(decided) if decided else None
+    return sum(decided), len(decided)
 
 
 def best_of(role: str, outcomes: dict[str, dict]) -> str | None:
@@ -346,8 +359,18 @@ def compare(first: dict, second: dict, cfg: GateConfig, categories: dict[str, st
         cell["p_adjusted"] = p
     return {"n": n, **test, "h": cohens_h(sum(a) / n, sum(b) / n) if n else None,
             "difference": paired_bootstrap(a, b, [categories[i] for i in ids]),
-            "power": power_of_mcnemar(n, *shares, cfg.p_below),
+            "observed_power": power_of_mcnemar(n, *shares, cfg.p_below),
+            "design_power": power_of_mcnemar(n, *design_of(cfg), cfg.p_below),
             "items_needed": items_needed(*shares, cfg.p_below), "by_category": cells}
+
+
+def design_of(cfg: GateConfig) -> tuple[float, float]:
+    """Chances that just one of two independent models passes, at the thresholds themselves.
+
+    example  base .30, instruct .80 -> .06, .56
+    """
+    base, instruct = cfg.base_at_most, cfg.instruct_at_least
+    return base * (1 - instruct), (1 - base) * instruct
 
 
 def rules_of(cfg: GateConfig, outcomes: dict[str, dict], chosen: dict[str, str],
@@ -355,14 +378,22 @@ def rules_of(cfg: GateConfig, outcomes: dict[str, dict], chosen: dict[str, str],
     """One scorer's rules: [{rule, value, wanted, holds}]."""
     rates = {role: rate(outcomes[name]) for role, name in chosen.items()}
     test = compare(outcomes[chosen["base"]], outcomes[chosen["instruct"]], cfg, categories)
+    # of all a base's formats: one that could not be scored may be its best
+    looked_at = [n for n in outcomes if n.split("-")[0] != "instruct"] + [chosen["instruct"]]
     undecided = max(sum(v is None for v in outcomes[name].values()) / max(len(outcomes[name]), 1)
-                    for name in chosen.values())
+                    for name in looked_at)
+    interval = lambda role: wilson(*counts_of(outcomes[chosen[role]]))
     ahead = test["only_second"] > test["only_first"]
     rules = [
         ("base passes at most", rates["base"], cfg.base_at_most, lambda v, w: v <= w),
         ("instruct passes at least", rates["instruct"], cfg.instruct_at_least, lambda v, w: v >= w),
         ("McNemar p below, instruct ahead", test["p"], cfg.p_below, lambda v, w: v < w and ahead),
         ("Cohen's h at least", test["h"], cfg.h_at_least, lambda v, w: v >= w),
+        # so few that chance could have met the thresholds
+        ("base's interval ends below", interval("base")["high"],
+         cfg.base_at_most + MARGIN, lambda v, w: v < w),
+        ("instruct's interval begins above", interval("instruct")["low"],
+         cfg.instruct_at_least - MARGIN, lambda v, w: v > w),
         ("undecided at most", undecided, cfg.undecided_at_most, lambda v, w: v <= w)]
     if "alternative" in chosen:
         rules.insert(2, ("alternative base passes at most", rates["alternative"],
@@ -374,18 +405,24 @@ def rules_of(cfg: GateConfig, outcomes: dict[str, dict], chosen: dict[str, str],
 
 def agreement_of(cfg: GateConfig, first: dict[str, dict], second: dict[str, dict]) -> dict:
     """Two scorers on the same replies: agreement in each condition, kappa over all of them."""
-    cells, all_a, all_b = {}, [], []
+    cells, all_a, all_b, apart = {}, [], [], []
     for name in first:
         _, a, b = paired(first[name], second[name])
         cells[name] = cohens_kappa(a, b)
+        # pooled, kappa is high for any two that tell the models apart; so within a condition too,
+        # where there is enough of each fate to say so
+        few = min(side.count(fate) for side in (a, b) for fate in (True, False)) < 5
+        if not few and cells[name]["high"] < cfg.kappa_at_least:
+            apart.append(name)
         all_a, all_b = all_a + a, all_b + b
     pooled = cohens_kappa(all_a, all_b)
     lowest = min((c["agreement"] for c in cells.values() if c["n"]), default=None)
     # kappa says nothing where every reply has the same fate; then agreement has said all
     kappa_holds = (pooled["value"] >= cfg.kappa_at_least if pooled["value"] is not None
                    else pooled["agreement"] == 1)
-    return {"by_condition": cells, "pooled": pooled, "lowest": lowest,
-            "holds": lowest is not None and lowest >= cfg.agreement_at_least and bool(kappa_holds)}
+    return {"by_condition": cells, "pooled": pooled, "lowest": lowest, "apart": apart,
+            "holds": lowest is not None and lowest >= cfg.agreement_at_least
+            and bool(kappa_holds) and not apart}
 
 
 def decide(cfg: GateConfig, outcomes: dict[str, dict[str, dict]],
@@ -400,11 +437,16 @@ def decide(cfg: GateConfig, outcomes: dict[str, dict[str, dict]],
     reasons = [f"{s}: {r['rule']} {r['wanted']:g} does not hold ({number(r['value'])})"
                for s in cfg.scorers for r in rules[s] if not r["holds"]]
     reasons += [f"{pair} do not agree (lowest agreement {number(a['lowest'])}, kappa "
-                f"{number(a['pooled']['value'])})" for pair, a in agreements.items()
-                if not a["holds"]]
+                f"{number(a['pooled']['value'])}"
+                + (f"; apart within {', '.join(a['apart'])}" if a["apart"] else "") + ")"
+                for pair, a in agreements.items() if not a["holds"]]
     agree = all(a["holds"] for a in agreements.values())
+    # refuted by a rate that was measured, not by lack of data
+    refuted = [rules[s][-1]["holds"] and any(
+        not r["holds"] and r["value"] is not None and r["rule"] in RATES for r in rules[s])
+        for s in cfg.scorers]
     verdict = ("GO" if agree and all(finds.values())
-               else "NO-GO" if agree and not any(finds.values()) else "AMBIGUOUS")
+               else "NO-GO" if agree and all(refuted) else "AMBIGUOUS")
     return {"verdict": verdict, "reasons": reasons, "chosen": chosen, "rules": rules,
             "agreement": agreements}
 
@@ -484,9 +526,10 @@ def judge_report(cfg: GateConfig, conversations: list[Conversation], replies: di
     flat = {(name, i): passed for name, cell in outcomes.items() for i, passed in cell.items()}
     counts = {name: {v: list(cell.values()).count(v) for v in ("pass", "fail", "unsure", "invalid")}
               for name, cell in judged.items()}
-    labels = read_labels(cfg.labels, set(flat)) if cfg.labels else {}
     rows = [{"condition": name, "id": c.id, "chat": transcript(c, row)}
             for name, part in replies.items() for c, row in zip(conversations, part)]
+    chats = {(row["condition"], row["id"]): row["chat"] for row in rows}
+    labels = read_labels(cfg.labels, chats) if cfg.labels else {}
     drawn = write_spotcheck(Path(cfg.out) / "spotcheck.jsonl", rows)
     about = {"judge": cfg.judge, "turns": counts, "calibration": calibrate(flat, labels)}
     if cfg.second_judge:
@@ -572,9 +615,12 @@ def compare_folders(first: str, second: str) -> dict:
 
 def read_report(path: Path, mend: str) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        report = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(report, dict):
+            raise ValueError
+        return report
     except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or "not JSON"
+        why = getattr(error, "strerror", None) or "not a report"
         raise BadInput(f"{path} cannot be read ({why}); {mend}") from None
 
 
@@ -587,10 +633,10 @@ def require(path: str, model: str) -> None:
         raise BadInput(f"require_gate: {path} says {report.get('verdict', 'nothing')} ({why}); "
                        "training would teach what is there already, or cannot be measured: choose "
                        "another task or benchmark, or drop require_gate")
-    stored = report["models"]["base"]
-    if stored["weights"] != hash_model(model)["weights"]:
-        raise BadInput(f"require_gate: {path} is about other weights ({stored['name']}) than model "
-                       f"= {model}; {run}")
+    stored = report.get("models", {}).get("base", {})
+    if stored.get("weights") != hash_model(model)["weights"]:
+        raise BadInput(f"require_gate: {path} is about other weights ({stored.get('name')}) than "
+                       f"model = {model}; {run}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -603,7 +649,9 @@ def print_gate(report: dict) -> None:
     print(f"\n{about['path']}: {about['conversations']} conversations, SHA-256 "
           f"{about['sha256'][:12]}; greedy; 95 % Wilson intervals over decided ones")
     for role, model in report["models"].items():
-        state = {True: "prompts reach it untouched", None: ""}[model.get("clean", {}).get("clean")]
+        clean = model.get("clean")
+        state = ("" if not clean else "encoding is clean; -chat applies its own template"
+                 if clean["template_applied"] else "prompts reach it untouched")
         print(f"  {role:<12}{model['name']}  weights {model['weights'][:12]}  {state}")
     print(f"\n  {'condition':<20}" + "".join(f"{s:<32}" for s in scorers)
           + "undecided   tokens  cut")
@@ -636,8 +684,9 @@ def print_comparison(pair: str, test: dict) -> None:
     needed = test["items_needed"]
     print(f"  {pair}: {100 * d['value']:+.1f} points [{100 * d['low']:+.1f}, "
           f"{100 * d['high']:+.1f}], n {test['n']}; only the first {test['only_first']}, only the "
-          f"second {test['only_second']}; McNemar p {test['p']:.2g}, h {test['h']:+.2f}; power "
-          f"{test['power']:.2f}" + (f", 90 % from {needed} conversations on" if needed else ""))
+          f"second {test['only_second']}; McNemar p {test['p']:.2g}, h {test['h']:+.2f}"
+          + (f"; such a difference shows in 9 of 10 studies from {needed} conversations on"
+             if needed else ""))
 
 
 def print_judge(about: dict) -> None:
@@ -646,7 +695,8 @@ def print_judge(about: dict) -> None:
     print(f"  judge {about['judge']}: {lost['unsure']} turns unsure, {lost['invalid']} without a "
           f"verdict; against people: {c['n']} labels, kappa {number(c['value'])}"
           + (" (trusted)" if c["ok"] else f" (not trusted to head a report: {LEAST_LABELS} labels "
-             f"and kappa {LEAST_KAPPA} are needed; label spotcheck.jsonl)"))
+             f"and kappa {LEAST_KAPPA}, surely above {LEAST_LOW}, are needed; label "
+             "spotcheck.jsonl)"))
     if "second" in about:
         s = about["second"]
         print(f"  second judge {s['judge']}: agrees on {number(s['agreement'])} of {s['n']}, kappa "
@@ -660,6 +710,10 @@ def print_rules(report: dict) -> None:
         cells = [report["rules"][s][k] for s in report["scorers"]]
         print(f"  {rule['rule']:<36}{rule['wanted']:>8g}  " + "".join(
             f"{number(c['value']):>10} {'yes' if c['holds'] else 'NO':<3}" for c in cells))
+    chosen = report["chosen"]
+    gap = report["paired"][f"{chosen['base']} against {chosen['instruct']}"]
+    print(f"  the design: {gap['n']} pairs find a gap just as large as wanted with power "
+          f"{gap['design_power']:.3f}")
     for pair, a in report["agreement"].items():
         print(f"  {pair} agree: {number(a['lowest'])} in the condition where they do least, kappa "
               f"{number(a['pooled']['value'])}: {'yes' if a['holds'] else 'NO'}")

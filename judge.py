@@ -7,11 +7,12 @@ letters' meanings exchanged, which cancels a liking for a letter. What is not a 
 counted as one: small margins and contradictions are `unsure`, unreadable answers `invalid`, both
 left out of rates and listed for a person.
 
-A judge heads a report only after calibration: kappa of at least 0.7 with at least 30 labels that
-people gave. The prior work planned to calibrate on 30 conversations pooled over models, of which
-some all fail and some all pass; pooling alone makes kappa high there, so agreement stands beside it
-for each condition.
+A judge heads a report only after calibration: kappa of at least 0.7, its interval above 0.55, with
+at least 30 labels that people gave. The prior work planned for 30 labels pooled over models, of
+which some all fail and some all pass; pooling alone makes kappa high there, so agreement stands
+beside it for each condition.
 """
+import http.client
 import json
 import os
 import random
@@ -47,7 +48,7 @@ REPLY UNDER REVIEW
 
 Verdict ({first} or {second}):"""
 FIELDS = ("need", "answer", "chat", "reply", "right", "wrong", "first", "second")
-LEAST_LABELS, LEAST_KAPPA = 30, 0.7
+LEAST_LABELS, LEAST_KAPPA, LEAST_LOW = 30, 0.7, 0.55
 ROWS = 32           # prompts of a forward pass
 ATTEMPTS = 3        # of a request, one and two seconds apart
 
@@ -121,13 +122,16 @@ def judge_locally(model: Llama, tokenizer: Tokenizer, asked: list[tuple[str, str
     margin   mean over both of log p(right) - log p(wrong), nats; passes at `threshold` or more
     invalid  the letters hold less than half of the probability: it answers something else
     """
-    plain, swapped = (letter_logprobs(model, tokenizer, [pair[k] for pair in asked], letters)
-                      for k in (0, 1))
-    for (a, b), (c, d) in zip(plain, swapped):
-        margin, mass = (a - b + d - c) / 2, min(np.exp(a) + np.exp(b), np.exp(c) + np.exp(d))
-        verdict = ("invalid" if mass < 0.5 else "unsure" if abs(margin - threshold) < unsure
-                   else "pass" if margin >= threshold else "fail")
-        yield {"verdict": verdict, "margin": round(float(margin), 4), "mass": round(float(mass), 4)}
+    for first in range(0, len(asked), ROWS):    # a part at a time: what is judged is kept
+        plain, swapped = (letter_logprobs(model, tokenizer, [pair[k] for pair in
+                                                             asked[first:first + ROWS]], letters)
+                          for k in (0, 1))
+        for (a, b), (c, d) in zip(plain, swapped):
+            margin, mass = (a - b + d - c) / 2, min(np.exp(a) + np.exp(b), np.exp(c) + np.exp(d))
+            verdict = ("invalid" if mass < 0.5 else "unsure" if abs(margin - threshold) < unsure
+                       else "pass" if margin >= threshold else "fail")
+            yield {"verdict": verdict, "margin": round(float(margin), 4),
+                   "mass": round(float(mass), 4)}
 
 
 def judge_by_endpoint(url: str, name: str, asked: list[tuple[str, str]],
@@ -173,17 +177,22 @@ def request_text(url: str, name: str, prompt: str, timeout: float) -> str:
         try:
             request = urllib.request.Request(address, json.dumps(body).encode(), headers)
             with urllib.request.urlopen(request, timeout=timeout) as response:
-                answer = json.loads(response.read())
-            return answer["choices"][0]["message"]["content"] or ""
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            if not isinstance(error, urllib.error.URLError):
-                return ""   # an answer of another form: asked again, then invalid
+                data = response.read()
         except urllib.error.HTTPError as error:
             why = f"HTTP {error.code} {error.reason}"
             if error.code not in (408, 429) and error.code < 500:
                 break       # wrong address, key or model: asking again will not help
-        except OSError as error:
-            why = str(getattr(error, "reason", error))
+        except (http.client.InvalidURL, ValueError):    # whose text would show the key
+            why = "the address or OPENAI_API_KEY holds what cannot be sent"
+            break
+        except (OSError, http.client.HTTPException) as error:
+            why = str(getattr(error, "reason", error)) or type(error).__name__
+        else:
+            try:
+                text = json.loads(data)["choices"][0]["message"]["content"]
+                return text if isinstance(text, str) else ""
+            except (KeyError, IndexError, TypeError, ValueError):
+                return ""   # an answer of another form: asked again, then invalid
         if attempt + 1 < ATTEMPTS:
             time.sleep(2 ** attempt)
     raise BadInput(f"the judge at {address} (model {name or 'not named'}) does not answer ({why}); "
@@ -195,14 +204,15 @@ def request_text(url: str, name: str, prompt: str, timeout: float) -> str:
 # people's labels
 
 
-def read_labels(path: str, known: set[tuple[str, str]]) -> dict[tuple[str, str], bool]:
+def read_labels(path: str, known: dict[tuple[str, str], str]) -> dict[tuple[str, str], bool]:
     """Rows {"condition", "id", "human": "pass" or "fail"}: {(condition, id): passes}.
 
-    Rows whose "human" is null are not labelled yet. known: what was judged.
-    raises   BadInput naming rows that are damaged, twice there, or of unknown conversations
+    Rows whose "human" is null are not labelled yet. known: the chats that were judged.
+    raises   BadInput naming rows that are damaged, twice there, of unknown conversations, or of
+             other replies than were judged
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"labels = {path} cannot be read ({error}); expected the judged "
                        "spotcheck.jsonl with a person's pass or fail in each row") from None
@@ -220,6 +230,8 @@ def read_labels(path: str, known: set[tuple[str, str]]) -> dict[tuple[str, str],
             continue
         if key not in known:
             unknown.append(f"{key[0]} {key[1]}")
+        elif row.get("chat", known[key]) != known[key]:
+            bad.append(f"line {number} (labels another reply than {key[0]} {key[1]} now has)")
         elif human:
             labels[key] = human == "pass"
     if bad or unknown:
@@ -241,10 +253,20 @@ def calibrate(judged: dict[tuple[str, str], bool | None],
     found = compare(both)
     enough = found["n"] >= LEAST_LABELS
     return {**found, "undecided": len(labels) - len(both),
-            "ok": enough and found["value"] is not None and found["value"] >= LEAST_KAPPA,
+            "ok": bool(enough and found["value"] is not None and found["value"] >= LEAST_KAPPA
+                       and found["low"] >= LEAST_LOW),
             "by_condition": {c: compare([k for k in both if k[0] == c])
                              for c in sorted({condition for condition, _ in both})},
             "disagreements": sorted(k for k in both if judged[k] != labels[k])}
+
+
+def unlabelled(path: Path) -> bool:
+    """Whether nobody has begun to label a spot check."""
+    try:
+        return all(json.loads(line)["human"] is None
+                   for line in path.read_text(encoding="utf-8").split("\n") if line.strip())
+    except (ValueError, KeyError, TypeError):
+        return False    # somebody has been at work here
 
 
 def write_spotcheck(path: Path, rows: list[dict], share: float = 0.1) -> list[dict]:
@@ -257,8 +279,7 @@ def write_spotcheck(path: Path, rows: list[dict], share: float = 0.1) -> list[di
     drawn = sorted(rows, key=lambda r: (r["condition"], r["id"]))
     random.Random(0).shuffle(drawn)
     drawn = drawn[:max(1, round(share * len(drawn)))]
-    if not path.exists() or '"human": null' in path.read_text(encoding="utf-8") and (
-            '"human": "' not in path.read_text(encoding="utf-8")):
+    if not path.exists() or unlabelled(path):
         write_text(path, "".join(json.dumps(
             {k: row[k] for k in ("condition", "id", "chat")} | {"human": None}) + "\n"
             for row in drawn))

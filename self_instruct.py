@@ -102,7 +102,7 @@ MARKERS = re.compile(rf"###|<\|.*?\|>|{re.escape(END)}|"
 @dataclass
 class Settings:
     """What may stand on the command line as key=value."""
-    model: str = "models/tiny"      # a base model: folder, Hub name or run
+    model: str = "models/tiny"      # a base model: folder or Hub name
     dtype: str | None = None
     bits: int | None = None         # 2, 3, 4, 5, 6 or 8: quantise it
     bits_group_size: int = 64
@@ -196,7 +196,7 @@ def user_texts(row: dict) -> list[str]:
 def read_rows(path: str, read: Callable) -> list:
     """`read` of each line of a JSONL file; BadInput names the first bad one."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path} cannot be read ({error}); expected a JSONL file") from None
     found = []
@@ -593,13 +593,16 @@ def main(argv: list[str]) -> None:
     inputs = {key: hash_file(Path(path)) for key in ("heldout", "seeds")
               if (path := getattr(settings, key))}
     about = {"settings": asdict(settings), "inputs": inputs | hash_model(settings.model)}
-    open_folder(folder, about)
+    # all that can be wrong before the folder is made: it keeps its settings
     model, tokenizer = load_base(settings.model, settings.dtype, settings.bits,
                                  group_size=settings.bits_group_size)
     if tokenizer is None:
         raise BadInput(f"{settings.model} has no tokenizer.model and no tokenizer.json")
+    for label in settings.labels:
+        tokenizer.single_id(label)
     record = about | {"clean": check_base(settings.model, model, tokenizer),
                       "versions": provenance()}
+    open_folder(folder, about)
     run = Run(folder, settings, model, tokenizer, seeds,
               Similar(text for row in texts for text in row))
     make_data(run, record)

@@ -243,7 +243,7 @@ def read_rows(path: Path) -> list[dict]:
         text = path.read_text(encoding="utf-8")
         if text.lstrip().startswith("["):
             return json.loads(text)
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise BadInput(f"could not read {path} ({one_line(error)[:120]}); "
                        "fetch it again") from None

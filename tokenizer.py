@@ -342,7 +342,8 @@ def compile_template(source: str) -> jinja2.Template:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", GenerationTag])
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    # a fixed day, what Llama's own template falls back to: prompts must not change overnight
+    environment.globals["strftime_now"] = datetime.datetime(2024, 7, 26).strftime
     return environment.from_string(source)
 
 

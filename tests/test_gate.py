@@ -2,6 +2,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 from conftest import ROOT, TINY, assert_one_clear_line, run, small_config, write_model
 
@@ -65,7 +66,9 @@ def test_thresholds_are_met_exactly():
     less = gated(both(fates(passed=90, failed=210), fates(passed=239, failed=61)))
     assert less["verdict"] == "NO-GO" and "instruct passes at least" in less["reasons"][0]
     few = gated(both(fates(passed=1, failed=3), fates(passed=4)))
-    assert "McNemar" in few["reasons"][0]           # three discordant pairs prove nothing
+    assert "McNemar" in few["reasons"][0] and few["verdict"] == "AMBIGUOUS"    # proves nothing
+    eight = gated(both(fates(failed=8), fates(passed=8)))   # p .008, but 8 of 8 may be 68 %
+    assert eight["verdict"] == "AMBIGUOUS" and "interval" in eight["reasons"][0]
 
 
 def test_a_base_counts_by_its_best_format():
@@ -85,7 +88,11 @@ def test_undecided_is_never_wrong_and_never_many():
     base = fates(failed=80, undecided=20)
     found = gated(both(base, fates(passed=90, undecided=10)))
     assert found["rules"]["checks"][0]["value"] == 0
-    assert found["rules"]["checks"][-1]["value"] == .2 and found["verdict"] == "NO-GO"
+    assert found["rules"]["checks"][-1]["value"] == .2 and found["verdict"] == "AMBIGUOUS"
+    # a format of the base that could not be scored may be its best
+    hidden = both(fates(passed=12, failed=88), fates(passed=95, failed=5),
+                  **{"base-raw": fates(passed=4, failed=36, undecided=60)})
+    assert gated(hidden)["verdict"] == "AMBIGUOUS"
     nothing = gated(both(fates(undecided=5), fates(undecided=5)))
     assert nothing["verdict"] != "GO" and nothing["rules"]["checks"][0]["value"] is None
 
@@ -95,6 +102,12 @@ def test_scorers_that_disagree_are_ambiguous():
     found = gated({"checks": {"base-raw": wrong, "instruct-raw": right},
                    "judge": {"base-raw": right, "instruct-raw": right}})
     assert found["verdict"] == "AMBIGUOUS" and any("do not agree" in r for r in found["reasons"])
+    # two that only tell who is speaking, independent within a condition: pooled kappa is .77
+    rng = np.random.default_rng(0)
+    draw = lambda p: {str(i): bool(rng.uniform() < p) for i in range(200)}
+    verdicts = [gated({s: {"base-raw": draw(.05), "instruct-raw": draw(.9)}
+                       for s in ("checks", "judge")})["verdict"] for _ in range(10)]
+    assert verdicts.count("GO") <= 1
     # one fate for all in both: kappa says nothing, agreement says all
     same = {"base-raw": fates(failed=50), "instruct-raw": fates(failed=50)}
     assert agreement_of(GateConfig(), same, same)["holds"]
@@ -165,7 +178,7 @@ def test_gate_from_replies_to_verdict(parts, capsys):
     assert len(rows) == 40 and cells["rate"]["value"] == sum(passed) / 40 >= .8
     assert sum(c["n"] for c in cells["by_category"].values()) == 40
     gap = report["paired"]["base-raw against instruct-raw"]
-    assert gap["only_second"] == sum(passed) and gap["only_first"] == 0 and gap["power"] > .99
+    assert gap["only_second"] == sum(passed) and gap["only_first"] == 0 and gap["design_power"] > .9
     assert "base-raw against base-plain" in report["paired"]
 
 
@@ -206,6 +219,17 @@ def test_a_changed_benchmark_or_model_is_refused(parts, tmp_path):
     with pytest.raises(BadInput, match="base = .* has other weights"):
         gate_of(f"base={TINY}")
     assert contents(tmp_path / "run") == kept
+
+
+def test_a_line_separator_in_a_reply_is_text(parts, tmp_path, monkeypatch):
+    """U+2028 ends no line of JSON: a finished file is read whole, nothing is generated anew."""
+    run_gate(parts / "sums.yaml", [f"out={tmp_path}/run"])
+    path = tmp_path / "run" / "replies_base-raw.jsonl"
+    rows = [json.loads(line) for line in path.read_text().split("\n") if line]
+    rows[5]["replies"][0]["text"] = "a\u2028b"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    monkeypatch.setattr(converse, "sample", lambda *_, **__: pytest.fail("generated"))
+    run_gate(parts / "sums.yaml", [f"out={tmp_path}/run"])
 
 
 @pytest.mark.parametrize("words, expected", [

@@ -155,6 +155,12 @@ def test_endpoint_that_does_not_answer(monkeypatch):
         with pytest.raises(BadInput, match="HTTP 401.*kept: the same command goes on") as error:
             next(answers)
     assert "sk-secret" not in str(error.value)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\r")
+    for url in ("http://127.0.0.1:9/v1", "http://host:port/v1", "http//host"):
+        with pytest.raises(BadInput, match="holds what cannot be sent") as error:
+            list(judge_by_endpoint(url, "m", [("a", "b")], ("A", "B")))
+        assert "secret" not in str(error.value)
+    monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(BadInput, match="does not answer .*refused"):
         list(judge_by_endpoint("http://127.0.0.1:9/v1", "m", [("a", "b")], ("A", "B")))
 
@@ -173,12 +179,14 @@ def test_prompt_files(tmp_path):
 
 
 def test_labels(tmp_path):
-    path, known = tmp_path / "labels.jsonl", {("base-raw", "a"), ("base-raw", "b")}
+    path, known = tmp_path / "labels.jsonl", {("base-raw", "a"): "hi", ("base-raw", "b"): "ho"}
     row = lambda id, human, condition="base-raw": json.dumps(
         {"condition": condition, "id": id, "human": human}) + "\n"
     path.write_text(row("a", "pass") + row("b", None))
     assert read_labels(path, known) == {("base-raw", "a"): True}
-    for text, words in ((row("c", "pass") + row("a", "pass", "x"),
+    other = json.dumps({"condition": "base-raw", "id": "a", "human": "pass", "chat": "old"})
+    for text, words in ((other, "labels another reply than base-raw a now has"),
+                        (row("c", "pass") + row("a", "pass", "x"),
                          "2 of unknown conversations: base-raw c, x a"),
                         (row("a", "yes"), "1 bad rows: line 1 .human is 'yes'"),
                         (row("a", "pass") * 2, "line 2 .twice"), ("{", "1 bad rows")):
@@ -200,11 +208,14 @@ def test_pooling_makes_kappa_high():
         for i, (by_judge, by_human) in enumerate(outcomes):
             judged[name, str(i)], labels[name, str(i)] = by_judge, by_human
     found = calibrate(judged, labels)
-    assert found["ok"] and found["n"] == 30 and found["value"] == pytest.approx(.713, abs=1e-3)
+    assert found["n"] == 30 and found["value"] == pytest.approx(.713, abs=1e-3)
+    assert not found["ok"] and found["low"] == pytest.approx(.45, abs=.01)  # 30 labels say little
     assert found["by_condition"]["instruct-fmt"]["value"] == pytest.approx(-.111, abs=1e-3)
     assert len(found["disagreements"]) == 4
-    less = dict(list(labels.items())[1:])
-    assert not calibrate(judged, less)["ok"]        # 29 labels
+    four = lambda side: {(c, f"{i} {n}"): v for (c, i), v in side.items() for n in range(4)}
+    assert calibrate(four(judged), four(labels))["ok"]
+    few = dict(list(labels.items())[1:])
+    assert calibrate(labels, labels)["ok"] and not calibrate(few, few)["ok"]    # 29 labels
     undecided = {k: None for k in judged}
     assert calibrate(undecided, labels)["undecided"] == 30 and not calibrate(judged, {})["ok"]
 
@@ -221,6 +232,9 @@ def test_spotcheck_is_blind_and_kept(tmp_path):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     write_spotcheck(path, rows)
     assert json.loads(path.read_text().splitlines()[0])["human"] == "pass"
+    path.write_text(path.read_text().replace('"pass"', "true"))     # not valid, but a person's
+    write_spotcheck(path, rows)
+    assert "true" in path.read_text()
 
 
 def test_tiny_rows_teach_the_comparison():

@@ -353,9 +353,9 @@ def test_command(long_model, tmp_path):
     with pytest.raises(BadInput, match="was begun with another inputs.heldout"):
         main([str(word) for word in words])
     with pytest.raises(BadInput, match="was begun with another settings.seed"):
-        main([str(word) for word in [*words[:-2], "seed=3"]])
+        main([str(word) for word in [*words[:-2], "labels=1,2", "seed=3"]])
     with pytest.raises(BadInput, match="holds other files"):
-        main([str(tmp_path), f"model={long_model}"])
+        main([str(tmp_path), f"model={long_model}", "labels=1,2"])
 
 
 @pytest.mark.parametrize("words, match", [
