@@ -43,14 +43,24 @@ def load_openblas() -> str:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc's malloc serve blocks below 32 MiB from its heap and never trim it."""
+    """Have glibc's malloc serve all blocks from its heap and never trim it."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        # M_MMAP_THRESHOLD, at its maximum: only larger blocks, whose arithmetic takes longer than
-        # their pages, get a mapping of their own; it goes back at once and leaves no holes
-        libc.mallopt(-3, 32 << 20)
+        libc.mallopt(-3, 32 << 20)      # M_MMAP_THRESHOLD, at its maximum: see map_large_blocks
+        libc.mallopt(-4, 0)             # M_MMAP_MAX: no block has a mapping of its own
         libc.mallopt(-1, -1)            # M_TRIM_THRESHOLD: the heap's top is not given back
         libc.mallopt(-2, 64 << 20)      # M_TOP_PAD: it grows by 64 MiB at a time
+
+
+def map_large_blocks() -> None:
+    """For a large model: blocks of 32 MiB and more do get mappings, and leave no holes.
+
+    Mapping one costs a page fault for each of its pages, a quarter of a small model's GRPO step;
+    beside gigabytes of weights memory is scarcer than that time.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 65536)
 
 
 def trim() -> None:

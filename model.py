@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import blas  # noqa: F401  (before mlx)
+import blas  # before mlx
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -44,6 +44,7 @@ from tokenizer import load_tokenizer
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 LOGITS_AT_ONCE = 2 ** 22     # 16 MiB
+LARGE = 2 ** 30     # bytes of weights from which memory is scarcer than time
 Edit = dict[int, Callable[[mx.array], mx.array]]     # tap -> what to make of the stream there
 FAMILIES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
 
@@ -470,8 +471,10 @@ def load_weights(model: Llama, folder: Path, raw: dict, dtype: mx.Dtype | None =
     MLX reads a tensor when it is evaluated, not before. So a model that is quantised here never
     exists whole: memory peaks at the quantised size plus one layer.
     """
-    found = {}
-    for file in sorted(set(open_weights(folder).values())):
+    found, files = {}, sorted(set(open_weights(folder).values()))
+    if blas.CPU_WHEEL and sum(file.stat().st_size for file in files) > LARGE:
+        blas.map_large_blocks()
+    for file in files:
         found |= mx.load(str(file))
     # derived, in old checkpoints
     found = {k: v for k, v in found.items() if not k.endswith("rotary_emb.inv_freq")}
