@@ -121,7 +121,7 @@ def step_bytes(args: ModelArgs, cfg: Config, load: Load, width: int = 4) -> dict
     fused = 0 if cfg.full or cfg.bits or width < 4 or not load.cached else sum(
         a * b for a, b in map(matrix_shapes(args).get, cfg.lora_targets))
     # pieces and products that wait in line (quant.PIECE)
-    unpacked = 36 * PIECE * 4 + 8 * load.tokens * F * width if cfg.bits and default_dtype() else 0
+    unpacked = 36 * PIECE * 4 + 20 * load.tokens * F * width if cfg.bits and default_dtype() else 0
     rows = load.logit_rows if cfg.recompute == "none" else min(
         load.logit_rows, max(1, LOGITS_AT_ONCE // args.vocab_size))
     block = load.tokens * width
