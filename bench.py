@@ -32,14 +32,13 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 import memory
 from clean import provenance
 from config import BadInput, Config, run_main, write_text
 from data import Batches, Problem, Row
 from eval import class_block
-from fullsize import write_model
+from fullsize import write_model, write_word_tokenizer
 from generate import sample
 from grpo import Rollouts
 from hub import find_folder, read_json
@@ -267,13 +266,7 @@ def write_random_model(folder: Path, shape: tuple[int, ...]) -> Path:
     mx.random.seed(0)
     init_weights(model)
     save_safetensors(folder / "model.safetensors", dict(tree_flatten(model.parameters())))
-    words = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(V - 3))]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
-    write_text(folder / "tokenizer_config.json", json.dumps(
-        {"tokenizer_class": "PreTrainedTokenizerFast", **special}))
+    write_word_tokenizer(folder, V)
     write_text(folder / "config.json", json.dumps(raw))
     return folder
 

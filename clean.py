@@ -8,6 +8,7 @@ prefix (BOS or nothing), then the text as its tokenizer's own library encodes it
 So that the guard is not vacuous, each check first has to catch three prompts spoilt on purpose.
 How the base then behaves is measured and recorded, never required.
 """
+import functools
 import hashlib
 import re
 import subprocess
@@ -24,6 +25,7 @@ from config import BadInput, load_config
 from generate import sample
 from hub import find_folder, weight_files
 from lora import root_model
+from losses import token_logprobs
 from model import Llama
 from tokenizer import Tokenizer
 
@@ -39,12 +41,21 @@ TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
                    "chat_template.jinja")
 
 
+@functools.cache    # a large tokenizer takes seconds to read
+def open_by_library(source: str):
+    """The library's own object for a tokenizer's file."""
+    if source.endswith(".model"):
+        return sentencepiece.SentencePieceProcessor(model_file=source)
+    backend = tokenizers.Tokenizer.from_file(source)
+    backend.encode_special_tokens = True
+    return backend
+
+
 def encode_by_library(tokenizer: Tokenizer, text: str) -> list[int]:
     """The text's ids by the library alone, from the tokenizer's file: no BOS, no template."""
+    backend = open_by_library(tokenizer.source)
     if tokenizer.source.endswith(".model"):
-        return sentencepiece.SentencePieceProcessor(model_file=tokenizer.source).encode(text)
-    backend = tokenizers.Tokenizer.from_file(tokenizer.source)
-    backend.encode_special_tokens = True
+        return backend.encode(text)
     return backend.encode(text, add_special_tokens=False).ids
 
 
@@ -126,10 +137,8 @@ def behaviour(model: Llama, tokenizer: Tokenizer) -> dict:
     completions = sample(model, tokenizer, prompts, 30, many_lines=True)
     fingerprint = []
     for ids in prompts:
-        logits = model(mx.array([ids]))[0, :-1].astype(mx.float32)
-        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        taken = mx.take_along_axis(logprobs, mx.array(ids[1:])[:, None], axis=-1)
-        fingerprint.append(round(taken.mean().item(), 4))
+        logits = model(mx.array([ids]))[0, :-1]
+        fingerprint.append(round(token_logprobs(logits, mx.array(ids[1:])).mean().item(), 4))
     return {"completions": [c.text for c in completions], "fingerprint": fingerprint,
             "stopped_within_30": float(np.mean([c.finished for c in completions]))}
 

@@ -9,10 +9,12 @@ something the user can mend; `run_main` turns it into one line and exit code 2.
 """
 import dataclasses
 import difflib
+import json
 import os
 import sys
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -410,6 +412,36 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
+
+
+def append_text(path: Path, text: str, sync: bool = False) -> None:
+    """Add text to a file; sync: on the disk before this returns. Raises BadInput."""
+    try:
+        with open(path, "ab") as file:
+            file.write(text.encode())
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+    except OSError as error:
+        raise BadInput(f"could not write {path} ({error.strerror}); free some disk space, then run "
+                       "the same command again: what is there is whole") from None
+
+
+def json_lines(rows: Iterable[dict]) -> str:
+    """One JSON object a line, other languages' letters as they are."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    """The rows of a file up to where a kill has torn it; [] if there is none."""
+    rows = []
+    # not splitlines, which cuts at U+2028 as well
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
 
 
 def run_main(main) -> None:

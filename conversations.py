@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checks import Verdict, check_turn, find, mistake_in, normalise, term_pattern
-from config import BadInput, run_main, write_text
+from config import BadInput, json_lines, run_main, write_text
 from data import ASKED, PHRASES, SYMBOLS, compute, pairs_in, split_of
 from drafts import Turn, draft_conversation, draft_instruction, load_texts, values_of
 
@@ -66,8 +66,7 @@ class Conversation:
 
 
 def write_benchmark(path: Path, conversations: list[Conversation]) -> None:
-    write_text(Path(path), "".join(json.dumps(dataclasses.asdict(c), ensure_ascii=False) + "\n"
-                                   for c in conversations))
+    write_text(Path(path), json_lines(map(dataclasses.asdict, conversations)))
 
 
 def read_benchmark(path: Path) -> tuple[list[Conversation], str]:
@@ -298,7 +297,7 @@ def write_train(folder: Path, kind: str, seed: int, n: int) -> dict[str, int]:
         rows = [{"messages": [{"role": role, "content": text} for turn in c.turns for role, text in
                               (("user", turn.user), ("assistant", turn.answer))]}
                 for c in generate_tiny(kind, seed, size, split)]
-        write_text(folder / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        write_text(folder / f"{split}.jsonl", json_lines(rows))
     return sizes
 
 

@@ -4,15 +4,15 @@ One loop serves every model: each user turn is rendered with the model's own ear
 conversations at once, and the completion is cut where the next speaker would begin. Formats differ
 in nothing but the rendering (Tokenizer.encode_messages) and those stops:
 
-    raw    the user's text and nothing else      cued   Instruction: ...\\nResponse:
-    plain  User: ...\\nAssistant: ...             chat   the model's own chat template
+    raw    the user's text and nothing else      lines  a line each, without labels
+    plain  User: ...\\nAssistant: ...             cued   Instruction: ...\\nResponse:
+    chat   the model's own chat template
 
 Replies are files, written in parts: broken off, the same command goes on behind the last part, and
 since a part is always the same rows, to the same result. Scores are computed from the files, so
 scoring anew never generates anew. Length is reported beside every score and is never part of one:
 the prior work's score was "between 5 and 500 characters" (here `length`, kept to show its failure).
 """
-import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from pathlib import Path
 import blas  # noqa: F401  (before mlx)
 
 from checks import check_turn, normalise
-from config import BadInput, write_text
+from config import BadInput, json_lines, read_json_lines, write_text
 from conversations import Conversation
 from generate import sample
 from model import Llama
@@ -80,12 +80,7 @@ def read_replies(path: Path, conversations: list[Conversation]) -> list[dict]:
 
     raises   BadInput where it holds other conversations than the benchmark
     """
-    rows = []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break       # torn by a kill
+    rows = read_json_lines(path)
     if len(rows) < len(conversations):
         rows = rows[:len(rows) // PART * PART]
     ids = [c.id for c in conversations]
@@ -95,14 +90,14 @@ def read_replies(path: Path, conversations: list[Conversation]) -> list[dict]:
     return rows
 
 
-def answer_all(path: Path, model: Llama, tokenizer: Tokenizer, conversations: list[Conversation],
-               template: str, max_reply_tokens: int, history: str = "own") -> list[dict]:
-    """Answer what a replies file lacks, part by part, and return all of its rows."""
-    rows = read_replies(path, conversations)
+def answer_all(path: Path, rows: list[dict], model: Llama, tokenizer: Tokenizer,
+               conversations: list[Conversation], template: str, max_reply_tokens: int,
+               history: str = "own") -> list[dict]:
+    """Answer what a replies file lacks behind its rows, part by part, and return all of them."""
     while len(rows) < len(conversations):
         part = conversations[len(rows):len(rows) + PART]
         rows += answer(model, tokenizer, part, template, max_reply_tokens, history)
-        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_text(path, json_lines(rows))
         print(f"  {path.stem:<34} {len(rows):4} of {len(conversations)} conversations")
     return rows
 

@@ -23,7 +23,7 @@ from mlx.utils import tree_flatten
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import memory
-from config import BadInput, Config, load_overrides, run_main, write_bytes, write_text
+from config import BadInput, Config, json_lines, load_overrides, run_main, write_bytes, write_text
 from generate import sample
 from lens import read_prompts
 from model import Llama, load, parse_args
@@ -59,6 +59,18 @@ def reward_sum(problem, completion) -> float:
     return float(sum(completion.ids) % 7)
 
 
+def write_word_tokenizer(folder: Path, vocab_size: int, *first: str) -> None:
+    """A tokenizer whose tokens are words: the special ones, `first`, then w0, w1, ..."""
+    words = ["<unk>", "<s>", "</s>", *first]
+    words += [f"w{i}" for i in range(vocab_size - len(words))]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    write_bytes(folder / "tokenizer.json", tokenizer.to_str().encode())
+    write_text(folder / "tokenizer_config.json", json.dumps(
+        {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>",
+         "unk_token": "<unk>", "pad_token": "</s>"}))
+
+
 def write_model(name: str, folder: Path) -> Path:
     """A sharded checkpoint of random bfloat16 weights, a shard a block, and a word tokenizer.
 
@@ -87,18 +99,12 @@ def write_model(name: str, folder: Path) -> Path:
     where = {key: file for file, arrays in shards.items() for key in arrays}
     write_text(folder / "model.safetensors.index.json", json.dumps(
         {"metadata": {}, "weight_map": where}))
-    words = ["<unk>", "<s>", "</s>", "add", "subtract", "multiply"]
-    words += [f"w{i}" for i in range(raw["vocab_size"] - len(words))]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    write_bytes(folder / "tokenizer.json", tokenizer.to_str().encode())
-    write_text(folder / "tokenizer_config.json", json.dumps(
-        {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}))
+    write_word_tokenizer(folder, raw["vocab_size"], "add", "subtract", "multiply")
     for split in ("train", "valid", "test"):
         text = lambda first, n: " ".join(f"w{first + i}" for i in range(n))
         rows = [{"prompt": text(i, PROMPT) + " ", "response": text(7 * i, ANSWER),
                  "operation": "add"} for i in range(32)]
-        write_text(folder / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        write_text(folder / f"{split}.jsonl", json_lines(rows))
     write_text(folder / "config.json", json.dumps(raw))
     return folder
 

@@ -24,13 +24,24 @@ from pathlib import Path
 import blas  # noqa: F401  (before mlx)
 
 from clean import check_base, hash_model, provenance
-from config import BITS, GROUP_SIZES, BadInput, Stopped, read_keys, write_text
+from config import (
+    BITS,
+    GROUP_SIZES,
+    BadInput,
+    Stopped,
+    append_text,
+    json_lines,
+    read_json_lines,
+    read_keys,
+    write_text,
+)
 from conversations import Conversation, read_benchmark
 from converse import (
     SCORERS,
     SUSPICIOUS,
     Condition,
     answer_all,
+    passed,
     read_replies,
     reply_length,
     score,
@@ -47,6 +58,7 @@ from judge import (
     judge_locally,
     load_prompt,
     read_labels,
+    verdict_of,
     write_spotcheck,
 )
 from lora import load_base, load_checkpoint
@@ -75,7 +87,7 @@ class GateConfig:
     out: str = ""                   # empty: runs/<name of the config file>
     overwrite: bool = False
     limit: int | None = None        # the first so many conversations of the benchmark
-    # formats: raw | plain | cued | chat. A role counts by its best
+    # formats: raw | lines | plain | cued | chat. A role counts by its best
     base_templates: tuple[str, ...] = ("raw", "plain")
     instruct_templates: tuple[str, ...] = ("plain",)
     alternative_templates: tuple[str, ...] = ("plain",)
@@ -228,7 +240,7 @@ def collect_replies(cfg: GateConfig, record: dict, conversations: list[Conversat
                 if "clean" in known:
                     known["clean"]["template_applied"] |= condition.template == "chat"
                 write_text(folder / "record.json", json.dumps(record, indent=1) + "\n")
-                rows = answer_all(path, model, tokenizer, conversations, condition.template,
+                rows = answer_all(path, rows, model, tokenizer, conversations, condition.template,
                                   cfg.max_reply_tokens, cfg.history)
             replies[condition.name] = rows
     return replies
@@ -266,7 +278,7 @@ def collect_verdicts(cfg: GateConfig, judge: str, conversations: list[Conversati
                      if turn.scored and (keys is None or (name, c.id) in keys)]
               for name, rows in replies.items()}
     path = Path(cfg.out) / f"judge_{hashlib.sha256(repr(settings).encode()).hexdigest()[:8]}.jsonl"
-    known = {row["stamp"]: row for row in read_lines(path)}
+    known = {row["stamp"]: row for row in read_json_lines(path)}
     asked = {stamp(pair): pair for items in wanted.values() for _, _, pair in items}
     missing = {key: pair for key, pair in asked.items() if key not in known}
     if missing:
@@ -278,34 +290,15 @@ def collect_verdicts(cfg: GateConfig, judge: str, conversations: list[Conversati
             verdicts = judge_locally(model, tokenizer, list(missing.values()),
                                      cfg.judge_letters, cfg.judge_threshold, cfg.judge_unsure)
         # what a kill has torn goes first; then line by line, since each may cost money
-        write_text(path, "".join(json.dumps(row) + "\n" for row in known.values()))
-        with open(path, "a", encoding="utf-8") as file:
-            for key, verdict in zip(missing, verdicts):
-                known[key] = {"stamp": key, "judge": judge, **verdict}
-                file.write(json.dumps(known[key]) + "\n")
-                file.flush()
-    decide = lambda row: verdict_at(row, cfg)
+        write_text(path, json_lines(known.values()))
+        for key, verdict in zip(missing, verdicts):
+            known[key] = {"stamp": key, "judge": judge, **verdict}
+            append_text(path, json_lines([known[key]]))
+    # at this config's thresholds, which may have moved since a local judge gave its margin
+    decide = lambda row: (verdict_of(row["margin"], row["mass"], cfg.judge_threshold,
+                                     cfg.judge_unsure) if "margin" in row else row["verdict"])
     return {name: {(id, t): decide(known[stamp(pair)]) for id, t, pair in items}
             for name, items in wanted.items()}
-
-
-def verdict_at(row: dict, cfg: GateConfig) -> str:
-    """A stored verdict at this config's thresholds, which may have moved since."""
-    if "margin" not in row or row["verdict"] == "invalid":
-        return row["verdict"]
-    away = row["margin"] - cfg.judge_threshold
-    return "unsure" if abs(away) < cfg.judge_unsure else "pass" if away >= 0 else "fail"
-
-
-def read_lines(path: Path) -> list[dict]:
-    """A JSON-lines file without what a kill has torn; [] if there is none."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
 
 
 def texts_of(row: dict) -> list[str]:
@@ -373,11 +366,12 @@ def design_of(cfg: GateConfig) -> tuple[float, float]:
     return base * (1 - instruct), (1 - base) * instruct
 
 
-def rules_of(cfg: GateConfig, outcomes: dict[str, dict], chosen: dict[str, str],
-             categories: dict[str, str]) -> list[dict]:
+def rules_of(cfg: GateConfig, outcomes: dict[str, dict], chosen: dict[str, str]) -> list[dict]:
     """One scorer's rules: [{rule, value, wanted, holds}]."""
     rates = {role: rate(outcomes[name]) for role, name in chosen.items()}
-    test = compare(outcomes[chosen["base"]], outcomes[chosen["instruct"]], cfg, categories)
+    _, a, b = paired(outcomes[chosen["base"]], outcomes[chosen["instruct"]])
+    test = mcnemar(a, b)
+    h = cohens_h(sum(a) / len(a), sum(b) / len(b)) if a else None
     # of all a base's formats: one that could not be scored may be its best
     looked_at = [n for n in outcomes if n.split("-")[0] != "instruct"] + [chosen["instruct"]]
     undecided = max(sum(v is None for v in outcomes[name].values()) / max(len(outcomes[name]), 1)
@@ -388,7 +382,7 @@ def rules_of(cfg: GateConfig, outcomes: dict[str, dict], chosen: dict[str, str],
         ("base passes at most", rates["base"], cfg.base_at_most, lambda v, w: v <= w),
         ("instruct passes at least", rates["instruct"], cfg.instruct_at_least, lambda v, w: v >= w),
         ("McNemar p below, instruct ahead", test["p"], cfg.p_below, lambda v, w: v < w and ahead),
-        ("Cohen's h at least", test["h"], cfg.h_at_least, lambda v, w: v >= w),
+        ("Cohen's h at least", h, cfg.h_at_least, lambda v, w: v >= w),
         # so few that chance could have met the thresholds
         ("base's interval ends below", interval("base")["high"],
          cfg.base_at_most + MARGIN, lambda v, w: v < w),
@@ -425,12 +419,11 @@ def agreement_of(cfg: GateConfig, first: dict[str, dict], second: dict[str, dict
             and bool(kappa_holds) and not apart}
 
 
-def decide(cfg: GateConfig, outcomes: dict[str, dict[str, dict]],
-           categories: dict[str, str]) -> dict:
+def decide(cfg: GateConfig, outcomes: dict[str, dict[str, dict]]) -> dict:
     """GO, NO-GO or AMBIGUOUS, with the rules and agreements that lead there."""
     head = outcomes[cfg.scorers[0]]
     chosen = {role: best_of(role, head) for role in ROLES if best_of(role, head)}
-    rules = {s: rules_of(cfg, outcomes[s], chosen, categories) for s in cfg.scorers}
+    rules = {s: rules_of(cfg, outcomes[s], chosen) for s in cfg.scorers}
     agreements = {f"{a} and {b}": agreement_of(cfg, outcomes[a], outcomes[b])
                   for a, b in itertools.combinations(cfg.scorers, 2)}
     finds = {s: all(rule["holds"] for rule in rules[s]) for s in cfg.scorers}
@@ -503,7 +496,7 @@ def run_gate(path: str | Path, overrides: list[str] = ()) -> dict:
         name: {s: summarize_scores(scores[s][name], replies[name]) for s in cfg.scorers}
         for name in replies}}
     if cfg.instruct:
-        report |= decide(cfg, outcomes, categories)
+        report |= decide(cfg, outcomes)
     report["paired"] = comparisons(cfg, outcomes[cfg.scorers[0]], categories,
                                    report.get("chosen", {}))
     report["warnings"] = length_warnings(outcomes, replies)
@@ -535,19 +528,13 @@ def judge_report(cfg: GateConfig, conversations: list[Conversation], replies: di
     if cfg.second_judge:
         keys = {(row["condition"], row["id"]) for row in drawn}
         again = collect_verdicts(cfg, cfg.second_judge, conversations, replies, keys)
-        second = {(row["condition"], row["id"]): row_passed(again[row["condition"]], row["id"])
-                  for row in drawn}
+        verdicts = lambda name, id: [v for (i, _), v in again[name].items() if i == id]
+        second = {(name, id): passed(verdicts(name, id)) for name, id in keys}
         both = [k for k in keys if flat[k] is not None and second[k] is not None]
         about["second"] = {"judge": cfg.second_judge, **cohens_kappa(
             [flat[k] for k in both], [second[k] for k in both]),
             "disagreements": sorted(k for k in both if flat[k] != second[k])}
     return about
-
-
-def row_passed(verdicts: dict[tuple[str, int], str], id: str) -> bool | None:
-    """A conversation's outcome from its turns' verdicts, as converse.passed."""
-    own = [v for (i, _), v in verdicts.items() if i == id]
-    return False if "fail" in own else True if all(v == "pass" for v in own) else None
 
 
 def comparisons(cfg: GateConfig, outcomes: dict[str, dict], categories: dict[str, str],
@@ -577,8 +564,7 @@ def write_outcomes(folder: Path, conversations: list[Conversation], replies: dic
                               "why": {s: scores[s][name][k]["why"] for s in scores},
                               "chat": transcript(c, rows[k])})
     for name, rows in (("outcomes", outcomes), ("disagreements", apart)):
-        write_text(folder / f"{name}.jsonl",
-                   "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_text(folder / f"{name}.jsonl", json_lines(rows))
 
 
 def compare_folders(first: str, second: str) -> dict:
@@ -589,7 +575,7 @@ def compare_folders(first: str, second: str) -> dict:
         path = Path(folder or word) / "gate.json"
         report = read_report(path, f"--paired {word}: expected FOLDER:CONDITION of a finished "
                              "evaluation, such as runs/gate_tiny:base-raw")
-        rows = read_lines(path.parent / "outcomes.jsonl")
+        rows = read_json_lines(path.parent / "outcomes.jsonl")
         known = sorted(rows[0]["passed"][report["scorers"][0]]) if rows else []
         if condition not in known:
             raise BadInput(f"{path.parent} has no condition {condition!r}; expected one of "

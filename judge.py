@@ -27,8 +27,10 @@ import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
 
-from config import BadInput, run_main, write_text
+from config import BadInput, json_lines, run_main, write_text
 from conversations import Conversation
+from generate import check_context
+from lens import pad_prompts
 from losses import token_logprobs
 from model import Llama
 from stats import cohens_kappa
@@ -49,6 +51,7 @@ REPLY UNDER REVIEW
 Verdict ({first} or {second}):"""
 FIELDS = ("need", "answer", "chat", "reply", "right", "wrong", "first", "second")
 LEAST_LABELS, LEAST_KAPPA, LEAST_LOW = 30, 0.7, 0.55
+MIN_MASS = 0.5      # of both letters together; with less it answers something else
 ROWS = 32           # prompts of a forward pass
 ATTEMPTS = 3        # of a request, one and two seconds apart
 
@@ -96,17 +99,12 @@ def letter_logprobs(model: Llama, tokenizer: Tokenizer, prompts: list[str],
         if not ids:
             tokenizer.single_id(letter)     # says why not
     rows = [tokenizer.encode_prompt(text) for text in prompts]
-    context = model.args.max_position_embeddings
-    if (longest := max(map(len, rows))) > context:
-        raise BadInput(f"a judge's prompt has {longest} tokens and the judge's context is "
-                       f"{context}; take a judge with a longer one")
+    check_context(rows, 0, model)
     found = np.zeros((len(rows), 2), np.float32)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     for start in range(0, len(order), ROWS):
         part = order[start:start + ROWS]
-        T = max(len(rows[i]) for i in part)
-        tokens = mx.array([rows[i] + [0] * (T - len(rows[i])) for i in part])
-        last = mx.array([[len(rows[i]) - 1] for i in part])
+        tokens, last = pad_prompts([rows[i] for i in part])
         # causal: filling behind the last token changes nothing before it
         logits = model.head(model.final_resid(tokens, positions=last))[:, 0]        # (B, V)
         for k, ids in enumerate(spellings):
@@ -115,23 +113,34 @@ def letter_logprobs(model: Llama, tokenizer: Tokenizer, prompts: list[str],
     return found
 
 
+def letter_margins(model: Llama, tokenizer: Tokenizer, asked: list[tuple[str, str]],
+                   letters: tuple[str, str]) -> tuple[np.ndarray, np.ndarray]:
+    """How far a model holds with the first meaning, over prompts plain and with them exchanged.
+
+    margins  (B,) nats: mean over both of log p(right letter) - log p(wrong letter)
+    masses   (B,) probability of both letters together, the smaller of both; low: it would answer
+             something else
+    """
+    plain, swapped = (letter_logprobs(model, tokenizer, [pair[k] for pair in asked], letters)
+                      for k in (0, 1))
+    margins = (plain[:, 0] - plain[:, 1] + swapped[:, 1] - swapped[:, 0]) / 2
+    return margins, np.minimum(np.exp(plain).sum(-1), np.exp(swapped).sum(-1))
+
+
+def verdict_of(margin: float, mass: float, threshold: float, unsure: float) -> str:
+    """pass from a margin of `threshold` on | fail | unsure, too near to it | invalid, no verdict"""
+    return ("invalid" if mass < MIN_MASS else "unsure" if abs(margin - threshold) < unsure
+            else "pass" if margin >= threshold else "fail")
+
+
 def judge_locally(model: Llama, tokenizer: Tokenizer, asked: list[tuple[str, str]],
                   letters: tuple[str, str], threshold: float, unsure: float) -> Iterator[dict]:
-    """Verdicts of a local model on pairs of prompts, plain and with meanings exchanged.
-
-    margin   mean over both of log p(right) - log p(wrong), nats; passes at `threshold` or more
-    invalid  the letters hold less than half of the probability: it answers something else
-    """
+    """Verdicts of a local model on pairs of prompts, plain and with meanings exchanged."""
     for first in range(0, len(asked), ROWS):    # a part at a time: what is judged is kept
-        plain, swapped = (letter_logprobs(model, tokenizer, [pair[k] for pair in
-                                                             asked[first:first + ROWS]], letters)
-                          for k in (0, 1))
-        for (a, b), (c, d) in zip(plain, swapped):
-            margin, mass = (a - b + d - c) / 2, min(np.exp(a) + np.exp(b), np.exp(c) + np.exp(d))
-            verdict = ("invalid" if mass < 0.5 else "unsure" if abs(margin - threshold) < unsure
-                       else "pass" if margin >= threshold else "fail")
-            yield {"verdict": verdict, "margin": round(float(margin), 4),
-                   "mass": round(float(mass), 4)}
+        found = letter_margins(model, tokenizer, asked[first:first + ROWS], letters)
+        for margin, mass in zip(*(side.tolist() for side in found)):
+            yield {"verdict": verdict_of(margin, mass, threshold, unsure),
+                   "margin": round(margin, 4), "mass": round(mass, 4)}
 
 
 def judge_by_endpoint(url: str, name: str, asked: list[tuple[str, str]],
@@ -280,9 +289,8 @@ def write_spotcheck(path: Path, rows: list[dict], share: float = 0.1) -> list[di
     random.Random(0).shuffle(drawn)
     drawn = drawn[:max(1, round(share * len(drawn)))]
     if not path.exists() or unlabelled(path):
-        write_text(path, "".join(json.dumps(
-            {k: row[k] for k in ("condition", "id", "chat")} | {"human": None}) + "\n"
-            for row in drawn))
+        write_text(path, json_lines({k: row[k] for k in ("condition", "id", "chat")}
+                                    | {"human": None} for row in drawn))
     return drawn
 
 
@@ -319,8 +327,8 @@ def main(argv: list[str]) -> None:
                        f"got {' '.join(argv) or 'nothing'}")
     template = load_prompt(str(Path(__file__).parent / "benchmarks" / "tiny_judge.txt"))
     for seed, (split, n) in enumerate((("train", 50000), ("valid", 400), ("test", 400))):
-        write_text(Path(argv[1]) / f"{split}.jsonl", "".join(
-            json.dumps(row) + "\n" for row in tiny_rows(template, ("1", "0"), n, seed)))
+        write_text(Path(argv[1]) / f"{split}.jsonl",
+                   json_lines(tiny_rows(template, ("1", "0"), n, seed)))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,18 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 from safetensors import safe_open
 
-from config import ON_POLICY, BadInput, Config, dump, load_config, resolved, write_text
+from config import (
+    ON_POLICY,
+    BadInput,
+    Config,
+    append_text,
+    dump,
+    json_lines,
+    load_config,
+    read_json_lines,
+    resolved,
+    write_text,
+)
 from data import Batches
 from grpo import CollapseGuard, Rollouts
 from hub import read_safetensors
@@ -253,30 +264,16 @@ class Metrics:
 
     def __init__(self, path: Path, done: int):
         self.path, self.records = path, []
-        for line in path.read_text().splitlines() if path.exists() else []:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                break
+        for record in read_json_lines(path):
             if record["step"] > done or done == 0:
                 break
             self.records.append(record)
-        write_text(path, "".join(json.dumps(r) + "\n" for r in self.records))
+        write_text(path, json_lines(self.records))
 
     def log(self, record: dict) -> None:
         self.records.append(record)
-        self._append(json.dumps(record) + "\n")
+        append_text(self.path, json_lines([record]))
 
     def sync(self) -> None:
         """Make the lines durable: a power cut must not leave a state without its records."""
-        self._append("", sync=True)
-
-    def _append(self, text: str, sync: bool = False) -> None:
-        try:
-            with open(self.path, "a") as file:
-                file.write(text)
-                if sync:
-                    os.fsync(file.fileno())
-        except OSError as error:
-            raise BadInput(f"could not write {self.path} ({error.strerror}); free some disk space, "
-                           "then run the same command again") from None
+        append_text(self.path, "", sync=True)

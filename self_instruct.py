@@ -37,10 +37,10 @@ import mlx.core as mx
 import numpy as np
 
 from clean import check_base, hash_file, hash_model, provenance
-from config import BadInput, read_keys, run_main, write_text
+from config import BadInput, append_text, json_lines, read_keys, run_main, write_text
 from data import stable_hash
 from generate import sample
-from judge import letter_logprobs
+from judge import MIN_MASS, letter_margins
 from lora import load_base
 from model import Llama
 from tokenizer import Tokenizer
@@ -48,7 +48,6 @@ from tokenizer import Tokenizer
 PART = 16       # rows that are generated and written together
 END = "[END]"   # what the worked examples end with
 NEAR = 0.7      # Jaccard similarity of word 5-grams from which two texts are one
-MIN_MASS = 0.5  # of the critic's two labels together; with less it answers something else
 QUANTILES = (5, 25, 50, 75, 95)
 
 # tasks that lists begin with, and worked examples that answers follow
@@ -231,14 +230,7 @@ def read_part_rows(path: Path, wanted: int | None = None) -> list[dict]:
 
 def append_rows(path: Path, rows: list[dict]) -> list[dict]:
     """Add rows to a file, on the disk before anything is built on them; returns them."""
-    try:
-        with open(path, "ab") as file:
-            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise BadInput(f"could not write {path} ({error.strerror}); free some disk space and give "
-                       "the same command again: what is there is whole") from None
+    append_text(path, json_lines(rows), sync=True)
     return rows
 
 
@@ -358,8 +350,7 @@ def make_instructions(run: Run) -> tuple[list[dict], list[dict]]:
     for row in items:       # the last lists may bring more than was asked for
         if not row["reason"]:
             row["reason"], left = ("" if left > 0 else "enough"), left - 1
-    write_text(run.folder / "instructions.jsonl", "".join(
-        json.dumps(row, ensure_ascii=False) + "\n" for row in items))
+    write_text(run.folder / "instructions.jsonl", json_lines(items))
     return lists, items
 
 
@@ -434,14 +425,9 @@ def criticise(model: Llama, tokenizer: Tokenizer, kind: str, items: list[str],
     verdict  accept (margin >= threshold) | reject | abstain
     """
     empty = describe("N/A", None if kind == "tasks" else "N/A")
-    prompts = [critic_prompt(kind, item, labels, swapped)
-               for item in [*items, empty] for swapped in (False, True)]
-    # (items, orders, labels); with swapped meanings the second label is the good one
-    logprobs = letter_logprobs(model, tokenizer, prompts, labels).astype(np.float64)
-    logprobs = logprobs.reshape(-1, 2, 2)
-    signed = logprobs[..., 0] - logprobs[..., 1]
-    margins = (signed[:, 0] - signed[:, 1]) / 2
-    masses = np.exp(logprobs).sum(-1).min(-1)
+    asked = [tuple(critic_prompt(kind, item, labels, swapped) for swapped in (False, True))
+             for item in [*items, empty]]
+    margins, masses = letter_margins(model, tokenizer, asked, labels)
     rows = []
     for margin, mass in zip((margins - margins[-1])[:-1].tolist(), masses.tolist()):
         verdict = ("abstain" if mass < MIN_MASS else "accept" if margin >= threshold else "reject")
@@ -533,8 +519,7 @@ def make_data(run: Run, record: dict) -> dict:
     write_text(run.folder / "qc.json", json.dumps(found, indent=2) + "\n")
     print_quality(found)
     for split, rows in split_pairs([r for r in pairs if r["verdict"] == "accept"]).items():
-        write_text(run.folder / f"{split}.jsonl", "".join(
-            json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_text(run.folder / f"{split}.jsonl", json_lines(rows))
     outputs = {path.name: hash_file(path) for path in sorted(run.folder.glob("*.json*"))
                if path.name != "manifest.json"}
     write_text(run.folder / "manifest.json", json.dumps(

@@ -27,10 +27,8 @@ def fates(**counts):
 
 
 def gated(by_scorer, **keys):
-    """decide() on {scorer: {condition: outcomes}}, all of one category."""
-    ids = next(iter(next(iter(by_scorer.values())).values()))
-    cfg = GateConfig(scorers=tuple(by_scorer), **keys)
-    return decide(cfg, by_scorer, {i: "memory" for i in ids})
+    """decide() on {scorer: {condition: outcomes}}."""
+    return decide(GateConfig(scorers=tuple(by_scorer), **keys), by_scorer)
 
 
 def both(base, instruct, **more):

@@ -11,8 +11,8 @@ FILES = sorted(p.name for p in ROOT.glob("*.py"))
 LEVELS = [("blas", "config", "stats", "answers"),
           ("fastexp", "tokenizer", "plot", "hub", "distributed"), ("losses", "quant", "data"),
           ("model", "checks"), ("lora", "findings", "tasks", "drafts"),
-          ("generate", "conversations"), ("lens", "grpo", "memory", "clean", "converse", "judge"),
-          ("markovian", "run_folder", "gate"),
+          ("generate", "conversations"), ("lens", "grpo", "memory", "clean", "converse"),
+          ("markovian", "run_folder", "judge"), ("gate",),
           ("eval", "perturb"), ("train", "probe", "self_instruct"),
           ("results", "study", "fullsize"), ("bench", "markovian_results"), ("growth",)]
 
