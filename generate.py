@@ -18,9 +18,10 @@ import mlx.core as mx
 import numpy as np
 
 from config import BadInput, run_main
-from fastexp import exp
+from fastexp import exp, fold
 from lora import load_checkpoint
-from model import Llama
+from model import KVCache, Llama
+from parallel import cut, side_by_side
 from tokenizer import Tokenizer
 
 ROWS_PER_BATCH, TOKENS_PER_BATCH = 512, 2 ** 16     # of one KV cache: 8 GiB of an 8B model's
@@ -63,9 +64,9 @@ def choose(logits: mx.array, uniform: mx.array | None, temperature: float, top_k
     if temperature == 0:
         tokens = mx.argmax(logits, axis=-1)
         return tokens, mx.zeros(tokens.shape), mx.zeros(tokens.shape)
-    shifted = (logits - mx.max(logits, axis=-1, keepdims=True)) / temperature
+    shifted = (logits - fold(mx.max, logits)[:, None]) / temperature
     mass = exp(shifted)                                                 # (B, V), not normalised
-    total = mass.sum(-1, keepdims=True)
+    total = fold(mx.sum, mass)[:, None]
     kept = mass
     if 0 < top_k < logits.shape[-1]:
         kept = mx.where(mass >= mx.topk(mass, top_k).min(-1, keepdims=True), kept, 0)
@@ -78,7 +79,7 @@ def choose(logits: mx.array, uniform: mx.array | None, temperature: float, top_k
     level = (1e-7 + (1 - 1e-6) * uniform[:, None]) * cdf[:, -1:]
     tokens = mx.argmax(cdf > level, axis=-1)
     logprobs = mx.take_along_axis(shifted, tokens[:, None], axis=-1) - mx.log(total)
-    entropy = mx.log(total[:, 0]) - (mass * shifted).sum(-1) / total[:, 0]
+    entropy = mx.log(total[:, 0]) - fold(mx.sum, mass * shifted) / total[:, 0]
     return tokens, logprobs[:, 0], entropy
 
 
@@ -137,6 +138,21 @@ def first_stop(text: str, stops: tuple[str, ...]) -> str:
     return min((s for s in stops if s in text), key=text.index, default="")
 
 
+def prefill(model: Llama, tokens: mx.array, start: mx.array | None, group: int,
+            room: int) -> tuple[mx.array, list[KVCache]]:
+    """Read P prompts for `group` rows each: logits of the next token (R, V), caches with room."""
+    def read(part):
+        cache = model.make_cache(tokens.shape[1], part["start"])
+        # slice the residual stream, not the logits: the unembedding runs for one position only
+        logits = model.head(model.last_resid(part["tokens"], cache))
+        yield logits, [(c.keys, c.values) for c in cache]
+        return logits, cache
+
+    logits, caches = zip(*side_by_side(read, cut({"tokens": tokens, "start": start})))
+    return (mx.repeat(mx.concatenate(logits), group, axis=0),
+            [KVCache.join(parts).repeat(group, room) for parts in zip(*caches)])
+
+
 def sample_batch(model: Llama, prompts: list[list[int]], group: int, pick, uniforms: mx.array,
                  is_stop: mx.array, is_over=None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Decode one batch of R = P * group rows; returns ids, log-probabilities, entropies, (R, C).
@@ -144,11 +160,7 @@ def sample_batch(model: Llama, prompts: list[list[int]], group: int, pick, unifo
     What stands behind a row's stop is arbitrary. is_over  of a row's ids so far: has it ended?
     """
     R, C = uniforms.shape
-    tokens, start = left_pad(prompts)
-    cache = model.make_cache(tokens.shape[1], start)
-    # slice the residual stream, not the logits: the unembedding runs for one position only
-    logits = mx.repeat(model.head(model.last_resid(tokens, cache)), group, axis=0)  # (R, V)
-    cache = [c.repeat(group, room=C) for c in cache]
+    logits, cache = prefill(model, *left_pad(prompts), group, room=C)
     out = np.zeros((R, C), np.int32), np.zeros((R, C), np.float32), np.zeros((R, C), np.float32)
     alive, stopped, pending = np.arange(R), mx.zeros(R, mx.bool_), []
     for t in range(C):

@@ -25,6 +25,7 @@ import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
 
+import parallel
 from config import BadInput, Config
 from data import Problem, encode_prompt_of, grade
 from distributed import rank, share, size
@@ -299,7 +300,7 @@ class Rollouts:
                                             arrays["completions"])
         return self.model.read_logits(                                  # (N, C)
             lambda logits, tokens: token_logprobs(logits / self.cfg.grpo_temperature, tokens),
-            resid, arrays["completions"])
+            resid, arrays["completions"], slopes=False)
 
     def at(self, step: int) -> tuple[list[list[dict[str, mx.array]]], dict]:
         """Sample, reward and compare; returns (updates, metrics), an update being micro-batches.
@@ -449,6 +450,6 @@ class Rollouts:
         if self.needs_reference:
             # the graph is traced, if it has to be, while the adapters are off
             with adapters_off(self.model):
-                arrays["ref_logprobs"] = self.score(arrays)
-            mx.eval(arrays)  # now: lazily it would be scored, and timed, within the update
+                # now: lazily it would be scored, and timed, within the update
+                arrays["ref_logprobs"] = mx.concatenate(parallel.evaluate(self.score, arrays))
         return arrays

@@ -21,7 +21,6 @@ Memory: of a (rows, V) array of logits a few numbers per row are kept. Never (ta
                    [--attribute 56 15] [--png FILE] [--html FILE] [--json FILE]
 """
 import argparse
-import functools
 import json
 import os
 import sys
@@ -38,12 +37,15 @@ from fastexp import exp, fold, linux_cpu, logsumexp
 from generate import check_context
 from lora import load_checkpoint
 from model import Llama, gather_positions
+from parallel import cut, side_by_side
 from tokenizer import Tokenizer
 
 ROWS_PER_BATCH = 256
 GROUP = 128     # tokens; see top_tokens
-# of so many logits one call of the head is made: fewer, and its matrix product runs at half speed
-LOGITS_AT_ONCE = 2 ** 25
+# of so many logits a part's call of the head is made: fewer, and its matrix product runs slowly
+LOGITS_AT_ONCE = 2 ** 24
+# and so many are reduced at once on a CPU: with what is computed of them they fit its L2 cache
+LOGITS_IN_CACHE = 2 ** 18
 
 
 @dataclass
@@ -119,23 +121,22 @@ def top_tokens(logits: mx.array, k: int) -> mx.array:
     return mx.take_along_axis(top, order, axis=-1)
 
 
-@functools.cache
-def streams() -> list[mx.Stream]:
-    """Where taps are read side by side: but for products, MLX's CPU backend uses one core."""
-    return [mx.new_stream(mx.cpu) for _ in range(2)] if linux_cpu() else [
-        mx.default_stream(mx.default_device())]
-
-
-def taps_at(model: Llama, tokens: mx.array, positions: mx.array, edit=None) -> list[mx.array]:
-    """The residual stream at some positions (B, A) of tokens (B, T): L+1 arrays (B, A, D)."""
-    picked, L = [], model.args.num_hidden_layers
-    at_last = None if edit and L in edit else positions
-    for tap, resid in enumerate(model.stream(tokens, edit=edit, positions=at_last)):
-        there = tap == L and at_last is not None
-        picked.append(resid if there else gather_positions(resid, positions))
+def pick_taps(model: Llama, tokens: mx.array, positions: mx.array):
+    """taps_at for a part of a batch: a generator, see side_by_side."""
+    picked = []
+    for tap, resid in enumerate(model.stream(tokens, positions=positions)):
+        at_last = tap == model.args.num_hidden_layers
+        picked.append(resid if at_last else gather_positions(resid, positions))
         # here, or the lazy graph would hold the whole stream of all taps until the end
-        mx.eval(picked[-1], resid)
+        yield picked[-1], resid
     return picked
+
+
+def taps_at(model: Llama, tokens: mx.array, positions: mx.array) -> list[mx.array]:
+    """The residual stream at some positions (B, A) of tokens (B, T): L+1 arrays (B, A, D)."""
+    parts = side_by_side(lambda part: pick_taps(model, **part),
+                         cut({"tokens": tokens, "positions": positions}))
+    return [mx.concatenate(taps) for taps in zip(*parts)]
 
 
 def read_taps(model: Llama, tokens: mx.array, positions: mx.array, targets: mx.array,
@@ -148,26 +149,36 @@ def read_taps(model: Llama, tokens: mx.array, positions: mx.array, targets: mx.a
     jacobians  (L+1, D, D) from `jacobian`: read J h instead of h; none: the logit lens
     source     logit lens; at tap L the probabilities are the model's own (tested)
     """
-    resids = taps_at(model, tokens, positions)
+    parts = side_by_side(lambda part: read_part(model, **part, k=k, jacobians=jacobians), cut(
+        {"tokens": tokens, "positions": positions, "targets": targets}))
+    return Reading(*(np.concatenate(arrays, axis=1) for arrays in zip(*parts)))
+
+
+def read_part(model: Llama, tokens: mx.array, positions: mx.array, targets: mx.array, k: int,
+              jacobians: mx.array | None):
+    """read_taps for a part of a batch: a generator of a Reading's arrays."""
+    resids = yield from pick_taps(model, tokens, positions)
     if jacobians is not None:
         resids = [resid.astype(mx.float32) @ J.T for resid, J in zip(resids, jacobians)]
     at_once = max(1, LOGITS_AT_ONCE // (targets.shape[0] * targets.shape[1]
                                         * model.args.vocab_size))
+    rows = max(1, LOGITS_IN_CACHE // (targets.shape[1] * model.args.vocab_size))
+    rows = rows if linux_cpu() else len(targets)
     taps, final = [], None
     for end in range(len(resids), 0, -at_once):     # from the last tap, which all are compared with
         logits = model.head(mx.stack(resids[max(0, end - at_once):end]))            # (g, B, A, V)
-        mx.eval(logits)
+        yield logits
         final = final or final_distribution(logits[-1])
-        rows = [logits[i] for i in reversed(range(len(logits)))]
-        mx.eval(rows, final)
-        for i in range(0, len(rows), len(streams())):
-            readings = []
-            for tap, stream in zip(rows[i:], streams()):
-                with mx.stream(stream):
-                    readings.append(read_logits(tap, targets, k, *final))
-            mx.eval(readings)           # here, or the graph would hold the logits of all taps
-            taps += [[np.array(a) for a in reading] for reading in readings]
-    return Reading(*(np.stack(arrays[::-1]) for arrays in zip(*taps)))
+        yield final
+        for tap in reversed(range(len(logits))):
+            pieces = []
+            for i in range(0, len(targets), rows):
+                few = slice(i, i + rows)
+                reading = read_logits(logits[tap, few], targets[few], k, *(x[few] for x in final))
+                yield reading       # here, or the graph would hold the temporaries of all taps
+                pieces.append([np.array(a) for a in reading])
+            taps.append([np.concatenate(arrays) for arrays in zip(*pieces)])
+    return [np.stack(arrays[::-1]) for arrays in zip(*taps)]
 
 
 def pad_prompts(prompts: list[list[int]]) -> tuple[mx.array, mx.array]:

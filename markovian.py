@@ -25,6 +25,7 @@ import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
 
+import parallel
 from answers import LETTER_METHODS, NUMBER_METHODS, extract, is_right
 from config import BadInput, Config
 from data import Problem
@@ -166,9 +167,9 @@ class Chains(Rollouts):
         for i in range(0, len(done), rows):
             arrays = answer_arrays([self.questions[p] for p in asked[i:i + rows:G]],
                                    [c.ids for c in done[i:i + rows]], self.tokenizer)
-            rewards["actor"].append(np.array(self.actor(arrays)))
+            rewards["actor"] += parallel.evaluate(self.actor, arrays)
             with adapters_off(self.model):
-                rewards["frozen"].append(np.array(self.frozen(arrays)))
+                rewards["frozen"] += parallel.evaluate(self.frozen, arrays)
         judged = {name: np.concatenate(parts) for name, parts in rewards.items()}
         return judged | {"reward": judged[self.cfg.markovian_scorer]}
 

@@ -20,11 +20,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+import parallel
 from config import ON_POLICY, BadInput, Config
 from generate import ROWS_PER_BATCH, TOKENS_PER_BATCH
 from hub import find_folder, read_json
 from lora import root_model
-from model import DTYPES, LOGITS_AT_ONCE, Llama, ModelArgs, default_dtype, parse_args
+from model import DTYPES, Llama, ModelArgs, default_dtype, logit_rows, parse_args
 from quant import PIECE, settings_of, stored_settings
 
 GIB = 2 ** 30
@@ -122,8 +123,9 @@ def step_bytes(args: ModelArgs, cfg: Config, load: Load, width: int = 4) -> dict
         a * b for a, b in map(matrix_shapes(args).get, cfg.lora_targets))
     # pieces and products that wait in line (quant.PIECE)
     unpacked = 36 * PIECE * 4 + 20 * load.tokens * F * width if cfg.bits and default_dtype() else 0
-    rows = load.logit_rows if cfg.recompute == "none" else min(
-        load.logit_rows, max(1, LOGITS_AT_ONCE // args.vocab_size))
+    rows = load.logit_rows
+    if not cfg.full or cfg.recompute != "none":
+        rows = min(rows, parallel.count() * logit_rows(args, cfg.recompute))
     block = load.tokens * width
     return {
         # LoRA's are float32 always, all weights what they are

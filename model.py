@@ -29,7 +29,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from safetensors import SafetensorError, safe_open
 
 from config import BadInput, replace_file, write_bytes
-from fastexp import attention, swiglu
+from fastexp import attention, linux_cpu, rope, swiglu
 from hub import find_folder, one_line, open_weights, read_json
 from quant import (
     HalfEmbedding,
@@ -43,7 +43,7 @@ from quant import (
 from tokenizer import load_tokenizer
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-LOGITS_AT_ONCE = 2 ** 22     # 16 MiB
+LOGITS_AT_ONCE, LEAST_ROWS = 2 ** 20, 32     # 4 MiB; of fewer rows the product is slow
 LARGE = 2 ** 30     # bytes of weights from which memory is scarcer than time
 Edit = dict[int, Callable[[mx.array], mx.array]]     # tap -> what to make of the stream there
 FAMILIES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
@@ -138,6 +138,12 @@ def gather_positions(resid: mx.array, positions: mx.array) -> mx.array:
     return mx.take_along_axis(resid, positions[..., None], axis=1)
 
 
+def logit_rows(args: ModelArgs, recompute: str) -> int:
+    """For how many rows logits exist at once in training; more where memory is not scarce."""
+    at_once = LOGITS_AT_ONCE * (1 if linux_cpu() or recompute != "none" else 16)
+    return max(LEAST_ROWS, at_once // args.vocab_size)
+
+
 class KVCache:
     """Keys and values of one block for up to `capacity` tokens, allocated once: no step copies.
 
@@ -172,6 +178,18 @@ class KVCache:
         real = key >= self.start[:, None, None, None]
         # a padding query sees itself: with nothing to see softmax gives NaN, and 0 * NaN is NaN
         return (real & (key <= query)) | (key == query)
+
+    @staticmethod
+    def join(caches: list["KVCache"]) -> "KVCache":
+        """Rows of several caches, as far filled, in one."""
+        if len(caches) == 1:
+            return caches[0]
+        first = caches[0]
+        start = None if first.start is None else mx.concatenate([c.start for c in caches])
+        cache = KVCache(first.offset, start)
+        cache.update(*(mx.concatenate([x[:, :, :first.offset] for x in side])
+                       for side in zip(*((c.keys, c.values) for c in caches))))
+        return cache
 
     def repeat(self, times: int, room: int) -> "KVCache":
         """Each row `times` times over, with room for more tokens: one prefill serves a group."""
@@ -217,10 +235,7 @@ class Attention(nn.Module):
         # (B, H, T, d), then (B, K, T, d) twice
         q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
         offset = cache.offset if cache else 0
-        # traditional=False pairs feature i with i + d/2: the layout of the Hub's weights
-        rotate = lambda y: mx.fast.rope(y, d, traditional=False, base=None, scale=1.0,
-                                        offset=offset, freqs=self._periods)
-        q, k = rotate(q), rotate(k)
+        q, k = rope(q, offset, self._periods), rope(k, offset, self._periods)
         mask = cache.mask(T) if cache else "causal"
         if cache:
             k, v = cache.update(k, v)
@@ -394,21 +409,48 @@ class Llama(nn.Module):
             return self.model.embed_tokens.as_linear(normed)
         return self.lm_head(normed)
 
-    def read_logits(self, read, resid: mx.array, tokens: mx.array):
+    def read_logits(self, read, resid: mx.array, tokens: mx.array, slopes: bool = True) -> mx.array:
         """read(head(resid), tokens): resid (B, A, D), tokens (B, A) -> what read gives, (B, A).
 
-        With `recompute` the logits, by far the largest arrays of a model with 128,256 tokens, exist
-        for LOGITS_AT_ONCE numbers at a time, once for the value and again for the gradient.
+        read    a function of each row alone
+        slopes  whether a gradient will be asked for
+        Logits are by far the largest arrays of a step, so they exist for `logit_rows` rows at a
+        time, for value and gradient both: a row's value is one number with a gradient J (D,), and
+        going back only multiplies that by the row's cotangent. Where the unembedding itself is
+        trained they exist all at once or, with `recompute`, twice. source  Liger 2410.10989
         """
-        rows = max(1, LOGITS_AT_ONCE // self.args.vocab_size)
-        if self.recompute == "none" or tokens.size <= rows:
-            return read(self.head(resid), tokens)
-        resid, flat = resid.reshape(-1, resid.shape[-1]), tokens.reshape(-1)
         table = self.model.embed_tokens if self.args.tie_word_embeddings else self.lm_head
-        parts = [checkpoint(lambda part, i=i: read(self.head(part), flat[i:i + rows]),
-                            self.model.norm, table)(resid[i:i + rows])
-                 for i in range(0, tokens.size, rows)]
-        return mx.concatenate(parts).reshape(tokens.shape)
+        flat = tokens.reshape(-1)
+        rows = logit_rows(self.args, self.recompute)
+        starts = range(0, tokens.size, rows)
+        if table.trainable_parameters():
+            if self.recompute == "none" or len(starts) == 1:
+                return read(self.head(resid), tokens)
+            resid = resid.reshape(-1, resid.shape[-1])
+            parts = [checkpoint(lambda part, i=i: read(self.head(part), flat[i:i + rows]),
+                                self.model.norm, table)(resid[i:i + rows]) for i in starts]
+            return mx.concatenate(parts).reshape(tokens.shape)
+
+        @mx.custom_function
+        def read_all(normed):
+            values, J = [], []
+            for i in starts:
+                x, ids = normed[i:i + rows], flat[i:i + rows]
+                if values:      # first the part before, or all logits would be there at once
+                    x = mx.depends(x, [values[-1], *J[-1:]])
+                of = lambda x, ids=ids: read(self.unembed(x).astype(mx.float32), ids)
+                if slopes:
+                    value, slope = mx.vjp(of, [x], [mx.ones(len(ids))])
+                    J += slope
+                values += value if slopes else [of(x)]
+            return mx.concatenate(values), mx.concatenate(J) if J else mx.zeros(0)
+
+        @read_all.vjp
+        def gradient(normed, cotangents, outputs):
+            return (cotangents[0][:, None] * outputs[1]).astype(normed.dtype)
+
+        normed = self.model.norm(resid.reshape(-1, resid.shape[-1]))
+        return read_all(normed)[0].reshape(tokens.shape)
 
     def __call__(self, tokens: mx.array, cache: list[KVCache] | None = None,
                  edit: Edit | None = None) -> mx.array:
@@ -483,6 +525,8 @@ def load_weights(model: Llama, folder: Path, raw: dict, dtype: mx.Dtype | None =
         found = {k: v for k, v in found.items() if not k.startswith("lm_head.")}
     kind, where = dtype or default_dtype(), f"{folder}/config.json"
     stored = stored_settings(raw, where)
+    if bits or stored:
+        blas.keep_batches_whole()
     if stored:
         if bits and (bits, group_size) != settings_of("", stored):
             raise BadInput(f"bits = {bits} in groups of {group_size}: {folder} is already "

@@ -36,6 +36,7 @@ from tqdm import tqdm
 import distributed
 import gate
 import memory
+import parallel
 import plot
 from config import ON_POLICY, BadInput, Config, Stopped, load_config, resolved, run_main, write_text
 from data import Batch, Batches, evenly, tokenize
@@ -244,6 +245,16 @@ def compile_step(model: Llama, optimizer: optim.Optimizer, loss_fn):
     return loss_and_grads, update
 
 
+def add_up(results):
+    """The sum of several batches' ((loss, parts), gradients); of a part named _max the largest."""
+    (loss, parts), grads = next(results := iter(results))
+    for (more_loss, more_parts), more_grads in results:
+        loss, grads = loss + more_loss, tree_map(mx.add, grads, more_grads)
+        parts = {name: (mx.maximum if name.endswith("_max") else mx.add)(value, more_parts[name])
+                 for name, value in parts.items()}
+    return (loss, parts), grads
+
+
 def take_step(step: int, micro_batches: list[dict[str, mx.array]], loss_and_grads, update,
               optimizer, lr: float, cfg: Config) -> dict:
     """Take one optimizer step, return its metrics.
@@ -252,16 +263,12 @@ def take_step(step: int, micro_batches: list[dict[str, mx.array]], loss_and_grad
     harm. Multiplying the loss by 0 would not do: AdamW's momentum still moves the weights.
     raises   Stopped, nothing moved, if loss or gradient is not finite
     """
-    grads, metrics = None, {}
-    for batch in micro_batches:
-        (loss, parts), part_grads = loss_and_grads(batch)
-        grads = part_grads if grads is None else tree_map(mx.add, grads, part_grads)
-        for name, value in {"loss": loss, **parts}.items():
-            combine = mx.maximum if name.endswith("_max") else mx.add
-            metrics[name] = combine(metrics[name], value) if name in metrics else value
-        # or the graph, and with it all activations, of every micro-batch would be held at once
-        mx.eval(grads, metrics)
-    grads, metrics = distributed.sum_up(grads, metrics)
+    total = []
+    for batch in micro_batches:     # one evaluated before the next: activations of one are held
+        total = [add_up([*total, *parallel.evaluate(loss_and_grads, batch)])]
+        mx.eval(total)
+    (loss, parts), grads = total[0]
+    grads, metrics = distributed.sum_up(grads, {"loss": loss, **parts})
     norm = mx.sqrt(sum((g.astype(mx.float32) ** 2).sum() for _, g in tree_flatten(grads)))
     metrics = {name: value.item() for name, value in {**metrics, "grad_norm": norm}.items()}
     finite = np.isfinite([metrics["loss"], metrics["grad_norm"]]).all()

@@ -84,3 +84,16 @@ def test_attention_and_gradient(T, S, mask):
             np.testing.assert_allclose(np.array(a), np.array(b), atol=1e-4)
     half = [x.astype(mx.bfloat16) for x in (q, k, v)]
     assert fastexp.attention(*half, 0.3, mask).dtype == mx.bfloat16
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 16), (4, 1, 1, 64)])
+def test_compiled_rope(shape):
+    """As MLX's own at any offset, one trace for all of them; its gradient is the rotation back."""
+    periods = 10000 ** (np.arange(0, shape[-1], 2, dtype=np.float32) / shape[-1])
+    x, periods = mx.random.normal(shape), mx.array(periods)
+    for offset in (0, 7, 300):
+        expected = fastexp.fast_rope(x, offset, periods)
+        ours = fastexp.compiled_rope(x, mx.array(offset), periods)
+        assert mx.abs(ours - expected).max() < 1e-5
+    back = mx.grad(lambda x: (fastexp.rope(x, 7, periods) * expected).sum())(x)
+    assert mx.abs((back ** 2).sum() - (expected ** 2).sum()) < 1e-2     # a rotation keeps lengths

@@ -9,7 +9,8 @@ from conftest import ROOT
 
 FILES = sorted(p.name for p in ROOT.glob("*.py"))
 LEVELS = [("blas", "config", "stats", "answers"),
-          ("fastexp", "tokenizer", "plot", "hub", "distributed"), ("losses", "quant", "data"),
+          ("fastexp", "tokenizer", "plot", "hub", "distributed", "parallel"),
+          ("losses", "quant", "data"),
           ("model", "checks"), ("lora", "findings", "tasks", "drafts"),
           ("generate", "conversations"), ("lens", "grpo", "memory", "clean", "converse"),
           ("markovian", "run_folder", "judge"), ("gate",),

@@ -9,11 +9,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import FAMILIES, GOLDEN, lora_model
+from conftest import FAMILIES, GOLDEN, lora_model, small_model
 from mlx.utils import tree_flatten
 
+import model as model_module
 from config import BadInput
 from hub import INDEX, read_safetensors
+from losses import token_entropy, token_logprobs
 from model import gather_positions, load, parse_args, rope_periods
 
 
@@ -241,3 +243,32 @@ def test_positions_have_the_same_gradient():
     theirs = dict(tree_flatten(all_of[1]))
     for name, grad in tree_flatten(few[1]):
         assert mx.abs(grad - theirs[name]).max() < 1e-5 * max(1, mx.abs(theirs[name]).max()), name
+
+
+@pytest.mark.parametrize("read", [
+    token_logprobs, lambda logits, ids: token_logprobs(logits / 0.7, ids),
+    lambda logits, ids: token_entropy(logits)], ids=["logprob", "temperature", "entropy"])
+@pytest.mark.parametrize("trained", ["stream", "unembedding"])
+def test_read_logits_is_head_then_read(read, trained, monkeypatch):
+    """Values and gradients, in parts of three rows of logits, against all logits at once."""
+    monkeypatch.setattr(model_module, "logit_rows", lambda *_: 3)
+    model = small_model()
+    model.freeze()
+    if trained == "unembedding":
+        model.model.embed_tokens.unfreeze()
+    mx.random.seed(2)
+    resid, weights = mx.random.normal((2, 5, 32)), mx.random.normal((2, 5))
+    ids = mx.random.randint(0, model.args.vocab_size, (2, 5))
+    parts = lambda resid: (weights * model.read_logits(read, resid, ids)).sum()
+    plain = lambda resid: (weights * read(model.head(resid), ids)).sum()
+    for of in (mx.value_and_grad(parts), mx.compile(mx.value_and_grad(parts))):
+        value, grad = of(resid)
+        expected, expected_grad = mx.value_and_grad(plain)(resid)
+        np.testing.assert_allclose(value, expected, rtol=1e-5)
+        np.testing.assert_allclose(grad, expected_grad, atol=1e-6, rtol=1e-4)
+    np.testing.assert_allclose(model.read_logits(read, resid, ids, slopes=False),
+                               read(model.head(resid), ids), rtol=1e-5)
+    if trained == "unembedding":
+        table = lambda fn: nn.value_and_grad(model, lambda: fn(resid))()[1]["model"][
+            "embed_tokens"]["weight"]
+        np.testing.assert_allclose(table(parts), table(plain), atol=1e-6, rtol=1e-4)
