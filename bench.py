@@ -426,8 +426,10 @@ def find_pythons(named: str | None) -> dict[str, dict[str, str]]:
 
 def run_other(command: list, **env) -> str:
     """Run a command in this folder; returns its standard output. Raises BadInput if it fails."""
-    done = subprocess.run([*map(str, command)], cwd=HERE, env={**os.environ, **env},
-                          capture_output=True, text=True)
+    # without the order of operations that blas.py has set for this process: peers have their own
+    own = {k: v for k, v in os.environ.items() if k != "MLX_BFS_MAX_WIDTH"}
+    done = subprocess.run([*map(str, command)], cwd=HERE, env=own | env, capture_output=True,
+                          text=True)
     if done.returncode:
         why = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise BadInput(f"{' '.join(map(str, command[1:3]))} failed: {why}")

@@ -40,7 +40,7 @@ from model import Llama, gather_positions
 from parallel import cut, side_by_side
 from tokenizer import Tokenizer
 
-ROWS_PER_BATCH = 256
+ROWS_PER_BATCH = 128
 GROUP = 128     # tokens; see top_tokens
 # of so many logits a part's call of the head is made: fewer, and its matrix product runs slowly
 LOGITS_AT_ONCE = 2 ** 24

@@ -225,10 +225,11 @@ def prepare(cfg: Config, model: Llama, load: Load) -> dict[str, float]:
 
 
 def set_limits(cfg: Config, found: dict[str, float]) -> None:
-    if default_dtype() and found["weights"] > 1:    # a CPU; small models must never wait
-        mx.set_memory_limit(int((found["peak"] - 0.05) * GIB) - process_bytes())
+    if default_dtype():         # a CPU
         mx.set_cache_limit(0)       # malloc keeps what is freed anyway
-        blas.trim()                 # the holes that loading has left
+        if found["weights"] > 1:    # small models must never wait
+            mx.set_memory_limit(int((found["peak"] - 0.05) * GIB) - process_bytes())
+            blas.trim()             # the holes that loading has left
     elif mx.metal.is_available():
         mx.set_wired_limit(mx.device_info()["max_recommended_working_set_size"])
     if cfg.memory_limit_gib:
