@@ -8,7 +8,7 @@ NANOLENS_BLAS=/path/to/libopenblas.so.0 names a library; NANOLENS_BLAS=none keep
 (to measure). (2) MLX allocates every array by malloc, and glibc gives large blocks back to the
 kernel at once: the next one is zeroed and mapped anew, page by page, which costs an operation on a
 large array ten times its arithmetic. `keep_freed_memory` tells glibc to keep them. (3) That backend
-uses one core for everything but BLAS: CORES says in how many parts parallel.py may cut a batch.
+uses one core for everything but BLAS: PARTS says in how many parts parallel.py may cut a batch.
 macOS (Accelerate, Metal) and CUDA need none of it.
 """
 import ctypes
@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 DEBIAN_PATH = f"/usr/lib/{os.uname().machine}-linux-gnu/libopenblas.so.0"
+MOST = 4    # parts
+ORDER, IN_TURN = "MLX_BFS_MAX_WIDTH", "1000"
 REMEDY = "run `apt-get install libopenblas0`, or set NANOLENS_BLAS=/path/to/libopenblas.so.0"
 
 
@@ -51,6 +53,13 @@ def count_cores() -> int:
         return len(os.sched_getaffinity(0)) if CPU_WHEEL else 1
     library = ctypes.CDLL(LOADED)
     return library.openblas_get_num_threads() if hasattr(library, "openblas_get_num_threads") else 1
+
+
+def count_parts() -> int:
+    """One a core; 1 for more cores than one Python can feed with operations."""
+    # OpenMP's builds (2) keep a number of threads for each caller: theirs cannot be set from here
+    openmp = LOADED and CORES > 1 and ctypes.CDLL(LOADED).openblas_get_parallel() == 2
+    return 1 if openmp or CORES > MOST else CORES
 
 
 @contextmanager
@@ -86,14 +95,17 @@ def map_large_blocks() -> None:
 
 
 def keep_batches_whole() -> None:
-    """For a quantised model, before anything is evaluated: batches are not cut (parallel.py).
+    """Where memory is dear: batches are not cut, and operations run in MLX's own order.
 
-    Each part would unpack all matrices for itself, and taking operations in turn many would be
-    unpacked at a time: twice the time and twice the memory, measured on Llama-3.2-1B's shapes.
+    Parts of a quantised model would each unpack all matrices, many at a time: twice the time and
+    the memory, measured on Llama-3.2-1B's shapes. Of a model trained in full, the operations taken
+    in turn put off the weights' gradients, which hold activations until then. The order counts for
+    what is loaded first in a process; MLX reads it once.
     """
-    global CORES
-    if CPU_WHEEL:
-        CORES, os.environ["MLX_BFS_MAX_WIDTH"] = 1, "20"    # MLX's own
+    global PARTS
+    PARTS = 1
+    if os.environ.get(ORDER) == IN_TURN:    # not somebody else's setting
+        del os.environ[ORDER]
 
 
 def trim() -> None:
@@ -114,7 +126,8 @@ CPU_WHEEL = cpu_wheel()
 # after `import mlx.core` it would be too late
 LOADED = load_openblas() if CPU_WHEEL and "mlx.core" not in sys.modules else ""
 CORES = count_cores()
+PARTS = count_parts()
 if CPU_WHEEL:
     keep_freed_memory()
-    # the operations of a batch's parts are handed out in turn (parallel.py), not part after part
-    os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1000")
+if PARTS > 1:   # the operations of all parts are handed out in turn, not part after part
+    os.environ.setdefault(ORDER, IN_TURN)

@@ -10,6 +10,7 @@ How the base then behaves is measured and recorded, never required.
 """
 import functools
 import hashlib
+import os
 import re
 import subprocess
 from importlib.metadata import version
@@ -42,8 +43,8 @@ TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
 
 
 @functools.cache    # a large tokenizer takes seconds to read
-def open_by_library(source: str):
-    """The library's own object for a tokenizer's file."""
+def open_by_library(source: str, _mtime: int):
+    """The library's own object for a tokenizer's file as it is now."""
     if source.endswith(".model"):
         return sentencepiece.SentencePieceProcessor(model_file=source)
     backend = tokenizers.Tokenizer.from_file(source)
@@ -53,7 +54,7 @@ def open_by_library(source: str):
 
 def encode_by_library(tokenizer: Tokenizer, text: str) -> list[int]:
     """The text's ids by the library alone, from the tokenizer's file: no BOS, no template."""
-    backend = open_by_library(tokenizer.source)
+    backend = open_by_library(tokenizer.source, os.stat(tokenizer.source).st_mtime_ns)
     if tokenizer.source.endswith(".model"):
         return backend.encode(text)
     return backend.encode(text, add_special_tokens=False).ids

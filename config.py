@@ -424,7 +424,7 @@ def append_text(path: Path, text: str, sync: bool = False) -> None:
                 os.fsync(file.fileno())
     except OSError as error:
         raise BadInput(f"could not write {path} ({error.strerror}); free some disk space, then run "
-                       "the same command again: what is there is whole") from None
+                       "the same command again, which drops a torn last line") from None
 
 
 def json_lines(rows: Iterable[dict]) -> str:
@@ -435,12 +435,14 @@ def json_lines(rows: Iterable[dict]) -> str:
 def read_json_lines(path: Path) -> list[dict]:
     """The rows of a file up to where a kill has torn it; [] if there is none."""
     rows = []
-    # not splitlines, which cuts at U+2028 as well
-    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
+    # bytes: it may be torn within a letter
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
         try:
             rows.append(json.loads(line))
         except ValueError:
             break
+        if not isinstance(rows[-1], dict):
+            return rows[:-1]
     return rows
 
 

@@ -295,8 +295,8 @@ def collect_verdicts(cfg: GateConfig, judge: str, conversations: list[Conversati
             known[key] = {"stamp": key, "judge": judge, **verdict}
             append_text(path, json_lines([known[key]]))
     # at this config's thresholds, which may have moved since a local judge gave its margin
-    decide = lambda row: (verdict_of(row["margin"], row["mass"], cfg.judge_threshold,
-                                     cfg.judge_unsure) if "margin" in row else row["verdict"])
+    decide = lambda row: (row["verdict"] if row["verdict"] == "invalid" or "margin" not in row else
+                          verdict_of(row["margin"], 1, cfg.judge_threshold, cfg.judge_unsure))
     return {name: {(id, t): decide(known[stamp(pair)]) for id, t, pair in items}
             for name, items in wanted.items()}
 

@@ -29,7 +29,6 @@ import numpy as np
 
 from config import BadInput, json_lines, run_main, write_text
 from conversations import Conversation
-from generate import check_context
 from lens import pad_prompts
 from losses import token_logprobs
 from model import Llama
@@ -99,7 +98,10 @@ def letter_logprobs(model: Llama, tokenizer: Tokenizer, prompts: list[str],
         if not ids:
             tokenizer.single_id(letter)     # says why not
     rows = [tokenizer.encode_prompt(text) for text in prompts]
-    check_context(rows, 0, model)
+    context = model.args.max_position_embeddings
+    if (longest := max(map(len, rows))) > context:
+        raise BadInput(f"a judge's prompt has {longest} tokens and the judge's context is "
+                       f"{context}; take a judge with a longer one")
     found = np.zeros((len(rows), 2), np.float32)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     for start in range(0, len(order), ROWS):

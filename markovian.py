@@ -115,14 +115,14 @@ def answer_arrays(questions: list[Question], chains: list[list[int]],
     return arrays if start is None else arrays | {"shown_start": start}
 
 
-def answer_rewards(model: Llama, arrays: dict[str, mx.array]) -> mx.array:
+def answer_rewards(model: Llama, arrays: dict[str, mx.array], slopes: bool = False) -> mx.array:
     """log p(answer | what is shown, chain) of each row in nats, (N,): a sum, or a mean by `share`.
 
-    At temperature 1 and float32 whatever the chains were sampled with.
+    At temperature 1 and float32 whatever the chains were sampled with. slopes: to be trained on
     """
     resid = model.completion_resid(arrays["shown"], arrays.get("shown_start"), arrays["tails"])
     logprobs = model.read_logits(token_logprobs, gather_positions(resid, arrays["positions"]),
-                                 arrays["answers"])                             # (N, A)
+                                 arrays["answers"], slopes)                     # (N, A)
     return (logprobs * arrays["share"]).sum(1)
 
 

@@ -126,6 +126,9 @@ def step_bytes(args: ModelArgs, cfg: Config, load: Load, width: int = 4) -> dict
     rows = load.logit_rows
     if not cfg.full or cfg.recompute != "none":
         rows = min(rows, parallel.count() * logit_rows(args, cfg.recompute))
+        # the class's logits are all there; those of the entropy term are a second part
+        rows += cfg.batch_size // cfg.grad_accum_steps if cfg.method == "dual_reward" else 0
+        rows *= 2 if cfg.grpo_entropy_weight else 1
     block = load.tokens * width
     return {
         # LoRA's are float32 always, all weights what they are

@@ -3,8 +3,9 @@
 MLX's CPU backend runs the operations of a stream one after the other on one thread; only a matrix
 product uses more cores, inside BLAS. A third of a small model's step then leaves all but one core
 idle. Rows of a batch do not depend on each other, so here they are cut into as many parts as there
-are cores. Each part is built on a stream of its own, and BLAS runs on one thread meanwhile, since
-two products at a time would wait for each other's threads. On Metal and CUDA nothing is cut.
+are cores, up to four. Each part is built on a stream of its own, and BLAS runs on one thread
+meanwhile, since two products at a time would wait for each other's threads. Nothing is cut on Metal
+and CUDA, nor a quantised model's batch, nor one that trains all weights (keep_batches_whole).
 
     def read(part):                 # a generator: it yields what has to be evaluated before it goes
         logits = model(part["tokens"])                                                  # on
@@ -21,8 +22,6 @@ from typing import Any
 import blas  # before mlx
 import mlx.core as mx
 
-MOST = 4    # parts; one Python hands out the operations of all of them
-
 
 @functools.cache
 def streams(n: int) -> list[mx.Stream]:
@@ -30,9 +29,9 @@ def streams(n: int) -> list[mx.Stream]:
 
 
 def count(*lengths: int) -> int:
-    """In how many parts to cut things of these lengths: one a core, or 1 where a rest were left."""
-    cores = blas.CORES if mx.default_device() == mx.Device(mx.cpu) else 1
-    return cores if cores <= MOST and not any(n % cores for n in lengths) else 1
+    """In how many parts to cut things of these lengths: blas.PARTS, or 1 if that leaves a rest."""
+    parts = blas.PARTS if mx.default_device() == mx.Device(mx.cpu) else 1
+    return 1 if any(n % parts for n in lengths) else parts
 
 
 def cut(batch: dict[str, Any]) -> list[dict[str, Any]]:

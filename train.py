@@ -25,7 +25,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-import blas  # noqa: F401  (before mlx)
+import blas  # before mlx
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -172,7 +172,8 @@ def rollout_loss(cfg: Config, model: Llama, batch: dict[str, mx.array]):
         loss = loss - cfg.grpo_entropy_weight * (
             weights * model.read_logits(spread, resid, tokens)).sum()
     if "answer_weights" in batch:   # Markovian: the half of the gradient that the policy term lacks
-        answer_loss = answer_reward_loss(answer_rewards(model, batch), batch["answer_weights"])
+        rewards = answer_rewards(model, batch, slopes=True)
+        answer_loss = answer_reward_loss(rewards, batch["answer_weights"])
         loss, parts["answer_loss"] = loss + answer_loss, answer_loss
     return loss, parts
 
@@ -208,6 +209,8 @@ def prepare_model(cfg: Config) -> tuple[Llama, Tokenizer]:
     memory.check_weights(cfg, read_json(
         find_folder(root_model(cfg.model), weights=False) / "config.json"))
     mx.random.seed(cfg.seed)
+    if cfg.full:
+        blas.keep_batches_whole()
     model, tokenizer = load_base(cfg.model, cfg.dtype, cfg.bits, cfg.from_scratch,
                                  cfg.bits_group_size)
     model.recompute = cfg.recompute
@@ -267,7 +270,7 @@ def take_step(step: int, micro_batches: list[dict[str, mx.array]], loss_and_grad
     for batch in micro_batches:     # one evaluated before the next: activations of one are held
         total = [add_up([*total, *parallel.evaluate(loss_and_grads, batch)])]
         mx.eval(total)
-    (loss, parts), grads = total[0]
+    (loss, parts), grads = total.pop()      # held nowhere else: sum_up makes new ones
     grads, metrics = distributed.sum_up(grads, {"loss": loss, **parts})
     norm = mx.sqrt(sum((g.astype(mx.float32) ** 2).sum() for _, g in tree_flatten(grads)))
     metrics = {name: value.item() for name, value in {**metrics, "grad_norm": norm}.items()}

@@ -72,6 +72,14 @@ def assert_one_clear_line(done, *words):
         assert str(word) in lines[0], f"{word!r} not in {lines[0]!r}"
 
 
+@pytest.fixture(autouse=True)
+def parts_as_before(monkeypatch):
+    """A quantised or fully trained model keeps its process' batches whole; not the next test's."""
+    monkeypatch.setattr(blas, "PARTS", blas.PARTS)
+    if blas.ORDER in os.environ:
+        monkeypatch.setenv(blas.ORDER, os.environ[blas.ORDER])
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return load_tokenizer(TINY)

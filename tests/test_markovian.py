@@ -198,13 +198,13 @@ def test_a_function_of_the_sum_of_advantages_has_no_gradient(cot):
                            [c.ids for g in groups for c in g.completions], cot)
 
     def published(model):
-        rewards = answer_rewards(model, arrays).reshape(4, 4)
+        rewards = answer_rewards(model, arrays, slopes=True).reshape(4, 4)
         centred = rewards - rewards.mean(1, keepdims=True)
         spread = mx.sqrt((centred ** 2).sum(1, keepdims=True) / 3)
         return -(centred / (spread + 1e-8)).mean()
 
     def ours(model):
-        return -answer_rewards(model, arrays).mean()
+        return -answer_rewards(model, arrays, slopes=True).mean()
     dead = dict(tree_flatten(nn.value_and_grad(model, published)(model)[1]))
     live = dict(tree_flatten(nn.value_and_grad(model, ours)(model)[1]))
     live = largest({k: np.array(v) for k, v in live.items()})

@@ -27,13 +27,14 @@ def two_cores(monkeypatch):
         pytest.skip("cut on the Linux CPU alone")
     before = blas.CORES
     monkeypatch.setattr(blas, "CORES", 2)
+    monkeypatch.setattr(blas, "PARTS", 2)
     yield
     if OPENBLAS:
         OPENBLAS.openblas_set_num_threads(before)
 
 
 def whole(monkeypatch):
-    monkeypatch.setattr(blas, "CORES", 1)
+    monkeypatch.setattr(blas, "PARTS", 1)
 
 
 def test_rows_are_cut_scalars_are_not(two_cores):
@@ -49,8 +50,11 @@ def test_rows_are_cut_scalars_are_not(two_cores):
 
 
 def test_more_cores_than_python_can_feed(two_cores, monkeypatch):
-    monkeypatch.setattr(blas, "CORES", parallel.MOST + 1)
-    assert parallel.count(2 * (parallel.MOST + 1)) == 1
+    for cores in (2, blas.MOST):
+        monkeypatch.setattr(blas, "CORES", cores)
+        assert blas.count_parts() in (cores, 1)     # 1 with an OpenMP build
+    monkeypatch.setattr(blas, "CORES", blas.MOST + 1)
+    assert blas.count_parts() == 1
 
 
 def test_parts_have_streams_of_their_own(two_cores):
@@ -88,23 +92,27 @@ def test_blas_has_all_cores_again(two_cores):
     assert OPENBLAS.openblas_get_num_threads() == 2
 
 
-@pytest.mark.parametrize("method", ["sft", "dual_reward", "grpo", "markovian"])
-def test_a_step_of_parts_is_the_step(method, tokenizer, two_cores, monkeypatch):
+@pytest.mark.parametrize("method,more", [
+    ("sft", {}), ("dual_reward", {"grad_accum_steps": 2}), ("sft", {"recompute": "block"}),
+    ("grpo", {}), ("grpo", {"batch_size": 4, "recompute": "mlp"}), ("grpo", {
+        "grad_accum_steps": 2, "grpo_entropy_weight": 0.1}), ("markovian", {})])
+def test_a_step_of_parts_is_the_step(method, more, tokenizer, two_cores, monkeypatch):
     """Loss, every metric and the weights after two steps, of a batch cut in two and of the whole.
 
     The problems are the method's own data, so that lengths differ and GRPO's prompts are padded.
     """
     keys = {"method": method, "batch_size": 16, "grpo_group_size": 4, "grpo_kl_weight": 0.1,
             "max_completion_tokens": 4, "grpo_guard": False, "lr": 1e-3,
-            "data_samples": 100}
+            "data_samples": 100} | more
     if method == "markovian":
         keys |= {"data": "sums", "data_terms": 3, "chain_tokens": 6}
         tokenizer = load_tokenizer(TINY_COT)
     source_folder = TINY_COT if method == "markovian" else TINY
     results = []
-    for cores in (1, 2):
-        monkeypatch.setattr(blas, "CORES", cores)
+    for parts in (1, 2):
+        monkeypatch.setattr(blas, "PARTS", parts)
         cfg, model = config(**keys), lora_model(source=source_folder)
+        model.recompute = cfg.recompute
         source = load_source(cfg, model, tokenizer)
         if method in ("grpo", "markovian"):
             source.reward = lambda problem, completion: float(sum(completion.ids) % 5)
@@ -114,7 +122,7 @@ def test_a_step_of_parts_is_the_step(method, tokenizer, two_cores, monkeypatch):
         metrics = []
         for step in range(2):
             for update in next_updates(source, step, cfg)[0]:
-                assert len(cut(update[0])) == cores
+                assert [len(cut(batch)) for batch in update] == [parts] * len(update)
                 metrics.append(take_step(step, update, *functions, optimizer, cfg.lr, cfg))
         results.append((metrics, dict(tree_flatten(model.trainable_parameters()))))
     (one, weights), (two, same_weights) = results
