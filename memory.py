@@ -124,11 +124,13 @@ def step_bytes(args: ModelArgs, cfg: Config, load: Load, width: int = 4) -> dict
     # pieces and products that wait in line (quant.PIECE)
     unpacked = 36 * PIECE * 4 + 20 * load.tokens * F * width if cfg.bits and default_dtype() else 0
     rows = load.logit_rows
-    if not cfg.full or cfg.recompute != "none":
+    if not cfg.full:
         rows = min(rows, parallel.count() * logit_rows(args, cfg.recompute))
         # the class's logits are all there; those of the entropy term are a second part
         rows += cfg.batch_size // cfg.grad_accum_steps if cfg.method == "dual_reward" else 0
         rows *= 2 if cfg.grpo_entropy_weight else 1
+    elif cfg.recompute != "none":
+        rows = -(-rows // 2)    # their parts go back in any order
     block = load.tokens * width
     return {
         # LoRA's are float32 always, all weights what they are
