@@ -43,7 +43,7 @@ from quant import (
 from tokenizer import load_tokenizer
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-LOGITS_AT_ONCE, LEAST_ROWS = 2 ** 20, 32     # 4 MiB; of fewer rows the product is slow
+LOGITS_AT_ONCE = 2 ** 19    # 2 MiB; some ten such arrays wait in line
 LARGE = 2 ** 30     # bytes of weights from which memory is scarcer than time
 Edit = dict[int, Callable[[mx.array], mx.array]]     # tap -> what to make of the stream there
 FAMILIES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
@@ -140,8 +140,10 @@ def gather_positions(resid: mx.array, positions: mx.array) -> mx.array:
 
 def logit_rows(args: ModelArgs, recompute: str) -> int:
     """For how many rows logits exist at once in training; more where memory is not scarce."""
-    at_once = LOGITS_AT_ONCE * (1 if linux_cpu() or recompute != "none" else 16)
-    return max(LEAST_ROWS, at_once // args.vocab_size)
+    at_once = LOGITS_AT_ONCE * (1 if linux_cpu() or recompute != "none" else 32)
+    # BLAS packs the whole table for each product, which a large one's few rows would not repay
+    least = 32 if args.vocab_size * args.hidden_size > 2 ** 26 else 16
+    return max(least, at_once // args.vocab_size)
 
 
 class KVCache:
