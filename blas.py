@@ -73,14 +73,19 @@ def one_thread() -> Iterator[None]:
         set_threads(CORES)
 
 
-def keep_freed_memory() -> None:
-    """Have glibc's malloc serve all blocks from its heap and never trim it."""
+def mallopt(option: int, value: int) -> None:
+    """Set an option of glibc's malloc; other C libraries have none."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        libc.mallopt(-3, 32 << 20)      # M_MMAP_THRESHOLD, at its maximum: see map_large_blocks
-        libc.mallopt(-4, 0)             # M_MMAP_MAX: no block has a mapping of its own
-        libc.mallopt(-1, -1)            # M_TRIM_THRESHOLD: the heap's top is not given back
-        libc.mallopt(-2, 64 << 20)      # M_TOP_PAD: it grows by 64 MiB at a time
+        libc.mallopt(option, value)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc's malloc serve all blocks from its heap and never trim it."""
+    mallopt(-3, 32 << 20)       # M_MMAP_THRESHOLD, at its maximum: see map_large_blocks
+    mallopt(-4, 0)              # M_MMAP_MAX: no block has a mapping of its own
+    mallopt(-1, -1)             # M_TRIM_THRESHOLD: the heap's top is not given back
+    mallopt(-2, 64 << 20)       # M_TOP_PAD: it grows by 64 MiB at a time
 
 
 def map_large_blocks() -> None:
@@ -89,9 +94,7 @@ def map_large_blocks() -> None:
     Mapping one costs a page fault for each of its pages, a quarter of a small model's GRPO step;
     beside gigabytes of weights memory is scarcer than that time.
     """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 65536)
+    mallopt(-4, 65536)
 
 
 def keep_batches_whole() -> None:

@@ -43,7 +43,7 @@ from tokenizer import Tokenizer
 ROWS_PER_BATCH = 128
 GROUP = 128     # tokens; see top_tokens
 # of so many logits a part's call of the head is made: fewer, and its matrix product runs slowly
-LOGITS_AT_ONCE = 2 ** 24
+LOGITS_PER_CALL = 2 ** 24
 # and so many are reduced at once on a CPU: with what is computed of them they fit its L2 cache
 LOGITS_IN_CACHE = 2 ** 18
 
@@ -160,7 +160,7 @@ def read_part(model: Llama, tokens: mx.array, positions: mx.array, targets: mx.a
     resids = yield from pick_taps(model, tokens, positions)
     if jacobians is not None:
         resids = [resid.astype(mx.float32) @ J.T for resid, J in zip(resids, jacobians)]
-    at_once = max(1, LOGITS_AT_ONCE // (targets.shape[0] * targets.shape[1]
+    at_once = max(1, LOGITS_PER_CALL // (targets.shape[0] * targets.shape[1]
                                         * model.args.vocab_size))
     rows = max(1, LOGITS_IN_CACHE // (targets.shape[1] * model.args.vocab_size))
     rows = rows if linux_cpu() else len(targets)

@@ -429,13 +429,8 @@ class Llama(nn.Module):
             if self.recompute == "none" or len(starts) == 1:
                 return read(self.head(resid), tokens)
             resid = resid.reshape(-1, resid.shape[-1])
-            parts = []
-            for i in starts:
-                part = resid[i:i + rows]
-                if parts:
-                    part = mx.depends(part, parts[-1])
-                parts.append(checkpoint(lambda part, i=i: read(self.head(part), flat[i:i + rows]),
-                                        self.model.norm, table)(part))
+            parts = [checkpoint(lambda part, i=i: read(self.head(part), flat[i:i + rows]),
+                                self.model.norm, table)(resid[i:i + rows]) for i in starts]
             return mx.concatenate(parts).reshape(tokens.shape)
 
         @mx.custom_function

@@ -49,15 +49,12 @@ def cut(batch: dict[str, Any]) -> list[dict[str, Any]]:
 def side_by_side(fn: Callable[[Any], Generator], parts: list) -> list:
     """What the generator fn returns for each part; what it yields on the way is evaluated together.
 
-    fn may also start an evaluation itself (mx.async_eval) and yield (). What it returns has to be
-    evaluated: afterwards BLAS runs on all cores again.
+    What it returns has to be evaluated: afterwards BLAS runs on all cores again.
     """
-    if not parts[1:]:
-        contexts = [nullcontext()]
-    else:
-        contexts = [mx.stream(stream) for stream in streams(len(parts))]
+    alone = len(parts) == 1
+    contexts = [nullcontext()] if alone else [mx.stream(s) for s in streams(len(parts))]
     results, going = [None] * len(parts), {i: fn(part) for i, part in enumerate(parts)}
-    with blas.one_thread() if parts[1:] else nullcontext():
+    with nullcontext() if alone else blas.one_thread():
         while going:
             wanted = []
             for i, run in list(going.items()):

@@ -96,7 +96,7 @@ def test_taps_at_once_change_nothing(model, monkeypatch):
     """One head call for all taps or one a tap; all rows reduced together or one by one."""
     prompts, targets = [[1, 7, 70, 8, 71], [1, 9, 5]], [[5, 6], [7, 8]]
     together = read_prompts(model, prompts, targets, 3)
-    monkeypatch.setattr(lens, "LOGITS_AT_ONCE", 1)
+    monkeypatch.setattr(lens, "LOGITS_PER_CALL", 1)
     monkeypatch.setattr(lens, "LOGITS_IN_CACHE", 1)
     alone = read_prompts(model, prompts, targets, 3)
     for name in lens.Reading.__dataclass_fields__:
