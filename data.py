@@ -110,8 +110,13 @@ def split_of(a: int, b: int) -> str:
 
 
 def evenly(items: list, count: int) -> list:
-    """At most `count` items at an even stride, so that a sorted list's every part is among them."""
-    return items[::max(1, len(items) // count)][:count]
+    """At most `count` items, evenly spread: of a sorted list every part's share, to within one.
+
+    A whole stride would not do: cut at `count` items, it never reaches the list's tail.
+    example  (range(5), 3) -> 0, 1, 3
+    """
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def operand_pairs(operation: str) -> list[tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 Batches depend on the step alone.
 """
+import collections
 import dataclasses
 import itertools
 import json
@@ -19,6 +20,7 @@ from data import (
     Row,
     compute,
     encode_prompt_of,
+    evenly,
     grade,
     held_out,
     make_batch,
@@ -55,6 +57,25 @@ def test_no_pair_on_two_sides():
     assert not train & valid and not train & test and not valid & test
     named = {tuple(sorted((a, b))) for prompts in NAMED_PROMPTS.values() for _, a, b in prompts}
     assert not named & (train | valid)
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_a_sample_has_every_operations_share(split):
+    """Held-out problems are sorted by operation: each cell's share is kept to within one problem.
+
+    More than there are gives all, in order; fewer are distinct.
+    """
+    problems = held_out(config(**ALL), split)
+    cells = collections.Counter((p.operation, p.wording) for p in problems)
+    assert len(cells) == 8
+    for count in (1, 7, 64, 200, 333, len(problems) - 1):
+        chosen = evenly(problems, count)
+        assert len(chosen) == len(set(chosen)) == count
+        found = collections.Counter((p.operation, p.wording) for p in chosen)
+        for cell, size in cells.items():
+            assert abs(found[cell] - size * count / len(problems)) < 1, (cell, count)
+    assert evenly(problems, len(problems)) == evenly(problems, 10 ** 6) == problems
+    assert evenly([], 5) == []
 
 
 def test_text_of_test_problems_is_nowhere_in_training():
