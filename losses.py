@@ -78,7 +78,8 @@ def kl_estimates(logprobs: mx.array, ref_logprobs: mx.array) -> dict[str, mx.arr
 
     k1 = d is unbiased but its gradient as a loss is zero on average; k2 = d^2 / 2 has exactly the
     gradient of the KL, so it is the one in the loss; k3 = e^-d + d - 1 is unbiased, never negative,
-    and the one to look at. d = log policy - log reference. source  Schulman, "Approximating KL"
+    and the one to look at. d = log policy - log reference. Whoever sampled comes first: exchanged,
+    k3 estimates chi-square minus KL. source  Schulman, "Approximating KL"
     """
     d = logprobs - ref_logprobs
     return {"kl_k1": d, "kl_k2": d * d / 2, "kl_k3": mx.exp(mx.clip(-d, -20, 20)) + d - 1}

@@ -156,22 +156,28 @@ def rollout_loss(cfg: Config, model: Llama, batch: dict[str, mx.array]):
                                cfg.grpo_clip_low, cfg.grpo_clip_high, cfg.grpo_dual_clip)
     average = lambda x: (x * shares).sum()
     parts = {"policy_loss": loss, "ratio_max": mx.where(shares > 0, report["ratio"], 0).max(),
-             "kl_old": average(kl_estimates(now, old)["kl_k3"]),
+             # KL(old || policy) in this order: the samples are the old policy's
+             "kl_old": average(kl_estimates(old, now)["kl_k3"]),
              "sampler_diff_max": mx.where(
                  batch["stale"] | (shares == 0), 0, mx.abs(now - batch["kept_logprobs"])).max(),
              **{name: average(value) for name, value in report.items()}}
     if "ref_logprobs" in batch:
-        kl = kl_estimates(logprobs, batch["ref_logprobs"])
+        # an expectation over the policy's next token, which the old policy sampled: hence the ratio
+        ratio = mx.exp(mx.clip(now - old, -20, 20))
+        kl = {name: ratio * value
+              for name, value in kl_estimates(logprobs, batch["ref_logprobs"]).items()}
         parts |= {name: average(value) for name, value in kl.items()}
         if cfg.grpo_kl_weight:
-            # weighted by the ratio, since the samples are the old policy's
-            ratio = mx.stop_gradient(mx.exp(mx.clip(logprobs - old, -20, 20)))
-            loss = loss + cfg.grpo_kl_weight * (weights * ratio * kl["kl_k2"]).sum()
+            loss = loss + cfg.grpo_kl_weight * (weights * kl["kl_k2"]).sum()
     if cfg.grpo_entropy_weight:
         spread = lambda logits, _: token_entropy(logits / cfg.grpo_temperature)
         loss = loss - cfg.grpo_entropy_weight * (
             weights * model.read_logits(spread, resid, tokens)).sum()
     if "answer_weights" in batch:   # Markovian: the half of the gradient that the policy term lacks
+        # without a ratio: as in all of PPO what was sampled before, here the chain, stays the old
+        # policy's, and the answer behind it is given, not sampled. Only the ratio of the whole
+        # chain, a product over its tokens, would make it the present policy's: where the two are
+        # 0.02 nats a token apart, 64 chains of 100 tokens then count as 8
         rewards = answer_rewards(model, batch, slopes=True)
         answer_loss = answer_reward_loss(rewards, batch["answer_weights"])
         loss, parts["answer_loss"] = loss + answer_loss, answer_loss

@@ -3,6 +3,7 @@ import json
 import math
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
@@ -352,6 +353,38 @@ def test_model_gradient_against_finite_differences(tokenizer, keys, stale, scale
               for a in source.at(0)[0][0]]
     _, _, grads = grads_of(model, source.cfg, arrays)
     check_finite_differences(model, lambda: grads_of(model, source.cfg, arrays)[0], grads)
+
+
+def test_stale_updates_measure_both_kls_exactly(tokenizer):
+    """All V one-token completions, each weighing what the old policy gives it: sums are exact.
+
+    kl_old is KL(old || now), kl_k1 and kl_k3 are KL(now || reference), and the KL term's gradient
+    is that KL's own, though the samples are the old policy's. The policy moves so far that
+    kl_estimates(now, old), which is chi-square minus KL, is far off.
+    """
+    model, prompt = lora_model(), mx.array([tokenizer.encode_prompt("3 + 4 = ")])
+    log_policy = lambda model: (lambda x: x - mx.logsumexp(x))(model(prompt)[0, -1])    # (V,)
+    old = log_policy(model)
+    with adapters_off(model):
+        ref = log_policy(model)
+    mx.eval(old, ref)
+    model.load_weights([(k, v * 2.5) for k, v in tree_flatten(model.trainable_parameters())
+                        if "lora_b" in k], strict=False)
+    now = log_policy(model)
+    kl = lambda p, q: (mx.exp(p) * (p - q)).sum()
+    batch = {"prompts": prompt, "completions": mx.arange(len(old))[:, None],        # (V, 1)
+             "kept_logprobs": old[:, None], "ref_logprobs": ref[:, None],
+             "weights": mx.exp(old)[:, None], "shares": mx.exp(old)[:, None],
+             "advantages": mx.zeros((len(old), 1)), "stale": mx.array(True)}
+    _, parts, grads = grads_of(model, config(method="grpo", grpo_kl_weight=1.0), [batch])
+    assert parts["kl_old"] == pytest.approx(kl(old, now).item(), rel=1e-4)
+    exchanged = (mx.exp(old) * kl_estimates(now, old)["kl_k3"]).sum().item()
+    assert exchanged > 1.2 * parts["kl_old"]
+    for name in ("kl_k1", "kl_k3"):
+        assert parts[name] == pytest.approx(kl(now, ref).item(), rel=1e-4)
+    exact = nn.value_and_grad(model, lambda model: kl(log_policy(model), ref))(model)[1]
+    exact = {k: np.array(v) for k, v in tree_flatten(exact)}
+    assert close(grads, exact, 1e-4 * max(np.abs(g).max() for g in exact.values()))
 
 
 # --- guards
