@@ -10,6 +10,7 @@ something the user can mend; `run_main` turns it into one line and exit code 2.
 import dataclasses
 import difflib
 import json
+import math
 import os
 import sys
 import types
@@ -210,7 +211,10 @@ def parse_value(text, kind) -> object:
             raise ValueError("true or false")
         return text == "true"
     try:
-        return kind(text)
+        value = kind(text)
+        if kind is float and not math.isfinite(value):
+            raise ValueError    # nan would pass every check of a range
+        return value
     except ValueError:
         raise ValueError({"int": "a whole number", "float": "a number"}[kind.__name__]) from None
 
@@ -312,6 +316,9 @@ def validate(cfg: Config, given: set[str]) -> list[str]:
                             f"expected one or more of {', '.join(map(str, allowed))}")
     mistakes += [f"{key} = {getattr(cfg, key)}: expected at least {low}"
                  for key, low in AT_LEAST.items() if getattr(cfg, key) < low]
+    for key, value in vars(cfg).items():
+        if isinstance(value, tuple) and len(set(value)) < len(value):
+            mistakes.append(f"{key} = {', '.join(value)}: expected each entry once")
     for key in sorted(given):
         owners = owners_of(key)
         if cfg.method in METHODS and cfg.method not in owners:
@@ -321,6 +328,9 @@ def validate(cfg: Config, given: set[str]) -> list[str]:
         value = getattr(cfg, key)
         if value is not None and not 0 < value < 2 ** 20:
             mistakes.append(f"{key} = {value}: expected GiB, a number above 0")
+    if cfg.lora_alpha <= 0:
+        mistakes.append(f"lora_alpha = {cfg.lora_alpha}: expected a number above 0; the update is "
+                        "scaled by lora_alpha / lora_rank")
     if not 0 <= cfg.class_weight <= 1:
         mistakes.append(f"class_weight = {cfg.class_weight}: expected a number from 0 to 1")
     if cfg.class_words and (cfg.class_target != "word"
@@ -351,6 +361,13 @@ def validate_on_policy(cfg: Config) -> list[str]:
             f"{cfg.grpo_group_size * parts}")
     if cfg.grpo_temperature <= 0:
         mistakes.append(f"grpo_temperature = {cfg.grpo_temperature}: expected a number above 0")
+    if cfg.grpo_clip_low >= 1:
+        mistakes.append(f"grpo_clip_low = {cfg.grpo_clip_low}: expected a number below 1; the "
+                        "ratio, which is above 0, would never be clipped to 1 - grpo_clip_low")
+    if 0 < cfg.grpo_dual_clip <= 1:
+        mistakes.append(f"grpo_dual_clip = {cfg.grpo_dual_clip}: expected 0 (none) or a number "
+                        "above 1; beyond that ratio negative advantages have no gradient, and "
+                        "every update starts at ratio 1")
     if cfg.full and (cfg.grpo_kl_weight > 0 or cfg.grpo_ratio == "base"):
         mistakes.append("grpo_kl_weight and grpo_ratio: base compare with the model whose adapters "
                         "are off, and full: true has none; set grpo_kl_weight: 0, or train LoRA")

@@ -46,6 +46,19 @@ def test_precedence_and_types(write):
      ("class_words", "expected class_target: word")),
     ("method: dual_reward\nclass_weight: 1.5", ("class_weight = 1.5", "from 0 to 1")),
     ("steps: 0", ("steps = 0", "at least 1")),
+    ("lr: nan", ("lr = 'nan'", "a number")),
+    ("lora_alpha: inf", ("lora_alpha = 'inf'", "a number")),
+    ("lora_alpha: 0", ("lora_alpha = 0.0", "above 0")),
+    ("lora_alpha: -16", ("lora_alpha = -16.0", "above 0")),
+    ("lora_targets: [q, q]", ("lora_targets = q, q", "each entry once")),
+    ("data_operations: [add, add]", ("data_operations = add, add", "each entry once")),
+    ("data_wordings: symbolic, worded, symbolic", ("data_wordings = symbolic", "each entry once")),
+    # as many different words as operations, yet one of them twice
+    ("method: dual_reward\ndata_operations: [add, divide]\nclass_words: [a, a, b]",
+     ("class_words = a, a, b", "each entry once")),
+    ("method: grpo\ngrpo_dual_clip: 0.5", ("grpo_dual_clip = 0.5", "0 (none)", "above 1")),
+    ("method: grpo\ngrpo_dual_clip: 1", ("grpo_dual_clip = 1.0", "0 (none)", "above 1")),
+    ("method: markovian\ngrpo_clip_low: 1", ("grpo_clip_low = 1.0", "below 1")),
     ("batch_size: 8\ngrad_accum_steps: 3", ("does not divide",)),
     ("bits: 4\nfull: true", ("bits = 4",)),
     ("from_scratch: true", ("needs full: true",)),
@@ -57,6 +70,12 @@ def test_mistakes(write, text, words):
     with pytest.raises(BadInput) as error:
         load_config(write(text))
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_what_borders_on_a_mistake_loads(write):
+    path = write("method: grpo\ngrpo_dual_clip: 0\ngrpo_clip_low: 0.99\nlora_alpha: 1e-3")
+    assert load_config(path).grpo_dual_clip == 0
+    assert load_config(path, ["grpo_dual_clip=1.01"]).grpo_dual_clip == 1.01
 
 
 def test_all_mistakes_at_once_on_one_line(write):
