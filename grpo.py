@@ -116,15 +116,17 @@ def self_reward(model: Llama, tokenizer: Tokenizer, problems: list[Problem],
 
 
 def spreads(rewards: np.ndarray, scale: str = "none", floor: float = 0.0) -> np.ndarray:
-    """What the advantages of (P, G) rewards are divided by, (P, 1); 1 for flat groups.
+    """What the advantages of (P, G) rewards are divided by, (P, 1).
 
     scale    none | batch (the standard deviation of all rewards) | group (the group's own, as
              DeepSeekMath: it weighs a prompt of success rate p by 1 / sqrt(p (1 - p)))
-    floor    the least divisor: groups that hardly differ are not blown up to unit spread
+    floor    the least divisor: groups that hardly differ are not blown up to unit spread. Flat
+             groups are no exception: Markovian training divides its answer term by the same, which
+             would jump where a group becomes flat
     """
     P = rewards.shape[0]
     own = {"none": np.ones(P), "batch": np.full(P, rewards.std()), "group": rewards.std(1)}[scale]
-    return np.where(flat_groups(rewards), 1, np.maximum(own, floor))[:, None]
+    return np.maximum(own, floor)[:, None]
 
 
 def flat_groups(rewards: np.ndarray) -> np.ndarray:
@@ -141,10 +143,10 @@ def group_advantages(rewards: np.ndarray, scale: str = "none", floor: float = 0.
 
     example  [[1, 0, 0, 0]] -> [[1, -1/3, -1/3, -1/3]]: R_i minus the mean of the other three
     """
-    G = rewards.shape[1]
+    G, flat = rewards.shape[1], flat_groups(rewards)
     advantages = (rewards - rewards.mean(1, keepdims=True)) * G / (G - 1)
-    advantages /= spreads(rewards, scale, floor)
-    advantages[flat_groups(rewards)] = 0
+    advantages[flat] = 0
+    advantages[~flat] /= spreads(rewards, scale, floor)[~flat]
     return advantages
 
 

@@ -283,6 +283,52 @@ def test_spread_floor_and_bound(cot):
     assert not chains(cot_model(), cot, markovian_answer_weight=0.0).is_live(flat)
 
 
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("average", ["mean", "softmax"])
+def test_answer_term_is_continuous_where_a_group_becomes_flat(scale, average, cot):
+    """Rewards that differ by nothing, by rounding or by a hair: the answer term weighs the same."""
+    source = chains(cot_model(), cot, batch_size=4, grpo_advantage=scale,
+                    markovian_average=average)
+    weights = []
+    for gap in (0, 1e-7, 1e-5, 1e-3):
+        group = group_of(source, np.array([[-2, -2, -2, -2 - gap]]))
+        assert np.abs(group.advantages).max() <= gap / 0.1 * 4 / 3
+        weights.append(np.array(source.make_arrays([group], group, 1, 8, False)["answer_weights"]))
+    for other in weights:
+        np.testing.assert_allclose(other, weights[0], rtol=2e-3)
+
+
+def test_the_answer_term_takes_chains_as_sampled(cot):
+    """All V one-token chains, each weighing what the old policy gives it, after the policy moved.
+
+    The gradient is that of the old policy's mean of log p(answer | chain), whatever the ratio is;
+    weighting by the ratio would be visible.
+    """
+    model, question = cot_model(), encode_question(QUESTIONS[0], cot, True)
+    prompt = mx.array([question.prompt])
+    log_policy = lambda: (lambda x: x - mx.logsumexp(x))(model(prompt)[0, -1])      # (V,)
+    old = log_policy()
+    mx.eval(old)
+    model.load_weights([(k, v * 2.5) for k, v in tree_flatten(model.trainable_parameters())
+                        if "lora_b" in k], strict=False)
+    now, V = log_policy(), len(old)
+    arrays = answer_arrays([question], [[i] for i in range(V)], cot)
+    batch = arrays | {"prompts": prompt, "completions": mx.arange(V)[:, None],      # (V, 1)
+                      "kept_logprobs": old[:, None], "weights": mx.exp(old)[:, None],
+                      "shares": mx.exp(old)[:, None], "advantages": mx.zeros((V, 1)),
+                      "answer_weights": mx.exp(old), "stale": mx.array(True)}
+    cfg = config(method="markovian", grpo_kl_weight=0.0)
+    grads = grads_of(model, cfg, [batch])[2]
+
+    def mean_reward(weights):
+        loss = lambda model: -(weights * answer_rewards(model, arrays, slopes=True)).sum()
+        return {k: np.array(v) for k, v in
+                tree_flatten(nn.value_and_grad(model, loss)(model)[1])}
+    exact = mean_reward(mx.exp(old))
+    assert difference(grads, exact) < 1e-4 * largest(exact)
+    assert difference(mean_reward(mx.exp(now)), exact) > 0.05 * largest(exact)
+
+
 def group_of(source, rewards):
     from_ids = [Completion([40 + i, 2], "", True, np.zeros(2, np.float32), np.zeros(2, np.float32))
                 for i in range(rewards.shape[1])]
