@@ -206,16 +206,20 @@ def judge(model: Llama, tokenizer: Tokenizer, cfg: Config) -> dict:
         **summarize_accuracy(rows),
         **summarize_classifier(reading.first(len(test)), ids[:len(test)], lengths,
                                class_block(cfg, model)),
-        **name_targets(tokenizer, problems, cfg),
+        **name_targets(tokenizer, problems, test, cfg),
         "prompts": rows,
     }
 
 
-def name_targets(tokenizer: Tokenizer, problems: list[Problem], cfg: Config) -> dict:
-    """Which tokens the series follow, and which the class loss trained, by id and piece."""
+def name_targets(tokenizer: Tokenizer, problems: list[Problem], test: list[Problem],
+                 cfg: Config) -> dict:
+    """Which tokens the series follow in problems, which the class loss trained for those of test.
+
+    By id and piece: whether "add" was looked for with its space before it decides what is found.
+    """
     words = target_ids(tokenizer, problems, "word", cfg.template)
     symbols = target_ids(tokenizer, problems, "symbol", cfg.template)
-    trained = (class_word_ids(cfg, tokenizer, problems) if cfg.method == "dual_reward"
+    trained = (class_word_ids(cfg, tokenizer, test) if cfg.method == "dual_reward"
                and cfg.class_target not in ("answer", "random") else {})
     return {
         "targets": {op: {"word": words[op], "word_piece": tokenizer.piece(words[op]),

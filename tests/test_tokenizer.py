@@ -98,7 +98,6 @@ def test_form_of_words_behind_a_sentencepiece_space(chats, kind):
     assert loaded._name(loaded.encode("x ")[-1]) == "▁"
     assert names("x ", "ss") == names("x\n", "ss") == ["ss"]
     assert names("x ", "the") == ["the"] and names("number", "the") == ["▁the"]
-    assert names("x ", "the", "what") == ["▁the", "▁what"]      # bare, "what" is two tokens
 
 
 def test_bundled_ids_of_words_do_not_move(tokenizer):
