@@ -3,9 +3,11 @@
 Two measurements on the same prompts, kept apart. *Accuracy*: greedy completion, graded as a whole
 (data.grade), with a Wilson interval. *Classifier*: the logit lens at the last prompt token, for
 three series that are never mixed: the answer's first token, the operation's word, the operator's
-symbol. Strength is the largest probability before the last block; the last block's own is the
-model's output and stands beside it, not in it. (The prior code took the maximum over all blocks,
-and counted any of twenty top tokens that contained any of the words or answers as a substring.)
+symbol. Words are compared in one form, with a space before them or without (Tokenizer.word_ids),
+and an answer has emerged only where its first token is all of it. Strength is the largest
+probability before the last block; the last block's own is the model's output and stands beside it,
+not in it. (The prior code took the maximum over all blocks, and counted any of twenty top tokens
+that contained any of the words or answers as a substring.)
 
     python eval.py --ckpt runs/dual_reward --base                    # beside its base model
     python eval.py --ckpt runs/dual_reward --compare runs/sft        # exact McNemar, same problems
@@ -14,6 +16,7 @@ and counted any of twenty top tokens that contained any of the words or answers 
 """
 import argparse
 import json
+from collections import Counter
 from pathlib import Path
 
 import blas  # noqa: F401  (before mlx)
@@ -28,6 +31,7 @@ from data import (
     Problem,
     encode_problem,
     encode_prompt_of,
+    evenly,
     grade,
     named_problems,
     stable_hash,
@@ -45,11 +49,47 @@ SERIES = ("answer", "operation", "symbol")
 EMERGED = 0.10  # the prior work's threshold on a probability before the last block
 
 
-def target_ids(tokenizer: Tokenizer, problems: list[Problem], target: str) -> dict[str, int]:
-    """The one token of each operation's word or symbol; raises BadInput where it is not one."""
+def last_token(tokenizer: Tokenizer, problems: list[Problem], template: str = "none") -> int:
+    """What stands before the position that the lens reads: the prompts' commonest last token.
+
+    One for all problems: a word has one token in a report, however a user's rows may end.
+    """
+    prompts = [encode_prompt_of(p, tokenizer, template) for p in evenly(problems, 100)]
+    return Counter(ids[-1] for ids in prompts).most_common(1)[0][0]
+
+
+def target_ids(tokenizer: Tokenizer, problems: list[Problem], target: str,
+               template: str = "none") -> dict[str, int]:
+    """The one token of each operation's word or symbol, all in one form (Tokenizer.word_ids).
+
+    raises   BadInput where a word or symbol is not one token
+    """
     operations = sorted({p.operation for p in problems} - {""})
-    return {op: tokenizer.single_id(SYMBOLS.get(op, op) if target == "symbol" else op)
-            for op in operations}
+    if not operations:
+        return {}
+    name = lambda op: SYMBOLS.get(op, op) if target == "symbol" else op
+    before = [last_token(tokenizer, problems, template)]
+    # the form that suits all four operations, or problems without subtraction could be read in
+    # another than the one that was trained
+    others = [op for op in SYMBOLS if op not in operations]
+    others = others if set(operations) <= set(SYMBOLS) else []
+    try:
+        ids = tokenizer.word_ids([name(op) for op in operations + others], before)
+    except BadInput:        # one that no problem asks for may be in the way
+        ids = tokenizer.word_ids([name(op) for op in operations], before)
+    return dict(zip(operations, ids))
+
+
+def class_word_ids(cfg: Config, tokenizer: Tokenizer, problems: list[Problem]) -> dict[str, int]:
+    """The token that the class loss wants for each operation, but for class_target answer, random.
+
+    class_words are a set of their own, in one form.
+    """
+    if cfg.class_words:
+        before = [last_token(tokenizer, problems, cfg.template)]
+        return dict(zip(cfg.data_operations, tokenizer.word_ids(list(cfg.class_words), before)))
+    target = "symbol" if cfg.class_target == "symbol" else "word"
+    return target_ids(tokenizer, problems, target, cfg.template)
 
 
 def class_ids(cfg: Config, tokenizer: Tokenizer, problems: list[Problem]) -> list[int]:
@@ -64,10 +104,7 @@ def class_ids(cfg: Config, tokenizer: Tokenizer, problems: list[Problem]) -> lis
     draw = lambda p, n: stable_hash(p.prompt) % n
     if cfg.class_target == "random":
         return [draw(p, tokenizer.vocab_size) for p in problems]
-    ids = target_ids(tokenizer, problems, "symbol" if cfg.class_target == "symbol" else "word")
-    if cfg.class_words:
-        ids = {op: tokenizer.single_id(word)
-               for op, word in zip(cfg.data_operations, cfg.class_words)}
+    ids = class_word_ids(cfg, tokenizer, problems)
     if cfg.class_target == "shuffled":
         words = [ids[op] for op in cfg.data_operations if op in ids]
         return [words[draw(p, len(words))] for p in problems]
@@ -89,8 +126,8 @@ def series_ids(tokenizer: Tokenizer, problems: list[Problem],
 
     Rows of a user's data without an operation follow the answer in all three series.
     """
-    words = target_ids(tokenizer, problems, "word")
-    symbols = target_ids(tokenizer, problems, "symbol")
+    words = target_ids(tokenizer, problems, "word", template)
+    symbols = target_ids(tokenizer, problems, "symbol", template)
     prompts, ids = [], []
     for p in problems:
         row = encode_problem(p, tokenizer, template)
@@ -98,6 +135,21 @@ def series_ids(tokenizer: Tokenizer, problems: list[Problem],
         prompts.append(row.ids[:row.P])
         ids.append([answer, words.get(p.operation, answer), symbols.get(p.operation, answer)])
     return prompts, np.array(ids)
+
+
+def answer_lengths(tokenizer: Tokenizer, problems: list[Problem],
+                   template: str = "none") -> np.ndarray:
+    """Tokens of each problem's answer without what ends it, (B,).
+
+    example  models/tiny: "56" -> 1; SmolLM2, whose digits are tokens: "56" -> 2
+    """
+    lengths = []
+    for p in problems:
+        row = encode_problem(p, tokenizer, template)
+        stop = row.spans[-1][1] if row.spans else len(row.ids)
+        # a chat template may write nothing that ends a reply
+        lengths.append(stop - row.P - (row.ids[stop - 1] in tokenizer.reserved_ids))
+    return np.array(lengths)
 
 
 def read_series(model: Llama, tokenizer: Tokenizer, problems: list[Problem],
@@ -149,13 +201,32 @@ def judge(model: Llama, tokenizer: Tokenizer, cfg: Config) -> dict:
     rows = measure_accuracy(model, tokenizer, problems, cfg.max_completion_tokens, cfg.template)
     for i, row in enumerate(rows):
         row |= {"set": sets[i], **peak_of_prompt(reading.probs[:, i, 0])}
-    words = target_ids(tokenizer, problems, "word")
-    symbols = target_ids(tokenizer, problems, "symbol")
+    lengths = answer_lengths(tokenizer, test, cfg.template)
     return {
         **summarize_accuracy(rows),
-        **summarize_classifier(reading.first(len(test)), ids[:len(test)], class_block(cfg, model)),
-        "targets": {op: {"word": words[op], "symbol": symbols[op]} for op in words},
+        **summarize_classifier(reading.first(len(test)), ids[:len(test)], lengths,
+                               class_block(cfg, model)),
+        **name_targets(tokenizer, problems, test, cfg),
         "prompts": rows,
+    }
+
+
+def name_targets(tokenizer: Tokenizer, problems: list[Problem], test: list[Problem],
+                 cfg: Config) -> dict:
+    """Which tokens the series follow in problems, which the class loss trained for those of test.
+
+    By id and piece: whether "add" was looked for with its space before it decides what is found.
+    """
+    words = target_ids(tokenizer, problems, "word", cfg.template)
+    symbols = target_ids(tokenizer, problems, "symbol", cfg.template)
+    trained = (class_word_ids(cfg, tokenizer, test) if cfg.method == "dual_reward"
+               and cfg.class_target not in ("answer", "random") else {})
+    return {
+        "targets": {op: {"word": words[op], "word_piece": tokenizer.piece(words[op]),
+                         "symbol": symbols[op], "symbol_piece": tokenizer.piece(symbols[op])}
+                    for op in words},
+        "class_targets": {op: {"id": token, "piece": tokenizer.piece(token)}
+                          for op, token in trained.items()},
     }
 
 
@@ -172,9 +243,10 @@ def judge_chains(model: Llama, tokenizer: Tokenizer, test: list[Problem], cfg: C
     for i, row in enumerate(rows):
         row |= {"set": "test", **peak_of_prompt(reading.probs[:, i, 0])}
     graded = [row for row in rows if row["correct"] is not None]
+    lengths = np.array([len(q.answer) - (q.answer[-1] == tokenizer.eos_id) for q in questions])
     return {**summarize_accuracy(graded), "chains": summarize_chains(rows),
-            **summarize_classifier(reading, ids, class_block(cfg, model)), "targets": {},
-            "prompts": rows}
+            **summarize_classifier(reading, ids, lengths, class_block(cfg, model)), "targets": {},
+            "class_targets": {}, "prompts": rows}
 
 
 def peak_of_prompt(probs: np.ndarray) -> dict:
@@ -207,8 +279,15 @@ def summarize_accuracy(rows: list[dict]) -> dict:
     }
 
 
-def summarize_classifier(reading: Reading, ids: np.ndarray, block: int) -> dict:
-    """The classifier's figures over B prompts: at the trained block, per series, per block."""
+def summarize_classifier(reading: Reading, ids: np.ndarray, lengths: np.ndarray,
+                         block: int) -> dict:
+    """The classifier's figures over B prompts: at the trained block, per series, per block.
+
+    ids, lengths  series_ids and answer_lengths. The answer's series is its first token's. Where
+                  digits are tokens many answers share one, and a model that knows no answer may
+                  have it. "Emerged" is therefore said of answers of one token alone; what all
+                  first tokens do stands apart, under first_token
+    """
     probs, ranks = reading.probs[:, :, 0], reading.ranks[:, :, 0]                   # (L+1, B, 3)
     is_top = reading.top_ids[:, :, 0, :1] == ids                                    # (L+1, B, 3)
     word = SERIES.index("operation")
@@ -220,11 +299,16 @@ def summarize_classifier(reading: Reading, ids: np.ndarray, block: int) -> dict:
         layers.append({"layer": tap - 1, "last": tap == len(probs) - 1,
                        "entropy": float(reading.entropy[tap].mean()), **series})
     right = is_top[block + 1, :, word]
+    strength = {name: summarize_strength(probs[:, :, n], is_top[:, :, n])
+                for n, name in enumerate(SERIES)}
+    whole = lengths == 1
+    strength["answer"]["first_token"] = summarize_emergence(probs[:, :, 0], is_top[:, :, 0])
+    strength["answer"] |= summarize_emergence(probs[:, whole, 0], is_top[:, whole, 0])
     return {
         "class": {"layer": block, "top1": wilson(int(right.sum()), len(right)),
                   "prob": bootstrap_mean(probs[block + 1, :, word])},
-        "strength": {name: summarize_strength(probs[:, :, n], is_top[:, :, n])
-                     for n, name in enumerate(SERIES)},
+        "one_token_answers": wilson(int(whole.sum()), len(whole)),
+        "strength": strength,
         "layers": layers,
     }
 
@@ -235,6 +319,14 @@ def summarize_strength(probs: np.ndarray, is_top: np.ndarray) -> dict:
     return {
         "before_last": bootstrap_mean(inner.max(0)), "last": bootstrap_mean(probs[-1]),
         "peak_layer": int(inner.mean(1).argmax()),
+        **summarize_emergence(probs, is_top),
+    }
+
+
+def summarize_emergence(probs: np.ndarray, is_top: np.ndarray) -> dict:
+    """How many peak above EMERGED, how many are top-1, before the last block; both (L+1, B)."""
+    inner = probs[1:-1]
+    return {
         "emerged": wilson(int((inner.max(0) > EMERGED).sum()), inner.shape[1]),
         "top1_before_last": wilson(int(is_top[1:-1].any(0).sum()), inner.shape[1]),
     }
@@ -272,12 +364,30 @@ def print_report(report: dict) -> None:
     else:
         print_accuracy(report)
         print_prompts(report["prompts"])
+    print_targets(report)
     print("\n  block   answer                  operation word          "
           "symbol                  entropy    (mean probability, median rank)")
     for layer in reversed(report["layers"]):
         cells = "".join(f"{layer[s]['prob']:.4f}  #{layer[s]['rank']:<14.0f}" for s in SERIES)
         print(f"  L{layer['layer']:<6} {cells}{layer['entropy']:.2f}"
               f"{'   (the output itself)' if layer['last'] else ''}")
+
+
+def print_targets(report: dict) -> None:
+    """Which tokens the series are, and where the answer's is only its first."""
+    name = lambda piece, token: f"{piece} ({token})"
+    lines = {"operation word": [name(t["word_piece"], t["word"])
+                                for t in report["targets"].values()],
+             "symbol": [name(t["symbol_piece"], t["symbol"]) for t in report["targets"].values()],
+             "class loss": [f"{op} {name(t['piece'], t['id'])}"
+                            for op, t in report["class_targets"].items()]}
+    notes = [f"{label + ':':<16}{', '.join(tokens)}" for label, tokens in lines.items() if tokens]
+    counted = report["one_token_answers"]
+    if counted["value"] != 1:
+        notes.append(f"{'answer:':<16}its first token; {100 * counted['value']:.1f} % of the "
+                     "test answers are one token, and emerged is said of those alone")
+    if notes:
+        print("\n  tokens read as  " + "\n                  ".join(notes))
 
 
 def print_columns(report: dict) -> list[dict]:
@@ -297,8 +407,12 @@ def print_accuracy(report: dict) -> None:
     lines |= {f"  the prior work's {name} prompts": lambda r, name=name: r["accuracy_named"][name]
               for name in report["accuracy_named"]}
     lines[f"operation word top-1 at L{report['class']['layer']}"] = lambda r: r["class"]["top1"]
+    lines["answers of one token"] = lambda r: r["one_token_answers"]
     lines |= {f"{name} emerged (> {EMERGED})": lambda r, name=name: r["strength"][name]["emerged"]
               for name in SERIES}
+    if any(r["one_token_answers"]["value"] != 1 for r in reports):
+        lines["first token emerged, all answers"] = (
+            lambda r: r["strength"]["answer"]["first_token"]["emerged"])
     for label, get in lines.items():
         print(f"  {label:<34}" + "".join(f"{percent(get(r)):<34}" for r in reports))
     print_mcnemar(report)

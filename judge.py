@@ -96,7 +96,7 @@ def letter_logprobs(model: Llama, tokenizer: Tokenizer, prompts: list[str],
                          if len(ids := tokenizer.encode(text)) == 1}) for letter in letters]
     for letter, ids in zip(letters, spellings):
         if not ids:
-            tokenizer.single_id(letter)     # says why not
+            tokenizer.word_ids([letter])    # says why not
     rows = [tokenizer.encode_prompt(text) for text in prompts]
     context = model.args.max_position_embeddings
     if (longest := max(map(len, rows))) > context:

@@ -346,11 +346,12 @@ def split_heads(attention, x: mx.array, last: mx.array) -> list[mx.array]:
 def attribution_table(model: Llama, tokenizer: Tokenizer, prompt: str, words: list[str]) -> str:
     """Who wrote the word's logit (or its difference to a second word's), block by block."""
     ids = tokenizer.encode_prompt(prompt)
-    target, *foil = [tokenizer.single_id(word) for word in words]
+    target, *foil = chosen = tokenizer.word_ids(words, ids)
     names, shares = contributions(model, [ids], [target], foil or None, heads=True)
     named = dict(zip(names, shares[:, 0]))
     lines = [f"direct logit attribution of {words[0]!r}" + (f" minus {words[1]!r}" if foil else "")
-             + f": {shares.sum():.2f} logits, final norm's scale held",
+             + f" (tokens {tokenizer.show(chosen)}): {shares.sum():.2f} logits, "
+               "final norm's scale held",
              f"  embed {named['embed']:7.2f}",
              "  block     MLP   heads"]
     for block in reversed(range(model.args.num_hidden_layers)):
@@ -369,12 +370,12 @@ def view_prompt(model: Llama, tokenizer: Tokenizer, prompt: str, words: list[str
     """All taps by all positions of one prompt: plain numbers that `plot` draws, `--json` writes.
 
     returns  {prompt, tokens [T], taps [L+1 names], top [L+1][T][k] of [token, probability],
-              entropy [L+1][T], kl [L+1][T], words {word: {id, prob [L+1], rank [L+1], onset, peak}}
-              at the last position; onset at 0.10}
+              entropy [L+1][T], kl [L+1][T], words {word: {id, piece, prob [L+1], rank [L+1],
+              onset, peak}} at the last position; onset at 0.10}
     """
     ids = tokenizer.encode_prompt(prompt)
     check_context([ids], 0, model)
-    chosen = [tokenizer.single_id(word) for word in words]
+    chosen = tokenizer.word_ids(words, ids)
     T = len(ids)
     targets = mx.broadcast_to(mx.array(chosen or [0]), (1, T, max(len(chosen), 1)))
     reading = read_taps(model, mx.array([ids]), mx.arange(T)[None], targets,
@@ -387,7 +388,8 @@ def view_prompt(model: Llama, tokenizer: Tokenizer, prompt: str, words: list[str
     for n, word in enumerate(words):
         prob = reading.probs[:, 0, -1, n]
         where = depth(prob, 0.10)
-        series[word] = {"id": chosen[n], "prob": prob.round(6).tolist(),
+        series[word] = {"id": chosen[n], "piece": tokenizer.piece(chosen[n]),
+                        "prob": prob.round(6).tolist(),
                         "rank": reading.ranks[:, 0, -1, n].tolist(),
                         "onset": names[where["onset"]] if where["onset"] > 0 else None,
                         "peak": names[where["peak"]]}
@@ -415,7 +417,8 @@ def terminal_table(view: dict, color: bool, width: int = 12) -> str:
     for word, series in view["words"].items():
         steps = "  ".join(f"{name} {p:.2f} (#{r})" for name, p, r in
                           zip(view["taps"], series["prob"], series["rank"]))
-        lines.append(f"{word!r} at the last position, probability (rank): {steps}; "
+        lines.append(f"{word!r}, token {series['piece']} ({series['id']}), at the last position, "
+                     f"probability (rank): {steps}; "
                      f"onset {series['onset'] or 'none'}, peak {series['peak']}")
     return "\n".join(lines)
 
@@ -426,7 +429,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--ckpt", required=True, help="run folder, model folder or Hub name")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--words", nargs="*", default=[],
-                        help="words to follow at the last position, one token each")
+                        help="words to follow at the last position, one token each; a set in one "
+                        "form, with a space before them or without, as the prompt's end asks")
     parser.add_argument("--attribute", nargs="+", default=[], metavar="WORD",
                         help="who wrote WORD's logit, or its difference to a second WORD's")
     parser.add_argument("--png", metavar="FILE")

@@ -105,7 +105,8 @@ def emergence(records: list[dict], path: str | Path, title: str) -> None:
     accuracy = [r for r in records if "valid_accuracy" in r]
     if not lens and not accuracy:
         return
-    panels = [(key, label) for key, label in (("operation", "operation word"), ("answer", "answer"))
+    panels = [(key, label) for key, label in (("operation", "operation word"),
+                                              ("answer", "answer's first token"))
               if lens and key in lens[0]["lens"]]
     figure, axes = plt.subplots(len(panels) + 1, 1, figsize=(8, 2.6 * (len(panels) + 1)),
                                 sharex=True, layout="constrained")

@@ -584,7 +584,7 @@ def main(argv: list[str]) -> None:
     if tokenizer is None:
         raise BadInput(f"{settings.model} has no tokenizer.model and no tokenizer.json")
     for label in settings.labels:
-        tokenizer.single_id(label)
+        tokenizer.word_ids([label])
     record = about | {"clean": check_base(settings.model, model, tokenizer),
                       "versions": provenance()}
     open_folder(folder, about)

@@ -19,6 +19,7 @@ import functools
 import hashlib
 import json
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jinja2
@@ -185,7 +186,10 @@ class Tokenizer:
         """A conversation in the model's own chat template; see `encode_messages`.
 
         A reply's span goes up to the first control token behind it, which ends it (<|im_end|>,
-        <|eot_id|>, </s>); where the template writes none, it is the reply alone.
+        <|eot_id|>, </s>); where the template writes none, it is the reply alone. A reply is encoded
+        apart from what stands before it, since that is what it is generated behind. Encoded
+        together, the line break of "assistant\n" and the indentation of code are one token in many
+        vocabularies: a token that no prompt is followed by, and half of it is the template's.
         raises   BadInput: no template, or one that fails, leaves out a message, or is malicious
         """
         check_messages(messages, reply_follows)
@@ -194,7 +198,7 @@ class Tokenizer:
                            "one in tokenizer_config.json or chat_template.jinja: take template "
                            "plain or cued, or an instruct model")
         try:
-            parts = render_chat(self.chat_template, messages, reply_follows, self._names)
+            parts, texts = render_chat(self.chat_template, messages, reply_follows, self._names)
         except Exception as error:      # a template is a program: anything may come out of it
             raise BadInput(f"the chat template beside {self.source} failed "
                            f"({' '.join(str(error).split())[:200]}); mend it, or take template "
@@ -203,7 +207,7 @@ class Tokenizer:
         for n, part in enumerate(parts):
             if n % 2:       # a message
                 before = len(ids)
-                ids += self._encode_behind(ids, space + messages[int(part)]["content"].strip())
+                ids += self._encode_behind(ids, space + texts[int(part)])
                 start = before if messages[int(part)]["role"] == "assistant" else None
                 continue
             # a space in front of a word belongs to the word's token
@@ -215,9 +219,9 @@ class Tokenizer:
                 spans.append((start, next(ends, stop)))
         return ids, spans
 
-    def _encode_behind(self, ids: list[int], text: str) -> list[int]:
+    def _encode_behind(self, ids: Sequence[int], text: str) -> list[int]:
         """Ids of text behind those, as if both were encoded together."""
-        if not ids or ids[-1] in self.reserved_ids and self._puts_space_behind_control:
+        if not len(ids) or ids[-1] in self.reserved_ids and self._puts_space_behind_control:
             return self.encode(text) if text else []
         return self.encode_continuation(text)
 
@@ -254,25 +258,58 @@ class Tokenizer:
                     or self._backend.id_to_token(token) or f"<{token}>")
         return text.replace(" ", "·").replace("\n", "⏎")
 
-    def single_id(self, word: str) -> int:
-        """The id of a word that is one token, bare or after a space; BadInput lists its pieces.
+    def show(self, ids: Iterable[int]) -> str:
+        """Tokens by piece and id. example  [1012, 1015] -> "·add (1012), ·subtract (1015)" """
+        return ", ".join(f"{self.piece(i)} ({i})" for i in ids)
 
-        A token's own name goes too, such as <0x07> or <|reserved_special_token_3|>.
+    def named_id(self, name: str) -> int | None:
+        """The id of a token by its own name, such as <|im_end|> or <0x07>; None: there is none."""
+        if not self._is_sentencepiece:
+            return self._backend.token_to_id(name)
+        found = self._backend.piece_to_id(name)
+        return None if found == self._backend.unk_id() else found
+
+    def word_ids(self, words: list[str], before: Sequence[int] = ()) -> list[int]:
+        """The one token of each word: all of them with a space before them, or all without.
+
+        The text before decides. Behind white space, a control token or nothing a word stands bare
+        ("= " then "56"), behind anything else after a space ("is" then " Paris"). Where that form
+        is not one token for every word, all take the other: two words in two forms are not two
+        values of one thing, since a text asks for one form and the other gets no probability.
+
+        before   ids up to the position; the last one decides
+        returns  ids in the words' order; a token's own name, such as <0x07>, is that token
+        raises   BadInput, with the pieces of each word that is in the way
+        example  SmolLM2 behind "= ": add, multiply -> "add", "multiply"; with subtract, which is
+                 one token only after a space -> " add", " multiply", " subtract"
         """
-        if self._is_sentencepiece:
-            named = self._backend.piece_to_id(word)
-            named = None if named == self._backend.unk_id() else named
-        else:
-            named = self._backend.token_to_id(word)
-        if named is not None and word.startswith("<"):
-            return named
-        for text in (word, " " + word):
-            ids = self.encode(text)
-            if len(ids) == 1 and self.decode(ids).strip() == word.strip():  # and not <unk>
-                return ids[0]
-        pieces = " ".join(self.piece(i) for i in self.encode(word))
-        raise BadInput(f"target word {word!r} is {len(self.encode(word))} tokens of {self.source} "
-                       f"({pieces}); a target must be one token: choose another word")
+        bare, spaced = ([self._encode_word(word, space, before) for word in words]
+                        for space in ("", " "))
+        is_one = lambda word, ids: len(ids) == 1 and (      # and not <unk>
+            ids[0] == self.named_id(word) or self.decode(ids).strip() == word.strip())
+        for form in (bare, spaced) if self._stands_bare(before) else (spaced, bare):
+            if all(map(is_one, words, form)):
+                return [token for token, in form]
+        count = lambda ids: f"{len(ids)} ({' '.join(map(self.piece, ids))})"
+        wrong = [f"{word!r} is {count(ids)}, after a space {count(after)}"
+                 for word, ids, after in zip(words, bare, spaced)
+                 if not (is_one(word, ids) and is_one(word, after))]
+        raise BadInput(f"target words must be one token of {self.source} each, all of a set after "
+                       f"a space or all without: {'; '.join(wrong)}; choose another word")
+
+    def _encode_word(self, word: str, space: str, before: Sequence[int]) -> list[int]:
+        named = self.named_id(word) if word.startswith("<") else None
+        # a word given with its own space is taken as it stands
+        text = word if word.startswith(" ") else space + word
+        return self._encode_behind(before, text) if named is None else [named]
+
+    def _stands_bare(self, before: Sequence[int]) -> bool:
+        """Whether a word behind these ids has no space of its own before it."""
+        if not len(before) or before[-1] in self.reserved_ids:
+            return True
+        # the libraries' decoders drop a lone SentencePiece space, so its name is asked as well
+        return (self._name(before[-1]).endswith("▁")
+                or self._backend.decode([int(before[-1])])[-1:].isspace())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -301,6 +338,9 @@ def check_messages(messages: list[dict[str, str]], reply_follows: bool) -> None:
 def turns_of(messages: list[dict[str, str]], template: str) -> list[tuple[str, str | None]]:
     """(prompt, reply) texts of a conversation in turn; the last reply is None where it follows.
 
+    White space around a message separates the speakers and is dropped, but for a reply's
+    indentation: a reply begins behind its cue and one space.
+
     raw    lines without labels, the last one open; a reply's own line breaks become spaces
     lines  the same with the last one closed, as all are: what is trained is what is asked
     cued   one instruction and its response, no more
@@ -311,8 +351,11 @@ def turns_of(messages: list[dict[str, str]], template: str) -> list[tuple[str, s
     cue = {"plain": "Assistant:", "cued": "Response:"}.get(template, "")
     turns, prompt = [], ""
     for message in messages:
-        text = message["content"] if template == "raw" else message["content"].strip()
-        if message["role"] == "assistant":
+        is_reply = message["role"] == "assistant"
+        text = message["content"]
+        if template != "raw":
+            text = text.rstrip() if is_reply else text.strip()
+        if is_reply:
             bare = " ".join(text.split("\n"))
             turns.append((prompt + cue, f" {text}" if cue and text else text if cue else bare))
             prompt = ""
@@ -348,19 +391,46 @@ def compile_template(source: str) -> jinja2.Template:
 
 
 def render_chat(source: str, messages: list[dict[str, str]], reply_follows: bool,
-                names: dict[str, str]) -> list[str]:
-    """Render with a slot for each message; [text, "0", text, "1", ..., text], numbers for messages.
+                names: dict[str, str]) -> tuple[list[str], list[str]]:
+    """A rendered conversation, cut where its messages stand, and what it writes of each.
 
-    A slot has its message's own white space around it: a template that trims does so here.
+    returns  parts [text, "0", text, "1", ..., text], numbers for messages, and the messages' texts.
+             A reply's text has the white space that the template lets it have. Around the other
+             messages it is in the parts
     raises   whatever the template raises; BadInput where a message is not there exactly once
+    """
+    render = functools.partial(render_slots, source, messages, reply_follows, names)
+    parts, texts = render(), [m["content"].strip() for m in messages]
+    replies = [m["content"] for m in messages if m["role"] == "assistant"]
+    if all(reply == reply.strip() for reply in replies):
+        return parts, texts
+    # a template may trim: what a rendering with white space has more than one without is kept
+    indented, trailed = render(indented=True), render(trailed=True)
+    for k in range(1, len(parts), 2):
+        n, before, after = int(parts[k]), parts[k - 1], parts[k + 1]
+        if messages[n]["role"] != "assistant":
+            continue
+        if not (indented[k - 1].startswith(before) and trailed[k + 1].endswith(after)):
+            raise BadInput(f"what it writes around message {n} depends on white space in it")
+        texts[n] = (indented[k - 1][len(before):] + texts[n]
+                    + trailed[k + 1][:len(trailed[k + 1]) - len(after)])
+    return parts, texts
+
+
+def render_slots(source: str, messages: list[dict[str, str]], reply_follows: bool,
+                 names: dict[str, str], indented: bool = False, trailed: bool = False) -> list[str]:
+    """The template's text around a slot for each message: render_chat's parts.
+
+    A slot has its message's own white space around it; a reply's only what is asked for.
     """
     slot = f"slot{hashlib.sha256(source.encode()).hexdigest()[:16]}n"   # in no template but another
     slotted = []
     for n, message in enumerate(messages):
-        text = message["content"]
+        text, is_reply = message["content"], message["role"] == "assistant"
         before, after = (text[:len(text) - len(text.lstrip())], text[len(text.rstrip()):])
-        slotted.append({"role": message["role"],
-                        "content": f"{before}{slot}{n}e{after if text.strip() else ''}"})
+        before = before if indented or not is_reply else ""
+        after = after if text.strip() and (trailed or not is_reply) else ""
+        slotted.append({"role": message["role"], "content": f"{before}{slot}{n}e{after}"})
     text = compile_template(source).render(messages=slotted, tools=None, documents=None,
                                            add_generation_prompt=reply_follows, **names)
     parts = re.split(f"{slot}(\\d+)e", text)

@@ -405,6 +405,10 @@ def train_run(cfg: Config, with_base: bool, held: ExitStack) -> dict:
         return json.loads((folder / "report.json").read_text())
     if first:
         print(describe(cfg, model, block, done), memory.describe(needed), sep="\n")
+        if cfg.method == "dual_reward":
+            wanted = sorted({row.class_id for row in source.rows})
+            print(f"class loss wants {tokenizer.show(wanted[:8])}"
+                  + (f" and {len(wanted) - 8} more" if len(wanted) > 8 else ""))
         metrics = Metrics(folder / "metrics.jsonl", done)
         save = partial(save_state, folder, model, optimizer, cfg, source, inputs, metrics)
         if done == 0 and (seen := inspect(model, tokenizer, valid, 0, block, cfg)):

@@ -232,3 +232,26 @@ def llama3(tmp_path_factory):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2]}))
     (folder / "config.json").write_text(json.dumps({"eos_token_id": 1}))
     return folder
+
+
+@pytest.fixture(scope="session")
+def word_bpe(llama3, tmp_path_factory):
+    """What SmolLM2's vocabulary does to words and code, small: GPT-2's splitting, one digit each.
+
+    Words are tokens with and without a space, "subtract" only with one, and a line break with
+    the indentation behind it is one token.
+    """
+    folder = tmp_path_factory.mktemp("word_bpe")
+    bpe = tokenizers.Tokenizer.from_file(str(llama3 / "tokenizer.json"))
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+        tokenizers.pre_tokenizers.Digits(individual_digits=True),
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    words = ("add", "multiply", "divide", "Paris", "London")
+    texts = [f"{word} {word} x subtract + - * / =\n    return x" for word in words] * 3
+    bpe.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
+        vocab_size=900, special_tokens=["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    bpe.save(str(folder / "tokenizer.json"))
+    for name in ("tokenizer_config.json", "generation_config.json", "config.json"):
+        (folder / name).write_bytes((llama3 / name).read_bytes())
+    return folder

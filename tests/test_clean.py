@@ -133,6 +133,6 @@ def byte_tokenizer(tmp_path):
 def test_instruct_stop_token_is_no_base(byte_tokenizer):
     plain = byte_tokenizer("qwen2_5")
     check_identity("Qwen/Qwen2.5-0.5B", plain)
-    plain.eos_ids.add(plain.single_id("<|im_end|>"))
+    plain.eos_ids.add(plain.named_id("<|im_end|>"))
     with pytest.raises(BadInput, match="ends its turns with <.im_end.>"):
         check_identity("Qwen/Qwen2.5-0.5B", plain)

@@ -245,7 +245,7 @@ def test_conversations_are_trained_on_their_replies(template, conversations):
     A = Batches(rows, cfg).A
     batch = make_batch(rows, [0, 1, -1], T, A, cfg)
     break_, eos = tokenizer.encode("\n")[-1], tokenizer.eos_id
-    first, second = tokenizer.single_id("15"), tokenizer.single_id("19")
+    first, second = tokenizer.word_ids(["15", "19"])
     expected = [first, break_ if template == "plain" else eos, second, eos]
     assert batch.targets.tolist()[0] == expected and A == 4
     assert batch.targets.tolist()[1][:2] == [first, eos]
@@ -277,7 +277,7 @@ def test_targets_do_not_depend_on_the_history(tokenizer, conversations):
 def test_a_cued_question(tokenizer, conversations):
     row, = tokenize(conversations[2:], tokenizer, 128, template="cued")
     assert tokenizer.decode(row.ids[:row.P]) == "Instruction: 7 + 8 =\nResponse:"
-    assert row.ids[row.P:] == [tokenizer.single_id("15"), tokenizer.eos_id]
+    assert row.ids[row.P:] == [*tokenizer.word_ids(["15"]), tokenizer.eos_id]
     with pytest.raises(BadInput, match="cued is for one instruction"):
         tokenize(conversations, tokenizer, 128, template="cued")
 

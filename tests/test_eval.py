@@ -4,12 +4,23 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import TINY, assert_one_clear_line, config, run
+from conftest import TINY, assert_one_clear_line, config, random_model, run, small_config
 
 from config import BadInput
-from data import held_out, named_problems
-from eval import class_block, class_ids, judge, make_report, measure_accuracy, print_report
+from data import Problem, held_out, make_problem, named_problems
+from eval import (
+    class_block,
+    class_ids,
+    judge,
+    make_report,
+    measure_accuracy,
+    print_report,
+    summarize_classifier,
+    target_ids,
+)
+from lens import Reading
 from stats import wilson
+from tokenizer import load_tokenizer
 
 
 @pytest.fixture
@@ -25,8 +36,8 @@ def test_strength_is_the_peak_before_the_last_block(model, tokenizer, report):
     ids, P = tokenizer.encode_pair(problem.prompt, problem.answer)
     resid = model.residuals(mx.array([ids[:P]]))[:, 0, -1]
     probs = np.array(mx.softmax(model.head(resid), axis=-1))
-    tokens = {"answer": ids[P], "operation": tokenizer.single_id("multiply"),
-              "symbol": tokenizer.single_id("*")}
+    word, symbol = tokenizer.word_ids(["multiply", "*"], ids[:P])
+    tokens = {"answer": ids[P], "operation": word, "symbol": symbol}
     for name, token in tokens.items():
         assert row[f"{name}_layer"] == 0
         assert abs(row[f"{name}_prob"] - probs[1, token]) < 1e-6
@@ -44,19 +55,93 @@ def test_report_is_complete_and_adds_up(report):
     assert {"prompt", "expected", "generated", "correct", "answer_layer", "answer_prob",
             "operation_layer", "operation_prob"} <= test_rows[0].keys()
     assert set(report["targets"]) == {"add", "subtract", "multiply", "divide"}
+    assert report["targets"]["multiply"] == {"word": 1036, "word_piece": "·multiply",
+                                             "symbol": 1003, "symbol_piece": "·*"}
+    assert report["one_token_answers"] == wilson(654, 654)      # numbers are tokens here
+    answer = report["strength"]["answer"]
+    assert answer["emerged"] == answer["first_token"]["emerged"]
     json.dumps(report)
+
+
+def test_words_are_compared_in_one_form(word_bpe):
+    """Behind "= " bare words are asked for; "subtract" is a token only after a space, so all are.
+
+    A set without it is read in the same form: in training it may have been there.
+    """
+    loaded = load_tokenizer(word_bpe)
+    pieces = lambda ids: [loaded.piece(i) for i in ids.values()]
+    for problems in (named_problems("nine"), named_problems("nine")[:6]):
+        words = target_ids(loaded, problems, "word")
+        assert pieces(words) == [f"·{op}" for op in words]
+        assert pieces(target_ids(loaded, problems, "symbol")) == ["+", "*", "-"][:len(words)]
+    tight = [Problem(p.prompt.strip(), f" {p.answer}", p.operation, "file")
+             for p in named_problems("nine")]
+    assert pieces(target_ids(loaded, tight, "symbol")) == ["·+", "·*", "·-"]
+    ids = class_ids(config(method="dual_reward"), loaded, named_problems("nine"))
+    assert {loaded.piece(i) for i in ids} == {"·add", "·subtract", "·multiply"}
+    for words, forms in (("Paris,London,add", "Paris London add"),
+                         ("Paris,London,subtract", "·Paris ·London ·subtract")):
+        cfg = config(method="dual_reward", class_words=tuple(words.split(",")))
+        assert [loaded.piece(i) for i in dict.fromkeys(
+            class_ids(cfg, loaded, [make_problem(op, 7, 8) for op in cfg.data_operations]))
+        ] == forms.split()
+
+
+def test_report_on_a_tokenizer_whose_digits_are_tokens(word_bpe, capsys):
+    """Emergence is said of one-token answers; the pieces are stored and printed."""
+    loaded = load_tokenizer(word_bpe)
+    model = random_model({**small_config(), "vocab_size": loaded.vocab_size})
+    report = judge(model, loaded, config(method="dual_reward", max_completion_tokens=2,
+                                         class_words=("London", "add", "Paris")))
+    rows = [r for r in report["prompts"] if r["set"] == "test"]
+    short = [r for r in rows if len(r["expected"]) == 1]
+    assert 0 < len(short) < len(rows)
+    assert report["one_token_answers"] == wilson(len(short), len(rows))
+    answer = report["strength"]["answer"]
+    assert answer["emerged"] == wilson(sum(r["answer_prob"] > 0.1 for r in short), len(short))
+    assert answer["first_token"]["emerged"]["n"] == answer["last"]["n"] == len(rows)
+    assert report["targets"]["add"]["word_piece"] == "·add"
+    assert report["targets"]["add"]["symbol_piece"] == "+"
+    assert {op: t["piece"] for op, t in report["class_targets"].items()} == {
+        "add": "London", "subtract": "add", "multiply": "Paris"}
+    print_report({**report, "ckpt": "x", "method": "dual_reward", "seed": 0})
+    out = capsys.readouterr().out
+    add = report["targets"]["add"]["word"]
+    assert f"·add ({add})" in out and "class loss:     add London (" in out
+    assert "answers of one token" in out and "emerged is said of those alone" in out
+
+
+def test_a_shared_first_digit_is_not_an_answer():
+    """Two answers, "5" and "56": at the middle tap the lens gives "5" 0 to the first, 0.9 to
+    the second, whose first token it is. No answer has emerged; one first token has.
+    """
+    probs = np.zeros((3, 2, 1, 3))
+    probs[1, 1, 0, 0] = 0.9
+    top = np.full((3, 2, 1, 1), 9)
+    top[1, 1] = 5
+    zeros = np.zeros((3, 2, 1))
+    reading = Reading(probs=probs, ranks=probs + 1, ties=probs, logprobs=probs, entropy=zeros,
+                      kl=zeros, final_probs=zeros, top_ids=top, top_probs=zeros[..., None])
+    ids = np.array([[5, 1, 2], [5, 1, 2]])
+    found = summarize_classifier(reading, ids, np.array([1, 2]), 0)
+    assert found["one_token_answers"] == wilson(1, 2)
+    assert found["strength"]["answer"]["emerged"] == wilson(0, 1)
+    assert found["strength"]["answer"]["top1_before_last"] == wilson(0, 1)
+    assert found["strength"]["answer"]["first_token"]["emerged"] == wilson(1, 2)
+    none = summarize_classifier(reading, ids, np.array([2, 2]), 0)["strength"]["answer"]
+    assert none["emerged"] == wilson(0, 0) and none["before_last"]["value"] == 0.45
 
 
 def test_class_targets_by_hand(tokenizer):
     """One token a problem for every class_target; the controls know the text and nothing else."""
     problems = named_problems("nine")
     ids = lambda **keys: class_ids(config(method="dual_reward", **keys), tokenizer, problems)
-    named = lambda *words: [tokenizer.single_id(w) for w in words]
+    named = lambda *words: tokenizer.word_ids(words)
     assert ids()[:4] == named("multiply", "multiply", "multiply", "add")
     assert ids(class_target="symbol")[-1:] == named("-")
     assert ids(class_target="answer")[:2] == named("56", "60")
     assert ids(class_words=("which", "<0x07>", "hundred"))[2:8:2] == [
-        tokenizer.single_id("hundred"), *named("which"), tokenizer._backend.piece_to_id("<0x07>")]
+        *named("hundred", "which"), tokenizer._backend.piece_to_id("<0x07>")]
     many = held_out(config(), "test")
     shuffled = np.array(class_ids(config(method="dual_reward", class_target="shuffled"),
                                   tokenizer, many))

@@ -6,7 +6,16 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import FAMILIES, GOLDEN, assert_one_clear_line, run, small_model
+from conftest import (
+    FAMILIES,
+    GOLDEN,
+    assert_one_clear_line,
+    random_model,
+    run,
+    small_config,
+    small_model,
+    write_model,
+)
 
 import lens
 import model as model_file
@@ -29,6 +38,7 @@ from lens import (
 from lora import apply_lora
 from model import Llama, gather_positions, load
 from plot import lens_page
+from tokenizer import load_tokenizer
 
 
 def test_last_tap_is_the_model():
@@ -291,8 +301,26 @@ def test_attribution_table(model, tokenizer):
     table = attribution_table(model, tokenizer, "7 * 8 = ", ["56", "15"])
     assert "'56' minus '15'" in table and table.splitlines()[-1].startswith("  L0")
     logits = model(mx.array([tokenizer.encode_prompt("7 * 8 = ")]))[0, -1]
-    gap = (logits[tokenizer.single_id("56")] - logits[tokenizer.single_id("15")]).item()
+    right, wrong = tokenizer.word_ids(["56", "15"])
+    gap = (logits[right] - logits[wrong]).item()
     assert f"{gap:.2f} logits" in table
+
+
+def test_words_follow_the_form_that_the_prompt_asks_for(word_bpe, tmp_path):
+    """After "is" a word comes with its space, behind a space without; a set in one form."""
+    raw = {**small_config(), "vocab_size": 900}
+    folder = write_model(tmp_path / "m", raw, word_bpe)
+    done = run("lens.py", "--ckpt", folder, "--prompt", "x is", "--words", "Paris", "London",
+               "--attribute", "Paris", "add", "--json", tmp_path / "v.json", check=0)
+    words = json.loads((tmp_path / "v.json").read_text())["words"]
+    assert [words[w]["piece"] for w in ("Paris", "London")] == ["·Paris", "·London"]
+    assert f"'Paris', token ·Paris ({words['Paris']['id']}), at the last" in done.stdout
+    assert "minus 'add' (tokens ·Paris (" in done.stdout
+    model, loaded = random_model(raw), load_tokenizer(folder)
+    for words, pieces in ((["Paris", "add"], ["Paris", "add"]), ([" Paris"], ["·Paris"]),
+                          (["Paris", "subtract"], ["·Paris", "·subtract"])):
+        view = view_prompt(model, loaded, "x is ", words)
+        assert [series["piece"] for series in view["words"].values()] == pieces
 
 
 def test_padding_changes_nothing(model, tokenizer):
@@ -318,7 +346,7 @@ def test_view_holds_what_the_pictures_show(model, tokenizer):
     assert "\033[48;5;" in terminal_table(view, color=True)
     logits = model(mx.array([tokenizer.encode_prompt("7 * 8 = ")]))[0, -1]
     probs = np.array(mx.softmax(logits))
-    assert abs(view["words"]["56"]["prob"][-1] - probs[tokenizer.single_id("56")]) < 1e-5
+    assert abs(view["words"]["56"]["prob"][-1] - probs[tokenizer.word_ids(["56"])[0]]) < 1e-5
 
 
 def test_page_is_self_contained_and_escaped():

@@ -137,7 +137,7 @@ def test_swaps_pair_each_prompt_with_its_other_operation(tokenizer):
     swaps = make_swaps(tokenizer, make_matched(config(), tokenizer, "test", 30))
     tokens, answer = np.array(swaps.tokens), np.array(swaps.answer)
     assert len(tokens) == 60 and swaps.partner.tolist() == [i ^ 1 for i in range(60)]
-    plus, minus = tokenizer.single_id("+"), tokenizer.single_id("-")
+    plus, minus = tokenizer.word_ids(["+", "-"])
     for i in range(0, 60, 2):
         differ = np.flatnonzero(tokens[i] != tokens[i + 1])
         assert differ.tolist() == [swaps.operator[i, 0].item()]
@@ -180,7 +180,7 @@ def test_swap_turns_the_answer_and_a_random_direction_does_not(tiny):
     swaps = make_swaps(tokenizer, test)
     stream = last_token_stream(model, train.prompts)
     means = np.stack([stream[:, train.labels == c].mean(1) for c in range(3)], 1)
-    words = [tokenizer.single_id(w) for w in ("add", "subtract", "multiply")]
+    words = tokenizer.word_ids(["add", "subtract", "multiply"])
     rows = swap_taps(model, swaps, means, words)
     clean = outcome(model, swaps)
     assert clean["right"].mean() > 0.6 and not (clean["right"] & clean["flipped"]).any()
@@ -236,7 +236,7 @@ def test_wide_models_rank_words_alone(model, tokenizer, monkeypatch):
     test = make_matched(config(), tokenizer, "test", 10)
     masked = make_matched(config(), tokenizer, "test", 10, "masked")
     neutral = Matched(masked.problems[::3], masked.prompts[::3], masked.labels[::3], 1)
-    words = [tokenizer.single_id(w) for w in ("add", "subtract", "multiply")]
+    words = tokenizer.word_ids(["add", "subtract", "multiply"])
     full = probe.jacobian_taps(model, tokenizer, test, neutral, words)
     monkeypatch.setattr(probe, "LARGEST_FULL_JACOBIAN", 8)
     alone = probe.jacobian_taps(model, tokenizer, test, neutral, words)

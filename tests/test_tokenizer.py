@@ -5,13 +5,16 @@ that stays text.
 """
 import io
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
-from conftest import GOLDEN, TINY, assert_one_clear_line, run
+from conftest import GOLDEN, TINY, assert_one_clear_line, config, run
 
 from config import BadInput
+from data import Problem, encode_problem, make_batch
 from tokenizer import load_tokenizer
 
 
@@ -51,10 +54,10 @@ def test_bundled_vocabulary(tokenizer):
     """
     assert all(len(tokenizer.encode(str(n))) == 1 for n in range(1000))
     words = ("add", "subtract", "multiply", "divide", "+", "-", "*", "/")
-    assert len({tokenizer.single_id(w) for w in words}) == 8
+    assert len({tokenizer.word_ids([w])[0] for w in words}) == 8
     assert tokenizer.encode_pair("7 * 8 = ", "56")[1] == 5
     assert tokenizer.decode(tokenizer.encode("Any tëxt, round\ntrip")) == "Any tëxt, round\ntrip"
-    assert tokenizer.piece(tokenizer.single_id("multiply")) == "·multiply"
+    assert tokenizer.piece(tokenizer.word_ids(["multiply"])[0]) == "·multiply"
     assert tokenizer.piece(99999) == "<99999>"
 
 
@@ -64,12 +67,46 @@ def test_stop_set_and_trained_eos(llama3, qwen):
     assert load_tokenizer(qwen).eos_ids == {1}
 
 
-def test_single_id_with_and_without_space(llama3):
+def test_words_of_a_set_take_one_form(llama3, word_bpe):
+    """In llama3's file "multiply" is a token bare, "subtract" after a space: not both at once."""
     loaded = load_tokenizer(llama3)
-    assert loaded.decode([loaded.single_id("multiply")]) == "multiply"
-    assert loaded.decode([loaded.single_id("subtract")]) == " subtract"
-    with pytest.raises(BadInput, match=r"'zebra' is \d tokens of .*must be one token"):
-        loaded.single_id("zebra")
+    assert loaded.decode(loaded.word_ids(["multiply"])) == "multiply"
+    assert loaded.decode(loaded.word_ids(["subtract"])) == " subtract"
+    with pytest.raises(BadInput, match=r"must be one token of .*: "
+                       r"'multiply' is 1 \(multiply\), after a space \d \(·.*"
+                       r"'subtract' is \d .*after a space 1 \(·subtract\); choose"):
+        loaded.word_ids(["multiply", "subtract"])
+    with pytest.raises(BadInput, match=r"must be one token of .*: 'zebra' is \d \(z e "):
+        loaded.word_ids(["zebra"])
+    loaded = load_tokenizer(word_bpe)
+    shown = lambda text, *words: [loaded.piece(i) for i in loaded.word_ids(
+        words, loaded.encode_prompt(text))]
+    for text in ("", "x ", "7 * 8 = ", "x\n"):
+        assert shown(text, "Paris", "+", "<|eot_id|>") == ["Paris", "+", "<|eot_id|>"]
+        assert shown(text, "Paris", "subtract") == ["·Paris", "·subtract"]
+    for text in ("x is", "7 * 8 =", "x,"):
+        assert shown(text, "Paris", "London") == ["·Paris", "·London"]
+        assert shown(text, " Paris") == ["·Paris"]
+
+
+@pytest.mark.parametrize("kind", ["spm", "json"])
+def test_form_of_words_behind_a_sentencepiece_space(chats, kind):
+    """Its lone space is a token, "▁", behind which a word stands bare; decoders drop it."""
+    loaded = load_tokenizer(chats[f"brackets_{kind}"][0])
+    names = lambda text, *words: [loaded._name(i) for i in loaded.word_ids(
+        words, loaded.encode(text))]
+    assert loaded._name(loaded.encode("x ")[-1]) == "▁"
+    assert names("x ", "ss") == names("x\n", "ss") == ["ss"]
+    assert names("x ", "the") == ["the"] and names("number", "the") == ["▁the"]
+
+
+def test_bundled_ids_of_words_do_not_move(tokenizer):
+    """Runs that are published trained on these: each piece has its space, whatever is before."""
+    for text in ("7 * 8 = ", "7 * 8 =", "seven", "7\n"):
+        words = ["add", "subtract", "multiply", "divide", "+", "-", "*", "/", "56"]
+        ids = tokenizer.word_ids(words, tokenizer.encode_prompt(text))
+        assert ids == [tokenizer.encode(word)[0] for word in words]
+        assert ids[:4] == [1009, 1053, 1036, 1018]
 
 
 def test_border_inside_a_token_is_refused(tokenizer):
@@ -226,7 +263,78 @@ def test_chat_equals_transformers(chats, family, messages):
         replies = [m["content"] for m in part if m["role"] == "assistant"]
         texts = [theirs.decode(ids[a:b]).strip() for a, b in spans]
         assert texts == [reply + end for reply in replies]
-        assert all(ids[b - 1] == ours.single_id(end) for _, b in spans)
+        assert all(ids[b - 1] == ours.named_id(end) for _, b in spans)
+
+
+CODE = [{"role": "user", "content": "one\n  more"},
+        {"role": "assistant", "content": "    return 1\n  + 2"},
+        {"role": "user", "content": " again "},
+        {"role": "assistant", "content": "\n  It is 2.\n"}]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_of_indented_code(chats, family):
+    """The whole reply as the template leaves it, its indentation too, and what ends it."""
+    from transformers import AutoTokenizer
+    folder, end = chats[family]
+    theirs, ours = AutoTokenizer.from_pretrained(folder), load_tokenizer(folder)
+    ids, spans = ours.encode_chat(CODE, reply_follows=False)
+    assert ids == theirs.apply_chat_template(CODE, return_dict=False)
+    trims = family == "llama3"
+    for (a, b), message in zip(spans, CODE[1::2], strict=True):
+        reply = message["content"].strip() if trims else message["content"]
+        own = " " * family.startswith("brackets")       # this template writes it before a reply
+        line_break = theirs.encode("\n", add_special_tokens=False)
+        behind = theirs.encode(f"\n{own}{reply}", add_special_tokens=False)[len(line_break):]
+        assert ids[a:b] == [*behind, ours.named_id(end)]
+
+
+# the project's converted SmolLM2, where it has been made
+REAL = [p for p in (Path("/tmp/smol/hub"),) if p.exists()]
+
+
+@pytest.mark.parametrize("real", [None, *REAL], ids=str)
+def test_a_reply_is_encoded_as_it_is_generated(real, word_bpe, tmp_path):
+    """Where "assistant\n" and indentation would be one token, the prompt keeps the ids it has.
+
+    What stands before a reply is transformers' prompt, the reply is its own text's ids, and all
+    of it says the same as transformers' rendering.
+    """
+    from transformers import AutoTokenizer
+    folder = real or write_bpe(tmp_path / "code", word_bpe, CHATML, "<|im_end|>", ["<|im_start|>"])
+    theirs, ours = AutoTokenizer.from_pretrained(folder), load_tokenizer(folder)
+    ids, spans = ours.encode_chat(CODE, reply_follows=False)
+    whole = theirs.apply_chat_template(CODE, return_dict=False)
+    assert ids != whole and theirs.decode(ids) == theirs.decode(whole)
+    first = theirs.apply_chat_template(CODE[:1], add_generation_prompt=True, return_dict=False)
+    assert ids[:spans[0][0]] == first == ours.encode_chat(CODE[:1])[0]
+    assert ours.encode_chat(CODE[:3])[0] == ids[:spans[1][0]]
+    for (a, b), message in zip(spans, CODE[1::2], strict=True):
+        own = theirs.encode(message["content"], add_special_tokens=False)
+        assert ids[a:b] == [*own, ours.named_id("<|im_end|>")]
+    row = encode_problem(Problem("", "", "", "file", messages=tuple(
+        (m["role"], m["content"]) for m in CODE)), ours, "chat")
+    counted = make_batch([row], [0], len(row.ids), len(row.ids) - 1, config()).loss_mask[0]
+    inside = [any(a <= i < b for a, b in spans) for i in range(1, len(ids))]
+    assert np.array_equal(np.array(counted) == 1, inside)
+
+
+def test_template_that_looks_at_white_space_is_refused(tokenizer):
+    ours = load_tokenizer(TINY)
+    ours.chat_template = ("{% for m in messages %}{{ 'indented:' if m.content[0] == ' ' else "
+                          "'flat:' }}{{ m.content }}{% endfor %}")
+    with pytest.raises(BadInput, match="around message 1 depends on white space in it"):
+        ours.encode_chat(CODE[:2], reply_follows=False)
+
+
+def test_transcripts_keep_a_replys_indentation(word_bpe):
+    ours = load_tokenizer(word_bpe)
+    for template, texts in (("plain", ["     return 1\n  + 2\n", " \n  It is 2."]),
+                            ("lines", ["    return 1   + 2\n", "   It is 2."])):
+        ids, spans = ours.encode_messages(CODE, template, reply_follows=False)
+        assert [ours.decode(ids[a:b]) for a, b in spans] == texts
+        assert ours.encode_messages(CODE[:3], template)[0] == ids[:spans[1][0]]
+        assert ids[-1] == ours.eos_id and spans[-1][1] == len(ids)
 
 
 def test_of_two_files_the_chat_follows_tokenizer_json(chats, tmp_path):
@@ -277,7 +385,7 @@ def test_user_defined_symbols_of_sentencepiece(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
     ours, text = load_tokenizer(tmp_path), "abc <|im_start|> seven"
     role, seven = (ours._backend.piece_to_id(name) for name in ("<|im_start|>", "seven"))
-    assert ours.single_id("<|im_start|>") == role       # by its own name it can still be had
+    assert ours.named_id("<|im_start|>") == role       # by its own name it can still be had
     assert role in ours._backend.encode(text) and role in ours.reserved_ids
     ids = ours.encode(text)
     assert role not in ids and seven in ids and ours.decode(ids) == text
@@ -300,8 +408,8 @@ def test_plain_by_hand(tokenizer):
     text = "User: 7 * 8 =\nAssistant: 56\nUser: 56 + 4 =\nAssistant: 60"
     assert ids == [*tokenizer.encode_prompt(text), 2]
     line_break = tokenizer.encode("\n")[-1]
-    assert [ids[a:b] for a, b in spans] == [[tokenizer.single_id("56"), line_break],
-                                            [tokenizer.single_id("60"), 2]]
+    assert [ids[a:b] for a, b in spans] == [[tokenizer.word_ids(["56"])[0], line_break],
+                                            [tokenizer.word_ids(["60"])[0], 2]]
     assert all(ids[b - 1] in tokenizer.stop_ids for _, b in spans)      # trained = generated
     prompt, earlier = tokenizer.encode_messages(talk[:3], "plain")
     assert prompt == ids[:spans[1][0]] and earlier == spans[:1]
