@@ -8,6 +8,7 @@ silently, and evaluated half an adapter.
 
     python lora.py --ckpt runs/sft --out fused                  # fuse: a folder in the Hub's layout
     python lora.py --ckpt runs/sft --out adapter --format peft  # the adapter alone; mlx: for mlx-lm
+    python lora.py --ckpt models/tiny --adapter FOLDER --out fused      # mlx-lm's or PEFT's adapter
 """
 import argparse
 import hashlib

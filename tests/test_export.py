@@ -261,7 +261,7 @@ def test_we_read_what_mlx_lm_trained(settings, tmp_path):
     model, _ = load(base, "float32")
     plain = logits_of(model, tokens)
     load_adapters(model, tmp_path / "adapter")
-    assert_close(theirs, logits_of(model, tokens), plain)
+    assert_close(theirs, logits_of(model, tokens), plain, atol=1e-3)
     assert {v.dtype for v in adapter_arrays(model).values()} == {mx.float32}
 
 
