@@ -437,6 +437,18 @@ def puts_space_behind(backend: tokenizers.Tokenizer, control: str) -> bool:
     return any(t.startswith("▁") for t in tokens[bool(control):])
 
 
+def read_stops(folder: Path, generation: dict, model_config: dict) -> list[int]:
+    """The ids of EOS by generation_config.json, or if it does not speak of any by config.json.
+
+    In this order, since config.json of an instruct model often names only one of its stop tokens.
+    """
+    first = "eos_token_id" in generation
+    raw, file = ((generation, "generation_config.json") if first
+                 else (model_config, "config.json"))
+    stops = read_fields(raw, {"eos_token_id": (IDS, [])}, f"{folder}/{file}")["eos_token_id"]
+    return stops if isinstance(stops, list) else [stops]
+
+
 def load_tokenizer(folder: Path) -> Tokenizer | None:
     """Read a model folder's tokenizer; None where it has none, BadInput where it is damaged.
 
@@ -469,12 +481,7 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
         default_eos = None
     else:
         return None
-    # generation_config.json goes first: config.json of an instruct model often names only one
-    # of its stop tokens
-    file = "generation_config.json" if "eos_token_id" in generation else "config.json"
-    stops = read_fields(generation if "eos_token_id" in generation else model_config,
-                        {"eos_token_id": (IDS, [])}, f"{folder}/{file}")["eos_token_id"]
-    stops = [stops] if isinstance(stops, int) else stops
+    stops = read_stops(folder, generation, model_config)
     # the token that training appends: the one the tokenizer itself calls EOS
     name = settings.get("eos_token")
     name = name["content"] if isinstance(name, dict) else name
