@@ -15,7 +15,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -461,6 +461,52 @@ def read_json_lines(path: Path) -> list[dict]:
         if not isinstance(rows[-1], dict):
             return rows[:-1]
     return rows
+
+
+# --------------------------------------------------------------------------------------------------
+# what a JSON file from outside may hold
+
+
+class Kind(typing.NamedTuple):
+    """What one value must be: in words for the message, and as a test.
+
+    The tests ask type(), not isinstance: to Python true is a whole number.
+    """
+    expected: str
+    fits: Callable[[object], bool]
+
+
+def one_of(*choices) -> Kind:
+    return Kind(" or ".join(map(json.dumps, choices)),
+                lambda v: any(type(v) is type(c) and v == c for c in choices))
+
+
+REQUIRED = object()     # as a default: the value must be there
+COUNT = Kind("a whole number of at least 1", lambda v: type(v) is int and 1 <= v < 2 ** 31)
+# float32's range; json reads NaN and Infinity
+POSITIVE = Kind("a finite number above 0", lambda v: type(v) in (int, float) and 1e-38 < v < 1e38)
+SWITCH = Kind("true or false", lambda v: type(v) is bool)
+OBJECT = Kind("an object {...}", lambda v: type(v) is dict)
+NAMES = Kind("a list of names, not empty",
+             lambda v: type(v) is list and v and all(type(name) is str for name in v))
+
+
+def read_fields(raw: dict, fields: dict[str, tuple[Kind, object]], where: str) -> dict:
+    """The declared values of a JSON object, {name: value}; other names are not looked at.
+
+    fields   {name: (kind, default)}; null counts as absent
+    raises   BadInput with every mistake: what was given, what was expected
+    """
+    values = {name: default if raw.get(name) is None else raw[name]
+              for name, (_, default) in fields.items()}
+    mistakes = [f"missing {name}, expected {kind.expected}"
+                for name, (kind, _) in fields.items() if values[name] is REQUIRED]
+    mistakes += [f"{name} = {json.dumps(raw[name])[:80]}, expected {kind.expected}"
+                 for name, (kind, _) in fields.items()
+                 if raw.get(name) is not None and not kind.fits(raw[name])]
+    if mistakes:
+        raise BadInput(f"{where}: {'; '.join(mistakes)}")
+    return values
 
 
 def run_main(main) -> None:

@@ -333,17 +333,23 @@ def summarize_emergence(probs: np.ndarray, is_top: np.ndarray) -> dict:
 
 
 def make_report(ckpt: str | Path, with_base: bool, compare: str | None = None,
-                overrides: list[str] = ()) -> dict:
-    """Judge a run or a model, its base, another run on the same problems: report.json's content."""
-    model, tokenizer, cfg = load_checkpoint(ckpt)
+                overrides: list[str] = (), adapter: str | None = None) -> dict:
+    """Judge a run or a model, its base, another run on the same problems: report.json's content.
+
+    adapter  a folder, on top of ckpt, which is then the base
+    """
+    model, tokenizer, cfg = load_checkpoint(ckpt, adapter)
     if overrides and cfg:  # e.g. another wording for a finished run
         cfg = load_config(Path(ckpt) / "config.yaml", overrides)
     cfg = cfg or load_overrides(overrides)
-    report = {"ckpt": str(ckpt),
+    report = {"ckpt": f"{ckpt} + {adapter}" if adapter else str(ckpt),
               "method": cfg.method if (Path(ckpt) / "config.yaml").exists() else "none",
               "seed": cfg.seed, **judge(model, tokenizer, cfg),
               "config": resolved(cfg), "versions": provenance()}
-    if with_base and report["method"] != "none" and not cfg.from_scratch:
+    if with_base and adapter:
+        base_model, base_tokenizer, _ = load_checkpoint(ckpt)
+        report["base"] = {"ckpt": str(ckpt), **judge(base_model, base_tokenizer, cfg)}
+    elif with_base and report["method"] != "none" and not cfg.from_scratch:
         base_model, base_tokenizer = load_base(cfg.model, cfg.dtype, cfg.bits,
                                                group_size=cfg.bits_group_size)
         report["base"] = {"ckpt": cfg.model, **judge(base_model, base_tokenizer, cfg)}
@@ -463,6 +469,8 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description="Accuracy and classifier report of a run or model.")
     parser.add_argument("--ckpt", help="run folder, model folder or Hub name")
+    parser.add_argument("--adapter", metavar="FOLDER",
+                        help="take this adapter, ours, mlx-lm's or peft's, on top of --ckpt")
     parser.add_argument("--base", action="store_true",
                         help="judge the model it was trained from as well")
     parser.add_argument("--compare", metavar="RUN2",
@@ -483,7 +491,7 @@ def main(argv: list[str]) -> None:
                                      gate.compare_folders(*args.paired))
     if not args.ckpt:
         raise BadInput("nothing to judge; give --ckpt RUN_OR_MODEL, --gate CONFIG or --paired")
-    report = make_report(args.ckpt, args.base, args.compare, args.overrides)
+    report = make_report(args.ckpt, args.base, args.compare, args.overrides, args.adapter)
     print_report(report)
     if args.json:
         write_text(Path(args.json), json.dumps(report, indent=1) + "\n")

@@ -211,6 +211,8 @@ def stream_text(model: Llama, tokenizer: Tokenizer, prompt: list[int], max_compl
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description="Complete prompts, printing as they grow.")
     parser.add_argument("--ckpt", required=True, help="run folder, model folder or Hub name")
+    parser.add_argument("--adapter", metavar="FOLDER",
+                        help="take this adapter, ours, mlx-lm's or peft's, on top of --ckpt")
     parser.add_argument("--prompt", required=True, action="append", help="may be given repeatedly")
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--temperature", type=float, default=0.0, help="0: most probable token")
@@ -222,7 +224,7 @@ def main(argv: list[str]) -> None:
         raise BadInput(f"temperature {args.temperature}, top-k {args.top_k}, top-p {args.top_p}, "
                        f"max-tokens {args.max_tokens}: expected at least 0, at least 0, "
                        "above 0 and at most 1, at least 1")
-    model, tokenizer, _ = load_checkpoint(args.ckpt)
+    model, tokenizer, _ = load_checkpoint(args.ckpt, args.adapter)
     for n, text in enumerate(args.prompt):
         print(text, end="", flush=True)
         key = mx.random.key(args.seed + n)

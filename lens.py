@@ -427,6 +427,8 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description="Show what every block would answer, by the logit lens.")
     parser.add_argument("--ckpt", required=True, help="run folder, model folder or Hub name")
+    parser.add_argument("--adapter", metavar="FOLDER",
+                        help="take this adapter, ours, mlx-lm's or peft's, on top of --ckpt")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--words", nargs="*", default=[],
                         help="words to follow at the last position, one token each; a set in one "
@@ -442,9 +444,10 @@ def main(argv: list[str]) -> None:
         raise BadInput("--prompt is empty; give a text such as '7 * 8 = '")
     if len(args.attribute) > 2:
         raise BadInput(f"--attribute takes one word or two, got {len(args.attribute)}")
-    model, tokenizer, _ = load_checkpoint(args.ckpt)
+    model, tokenizer, _ = load_checkpoint(args.ckpt, args.adapter)
     view = view_prompt(model, tokenizer, args.prompt, args.words)
-    print(f"{args.ckpt}   {args.prompt!r}   logit lens: final norm and unembedding at every tap; "
+    name = f"{args.ckpt} + {args.adapter}" if args.adapter else args.ckpt
+    print(f"{name}   {args.prompt!r}   logit lens: final norm and unembedding at every tap; "
           "cell: top token, per cent")
     print(terminal_table(view, color=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
     if args.attribute:

@@ -28,7 +28,18 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from safetensors import SafetensorError, safe_open
 
-from config import BadInput, replace_file, write_bytes
+from config import (
+    COUNT,
+    OBJECT,
+    POSITIVE,
+    REQUIRED,
+    SWITCH,
+    BadInput,
+    one_of,
+    read_fields,
+    replace_file,
+    write_bytes,
+)
 from fastexp import attention, linux_cpu, rope, swiglu
 from hub import find_folder, one_line, open_weights, read_json
 from quant import (
@@ -68,43 +79,68 @@ class ModelArgs:
     tie_word_embeddings: bool
 
 
+# config.json: what each value must be, and what it is where it is left out
+FIELDS = {
+    "hidden_size": (COUNT, REQUIRED), "intermediate_size": (COUNT, REQUIRED),
+    "num_hidden_layers": (COUNT, REQUIRED), "num_attention_heads": (COUNT, REQUIRED),
+    "vocab_size": (COUNT, REQUIRED), "num_key_value_heads": (COUNT, None),
+    "head_dim": (COUNT, None), "max_position_embeddings": (COUNT, 2048),
+    "rms_norm_eps": (POSITIVE, 1e-6), "rope_theta": (POSITIVE, 10000.0),
+    "rope_scaling": (OBJECT, {}), "rope_parameters": (OBJECT, {}),
+    "attention_bias": (SWITCH, False), "mlp_bias": (SWITCH, False),
+    "tie_word_embeddings": (SWITCH, False),
+    "hidden_act": (one_of("silu"), "silu"), "use_sliding_window": (one_of(False), False),
+}
+LINEAR = {"factor": (POSITIVE, REQUIRED)}
+LLAMA3 = {**LINEAR, "low_freq_factor": (POSITIVE, REQUIRED),
+          "high_freq_factor": (POSITIVE, REQUIRED),
+          "original_max_position_embeddings": (POSITIVE, REQUIRED)}
+ROPE = {"default": {}, "linear": LINEAR, "llama3": LLAMA3}
+
+
 def parse_args(raw: dict, where: str) -> ModelArgs:
     """Read config.json, old or new spelling; raises BadInput on what we would compute wrongly."""
     family = raw.get("model_type")
     if family not in FAMILIES.values():
         names = ", ".join(f"{name} ({model_type})" for name, model_type in FAMILIES.items())
         raise BadInput(f"{where}: model_type {family!r} is not supported; expected {names}")
-    missing = [k for k in ("hidden_size", "intermediate_size", "num_hidden_layers",
-                           "num_attention_heads", "vocab_size") if k not in raw]
-    if missing:
-        raise BadInput(f"{where}: missing {', '.join(missing)}")
-    # Transformers 5 writes rope_parameters; before it, rope_theta stood beside rope_scaling.
-    # Reading only one of them gives a model that runs and is wrong from the first token on.
-    rope = raw.get("rope_parameters") or {"rope_theta": raw.get("rope_theta", 10000.0),
-                                          **(raw.get("rope_scaling") or {})}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in ("default", "llama3", "linear"):
-        raise BadInput(f"{where}: RoPE type {rope_type!r} is not supported; "
-                       "expected default, llama3 or linear")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise BadInput(f"{where}: hidden_act {raw['hidden_act']!r} is not supported; "
-                       "expected 'silu'")
-    if raw.get("use_sliding_window"):
-        raise BadInput(f"{where}: use_sliding_window is not supported; expected false")
-    heads, bias = raw["num_attention_heads"], raw.get("attention_bias", False)
+    fields = read_fields(raw, FIELDS, where)
+    rope_theta, rope_scaling = read_rope(fields, where)
+    D, H, bias = fields["hidden_size"], fields["num_attention_heads"], fields["attention_bias"]
+    K, d = fields["num_key_value_heads"] or H, fields["head_dim"] or D // H
+    if H % K or d < 2 or d % 2 or (D % H and not fields["head_dim"]):
+        raise BadInput(f"{where}: hidden_size {D}, num_attention_heads {H}, num_key_value_heads "
+                       f"{K}, head_dim {fields['head_dim']} do not fit: expected key-value heads "
+                       "that divide the heads, heads that divide hidden_size (or a head_dim), and "
+                       "heads of an even width, which RoPE turns in pairs")
     return ModelArgs(
-        hidden_size=raw["hidden_size"], intermediate_size=raw["intermediate_size"],
-        num_hidden_layers=raw["num_hidden_layers"], num_attention_heads=heads,
-        num_key_value_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads, vocab_size=raw["vocab_size"],
-        max_position_embeddings=raw.get("max_position_embeddings", 2048),
-        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-        rope_theta=rope.get("rope_theta") or raw.get("rope_theta") or 10000.0,
-        rope_scaling=None if rope_type == "default" else {**rope, "rope_type": rope_type},
+        hidden_size=D, intermediate_size=fields["intermediate_size"],
+        num_hidden_layers=fields["num_hidden_layers"], num_attention_heads=H,
+        num_key_value_heads=K, head_dim=d, vocab_size=fields["vocab_size"],
+        max_position_embeddings=fields["max_position_embeddings"],
+        rms_norm_eps=fields["rms_norm_eps"], rope_theta=rope_theta, rope_scaling=rope_scaling,
         qkv_bias=family == "qwen2" or bias, o_bias=family == "llama" and bias,
-        mlp_bias=raw.get("mlp_bias", False),
-        tie_word_embeddings=raw.get("tie_word_embeddings", False),
+        mlp_bias=fields["mlp_bias"], tie_word_embeddings=fields["tie_word_embeddings"],
     )
+
+
+def read_rope(fields: dict, where: str) -> tuple[float, dict | None]:
+    """RoPE's theta and scaling, of config.json's FIELDS; no scaling: None.
+
+    Transformers 5 writes rope_parameters; before it, rope_theta stood beside rope_scaling. Reading
+    only one of them gives a model that runs and is wrong from the first token on.
+    """
+    rope = fields["rope_parameters"] or fields["rope_scaling"]
+    kind = {"rope_theta": (POSITIVE, fields["rope_theta"]), "type": (one_of(*ROPE), "default")}
+    rope_type = rope.get("rope_type") or rope.get("type")
+    kind = read_fields({**rope, "type": rope_type}, kind, f"{where}: RoPE")
+    if kind["type"] == "default":
+        return kind["rope_theta"], None
+    scaling = read_fields(rope, ROPE[kind["type"]], f"{where}: RoPE")
+    if kind["type"] == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise BadInput(f"{where}: RoPE low_freq_factor = {scaling['low_freq_factor']}, expected "
+                       f"less than high_freq_factor = {scaling['high_freq_factor']}")
+    return kind["rope_theta"], {"rope_type": kind["type"], **scaling}
 
 
 def rope_periods(args: ModelArgs) -> mx.array:
@@ -503,6 +539,40 @@ def check_tensors(found: dict[str, mx.array], expected: dict[str, mx.array], whe
         raise BadInput(f"{where}: tensors do not fit: {'; '.join(mistakes)}")
 
 
+# of a float type: the signed and the unsigned whole numbers of its width, infinity's bits
+BITS_OF = {mx.float32: (mx.int32, mx.uint32, 0x7F800000), mx.float16: (mx.int16, mx.uint16, 0x7C00),
+           mx.bfloat16: (mx.int16, mx.uint16, 0x7F80)}
+
+
+def is_finite(x: mx.array) -> mx.array:
+    """Whether every number of a float array is finite: a bool, without a second array of its size.
+
+    Infinity and NaN have all exponent bits set. So read as whole numbers positive ones are the
+    largest of the signed, negative ones of the unsigned.
+    """
+    signed, unsigned, infinity = BITS_OF[x.dtype]
+    sign_bit = 2 ** (8 * x.dtype.size - 1)
+    return ((x.view(signed).max() < infinity) & (x.view(unsigned).max() < sign_bit + infinity))
+
+
+def check_numbers(arrays: dict[str, mx.array], where: str, codes: tuple[str, ...] = ()) -> None:
+    """Raises BadInput where a tensor is of another type than expected, or not finite throughout.
+
+    Every number is looked at: what passes holds no infinity and no NaN.
+    codes    names of packed weights, which are uint32; all others are floats
+    """
+    wrong = [f"{k} {str(v.dtype).removeprefix('mlx.core.')}" for k, v in arrays.items()
+             if (v.dtype != mx.uint32 if k in codes else v.dtype not in BITS_OF)]
+    if wrong:
+        raise BadInput(f"{where}: tensors of the wrong type: {', '.join(wrong[:8])}; expected "
+                       "float32, bfloat16 or float16, and uint32 for packed codes")
+    finite = {k: is_finite(v) for k, v in arrays.items() if k not in codes}
+    mx.eval(finite)
+    if ruined := [k for k, all_finite in finite.items() if not all_finite.item()]:
+        raise BadInput(f"{where}: NaN or infinity in {', '.join(ruined[:8])}; "
+                       "fetch or train it again")
+
+
 def default_dtype() -> mx.Dtype | None:
     """float32 on a CPU, where half precision is emulated; on a GPU None, the checkpoint's own."""
     return mx.float32 if mx.default_device() == mx.Device(mx.cpu) else None
@@ -541,6 +611,13 @@ def load_weights(model: Llama, folder: Path, raw: dict, dtype: mx.Dtype | None =
     layers = tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
     for i, (path, layer) in enumerate(layers):
         own = {name: found.pop(f"{path}.{name}") for name, _ in tree_flatten(layer.parameters())}
+        codes = (f"{path}.weight",) if isinstance(layer, QuantizedLinear) else ()
+        try:
+            check_numbers({f"{path}.{k}": v for k, v in own.items()}, str(folder), codes)
+            mx.eval(own)
+        except RuntimeError as error:   # MLX reads a tensor when it is evaluated
+            raise BadInput(f"could not read {path} of {folder} ({one_line(error)}); "
+                           "fetch the model again") from None
         is_half = own["weight"].dtype in (mx.bfloat16, mx.float16)
         cast = {k: v if v.dtype == mx.uint32 or not kind else v.astype(kind)    # codes stay codes
                 for k, v in own.items()}
@@ -554,11 +631,7 @@ def load_weights(model: Llama, folder: Path, raw: dict, dtype: mx.Dtype | None =
         else:
             layer.update(cast)
         layers[i] = path, layer
-        try:
-            mx.eval(layer.parameters())
-        except RuntimeError as error:
-            raise BadInput(f"could not read {path} of {folder} ({one_line(error)}); "
-                           "fetch the model again") from None
+        mx.eval(layer.parameters())
     model.update_modules(tree_unflatten(layers))
 
 
@@ -594,13 +667,16 @@ def load(path_or_hub_name: str | Path, dtype: str | mx.Dtype | None = None,
     folder = find_folder(path_or_hub_name, weights=not from_scratch)
     raw = read_json(folder / "config.json")
     model = Llama(parse_args(raw, str(folder / "config.json")))
+    tokenizer = load_tokenizer(folder)
+    if tokenizer:
+        tokenizer.check_rows(model.args.vocab_size)
     if from_scratch:
         init_weights(model)
     else:
         load_weights(model, folder, raw, DTYPES[dtype] if isinstance(dtype, str) else dtype, bits,
                      group_size)
     model.eval()
-    return model, load_tokenizer(folder)
+    return model, tokenizer
 
 
 def save_safetensors(path: Path, arrays: dict[str, mx.array],
@@ -630,6 +706,8 @@ def save_model(model: Llama, folder: Path, source: str | Path) -> None:
     origin = find_folder(source, weights=False)
     raw = read_json(origin / "config.json")
     raw.pop("quantization", None), raw.pop("quantization_config", None)     # the weights are plain
+    # both spellings: mlx-lm reads the older alone, and takes theta 10,000 where it is not there
+    raw["rope_theta"], raw["rope_scaling"] = model.args.rope_theta, model.args.rope_scaling
     raw["torch_dtype"] = raw["dtype"] = str(model.model.norm.weight.dtype).removeprefix("mlx.core.")
     for file in origin.iterdir():
         if file.name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",

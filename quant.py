@@ -199,16 +199,36 @@ def make_room(model: nn.Module, found: dict[str, mx.array], settings: dict,
 
 
 def quantize(model: nn.Module, bits: int, group_size: int) -> None:
-    """Quantise the blocks' plain linear layers, in place, one by one. raises  BadInput"""
+    """Quantise the blocks' linear layers, plain ones or of other bits, in place, one by one.
+
+    raises  BadInput
+    """
     packed = []
-    for path, layer in tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module):
-        if isinstance(layer, nn.Linear) and path != "lm_head":
-            check_settings(bits, group_size, layer.weight.shape[1], path)
-            packed.append((path, QuantizedLinear.pack(layer.weight, layer.get("bias"), bits,
-                                                      group_size)))
-            mx.eval(packed[-1][1].parameters())
-            layer.weight = None
+    for path, layer in block_layers(model):
+        weight = layer.weight
+        if isinstance(layer, QuantizedLinear):
+            weight = layer.unpacked().astype(layer.dtype)
+        check_settings(bits, group_size, weight.shape[1], path)
+        packed.append((path, QuantizedLinear.pack(weight, layer.get("bias"), bits, group_size)))
+        mx.eval(packed[-1][1].parameters())
+        layer.weight = None
     model.update_modules(tree_unflatten(packed))
+
+
+def block_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The blocks' linear layers, plain or packed, by path: not the embedding, not the unembedding.
+
+    Of a layer under an adapter the layer itself.
+    """
+    return [(path, layer) for path, layer in tree_flatten(model.leaf_modules(),
+                                                          is_leaf=nn.Module.is_module)
+            if path.startswith("model.layers.") and isinstance(layer, (nn.Linear, QuantizedLinear))]
+
+
+def packed_settings(model: nn.Module) -> set[tuple[int, int]]:
+    """Bits and group sizes of the blocks' packed layers: empty where none is."""
+    return {(layer.bits, layer.group_size) for _, layer in block_layers(model)
+            if isinstance(layer, QuantizedLinear)}
 
 
 def is_quantized(model: nn.Module) -> bool:

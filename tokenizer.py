@@ -28,13 +28,16 @@ import jinja2.sandbox
 import sentencepiece
 import tokenizers
 
-from config import BadInput
+from config import BadInput, Kind, read_fields
 
 TEMPLATES = ("raw", "lines", "plain", "cued", "chat")
 LABELS = {"system": "System", "user": "User", "assistant": "Assistant"}
 # texts that end a reply beside EOS: a model that goes on speaks for somebody else. A plain reply
 # of one line may be ended at its line break; one of many lines ends where the next speaker begins
 SPEAKERS = ("\nUser:", "\nAssistant:", "\nSystem:", "\nHuman:")
+is_id = lambda value: type(value) is int and 0 <= value < 2 ** 31
+IDS = Kind("a token's id, or a list of such", lambda v: is_id(v) or (
+    type(v) is list and all(map(is_id, v))))
 STOPS = {"raw": ("\n\n", *SPEAKERS), "lines": ("\n",), "plain": SPEAKERS, "chat": (),
          "cued": ("\nInstruction:", "\nResponse:")}
 
@@ -52,6 +55,21 @@ class Tokenizer:
         self.bos_id, self.eos_id, self.eos_ids, self.source = bos_id, eos_id, eos_ids, source
         self.vocab_size = (backend.get_piece_size() if self._is_sentencepiece
                            else backend.get_vocab_size())
+
+    def check_rows(self, V: int) -> None:
+        """BadInput where an id that may be given out has no row in an embedding of V rows.
+
+        MLX looks a row up without asking whether it is there: it would read somebody else's memory.
+        """
+        largest = (self.vocab_size - 1 if self._is_sentencepiece
+                   else max(self._backend.get_vocab(with_added_tokens=True).values(), default=0))
+        ids = {"BOS": self.bos_id or 0, "EOS": max(self.eos_ids),
+               f"{self.piece(largest)!r}, its last token,": largest}
+        outside = [f"{name} is {i}" for name, i in ids.items() if i >= V]
+        if outside:
+            raise BadInput(f"{self.source} does not fit the model, whose embedding has rows 0 to "
+                           f"{V - 1} (vocab_size): {'; '.join(outside)}; take the tokenizer and "
+                           "the eos_token_id that the model came with")
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone, never a control token: its name is text like any other.
@@ -489,6 +507,18 @@ def puts_space_behind(backend: tokenizers.Tokenizer, control: str) -> bool:
     return any(t.startswith("▁") for t in tokens[bool(control):])
 
 
+def read_stops(folder: Path, generation: dict, model_config: dict) -> list[int]:
+    """The ids of EOS by generation_config.json, or if it does not speak of any by config.json.
+
+    In this order, since config.json of an instruct model often names only one of its stop tokens.
+    """
+    first = "eos_token_id" in generation
+    raw, file = ((generation, "generation_config.json") if first
+                 else (model_config, "config.json"))
+    stops = read_fields(raw, {"eos_token_id": (IDS, [])}, f"{folder}/{file}")["eos_token_id"]
+    return stops if isinstance(stops, list) else [stops]
+
+
 def load_tokenizer(folder: Path) -> Tokenizer | None:
     """Read a model folder's tokenizer; None where it has none, BadInput where it is damaged.
 
@@ -505,10 +535,12 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
         except (RuntimeError, OSError) as error:
             raise BadInput(f"{path} is not a sentencepiece model ({str(error)[:80]}); "
                            "fetch it again") from None
-        find = backend.piece_to_id
+        has = lambda name: backend.id_to_piece(backend.piece_to_id(name)) == name
+        # of a name that it does not have, the library says <unk>
+        find = lambda name: backend.piece_to_id(name) if has(name) else None
         bos_id = (backend.bos_id() if backend.bos_id() >= 0 and settings.get("add_bos_token", True)
                   else None)
-        default_eos = backend.eos_id()
+        default_eos = backend.eos_id() if backend.eos_id() >= 0 else None
     elif (folder / "tokenizer.json").exists():
         path = folder / "tokenizer.json"
         backend = read_fast(path)
@@ -519,17 +551,18 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
         default_eos = None
     else:
         return None
-    # generation_config.json goes first: config.json of an instruct model often names only one
-    # of its stop tokens
-    stops = generation.get("eos_token_id", model_config.get("eos_token_id"))
-    stops = [stops] if isinstance(stops, int) else list(stops or [])
+    stops = read_stops(folder, generation, model_config)
     # the token that training appends: the one the tokenizer itself calls EOS
-    named = settings.get("eos_token")
-    named = find(named["content"] if isinstance(named, dict) else named) if named else default_eos
+    name = settings.get("eos_token")
+    name = name["content"] if isinstance(name, dict) else name
+    named = find(name) if name else default_eos
+    if name and named is None:
+        raise BadInput(f"{folder}/tokenizer_config.json: eos_token {name!r} is no token of {path}; "
+                       "take the tokenizer files that the model came with")
     if named is None and not stops:
         raise BadInput(f"{folder}: no EOS token in tokenizer_config.json, generation_config.json "
                        "or config.json; a model that cannot stop cannot be trained")
-    eos_id = stops[0] if named is None or named < 0 else named
+    eos_id = stops[0] if named is None else named
     # the names that templates use, such as bos_token
     names = {k: v.get("content", "") if isinstance(v, dict) else v for k, v in settings.items()
              if k.endswith("_token") and isinstance(v, str | dict)}

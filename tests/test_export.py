@@ -3,13 +3,28 @@
 transformers, peft and mlx-lm are independent loaders and forward passes; float32 throughout.
 """
 import json
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import FAMILIES, GOLDEN, adapted, assert_one_clear_line, config, run, small_model
+from conftest import (
+    FAMILIES,
+    GOLDEN,
+    TINY,
+    adapted,
+    assert_one_clear_line,
+    config,
+    run,
+    small_config,
+    small_model,
+    write_model,
+)
 
+import eval as eval_script
+import generate as generate_script
+import lens as lens_script
 from config import BadInput
 from lora import (
     adapter_arrays,
@@ -105,6 +120,32 @@ def test_fused_folder(torch, family, tmp_path):
     assert_close(logits_of(mlx_lm_model(tmp_path), tokens), ours, base, atol=1e-3)
 
 
+@pytest.mark.parametrize("rope", [
+    {"rope_theta": 100000.0, "rope_type": "default"},
+    {"rope_theta": 100000.0, "rope_type": "linear", "factor": 4.0},
+    {"rope_theta": 100000.0, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+     "high_freq_factor": 4.0, "original_max_position_embeddings": 16}])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_fused_folder_of_a_base_from_transformers_5(torch, family, rope, tmp_path):
+    """config.json with rope_parameters alone; mlx-lm does not read those."""
+    raw = small_config() | {"model_type": family, "rope_parameters": rope,
+                            "architectures": [{"llama": "LlamaForCausalLM",
+                                               "qwen2": "Qwen2ForCausalLM"}[family]]}
+    del raw["rope_theta"], raw["rope_scaling"]
+    base, tokens = write_model(tmp_path / "base", raw, TINY), mx.arange(3, 99).reshape(2, 48)
+    model = adapted(load(base, "float32")[0])
+    ours = logits_of(model, tokens)
+    merge(model)
+    save_model(model, tmp_path / "fused", base)
+    assert_close(logits_of(mlx_lm_model(tmp_path / "fused"), tokens), ours,
+                 logits_of(load(base, "float32")[0], tokens))
+    np.testing.assert_allclose(logits_of(transformers_model(torch, tmp_path / "fused"), tokens),
+                               ours, rtol=0, atol=1e-4)
+    again = load(tmp_path / "fused", "float32")[0]
+    assert (again.args.rope_theta, again.args.rope_scaling) == (
+        model.args.rope_theta, model.args.rope_scaling)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_mlx_lm_reads_a_run_and_its_export(family, tmp_path):
     tokens, targets = golden_tokens(family), (*QKVO, "gate", "down")
@@ -113,7 +154,7 @@ def test_mlx_lm_reads_a_run_and_its_export(family, tmp_path):
     cfg = config(model=str(GOLDEN / family), lora_rank=4, lora_alpha=8.0, lora_targets=targets)
     save_adapters(model, cfg, folder)
     (folder / "metrics.jsonl").touch()
-    export(model, folder, cfg, alone, "mlx")
+    export(model, folder, cfg.model, alone, "mlx")
     assert {f.name for f in alone.iterdir()} == {"adapters.safetensors", "adapter_config.json"}
     for adapter in (folder, alone):
         theirs = mlx_lm_model(GOLDEN / family, adapter)
@@ -148,6 +189,156 @@ def test_we_read_what_peft_saved(torch, family, targets, rank, rslora, tmp_path)
     settings = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
     assert settings["lora_alpha"] == (12 if rslora else 6) and not settings["use_rslora"]
     assert sorted(settings["target_modules"]) == sorted(modules)
+
+
+@pytest.mark.parametrize("target_modules,blocks", [
+    (["q_proj", "up_proj"], [1, 3]), (["q_proj"], 2), (["v_proj", "down_proj"], [0]),
+    (["model.layers.0.self_attn.q_proj", "2.mlp.up_proj", "o_proj"], None)])
+def test_peft_on_some_blocks(torch, target_modules, blocks, tmp_path):
+    """Read as PEFT computes it; written for PEFT and for mlx-lm, both read it alike."""
+    from peft import LoraConfig, get_peft_model
+    torch.manual_seed(0)
+    base = GOLDEN / "llama3_1"
+    theirs = get_peft_model(transformers_model(torch, base), LoraConfig(
+        r=4, lora_alpha=6, target_modules=target_modules, layers_to_transform=blocks,
+        task_type="CAUSAL_LM")).eval()
+    for name, weight in theirs.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(0, 0.2)
+    theirs.save_pretrained(tmp_path / "peft")
+    tokens, model = golden_tokens("llama3_1"), golden("llama3_1")
+    plain = logits_of(model, tokens)
+    load_adapters(model, tmp_path / "peft")
+    ours = logits_of(model, tokens)
+    assert_close(logits_of(theirs, tokens), ours, plain)
+    for kind in ("peft", "mlx"):
+        export(model, "x", base, tmp_path / f"our {kind}", kind)
+        again = golden("llama3_1")
+        load_adapters(again, tmp_path / f"our {kind}")
+        np.testing.assert_array_equal(logits_of(again, tokens), ours)
+    assert_close(logits_of(peft_model(torch, base, tmp_path / "our peft"), tokens), ours, plain)
+    assert_close(logits_of(mlx_lm_model(base, tmp_path / "our mlx"), tokens), ours, plain,
+                 atol=1e-3)
+
+
+# --- what mlx-lm writes
+
+
+def mlx_lm_adapter(base, folder, tokens, iters=2, **settings):
+    """An adapter that mlx-lm itself trained and saved; what it computes with it."""
+    from mlx_lm import lora as mlx_lm_lora
+    model = mlx_lm_model(base)
+    args = SimpleNamespace(**{
+        **mlx_lm_lora.CONFIG_DEFAULTS, "model": str(base), "adapter_path": str(folder),
+        "iters": iters, "batch_size": 2, "learning_rate": 1e-2, "val_batches": 1, **settings})
+    rows = Rows(np.array(tokens).tolist())
+    mlx_lm_lora.train_model(args, model, rows, rows)
+    trained = mlx_lm_model(base, folder)
+    trained.eval()      # no dropout
+    return logits_of(trained, tokens)
+
+
+class Rows(list):
+    """A data set as mlx-lm's trainer reads one: (tokens, where the loss begins)."""
+    def process(self, row):
+        return row, 0
+
+
+def deep_folder(folder):
+    """Deeper than the 16 blocks of mlx-lm's default."""
+    return write_model(folder, small_config(blocks=18), TINY)
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"num_layers": 3}, {"num_layers": -1},
+    {"num_layers": 2, "lora_parameters": {"rank": 4, "scale": 10.0, "dropout": 0.0, "keys":
+                                          ["self_attn.q_proj", "mlp.down_proj"]}},
+    {"num_layers": 1, "lora_parameters": {"rank": 4, "scale": 10.0, "dropout": 0.1, "keys":
+                                          ["self_attn.v_proj", "model.layers.3.mlp.up_proj"]}}])
+def test_we_read_what_mlx_lm_trained(settings, tmp_path):
+    base, tokens = deep_folder(tmp_path / "base"), mx.arange(3, 51).reshape(2, 24)
+    theirs = mlx_lm_adapter(base, tmp_path / "adapter", tokens, **settings)
+    model, _ = load(base, "float32")
+    plain = logits_of(model, tokens)
+    load_adapters(model, tmp_path / "adapter")
+    assert_close(theirs, logits_of(model, tokens), plain, atol=1e-3)
+    assert {v.dtype for v in adapter_arrays(model).values()} == {mx.float32}
+
+
+@pytest.fixture(scope="module", params=["mlx-lm", "peft"])
+def foreign(request, tmp_path_factory):
+    """A base of 18 blocks and an adapter on its last ones that another library wrote."""
+    folder = tmp_path_factory.mktemp("foreign")
+    base, adapter = deep_folder(folder / "base"), folder / "adapter"
+    if request.param == "mlx-lm":
+        mlx_lm_adapter(base, adapter, mx.arange(3, 51).reshape(2, 24))
+        return base, adapter
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    theirs = peft.get_peft_model(transformers_model(torch, base), peft.LoraConfig(
+        r=4, lora_alpha=64, target_modules=["q_proj", "down_proj"], layers_to_transform=[16, 17],
+        task_type="CAUSAL_LM"))
+    for name, weight in theirs.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(0, 0.5)
+    theirs.save_pretrained(adapter)
+    return base, adapter
+
+
+def test_adapter_on_the_command_line(foreign, tmp_path, capsys, monkeypatch):
+    """eval, generate, lens: what the fused folder gives, which `lora --adapter` wrote."""
+    base, adapter = foreign
+    both, fused = ["--ckpt", str(base), "--adapter", str(adapter)], tmp_path / "fused"
+    main([*both, "--out", str(fused)])
+    tokens = mx.arange(3, 51).reshape(2, 24)
+    model = load(base, "float32")[0]
+    plain = logits_of(model, tokens)
+    load_adapters(model, adapter)
+    assert_close(logits_of(load(fused, "float32")[0], tokens), logits_of(model, tokens), plain)
+    for kind in ("mlx", "peft"):
+        main([*both, "--out", str(tmp_path / kind), "--format", kind])
+        assert f"its base is {base}" in capsys.readouterr().out
+        again = load(base, "float32")[0]
+        load_adapters(again, tmp_path / kind)
+        np.testing.assert_array_equal(logits_of(again, tokens), logits_of(model, tokens))
+
+    def numbers(script, argv, file):
+        script.main([*argv, "--json", str(tmp_path / file)])
+        capsys.readouterr()
+        return json.loads((tmp_path / file).read_text())
+    # eval
+    few = ["data_samples=40", "max_completion_tokens=2"]
+    ours, same, other = (numbers(eval_script, [*argv, *few], "report.json") for argv in
+                         (both, ["--ckpt", str(fused)], ["--ckpt", str(base)]))
+    assert ours["ckpt"] == f"{base} + {adapter}"
+    last = lambda r: [row["answer_prob_last"] for row in r["prompts"]]
+    np.testing.assert_allclose(last(ours), last(same), rtol=1e-3)
+    assert not np.allclose(last(ours), last(other), rtol=1e-2)
+    with_base = eval_script.make_report(str(base), True, None, few, str(adapter))
+    assert with_base["base"]["ckpt"] == str(base) and last(with_base["base"]) == last(other)
+    # lens
+    ours, same, other = (numbers(lens_script, [*argv, "--prompt", "7 * 8 = "], "lens.json")
+                         for argv in (both, ["--ckpt", str(fused)], ["--ckpt", str(base)]))
+    np.testing.assert_allclose(ours["entropy"], same["entropy"], rtol=1e-3, atol=1e-3)
+    assert not np.allclose(ours["entropy"], other["entropy"], rtol=1e-3, atol=1e-3)
+    # generate
+    texts = []
+    for argv in (both, ["--ckpt", str(fused)], ["--ckpt", str(base)]):
+        generate_script.main([*argv, "--prompt", "7 * 8 = ", "--max-tokens", "12"])
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_adapter_on_a_run(trained, small_folder, tmp_path):
+    """The run's own adapter is merged, and the other one stands on that."""
+    model, _, _ = load_checkpoint(trained)
+    merge(model)
+    tokens = mx.arange(3, 51).reshape(2, 24)
+    plain = logits_of(model, tokens)
+    expected = logits_of(adapted(model, seed=5), tokens)
+    export_peft(model, tmp_path / "second", trained)
+    both, _, cfg = load_checkpoint(trained, tmp_path / "second")
+    assert_close(logits_of(both, tokens), expected, plain)
+    assert cfg.model == str(small_folder)
 
 
 @pytest.fixture
@@ -197,21 +388,33 @@ def test_half_precision_is_read_as_float32(exported):
     ({"peft_type": "LOHA"}, "LORA"), ({"peft_type": None}, "LORA"),
     ({"bias": "lora_only"}, "none"),
     ({"use_rslora": "yes"}, "true or false"),
-    ({"r": 0}, "a whole number above 0"), ({"r": ...}, "a whole number above 0"),
-    ({"r": True}, "a whole number above 0"),
-    ({"lora_alpha": "16"}, "a number above 0"),
+    *(({"r": r}, "a whole number of at least 1") for r in (0, ..., True, -4, 4.0)),
+    *(({"lora_alpha": alpha}, "a finite number above 0")
+      for alpha in ("16", 0, -8.0, float("nan"), float("inf"))),
     ({"init_lora_weights": "pissa"}, "true, false or gaussian"),
     *(({key: value}, "unset") for key, value in {
-        "modules_to_save": ["lm_head"], "layers_to_transform": [1], "rank_pattern": {"q_proj": 8},
+        "modules_to_save": ["lm_head"], "rank_pattern": {"q_proj": 8},
         "alpha_pattern": {"q_proj": 8}, "use_dora": True, "fan_in_fan_out": True,
         "exclude_modules": "k_proj", "a_later_idea": "on"}.items()),
-    ({"layers_to_transform": 0}, "unset"),
+    *(({"layers_to_transform": blocks}, "blocks out of 0 to 1")
+      for blocks in ([0, 2], -1, [True], ["1"], [[0]], "0")),
+    ({"layers_pattern": "h"}, "layers"),
 ])
 def test_settings_we_do_not_compute(exported, change, expected):
     change_config(exported, change)
     (key, value), = change.items()
     value = json.dumps(None if value is ... else value)
     refuses(exported, "adapter_config.json", f"{key} = {value}, expected {expected}")
+
+
+@pytest.mark.parametrize("change,words", [
+    (lambda x: x * float("nan"), "NaN or infinity in "),
+    (lambda x: x.astype(mx.int32), "of the wrong type: "),
+])
+def test_ruined_numbers(exported, change, words):
+    name = sorted(mx.load(str(exported / "adapter_model.safetensors")))[3]
+    change_tensors(exported, lambda arrays: arrays.update({name: change(arrays[name])}))
+    refuses(exported, "adapter_model.safetensors", words + name)
 
 
 def test_every_setting_and_tensor_is_named(exported):
@@ -278,7 +481,10 @@ def test_refused_on_the_command_line(small_folder, exported, tmp_path):
         refused(small_folder, tmp_path / "empty", kind, small_folder, "has no adapter")
         refused(small_folder, exported, kind, exported, "already holds", "name a new folder")
         refused(small_folder, tmp_path / "file", kind, "already holds")
-        refused(exported, tmp_path / "new", kind, "no config.yaml", "load_adapters")
+        refused(exported, tmp_path / "new", kind, "no config.yaml", "load_adapters",
+                f"--ckpt BASE --adapter {exported}")
     assert not (tmp_path / "new").exists()
+    with pytest.raises(BadInput, match="empty holds no adapter"):
+        load_checkpoint(small_folder, tmp_path / "empty")
     done = run("lora.py", "--ckpt", small_folder, "--out", exported, "--format", "peft")
     assert_one_clear_line(done, exported, "already holds a model or other files")

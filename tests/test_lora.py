@@ -103,11 +103,39 @@ def test_adapter_of_another_model(saved, tokenizer):
         load_adapters(other, saved)
 
 
-def test_unknown_settings(saved, tokenizer):
-    settings = json.loads((saved / "adapter_config.json").read_text())
-    for change in ({"fine_tune_type": "dora"}, {"lora_parameters": {"rank": 4, "scale": 2.0}}):
-        (saved / "adapter_config.json").write_text(json.dumps({**settings, **change}))
-        with pytest.raises(BadInput, match="expected fine_tune_type lora"):
-            load_adapters(small_model(), saved)
+def change_settings(folder, change):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
 
 
+@pytest.mark.parametrize("change,words", [
+    ({"fine_tune_type": "dora"}, 'fine_tune_type = "dora", expected "lora"'),
+    ({"lora_parameters": {"rank": 4, "scale": 2.0}}, "missing: .*k_proj"),  # all layers are meant
+    ({"lora_parameters": None}, "missing lora_parameters"),
+    *(({"lora_parameters": {"rank": 4, "scale": 2.0, "keys": ["self_attn.q_proj"], **change}},
+       words) for change, words in [
+        ({"scale": None}, "missing scale"),
+        ({"scale": float("nan")}, "scale = NaN, expected a finite number above 0"),
+        ({"scale": float("inf")}, "scale = Infinity, expected a finite number above 0"),
+        ({"scale": 0}, "scale = 0, expected a finite number above 0"),
+        ({"scale": -2.0}, "scale = -2.0, expected a finite number above 0"),
+        ({"rank": 0}, "rank = 0, expected a whole number of at least 1"),
+        ({"keys": "q_proj"}, 'keys = "q_proj", expected a list of names'),
+        ({"keys": ["lm_head"]}, r'keys \["lm_head"\] are no layers')]),
+])
+def test_unknown_settings(saved, tokenizer, change, words):
+    change_settings(saved, change)
+    with pytest.raises(BadInput, match=words):
+        load_adapters(small_model(), saved)
+
+
+@pytest.mark.parametrize("change,words", [
+    (lambda x: x * float("nan"), "NaN or infinity in model.layers.1.self_attn.v_proj.lora_b"),
+    (lambda x: x + float("inf"), "NaN or infinity in model.layers.1.self_attn.v_proj.lora_b"),
+    (lambda x: x.astype(mx.int32), "wrong type: model.layers.1.self_attn.v_proj.lora_b int32"),
+])
+def test_ruined_numbers(saved, change, words):
+    name = "model.layers.1.self_attn.v_proj.lora_b"
+    change_tensors(saved, lambda arrays: arrays.update({name: change(arrays[name])}))
+    with pytest.raises(BadInput, match=words):
+        load_adapters(small_model(), saved)

@@ -146,6 +146,10 @@ def edit_config(folder, **changes):
     (folder / "config.json").write_text(json.dumps({**raw, **changes}))
 
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}
+
+
 @pytest.mark.parametrize("changes, words", [
     ({"model_type": "gpt2"}, ("gpt2", "LlamaForCausalLM", "Qwen2ForCausalLM")),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, ("yarn", "llama3")),
@@ -154,6 +158,30 @@ def edit_config(folder, **changes):
     ({"hidden_size": 128}, ("of another shape", "expected")),
     ({"num_hidden_layers": 5}, ("missing", "model.layers.4.")),
     ({"num_hidden_layers": 3}, ("not expected", "model.layers.3.")),
+    ({"num_hidden_layers": "4"}, ('num_hidden_layers = "4"', "a whole number of at least 1")),
+    ({"num_hidden_layers": True}, ("num_hidden_layers = true", "a whole number")),
+    ({"num_attention_heads": 0}, ("num_attention_heads = 0", "a whole number of at least 1")),
+    ({"vocab_size": None, "hidden_size": 64.0},
+     ("missing vocab_size", "hidden_size = 64.0", "a whole number")),
+    ({"num_key_value_heads": 3}, ("num_key_value_heads 3", "divide the heads")),
+    ({"num_attention_heads": 6, "head_dim": None}, ("num_attention_heads 6", "divide hidden_size")),
+    ({"head_dim": 31}, ("head_dim 31", "even width")),
+    ({"tie_word_embeddings": "false"}, ('tie_word_embeddings = "false"', "true or false")),
+    ({"attention_bias": 0}, ("attention_bias = 0", "true or false")),
+    ({"rms_norm_eps": 0}, ("rms_norm_eps = 0", "a finite number above 0")),
+    ({"rms_norm_eps": float("nan")}, ("rms_norm_eps = NaN", "a finite number above 0")),
+    ({"rope_theta": float("inf")}, ("rope_theta = Infinity", "a finite number above 0")),
+    ({"rope_theta": 0}, ("rope_theta = 0", "a finite number above 0")),
+    ({"rope_theta": -1e4}, ("rope_theta = -10000.0", "a finite number above 0")),
+    ({"rope_parameters": {"rope_theta": "1e5"}}, ('rope_theta = "1e5"', "a finite number above 0")),
+    ({"rope_parameters": [1]}, ("rope_parameters = [1]", "an object")),
+    ({"rope_scaling": {"type": "linear", "factor": 0}}, ("factor = 0", "a finite number above 0")),
+    ({"rope_scaling": {"rope_type": "linear"}}, ("RoPE", "missing factor")),
+    ({"rope_scaling": LLAMA3 | {"factor": float("nan")}}, ("factor = NaN", "above 0")),
+    ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}},
+     ("low_freq_factor = 4.0", "less than high_freq_factor = 4.0")),
+    ({"rope_scaling": {k: v for k, v in LLAMA3.items() if not k.startswith("original")}},
+     ("missing original_max_position_embeddings",)),
 ])
 def test_unsupported_or_wrong_config(broken, changes, words):
     edit_config(broken, **changes)
@@ -196,6 +224,53 @@ def test_every_wrong_tensor_is_named(broken):
         load(broken)
     words = ("1 missing: " + names[0], "model.surplus", names[1], "of another shape")
     assert all(word in str(error.value) for word in words)
+
+
+def change_tensor(folder, name, change):
+    file = folder / json.loads((folder / INDEX).read_text())["weight_map"][name]
+    tensors = mx.load(str(file))
+    tensors[name] = change(tensors[name])
+    mx.eval(tensors)
+    mx.save_safetensors(str(file), tensors)
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.2.mlp.up_proj.weight",
+                                  "model.layers.1.input_layernorm.weight", "lm_head.weight"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+def test_one_ruined_number(broken, name, value, dtype):
+    """One among all of a tensor's is found, of any type and place; its tensor is named."""
+    def change(tensor):
+        flat = tensor.astype(dtype).reshape(-1)
+        flat[flat.size // 3] = float(value)
+        return flat.reshape(tensor.shape)
+    change_tensor(broken, name, change)
+    with pytest.raises(BadInput, match=f"NaN or infinity in {name};"):
+        load(broken)
+
+
+@pytest.mark.parametrize("dtype", [mx.int32, mx.bool_, mx.uint32, mx.uint8])
+def test_weights_that_are_no_floats(broken, dtype):
+    name = "model.layers.2.mlp.up_proj.weight"
+    change_tensor(broken, name, lambda tensor: tensor.astype(dtype))
+    with pytest.raises(BadInput) as error:
+        load(broken)
+    kind = str(dtype).removeprefix("mlx.core.")
+    assert f"of the wrong type: {name} {kind}; expected float32" in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+def test_is_finite_at_the_ends(dtype):
+    """The largest numbers of either sign are finite; a NaN of any sign and payload is not."""
+    signed, _, infinity = model_module.BITS_OF[dtype]
+    sign = -2 ** (8 * dtype.size - 1)
+    as_float = lambda *bits: mx.array(bits, signed).view(dtype)
+    finite = as_float(infinity - 1, sign + infinity - 1, 0, sign, 1, sign + 1)
+    assert mx.isfinite(finite).all() and model_module.is_finite(finite)
+    for bits in (infinity, infinity + 1, sign - 2 * sign - 1):
+        for value in (bits, sign + bits):
+            ruined = as_float(*[0] * 40, value, sign)
+            assert not mx.isfinite(ruined).all() and not model_module.is_finite(ruined)
 
 
 def test_truncated_file_is_noticed(tmp_path):

@@ -8,6 +8,7 @@ from conftest import (
     FAMILIES,
     GOLDEN,
     TINY,
+    adapted,
     assert_one_clear_line,
     config,
     random_model,
@@ -18,8 +19,16 @@ from conftest import (
 from mlx.utils import tree_flatten
 
 import quant
-from config import BadInput
-from lora import adapter_arrays, apply_lora, load_adapters, load_checkpoint, merge, save_adapters
+from config import BadInput, dump, write_text
+from lora import (
+    adapter_arrays,
+    apply_lora,
+    load_adapters,
+    load_base,
+    load_checkpoint,
+    merge,
+    save_adapters,
+)
 from model import load, save_safetensors
 from quant import HalfEmbedding, HalfLinear, QuantizedLinear, is_quantized, unquantize
 
@@ -209,6 +218,73 @@ def test_layouts_that_are_not_read(change, words, tmp_path):
     with pytest.raises(BadInput) as error:
         load(tmp_path)
     assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize("name,change,words", [
+    ("scales", lambda x: x * float("nan"), "NaN or infinity in model.layers.1.mlp.up_proj.scales"),
+    ("biases", lambda x: x + float("inf"), "NaN or infinity in model.layers.1.mlp.up_proj.biases"),
+    ("weight", lambda x: x.astype(mx.float32), "wrong type: model.layers.1.mlp.up_proj.weight"),
+    ("weight", lambda x: x.astype(mx.int32), "wrong type: model.layers.1.mlp.up_proj.weight"),
+    ("scales", lambda x: x.astype(mx.int32), "wrong type: model.layers.1.mlp.up_proj.scales")])
+def test_packed_tensors_that_are_ruined(name, change, words, tmp_path):
+    as_mlx_community("llama3_2", tmp_path, 4, 64)
+    load(tmp_path)
+    arrays = mx.load(str(tmp_path / "model.safetensors"))
+    key = f"model.layers.1.mlp.up_proj.{name}"
+    arrays[key] = change(arrays[key])
+    mx.eval(arrays)
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), arrays)
+    with pytest.raises(BadInput, match=words):
+        load(tmp_path)
+
+
+def write_run(folder, model_name, seed, **keys):
+    """A run's folder without the training: an adapter on what `load_base` gives."""
+    cfg = config(model=str(model_name), lora_rank=4, lora_alpha=8.0, lora_targets=("q", "down"),
+                 bits_group_size=32, **keys)
+    model = adapted(load_base(model_name, cfg.dtype, cfg.bits, group_size=32)[0], ("q", "down"),
+                    seed=seed)
+    write_text(folder / "config.yaml", dump(cfg))
+    save_adapters(model, cfg, folder)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dtype_through_a_chain_of_runs(dtype, tmp_path):
+    """What is asked goes for every run under the name, whatever each of them trained in."""
+    base = write_model(tmp_path / "base", small_config() | {"intermediate_size": 64}, TINY)
+    other = {"float32": "bfloat16", "bfloat16": "float32"}[dtype]
+    first = write_run(tmp_path / "first", base, 1, dtype=other)
+    second = write_run(tmp_path / "second", first, 2, dtype=other)
+    for name in (base, first, second):
+        model, _ = load_base(name, dtype)
+        kinds = {str(v.dtype) for _, v in tree_flatten(model.parameters())}
+        assert kinds == {f"mlx.core.{dtype}"}
+    assert load_base(second)[0].model.norm.weight.dtype == getattr(mx, other)     # its own
+
+
+@pytest.mark.parametrize("own,asked", [(None, 4), (4, 8), (8, 4), (4, 4), (4, None)])
+def test_bits_through_a_chain_of_runs(own, asked, tmp_path):
+    """Other bits than the run's own: of the merged model every layer, rounded once.
+
+    The same bits, or none asked: what the adapter was merged into stays plain.
+    """
+    base = write_model(tmp_path / "base", small_config() | {"intermediate_size": 64}, TINY)
+    first = write_run(tmp_path / "first", base, 1, bits=own)
+    second = write_run(tmp_path / "second", first, 2, bits=own)
+    merged, _ = load_base(second, "float32")        # as trained, its adapters merged
+    weights = {path: layer.unpacked() if isinstance(layer, QuantizedLinear) else layer.weight
+               for path, layer in quant.block_layers(merged)}
+    model, _ = load_base(second, "float32", asked, group_size=32)
+    if asked in (own, None):
+        np.testing.assert_array_equal(np.array(model(TOKENS)), np.array(merged(TOKENS)))
+        plain = {p for p, m in quant.block_layers(model) if not isinstance(m, QuantizedLinear)}
+        assert plain == {p for p in weights if p.endswith(("q_proj", "down_proj"))}
+        return
+    assert quant.packed_settings(model) == {(asked, 32)}
+    for path, layer in quant.block_layers(model):
+        expected = mx.dequantize(*mx.quantize(weights[path], 32, asked), 32, asked)
+        np.testing.assert_allclose(np.array(layer.unpacked()), np.array(expected), atol=1e-5)
 
 
 def test_bits_of_bad_input(tmp_path, write_config):

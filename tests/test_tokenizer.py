@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
-from conftest import GOLDEN, TINY, assert_one_clear_line, config, run
+from conftest import GOLDEN, TINY, assert_one_clear_line, config, run, small_config, write_model
 
 from config import BadInput
 from data import Problem, encode_problem, make_batch
+from model import load
 from tokenizer import load_tokenizer
 
 
@@ -473,3 +474,59 @@ def test_a_template_of_the_wrong_kind(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"chat_template": 3}')
     with pytest.raises(BadInput, match="chat_template is a int; expected a text"):
         load_tokenizer(tmp_path)
+
+
+# --- ids outside the embedding
+
+
+def change_json(path, **changes):
+    raw = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**raw, **changes}))
+
+
+@pytest.fixture(params=["sentencepiece", "bpe"])
+def whole(request, tmp_path, llama3):
+    """A model with as many rows as its tokenizer has tokens."""
+    source = TINY if request.param == "sentencepiece" else llama3
+    rows = load_tokenizer(source).vocab_size
+    return write_model(tmp_path / "m", small_config() | {"vocab_size": rows}, source)
+
+
+@pytest.mark.parametrize("change", [5_000, -1, [2, 10 ** 6], [2, -3], True, "2", 2.0, {"id": 2}])
+def test_eos_outside_the_embedding(whole, change):
+    load(whole)
+    change_json(whole / "generation_config.json", eos_token_id=change)
+    with pytest.raises(BadInput, match="eos_token_id = |EOS is ") as error:
+        load(whole)
+    assert str(whole) in str(error.value)
+
+
+@pytest.mark.parametrize("which", ["sentencepiece", "bpe"])
+def test_tokens_without_a_row(which, llama3, tmp_path):
+    source = TINY if which == "sentencepiece" else llama3
+    V = load_tokenizer(source).vocab_size - 1
+    folder = write_model(tmp_path / "m", small_config() | {"vocab_size": V}, source)
+    with pytest.raises(BadInput, match=f"rows 0 to {V - 1} .*its last token, is {V};"):
+        load(folder)
+
+
+def test_special_tokens_without_a_row(llama3, tmp_path):
+    """Added tokens, and a BOS that only the post-processor knows."""
+    rows = load_tokenizer(llama3).vocab_size
+    folder = write_model(tmp_path / "m", small_config() | {"vocab_size": rows}, llama3)
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    added = {**raw["added_tokens"][0], "id": rows, "content": "<|new|>"}
+    change_json(folder / "tokenizer.json", added_tokens=[*raw["added_tokens"], added])
+    with pytest.raises(BadInput, match=f"'<|new|>', its last token, is {rows}"):
+        load(folder)
+    raw["post_processor"]["special_tokens"]["<|begin_of_text|>"]["ids"] = [rows + 7]
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(BadInput, match=f"BOS is {rows + 7}"):
+        load(folder)
+
+
+def test_eos_that_is_no_token(whole):
+    """SentencePiece answers <unk> for a name that it does not have; training would append that."""
+    change_json(whole / "tokenizer_config.json", eos_token="<|nowhere|>")
+    with pytest.raises(BadInput, match=r"eos_token '<\|nowhere\|>' is no token of"):
+        load(whole)
