@@ -1,4 +1,4 @@
-"""From the runs' measures.json to RESULTS.md: tests, tables, pictures. Nothing in it is typed.
+"""From the runs' measures.json to RESULTS.md: tests, tables, pictures. No result in it is typed.
 
 A hypothesis of the study file compares one measure in two conditions, run by run with equal seeds
 (the same training rows and LoRA start). Across runs: mean difference, Student's interval, exact
@@ -6,6 +6,9 @@ sign-flip test; `within` asks the opposite, whether the difference is surely sma
 tests). Across problems: the same unseen problems in both conditions, averaged over seeds, sign-flip
 test. What is asked, and in which unit, stands in the study file, written before the runs; the false
 discovery rate is controlled over the whole family (Benjamini-Hochberg).
+
+Some hypotheses do not ask what they seem to ask. The plan is not edited after its runs, so what is
+wrong with them stands here: WITHDRAWN, REMARKS, and the text's "What these runs do not show".
 """
 import json
 import os
@@ -28,7 +31,34 @@ IN_BLOCKS = ("word.peak", "answer.peak", "word.onset", "answer.onset")
 CLAIMS = {"decodable": "decodable", "aligned": "aligned", "verbalised": "verbalised",
           "used": "used", "aligned_jacobian": "aligned, Jacobian lens",
           "verbalised_jacobian": "verbalised, Jacobian lens"}
-MARKS = {"confirmed": "✓", "refuted": "✗", "open": "?", "not run": "–"}
+MARKS = {"confirmed": "✓", "refuted": "✗", "open": "?", "withdrawn": "⊘", "not run": "–"}
+EARLY = ("about 95 % of SFT's errors are worded problems, which it was not trained on; the test "
+         "pools them, so it is about those and not about the trained wording")
+# claim -> why its design cannot bear it, whatever its p
+WITHDRAWN = {
+    "Block 4 (55 %) costs less accuracy than block 6":
+        "tested over problems, with three fixed models a block. The models are the unit, and over "
+        "them the interval holds 0",
+    "The operation's direction at block 4 matters no more after dual-reward than after SFT "
+    "(log-odds against a random direction)":
+        "the difference is the control's. The random direction is as long as the swap, and "
+        "dual-reward's swap is the longer (17.1 against 12.4). Without the control the swap moves "
+        "dual-reward more, 4.7 against 4.1 nats (seed 1: 4.74 and 4.08, random 3.62 and 0.85; "
+        "seed 2: 4.51 and 4.03, random 3.73 and 0.86)",
+}
+# claim -> what has to be read with it
+REMARKS = {
+    "Dual-reward makes the stream name the operation before the last block; SFT does not":
+        "the base's text had taught it to name operations, see above",
+    "Both errors together fall by at least the published 11 points":
+        "any collapse passes. The published model was right on 77.8 %, these are right on 0.0 %: "
+        "the errors do not make the published drop",
+    "At the trained block, swapping the part along the words turns under 5 % of answers":
+        "it has no positive control, since the whole direction turns none there either",
+    "A stronger early answer goes with right answers (SFT)": EARLY,
+    "Something of the early answer is left after the last block's confidence is taken out (SFT)":
+        EARLY,
+}
 Data = dict[str, dict[int, dict]]       # condition -> seed -> measures.json
 
 
@@ -138,6 +168,8 @@ def judge_all(study: dict, data: Data) -> list[dict]:
             asked_for = 1 if h["expect"] == "higher" else -1
             h["outcome"] = ("open" if not sure else
                             "confirmed" if h["sign"] == asked_for else "refuted")
+        if h["claim"] in WITHDRAWN:     # its p stays in the family: it was one of the tests
+            h["outcome"] = "withdrawn"
     return asked
 
 
@@ -213,6 +245,8 @@ def question_lines(asked: list[dict]) -> str:
                      f"{show(h['effect'], h['measure'], signed=True)} {unit}".rstrip()
                      + f", adjusted p {show_p(h['adjusted'])}"
                      + (" over problems" if h.get("unit") == "problems" else ""))
+        if said := WITHDRAWN.get(h["claim"]) or REMARKS.get(h["claim"]):
+            lines[-1] += f". {'Withdrawn' if h['claim'] in WITHDRAWN else 'But'}: {said}"
     return "\n".join(lines).strip()
 
 
@@ -447,6 +481,32 @@ many right answers turn into the other operation's. The trained block is {block}
 
 ![by block: operation word, Jacobian lens, answer, swaps]({blocks})
 
+## What these runs do not show
+
+Of the bundled model, found by a review after the runs and by eleven more of the same recipe.
+
+- *That dual-reward makes a read-out.* The base had been taught to name the operation: 8.0 % of the
+  lines of its text do ("which operation is 7 * 8 ? multiply", "7 * 8 means multiply", half each).
+  On the first kind of prompt "multiply" is the lens' top word from block 1 on, at block 4 with
+  74 %. Dual-reward brings that read-out to prompts that did not show it; it re-routes one rather
+  than making one. A base without such lines would be needed.
+- *That the word is "readable, not used".* At block 4 the whole swap turns no answer after SFT
+  either, so nothing at that block could count as used. Trained at block 0, where the operation is
+  used (two seeds), the whole swap turns 75 and 81 % of answers, its part along the words alone
+  none, and the swap without that part only 56 and 49 %: the words' directions contribute there and
+  are not sufficient.
+- *That the word is no knowledge of the operator.* It is named on "7 ? 8" too, but nothing trained a
+  model to abstain.
+- *That the prior code's errors make the published drop.* They end at 0 %, not at 77.8 %. Nor does
+  either write the published "373737": `65 - 28 =` gives `subtract 31 31 31` with error A and
+  `37 37 37 35` with both.
+- *That the words' meaning does not matter, or does.* Shuffled and random targets cannot be learnt
+  on unseen pairs whatever they mean, and the neutral words are one triple of tokens. A consistent
+  permutation (add -> subtract -> multiply -> add) is the missing control; run afterwards, three
+  seeds, it is installed on 100 % of prompts with 97.8 to 98.8 % of answers right.
+- *Anything about other base models.* Seeds vary LoRA's start and the order of rows; the base is
+  one.
+
 ## Answers
 
 Predictions were written into `{file}` before the runs: {marks}. {tally}. Differences with
@@ -466,7 +526,8 @@ Four different claims about the operation, on matched prompts (each unseen pair 
 every operation): a linear probe finds it; the lens ranks the right word first among the operations'
 words; the word itself is loud (median rank 5 or better, probability .10); exchanging its direction
 moves the answer more than a random direction as long. Blocks where the claim holds in every seed;
-the Jacobian lens is a second read-out that no loss trained.
+the Jacobian lens is a second read-out that no loss trained. *Used* compares within a method only:
+the longer a method's swap, the more its random direction moves by damage alone.
 
 {claims}
 
@@ -485,7 +546,9 @@ Dual-reward:
 
 At the trained block, where dual-reward's word is loudest: the effect of the swap on the log-odds of
 the other operation's answer, less that of a random direction as long; and how many first tokens
-stay right when a whole span of directions is put to its mean.
+stay right when a whole span of directions is put to its mean. The first two columns do not compare
+methods: dual-reward's swap is longer, its random direction does more damage, and what is taken off
+is more.
 
 {causes}
 
@@ -581,7 +644,7 @@ def write_results(study: dict, runs: list[dict], failed: list[str], out: Path) -
     outcomes = [h["outcome"] for h in asked]
     tally = ", ".join(f"{outcomes.count(k)} {k}" for k in MARKS if k in outcomes).capitalize()
     meaning = {"confirmed": "as predicted", "refuted": "the opposite, or surely beyond the margin",
-               "open": "not decided by these runs"}
+               "open": "not decided by these runs", "withdrawn": "its test cannot bear the claim"}
     path = out / "RESULTS.md"
     _, chains = parts_of(path)
     write_text(path, TEXT.format(

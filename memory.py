@@ -1,12 +1,15 @@
 """What a run needs: an estimate before it starts, limits while it runs, the truth at its end.
 
-    peak = process + weights + trained (gradient, two Adam moments) + what the backward pass needs
+    peak = process + weights + trained (gradient, two Adam moments)
+           + the largest of: a step, sampling its rollouts, an inspection on the way
 
-The last part is kept activations, by tokens of a micro-batch and blocks; one block's working set;
-and the logits. `recompute` shrinks it (Chen 1604.06174), `grad_accum_steps` divides it. LoRA's
-frozen weights have no gradient, so their inputs need not be kept, only what silu, softmax and norms
-read. MLX's CPU backend allocates up to a hundred operations ahead: there the memory limit is set to
-the estimate, which makes it wait and costs no time (far below the need it would cost half).
+A step needs kept activations, by tokens of a micro-batch and blocks; one block's working set; and
+logits. `recompute` shrinks it (Chen 1604.06174), `grad_accum_steps` divides it. LoRA's frozen
+weights have no gradient, so their inputs need not be kept, only what silu, softmax and norms read.
+An inspection decodes hundreds of validation prompts at once and holds logits of many taps: where a
+step's batch is small and the vocabulary is not, it needs the most. MLX's CPU backend allocates up
+to a hundred operations ahead: there the memory limit is set to the estimate, which makes it wait
+and costs no time (far below the need it would cost half).
 """
 import os
 import re
@@ -24,20 +27,28 @@ import parallel
 from config import ON_POLICY, BadInput, Config
 from generate import ROWS_PER_BATCH, TOKENS_PER_BATCH
 from hub import find_folder, read_json
+from lens import LOGITS_PER_CALL
+from lens import ROWS_PER_BATCH as LENS_ROWS
 from lora import root_model
 from model import DTYPES, Llama, ModelArgs, default_dtype, logit_rows, parse_args
 from quant import PIECE, settings_of, stored_settings
 
 GIB = 2 ** 30
+# arrays of the logits' size that are there at once. An exp written out is six of them (fastexp)
+DRAWN = 9           # to draw a token: logits, shifted, exp, sum so far, ... (generate.choose)
+FINAL = 14          # two exps and what is between (lens.final_distribution)
 
 
 @dataclass
 class Load:
-    """What one micro-batch asks of the model."""
+    """What one micro-batch asks of the model, and an inspection."""
     tokens: int         # through the blocks
     length: int         # of the longest row: what a query looks at
     logit_rows: int     # positions whose logits the loss reads
     cached: int = 0     # tokens in the KV cache of a rollout's largest batch
+    repeated: int = 0   # tokens of keys and values, a prompt's once for each of its completions
+    prompt: int = 0     # tokens of the longest prompt
+    valid: int = 0      # validation problems; 0: no inspection
 
 
 def peak_gib() -> float:
@@ -103,20 +114,62 @@ def trained_numbers(args: ModelArgs, cfg: Config) -> int:
     return L * (sum(a * b for a, b in shapes.values()) + 2 * D) + tables * args.vocab_size * D + D
 
 
-def step_bytes(args: ModelArgs, cfg: Config, load: Load, width: int = 4) -> dict[str, int]:
-    """What a step needs beside the weights, in bytes; width bytes a number.
+def per_token(args: ModelArgs, cfg: Config, length: int) -> tuple[int, int, int]:
+    """Numbers that a block's backward pass reads for one token: (attention, softmax, mlp).
 
-    A block keeps, for each token: the stream before and between its halves, both normed, q, k, v,
-    what the heads say in two layouts, H rows of the softmax; gate and up; and with weights trained
-    behind it, their product. Its working set is once more that, with four gradients of width F.
+    The stream before and between its halves, both normed, q, k, v, what the heads say in two
+    layouts; H rows of the softmax; gate and up, and with weights trained behind it their product.
     """
     D, F = args.hidden_size, args.intermediate_size
     q, kv = args.num_attention_heads * args.head_dim, args.num_key_value_heads * args.head_dim
-    attention = 5 * D + 3 * q + 2 * kv
-    softmax = args.num_attention_heads * load.length
+    return (5 * D + 3 * q + 2 * kv, args.num_attention_heads * length,
+            2 * F + F * (cfg.full or "down" in cfg.lora_targets))
+
+
+def decoding_bytes(args: ModelArgs, rows: int, cached: int, width: int, copies: int) -> int:
+    """Keys and values of all `cached` tokens, one position's results of each row, its logits."""
+    kv = args.num_key_value_heads * args.head_dim
+    block = sum(per_token(args, Config(), cached // max(rows, 1))) + 4 * args.intermediate_size
+    return (args.num_hidden_layers * 2 * kv * cached + rows * block) * width + (
+        copies * rows * args.vocab_size * 4)
+
+
+def inspection_bytes(args: ModelArgs, cfg: Config, load: Load, width: int = 4) -> int:
+    """What train.inspect needs: validation prompts decoded greedily, then the lens at their ends.
+
+    Both read all prompts of a batch in one pass without gradients: a block's results are there at
+    once, since operations are handed out long before they are done.
+    """
+    L, T = args.num_hidden_layers, load.prompt
+    kv = args.num_key_value_heads * args.head_dim
+    block = sum(per_token(args, Config(), T)) + 4 * args.intermediate_size
+    decode = lens = 0
+    if cfg.eval_every_steps:
+        rows = min(load.valid, cfg.eval_prompts, ROWS_PER_BATCH)
+        limit = cfg.max_completion_tokens + (cfg.chain_tokens if cfg.method == "markovian" else 0)
+        decode = max((L * 2 * kv + block) * rows * T * width,
+                     decoding_bytes(args, rows, rows * (T + limit), width, copies=1))
+    if cfg.lens_every_steps and cfg.method != "markovian":
+        rows = min(load.valid, cfg.lens_prompts, LENS_ROWS)
+        parts, at_tap = parallel.count(rows), rows * args.vocab_size
+        taps = min(L + 1, max(1, LOGITS_PER_CALL * parts // max(at_tap, 1)))
+        # the first logits beside the last tap's distribution, then each beside those before
+        numbers = taps * at_tap + max(FINAL * at_tap, (taps <= L) * (taps + 1) * at_tap)
+        lens = max(4 * numbers, rows * T * block * width)
+    return max(decode, lens)
+
+
+def step_bytes(args: ModelArgs, cfg: Config, load: Load, width: int = 4) -> dict[str, int]:
+    """What a step needs beside the weights, in bytes; width bytes a number.
+
+    A block keeps what `per_token` lists. Its working set is once more that, with four gradients of
+    width F. Rollouts also keep each prompt's keys and values once for each of its completions.
+    """
+    D, F, L = args.hidden_size, args.intermediate_size, args.num_hidden_layers
+    kv = args.num_key_value_heads * args.head_dim
+    attention, softmax, mlp = per_token(args, cfg, load.length)
     if default_dtype():     # a GPU's own attention keeps none
         attention, softmax = attention + softmax, 0
-    mlp = 2 * F + F * (cfg.full or "down" in cfg.lora_targets)
     kept = {"none": attention + mlp, "mlp": attention, "block": D + 2 * kv}[cfg.recompute]
     # sampling reads each adapted float32 matrix with its update added (lora.fused_for_decoding)
     fused = 0 if cfg.full or cfg.bits or width < 4 or not load.cached else sum(
@@ -136,40 +189,49 @@ def step_bytes(args: ModelArgs, cfg: Config, load: Load, width: int = 4) -> dict
         # LoRA's are float32 always, all weights what they are
         "trained": trained_numbers(args, cfg) * (width if cfg.full else 4) * (
             3 + (cfg.grad_accum_steps > 1)),
-        "activations": args.num_hidden_layers * block * kept + block * (
-            attention + softmax + mlp + 4 * F) + unpacked,
+        "activations": L * block * kept + block * (attention + softmax + mlp + 4 * F)
+                       + L * 2 * kv * load.repeated * width + unpacked,
         "logits": 4 * rows * args.vocab_size * 4,
-        "sampling": args.num_hidden_layers * (2 * kv * load.cached + fused) * width,
+        "sampling": L * fused * width + decoding_bytes(
+            args, load.cached // load.length, load.cached, width, DRAWN),
+        "inspection": inspection_bytes(args, cfg, load, width),
     }
 
 
 def estimate(args: ModelArgs, cfg: Config, load: Load, weights: int) -> dict[str, float]:
-    """The parts and the peak, in GiB. Sampling and a step's activations never coexist."""
+    """The parts and the peak, in GiB. A step, sampling and an inspection never coexist."""
     width = 4 if default_dtype() else 2
     parts = step_bytes(args, cfg, load, width)
-    passing = max(parts["activations"] + parts["logits"], parts["sampling"])
-    peak = weights + parts["trained"] + passing + process_bytes()
+    passing = max(parts["activations"] + parts["logits"], parts["sampling"], parts["inspection"])
+    parts["process"] = process_bytes(passing)
+    peak = weights + parts["trained"] + passing + parts["process"]
     return {name: value / GIB for name, value in
             {"weights": weights, **parts, "peak": peak}.items()}
 
 
-def process_bytes() -> int:
-    """Python, the libraries and malloc's holes; on a GPU they are not the device's."""
-    return int(0.25 * GIB) if default_dtype() else 0
+def process_bytes(passing: int) -> int:
+    """What is no array: Python, libraries, tokenizer, BLAS' buffers; on a GPU not the device's.
+
+    And malloc's holes: what came and went leaves room that later arrays do not fit, 0 to a fifth.
+    """
+    return int(0.15 * GIB) + passing // 8 if default_dtype() else 0
 
 
-def load_of(cfg: Config, source) -> Load:
-    """A micro-batch of a data.Batches, or of a grpo.Rollouts."""
+def load_of(cfg: Config, source, n_valid: int = 0) -> Load:
+    """A micro-batch of a data.Batches, or of a grpo.Rollouts; n_valid problems to inspect."""
     if cfg.method not in ON_POLICY:
         rows, T = cfg.batch_size // cfg.grad_accum_steps, max(source.lengths)
-        return Load(rows * T, T, rows * source.A + (cfg.method == "dual_reward") * rows)
+        return Load(rows * T, T, rows * source.A + (cfg.method == "dual_reward") * rows,
+                    prompt=max(row.P for row in source.rows), valid=n_valid)
     # the source plans the step of all processes
     groups = -(-source.P // (cfg.grpo_minibatches * source.cfg.grad_accum_steps))
     T, rows = max(len(ids) for _, ids in source.problems), groups * cfg.grpo_group_size
-    # a chain is read a second time by its scorer
-    tokens = (groups * T + rows * source.limit) * (2 if cfg.method == "markovian" else 1)
+    # no completion's last token is read; a chain is, and a second time, by its scorer
+    tokens = groups * T + rows * (source.limit - 1)
+    tokens += (groups * T + rows * source.limit) * (cfg.method == "markovian")
     return Load(tokens, T + source.limit, rows * source.limit,
-                min(min(cfg.batch_size, ROWS_PER_BATCH) * (T + source.limit), TOKENS_PER_BATCH))
+                min(min(cfg.batch_size, ROWS_PER_BATCH) * (T + source.limit), TOKENS_PER_BATCH),
+                repeated=rows * (T + source.limit - 1), prompt=T, valid=n_valid)
 
 
 def advice(args: ModelArgs, cfg: Config, load: Load, raw: dict, limit: float) -> str:
@@ -187,13 +249,16 @@ def advice(args: ModelArgs, cfg: Config, load: Load, raw: dict, limit: float) ->
                  or raw.get("quantization") or raw.get("quantization_config"))
     options = [("recompute=block", replace(cfg, recompute="block")),
                (f"grad_accum_steps={rows}", replace(cfg, grad_accum_steps=rows))]
+    few = {"eval_prompts": min(cfg.eval_prompts, 16), "lens_prompts": min(cfg.lens_prompts, 16)}
+    if load.valid:
+        options.append((" ".join(f"{key}={n}" for key, n in few.items()), replace(cfg, **few)))
     if cfg.full:
         if not cfg.from_scratch:
             options.append(("full=false (LoRA)", replace(cfg, full=False)))
     elif plain:
         options.append(("bits=4", replace(cfg, bits=4)))
     changed = [(name, peak(c)) for name, c in options if c != cfg]
-    all_of = replace(cfg, recompute="block", grad_accum_steps=rows,
+    all_of = replace(cfg, recompute="block", grad_accum_steps=rows, **few,
                      full=cfg.full and cfg.from_scratch, bits=4 if plain else cfg.bits)
     changed.append(("all of them", peak(all_of)))
     text = ", ".join(f"{name}: {gib:.1f} GiB" for name, gib in changed)
@@ -203,7 +268,7 @@ def advice(args: ModelArgs, cfg: Config, load: Load, raw: dict, limit: float) ->
 def describe(found: dict[str, float]) -> str:
     """example  "memory, GiB: weights 4.60, trained 0.04, ...; estimated peak 6.04" """
     parts = [f"{name} {found[name]:.2f}" for name in
-             ("weights", "trained", "activations", "logits", "sampling")]
+             ("weights", "trained", "activations", "logits", "sampling", "inspection")]
     return f"memory, GiB: {', '.join(parts)}; estimated peak {found['peak']:.2f}"
 
 
@@ -233,7 +298,7 @@ def set_limits(cfg: Config, found: dict[str, float]) -> None:
     if default_dtype():         # a CPU
         mx.set_cache_limit(0)       # malloc keeps what is freed anyway
         if found["weights"] > 1:    # small models must never wait
-            mx.set_memory_limit(int((found["peak"] - 0.05) * GIB) - process_bytes())
+            mx.set_memory_limit(int((found["peak"] - found["process"] - 0.05) * GIB))
             blas.trim()             # the holes that loading has left
     elif mx.metal.is_available():
         mx.set_wired_limit(mx.device_info()["max_recommended_working_set_size"])

@@ -395,7 +395,7 @@ def train_run(cfg: Config, with_base: bool, held: ExitStack) -> dict:
     valid = load_split(cfg, "valid", tokenizer)
     optimizer = optim.AdamW(cfg.lr, weight_decay=cfg.weight_decay, bias_correction=True)
     optimizer.init(model.trainable_parameters())
-    needed = memory.prepare(cfg, model, memory.load_of(cfg, source))
+    needed = memory.prepare(cfg, model, memory.load_of(cfg, source, len(valid)))
     # after everything that can be wrong with the input: a mistake leaves no folder behind
     inputs = hash_inputs(model, source, valid) | {"processes": str(distributed.size())}
     folder, done = begin(cfg, model, optimizer, source, inputs, held)

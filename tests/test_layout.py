@@ -12,8 +12,8 @@ LEVELS = [("blas", "config", "stats", "answers"),
           ("fastexp", "tokenizer", "plot", "hub", "distributed", "parallel"),
           ("losses", "quant", "data"),
           ("model", "checks"), ("lora", "findings", "tasks", "drafts"),
-          ("generate", "conversations"), ("lens", "grpo", "memory", "clean", "converse"),
-          ("markovian", "run_folder", "judge"), ("gate",),
+          ("generate", "conversations"), ("lens", "grpo", "clean", "converse"),
+          ("markovian", "run_folder", "judge", "memory"), ("gate",),
           ("eval", "perturb"), ("train", "probe", "self_instruct"),
           ("results", "study", "fullsize"), ("bench", "markovian_results"), ("growth",)]
 

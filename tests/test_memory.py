@@ -1,10 +1,13 @@
 """Memory: what is computed again changes no number; what is estimated is what is there."""
 import json
+from dataclasses import replace
 
 import mlx.core as mx
+import mlx.optimizers as optim
 import numpy as np
 import pytest
 from conftest import (
+    ROOT,
     TINY,
     TINY_COT,
     assert_one_clear_line,
@@ -20,11 +23,21 @@ from mlx.utils import tree_flatten
 import memory
 import model as model_module
 from config import Config, load_config
-from fullsize import SHAPES
+from data import SYMBOLS
+from fullsize import SHAPES, write_word_tokenizer
 from lora import apply_lora
 from model import ModelArgs, parse_args
+from tasks import load_split
 from tokenizer import load_tokenizer
-from train import load_source, next_updates, prepare_model
+from train import (
+    compile_step,
+    inspect,
+    load_source,
+    make_loss,
+    next_updates,
+    prepare_model,
+    take_updates,
+)
 
 STEPS = {   # method: settings of one step
     "sft": {}, "dual_reward": {}, "mask_prompt": {"mask_prompt": False},
@@ -138,3 +151,73 @@ def test_all_weights_on_top_of_an_adapter(write_config):
     cfg = load_config(path, [f"model={first}", "full=true", "run_dir=x"])
     model, _ = prepare_model(cfg)
     assert len(tree_flatten(model.trainable_parameters())) == len(tree_flatten(model.parameters()))
+
+
+# --------------------------------------------------------------------------------------------------
+# a real vocabulary, few blocks: SmolLM2's shapes
+
+SMOL = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "head_dim": 64,
+        "num_hidden_layers": 6, "num_attention_heads": 9, "num_key_value_heads": 3}
+
+
+@pytest.fixture(scope="module")
+def smol(tmp_path_factory):
+    """A folder with random weights of SmolLM2-135M's shapes, but 6 of its 30 blocks."""
+    folder = write_model(tmp_path_factory.mktemp("smol") / "m", small_config() | SMOL, TINY)
+    (folder / "tokenizer.model").unlink()   # random weights say words beyond its own
+    write_word_tokenizer(folder, SMOL["vocab_size"], *SYMBOLS, *SYMBOLS.values(), "=",
+                         *map(str, range(200)))
+    return folder
+
+
+def most_at_once(what, *args):
+    """(what(*args), the most bytes of MLX's arrays meanwhile, beyond those before it)."""
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    result = what(*args)
+    return result, mx.get_peak_memory() - before
+
+
+def phases(cfg):
+    """{phase of a run: (bytes measured, bytes estimated)}."""
+    model, tokenizer = prepare_model(cfg)
+    source, valid = load_source(cfg, model, tokenizer), load_split(cfg, "valid", tokenizer)
+    load = memory.load_of(cfg, source, len(valid))
+    optimizer = optim.AdamW(cfg.lr)
+    optimizer.init(model.trainable_parameters())
+    mx.eval(optimizer.state)
+    parts = memory.step_bytes(model.args, cfg, load)
+    compiled = compile_step(model, optimizer, make_loss(cfg, 0))
+    (updates, about), sampling = most_at_once(next_updates, source, 0, cfg)
+    _, step = most_at_once(take_updates, None, 0, updates, about["rows"], compiled, optimizer,
+                           cfg.lr, cfg)
+    # of what is trained, the gradient comes with the step; the moments were there
+    found = {"step": (step, parts["activations"] + parts["logits"] + parts["trained"] / 3)}
+    if cfg.method == "grpo":
+        found["sampling"] = sampling, parts["sampling"]
+    for name, off in (("validation", "lens_every_steps"), ("lens", "eval_every_steps")):
+        one = replace(cfg, **{off: 0})
+        _, measured = most_at_once(inspect, model, tokenizer, valid, 0, 4, one)
+        found[name] = measured, memory.inspection_bytes(model.args, one, load)
+    return found
+
+
+@pytest.mark.parametrize("keys", [
+    {"batch_size": 4}, {"method": "grpo", "batch_size": 64, "grpo_group_size": 8, "grpo_kl_weight":
+     0.02, "max_completion_tokens": 6, "grpo_reward": f"{ROOT}/fullsize.py:reward_sum"}])
+def test_each_phase_needs_what_is_estimated(keys, smol):
+    """A step of 4 rows of 10 tokens, one of 8 prompts x 8, sampling, validation, the lens."""
+    mx.set_cache_limit(0)
+    found = phases(config(model=str(smol), lora_rank=16, data_samples=200, **keys))
+    ratios = {name: round(estimated / measured, 3)
+              for name, (measured, estimated) in found.items()}
+    assert all(0.9 < ratio < 1.1 for ratio in ratios.values()), (ratios, found)
+
+
+def test_peak_of_a_run_with_small_batches_and_a_real_vocabulary(smol, write_config):
+    """Four rows of ten tokens: the inspections between the steps are what needs the most."""
+    path, folder = write_config("c", model=smol, batch_size=4, lora_rank=16, eval_prompts=200,
+                                lens_prompts=64, data_samples=1000)
+    run("train.py", path, check=0)
+    report = json.loads((folder / "report.json").read_text())
+    assert abs(report["estimated_peak_gib"] / report["peak_gib"] - 1) < 0.05, report["peak_gib"]

@@ -4,12 +4,24 @@ import json
 import numpy as np
 import pytest
 import yaml
-from conftest import GOLDEN, ROOT, assert_one_clear_line, run
+from conftest import GOLDEN, ROOT, TINY, assert_one_clear_line, run
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from config import BadInput
-from data import ASKED_WORDED, ONES, PHRASES, SYMBOLS, TENS
-from findings import block_ranges, judge_all, show, test_hypothesis
+from config import BadInput, load_config
+from data import ASKED_WORDED, ONES, PHRASES, SYMBOLS, TENS, sample_tiny_corpus
+from findings import (
+    MARKS,
+    REMARKS,
+    TEXT,
+    WITHDRAWN,
+    block_ranges,
+    judge_all,
+    question_lines,
+    show,
+    test_hypothesis,
+)
+from lens import read_prompts
+from model import load
 from study import load_study, measure_prediction, plan
 
 test_hypothesis.__test__ = False    # it is not one of pytest's
@@ -246,3 +258,56 @@ def test_whole_path_on_a_golden_model(golden_with_words, tmp_path):
         assert same[key] == measures[key], key
     report = run("eval.py", "--ckpt", runs / "dual_1", "data_operations=add", check=0).stdout
     assert "operation word top-1 at L2" in report
+
+
+# --------------------------------------------------------------------------------------------------
+# what the plan's hypotheses cannot bear
+
+
+def test_withdrawn_claims_stay_withdrawn_whatever_their_p():
+    """A perfect p does not save a claim whose test cannot bear it; the reason stands beside it."""
+    h = {"claim": next(iter(WITHDRAWN)), "measure": "accuracy.symbolic", "first": "a",
+         "second": "b", "expect": "higher"}
+    data = {"a": made_up([.9, .8, .9, .85, .95, .9]), "b": made_up([.7, .7, .75, .7, .8, .7])}
+    asked = judge_all(question(h, {**h, "claim": "another"}), data)
+    assert [x["outcome"] for x in asked] == ["withdrawn", "confirmed"]
+    assert asked[0]["p"] == 2 / 64 and asked[0]["adjusted"] == asked[1]["adjusted"]
+    lines = question_lines(asked).splitlines()
+    assert lines[-2].startswith("- ⊘") and lines[-2].endswith(f"Withdrawn: {WITHDRAWN[h['claim']]}")
+    assert lines[-1].startswith("- ✓ another") and "Withdrawn" not in lines[-1]
+
+
+def test_results_say_what_the_generator_says():
+    """The committed RESULTS.md holds the section and every reason, and nothing they correct."""
+    plan = yaml.safe_load(STUDY.read_text())["questions"]
+    claims = {h["claim"] for q in plan for h in q["hypotheses"]}
+    assert claims >= WITHDRAWN.keys() | REMARKS.keys()
+    text, heading = (ROOT / "RESULTS.md").read_text(), "## What these runs do not show"
+    section = TEXT[TEXT.index(heading):TEXT.index("## Answers")]
+    assert section in text
+    for claim in claims:
+        [line] = [x for x in text.splitlines() if x[:2] == "- " and x[4:].startswith(f"{claim}:")]
+        assert (line[2] == MARKS["withdrawn"]) == (claim in WITHDRAWN)
+        said = WITHDRAWN.get(claim) or REMARKS.get(claim)
+        assert line.endswith(said) if said else "But:" not in line and "Withdrawn" not in line
+    readme = (ROOT / "README.md").read_text()
+    for wrong in ("readable, not used.", "Block 4 costs less", '("373737")'):
+        assert wrong not in readme
+
+
+def test_what_is_said_of_the_base_s_text_is_so():
+    """8.0 % of its lines name the operation, half by "which operation is"; the lens agrees."""
+    rows = sample_tiny_corpus(load_config(ROOT / "configs/tiny_base.yaml", []))
+    naming = [p for p in rows if p.wording == "naming"]
+    asked = sum(p.prompt.startswith("which operation is ") for p in naming)
+    assert f"{len(naming) / len(rows):.1%}" == "8.0%" and abs(asked / len(naming) - 0.5) < 0.01
+    model, tokenizer = load(TINY)
+    word = tokenizer.single_id("multiply")
+    reading = read_prompts(model, [tokenizer.encode_prompt(text) for text in
+                                   ("which operation is 7 * 8 ? ", "7 * 8 = ")], [[word]] * 2)
+    is_top = reading.top_ids[:, :, 0, 0] == word                                    # (L+1, 2)
+    assert is_top[2:, 0].all() and not is_top[:2, 0].any() and not is_top[:, 1].any()
+    assert f"{reading.probs[5, 0, 0, 0]:.0%}" == "74%"      # after block 4
+    for page in ("README.md", "RESULTS.md", "models/tiny/README.md"):
+        text = (ROOT / page).read_text()
+        assert "which operation is 7 * 8 ?" in text and "8.0 %" in text and "74 %" in text, page
