@@ -259,7 +259,7 @@ class Tokenizer:
         return text.replace(" ", "·").replace("\n", "⏎")
 
     def show(self, ids: Iterable[int]) -> str:
-        """Tokens by piece and id. example  [1012, 1015] -> "·add (1012), ·subtract (1015)" """
+        """Tokens by piece and id. example  [1009, 1053] -> "·add (1009), ·subtract (1053)" """
         return ", ".join(f"{self.piece(i)} ({i})" for i in ids)
 
     def named_id(self, name: str) -> int | None:
