@@ -277,7 +277,7 @@ class Tokenizer:
         return text.replace(" ", "·").replace("\n", "⏎")
 
     def show(self, ids: Iterable[int]) -> str:
-        """Tokens by piece and id. example  [1012, 1015] -> "·add (1012), ·subtract (1015)" """
+        """Tokens by piece and id. example  [1009, 1053] -> "·add (1009), ·subtract (1053)" """
         return ", ".join(f"{self.piece(i)} ({i})" for i in ids)
 
     def named_id(self, name: str) -> int | None:
@@ -308,12 +308,13 @@ class Tokenizer:
         for form in (bare, spaced) if self._stands_bare(before) else (spaced, bare):
             if all(map(is_one, words, form)):
                 return [token for token, in form]
-        count = lambda ids: f"{len(ids)} ({' '.join(map(self.piece, ids))})"
-        wrong = [f"{word!r} is {count(ids)}, after a space {count(after)}"
+        count = lambda ids: (f"{len(ids)} token{'s' if len(ids) > 1 else ''} "
+                             f"({' '.join(map(self.piece, ids))})")
+        wrong = [f"target word {word!r} is {count(ids)}, after a space {count(after)}"
                  for word, ids, after in zip(words, bare, spaced)
                  if not (is_one(word, ids) and is_one(word, after))]
-        raise BadInput(f"target words must be one token of {self.source} each, all of a set after "
-                       f"a space or all without: {'; '.join(wrong)}; choose another word")
+        raise BadInput(f"{'; '.join(wrong)}; a target must be one token of {self.source}, all of a "
+                       "set after a space or all without: choose another word")
 
     def _encode_word(self, word: str, space: str, before: Sequence[int]) -> list[int]:
         named = self.named_id(word) if word.startswith("<") else None
