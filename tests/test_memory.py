@@ -116,9 +116,9 @@ def test_more_memory_for_more_rows_less_when_recomputed():
 
 def test_what_does_not_fit_is_refused_with_advice(write_config):
     """One line, before and after loading, that says what would help; nothing is left behind."""
-    path, folder = write_config("c", memory_limit_gib=0.2)
+    path, folder = write_config("c", memory_limit_gib=0.1)
     done = run("train.py", path)
-    assert_one_clear_line(done, "0.2 are there", "recompute=block", "grad_accum_steps=8", "bits=4")
+    assert_one_clear_line(done, "0.1 are there", "recompute=block", "grad_accum_steps=8", "bits=4")
     path, _ = write_config("d", memory_limit_gib=0.00001)
     assert_one_clear_line(run("train.py", path), "weights", "try bits=4")
     for value in ("-1", "nan", "0"):
