@@ -3,16 +3,15 @@ import json
 from dataclasses import replace
 
 import mlx.core as mx
-import mlx.optimizers as optim
 import numpy as np
 import pytest
 from conftest import (
-    ROOT,
     TINY,
     TINY_COT,
     assert_one_clear_line,
     config,
     grads_of,
+    random_model,
     run,
     small_config,
     small_model,
@@ -23,21 +22,13 @@ from mlx.utils import tree_flatten
 import memory
 import model as model_module
 from config import Config, load_config
-from data import SYMBOLS
-from fullsize import SHAPES, write_word_tokenizer
+from fullsize import SHAPES
+from generate import choose, sample_batch
+from lens import read_prompts
 from lora import apply_lora
 from model import ModelArgs, parse_args
-from tasks import load_split
 from tokenizer import load_tokenizer
-from train import (
-    compile_step,
-    inspect,
-    load_source,
-    make_loss,
-    next_updates,
-    prepare_model,
-    take_updates,
-)
+from train import load_source, next_updates, prepare_model
 
 STEPS = {   # method: settings of one step
     "sft": {}, "dual_reward": {}, "mask_prompt": {"mask_prompt": False},
@@ -125,9 +116,9 @@ def test_more_memory_for_more_rows_less_when_recomputed():
 
 def test_what_does_not_fit_is_refused_with_advice(write_config):
     """One line, before and after loading, that says what would help; nothing is left behind."""
-    path, folder = write_config("c", memory_limit_gib=0.2)
+    path, folder = write_config("c", memory_limit_gib=0.1)
     done = run("train.py", path)
-    assert_one_clear_line(done, "0.2 are there", "recompute=block", "grad_accum_steps=8", "bits=4")
+    assert_one_clear_line(done, "0.1 are there", "recompute=block", "grad_accum_steps=8", "bits=4")
     path, _ = write_config("d", memory_limit_gib=0.00001)
     assert_one_clear_line(run("train.py", path), "weights", "try bits=4")
     for value in ("-1", "nan", "0"):
@@ -154,70 +145,49 @@ def test_all_weights_on_top_of_an_adapter(write_config):
 
 
 # --------------------------------------------------------------------------------------------------
-# a real vocabulary, few blocks: SmolLM2's shapes
-
-SMOL = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "head_dim": 64,
-        "num_hidden_layers": 6, "num_attention_heads": 9, "num_key_value_heads": 3}
-
-
-@pytest.fixture(scope="module")
-def smol(tmp_path_factory):
-    """A folder with random weights of SmolLM2-135M's shapes, but 6 of its 30 blocks."""
-    folder = write_model(tmp_path_factory.mktemp("smol") / "m", small_config() | SMOL, TINY)
-    (folder / "tokenizer.model").unlink()   # random weights say words beyond its own
-    write_word_tokenizer(folder, SMOL["vocab_size"], *SYMBOLS, *SYMBOLS.values(), "=",
-                         *map(str, range(200)))
-    return folder
+# a real vocabulary, few blocks
 
 
 def most_at_once(what, *args):
-    """(what(*args), the most bytes of MLX's arrays meanwhile, beyond those before it)."""
+    """The most bytes of MLX's arrays during what(*args), beyond those before it."""
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    result = what(*args)
-    return result, mx.get_peak_memory() - before
+    what(*args)
+    return mx.get_peak_memory() - before
 
 
-def phases(cfg):
-    """{phase of a run: (bytes measured, bytes estimated)}."""
-    model, tokenizer = prepare_model(cfg)
-    source, valid = load_source(cfg, model, tokenizer), load_split(cfg, "valid", tokenizer)
-    load = memory.load_of(cfg, source, len(valid))
-    optimizer = optim.AdamW(cfg.lr)
-    optimizer.init(model.trainable_parameters())
-    mx.eval(optimizer.state)
-    parts = memory.step_bytes(model.args, cfg, load)
-    compiled = compile_step(model, optimizer, make_loss(cfg, 0))
-    (updates, about), sampling = most_at_once(next_updates, source, 0, cfg)
-    _, step = most_at_once(take_updates, None, 0, updates, about["rows"], compiled, optimizer,
-                           cfg.lr, cfg)
-    # of what is trained, the gradient comes with the step; the moments were there
-    found = {"step": (step, parts["activations"] + parts["logits"] + parts["trained"] / 3)}
-    if cfg.method == "grpo":
-        found["sampling"] = sampling, parts["sampling"]
-    for name, off in (("validation", "lens_every_steps"), ("lens", "eval_every_steps")):
-        one = replace(cfg, **{off: 0})
-        _, measured = most_at_once(inspect, model, tokenizer, valid, 0, 4, one)
-        found[name] = measured, memory.inspection_bytes(model.args, one, load)
-    return found
+def decode(model, prompts, group, temperature):
+    """generate.sample without a tokenizer: 6 tokens behind each prompt, nothing stops."""
+    V = model.args.vocab_size
+    uniforms = mx.random.uniform(shape=(len(prompts) * group, 6))
+    sample_batch(model, prompts, group, lambda logits, u: choose(logits, u, temperature), uniforms,
+                 mx.zeros(V, mx.bool_))
 
 
-@pytest.mark.parametrize("keys", [
-    {"batch_size": 4}, {"method": "grpo", "batch_size": 64, "grpo_group_size": 8, "grpo_kl_weight":
-     0.02, "max_completion_tokens": 6, "grpo_reward": f"{ROOT}/fullsize.py:reward_sum"}])
-def test_each_phase_needs_what_is_estimated(keys, smol):
-    """A step of 4 rows of 10 tokens, one of 8 prompts x 8, sampling, validation, the lens."""
+def test_inspections_and_sampling_need_what_is_estimated():
+    """SmolLM2's 49,152 tokens, two blocks: the lens, validation, 8 prompts x 8, to an eighth.
+
+    All that a step of 4 rows needs here is a tenth of it.
+    """
     mx.set_cache_limit(0)
-    found = phases(config(model=str(smol), lora_rank=16, data_samples=200, **keys))
-    ratios = {name: round(estimated / measured, 3)
-              for name, (measured, estimated) in found.items()}
-    assert all(0.9 < ratio < 1.1 for ratio in ratios.values()), (ratios, found)
-
-
-def test_peak_of_a_run_with_small_batches_and_a_real_vocabulary(smol, write_config):
-    """Four rows of ten tokens: the inspections between the steps are what needs the most."""
-    path, folder = write_config("c", model=smol, batch_size=4, lora_rank=16, eval_prompts=200,
-                                lens_prompts=64, data_samples=1000)
-    run("train.py", path, check=0)
-    report = json.loads((folder / "report.json").read_text())
-    assert abs(report["estimated_peak_gib"] / report["peak_gib"] - 1) < 0.05, report["peak_gib"]
+    model = random_model(small_config() | {"vocab_size": 49152})
+    mx.eval(model.parameters())
+    prompts = [[1 + (7 * i + t) % 900 for t in range(10)] for i in range(64)]
+    cfg, load = config(batch_size=4), memory.Load(40, 10, 16, prompt=10, valid=64)
+    lens_alone, decoding_alone = (replace(cfg, **{f"{off}_every_steps": 0})
+                                  for off in ("eval", "lens"))
+    rollouts = replace(cfg, method="grpo", batch_size=64)
+    sampling = memory.step_bytes(model.args, rollouts, memory.Load(440, 16, 384, 64 * 16))
+    fused = 4 * sum(a * b for name, (a, b) in memory.matrix_shapes(model.args).items()
+                    if name in cfg.lora_targets) * model.args.num_hidden_layers
+    estimated = {"lens": memory.inspection_bytes(model.args, lens_alone, load),
+                 "validation": memory.inspection_bytes(model.args, decoding_alone, load),
+                 "sampling": sampling["sampling"] - fused}
+    measured = {"lens": most_at_once(read_prompts, model, prompts, [[5, 6, 7]] * 64),
+                "validation": most_at_once(decode, model, prompts, 1, 0),
+                "sampling": most_at_once(decode, model, prompts[:8], 8, 1.0)}
+    ratios = {name: round(estimated[name] / measured[name], 3) for name in measured}
+    assert all(0.875 < ratio < 1.125 for ratio in ratios.values()), (ratios, measured)
+    whole = memory.estimate(model.args, cfg, load, 0)
+    assert whole["peak"] > whole["process"] + measured["lens"] * 0.875 / memory.GIB
+    assert whole["activations"] + whole["logits"] < whole["inspection"] / 5
