@@ -232,8 +232,9 @@ class AdamW(optim.AdamW):
     """MLX's AdamW with float32 moments and, for weights of 16 bits, float32 masters beside them.
 
     The masters take the steps and the model holds them rounded, so that training, sampling and what
-    is saved are one and the same weights. In 16 bits alone a small step would round to none, and
-    so would the decay of 0.999 of the second moment. source  Micikevicius 1710.03740
+    is saved are one and the same weights; these follow once a master has moved half their spacing.
+    In 16 bits alone a small step would round to none, and so would the decay of 0.999 of the second
+    moment. source  Micikevicius 1710.03740
     """
 
     def init_single(self, parameter: mx.array, state: dict):

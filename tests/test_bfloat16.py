@@ -22,7 +22,9 @@ from train import (
     train,
 )
 
-GRPO = {"batch_size": 16, "grpo_group_size": 4, "max_completion_tokens": 4, "grpo_epochs": 2}
+# bounds that no ratio reaches: one token clipped more or less is a jump of the gradient
+GRPO = {"grpo_clip_low": 0.9, "grpo_clip_high": 9.0, "grpo_dual_clip": 0.0,
+        "batch_size": 16, "grpo_group_size": 4, "max_completion_tokens": 4, "grpo_epochs": 2}
 METHODS = {
     "sft": {"method": "sft"},
     "sft full": {"method": "sft", "full": True},
