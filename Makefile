@@ -16,6 +16,10 @@ run: .venv/ready  ## train dual-reward on the bundled model and show the classif
 test: .venv/ready_dev  ## all tests, offline
 	OPENBLAS_NUM_THREADS=1 $(PY) -m pytest -q -n 2
 
+PLAIN_TESTS = bfloat16 fastexp train losses generate lens
+test-plain: .venv/ready_dev  ## training, sampling and lens on the path of Metal and CUDA, on a Linux CPU
+	NANOLENS_PLAIN=1 OPENBLAS_NUM_THREADS=1 $(PY) -m pytest -q -n 2 $(PLAIN_TESTS:%=tests/test_%.py)
+
 lint: .venv/ready_dev  ## ruff
 	$(PY) -m ruff check .
 
@@ -66,4 +70,4 @@ tiny_cot: .venv/ready  ## the same for the one that can write chains (20 minutes
 clean:  ## remove the virtual environment and all runs
 	rm -rf .venv .venv-bench runs
 
-.PHONY: help setup run test gate kill lint study results markovian fullsize bench bench-peers growth tiny tiny_cot clean
+.PHONY: help setup run test test-plain gate kill lint study results markovian fullsize bench bench-peers growth tiny tiny_cot clean

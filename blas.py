@@ -10,6 +10,9 @@ kernel at once: the next one is zeroed and mapped anew, page by page, which cost
 large array ten times its arithmetic. `keep_freed_memory` tells glibc to keep them. (3) That backend
 uses one core for everything but BLAS: PARTS says in how many parts parallel.py may cut a batch.
 macOS (Accelerate, Metal) and CUDA need none of it.
+
+NANOLENS_PLAIN=1 gives a Linux CPU the arithmetic of Metal and CUDA, for tests: MLX's own functions
+(fastexp.linux_cpu is false), batches in one part.
 """
 import ctypes
 import ctypes.util
@@ -129,7 +132,8 @@ CPU_WHEEL = cpu_wheel()
 # after `import mlx.core` it would be too late
 LOADED = load_openblas() if CPU_WHEEL and "mlx.core" not in sys.modules else ""
 CORES = count_cores()
-PARTS = count_parts()
+PLAIN = os.environ.get("NANOLENS_PLAIN", "0") != "0"
+PARTS = 1 if PLAIN else count_parts()
 if CPU_WHEEL:
     keep_freed_memory()
 if PARTS > 1:   # the operations of all parts are handed out in turn, not part after part

@@ -113,8 +113,9 @@ def sum_up(grads: dict, metrics: dict[str, mx.array]) -> tuple[dict, dict[str, m
     names = sorted(metrics)
     values = mx.stack([metrics[name].astype(mx.float32) for name in names])
     with waiting():
-        # it sends pieces of 32 MiB; the mean times N is the sum
-        grads = tree_map(lambda g: g * size(), nn.average_gradients(grads, group))
+        # it sends pieces of 32 MiB; the mean times N is the sum, in float32 as of micro-batches
+        grads = nn.average_gradients(tree_map(lambda g: g.astype(mx.float32), grads), group)
+        grads = tree_map(lambda g: g * size(), grads)
         mx.eval(grads)
         total = mx.distributed.all_sum(values, group=group)
         mx.eval(total)

@@ -51,7 +51,8 @@ def swiglu_gradients(gate: mx.array, up: mx.array, cotangent: mx.array) -> tuple
 
 
 def linux_cpu() -> bool:
-    return blas.CPU_WHEEL and mx.default_device() == mx.Device(mx.cpu)
+    """Whether what is written for that backend serves; NANOLENS_PLAIN=1 says no (blas.py)."""
+    return blas.CPU_WHEEL and not blas.PLAIN and mx.default_device() == mx.Device(mx.cpu)
 
 
 def make_exp():

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
-import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -27,7 +26,15 @@ from config import BadInput, Config, json_lines, load_overrides, run_main, write
 from generate import sample
 from lens import read_prompts
 from model import Llama, load, parse_args
-from train import compile_step, load_source, make_loss, next_updates, prepare_model, take_updates
+from train import (
+    compile_step,
+    load_source,
+    make_loss,
+    make_optimizer,
+    next_updates,
+    prepare_model,
+    take_updates,
+)
 
 COMMON = {"max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "hidden_act": "silu",
           "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16"}
@@ -132,8 +139,7 @@ def take_two_steps(cfg: Config) -> dict:
     """What train.train does, without its evaluations and files."""
     model, tokenizer = prepare_model(cfg)
     source = load_source(cfg, model, tokenizer)
-    optimizer = optim.AdamW(cfg.lr)
-    optimizer.init(model.trainable_parameters())
+    optimizer = make_optimizer(model, cfg)
     estimated = memory.prepare(cfg, model, memory.load_of(cfg, source))["peak"]
     compiled = compile_step(model, optimizer, make_loss(cfg, 0))
     losses = []

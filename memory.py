@@ -185,10 +185,15 @@ def step_bytes(args: ModelArgs, cfg: Config, load: Load, width: int = 4) -> dict
     elif cfg.recompute != "none":
         rows = -(-rows // 2)    # their parts go back in any order
     block = load.tokens * width
+    # moments are float32 always, LoRA's weights too; all weights are what they are, with masters
+    # beside 16 bits (train.AdamW). Micro-batches are added up in float32
+    gradient = 4
+    if cfg.full:
+        gradient = DTYPES[cfg.dtype].size if cfg.dtype else width
+    state = 8 if gradient == 4 else 12
+    each = gradient + state + 4 * (cfg.grad_accum_steps > 1)
     return {
-        # LoRA's are float32 always, all weights what they are
-        "trained": trained_numbers(args, cfg) * (width if cfg.full else 4) * (
-            3 + (cfg.grad_accum_steps > 1)),
+        "trained": trained_numbers(args, cfg) * each,
         "activations": L * block * kept + block * (attention + softmax + mlp + 4 * F)
                        + L * 2 * kv * load.repeated * width + unpacked,
         "logits": 4 * rows * args.vocab_size * 4,

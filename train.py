@@ -234,6 +234,35 @@ def prepare_model(cfg: Config) -> tuple[Llama, Tokenizer]:
     return model, tokenizer
 
 
+class AdamW(optim.AdamW):
+    """MLX's AdamW with float32 moments and, for weights of 16 bits, float32 masters beside them.
+
+    The masters take the steps and the model holds them rounded, so that training, sampling and what
+    is saved are one and the same weights; these follow once a master has moved half their spacing.
+    In 16 bits alone a small step would round to none, and so would the decay of 0.999 of the second
+    moment. source  Micikevicius 1710.03740
+    """
+
+    def init_single(self, parameter: mx.array, state: dict):
+        super().init_single(parameter.astype(mx.float32), state)
+        if parameter.dtype != mx.float32:
+            state["master"] = parameter.astype(mx.float32)
+
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
+        # MLX computes learning rate, decay and bias correction in the gradient's type
+        gradient = gradient.astype(mx.float32)
+        if "master" not in state:
+            return super().apply_single(gradient, parameter, state)
+        state["master"] = super().apply_single(gradient, state["master"], state)
+        return state["master"].astype(parameter.dtype)
+
+
+def make_optimizer(model: Llama, cfg: Config) -> AdamW:
+    optimizer = AdamW(cfg.lr, weight_decay=cfg.weight_decay, bias_correction=True)
+    optimizer.init(model.trainable_parameters())
+    return optimizer
+
+
 def compile_step(model: Llama, optimizer: optim.Optimizer, loss_fn):
     """Return (loss_and_grads, update), compiled.
 
@@ -249,7 +278,7 @@ def compile_step(model: Llama, optimizer: optim.Optimizer, loss_fn):
 
     @partial(mx.compile, inputs=state, outputs=state)
     def update(grads, scale):
-        optimizer.update(model, tree_map(lambda g: g * scale.astype(g.dtype), grads))
+        optimizer.update(model, tree_map(lambda g: g * scale, grads))   # float32, as scale is
 
     return loss_and_grads, update
 
@@ -258,7 +287,9 @@ def add_up(results):
     """The sum of several batches' ((loss, parts), gradients); of a part named _max the largest."""
     (loss, parts), grads = next(results := iter(results))
     for (more_loss, more_parts), more_grads in results:
-        loss, grads = loss + more_loss, tree_map(mx.add, grads, more_grads)
+        # float32: 16 bits would lose a micro-batch in the sum of many
+        grads = tree_map(lambda g, more: g.astype(mx.float32) + more, grads, more_grads)
+        loss = loss + more_loss
         parts = {name: (mx.maximum if name.endswith("_max") else mx.add)(value, more_parts[name])
                  for name, value in parts.items()}
     return (loss, parts), grads
@@ -393,8 +424,7 @@ def train_run(cfg: Config, with_base: bool, held: ExitStack) -> dict:
     model, tokenizer = prepare_model(cfg)
     block, source = class_block(cfg, model), load_source(step_cfg, model, tokenizer)
     valid = load_split(cfg, "valid", tokenizer)
-    optimizer = optim.AdamW(cfg.lr, weight_decay=cfg.weight_decay, bias_correction=True)
-    optimizer.init(model.trainable_parameters())
+    optimizer = make_optimizer(model, cfg)
     needed = memory.prepare(cfg, model, memory.load_of(cfg, source, len(valid)))
     # after everything that can be wrong with the input: a mistake leaves no folder behind
     inputs = hash_inputs(model, source, valid) | {"processes": str(distributed.size())}

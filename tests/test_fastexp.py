@@ -1,7 +1,9 @@
 """exp and what is built on it against float64, at every size of input, and their gradients."""
+import blas
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import run
 
 import fastexp
 
@@ -100,3 +102,16 @@ def test_compiled_rope(shape):
         back = mx.vjp(lambda x, at=offset: fastexp.rope(x, at, periods), [x], [expected])[1][0]
         assert mx.abs(back - x).max() < 1e-5
     assert len(traced) == 1
+
+
+def test_the_plain_path_is_what_metal_and_cuda_take():
+    """NANOLENS_PLAIN=1, in a process of its own: MLX's functions, whole batches, nothing else."""
+    code = ("import blas, fastexp, parallel, mlx.core as mx; from model import logit_rows; "
+            "from lora import load_base; args = load_base('models/tiny')[0].args; "
+            "print(fastexp.exp is mx.exp, fastexp.linux_cpu(), parallel.count(8), "
+            "logit_rows(args, 'none') * args.vocab_size > 2 ** 23)")
+    done = run("-c", code, check=0, NANOLENS_PLAIN="1", OPENBLAS_NUM_THREADS="2")
+    assert done.stdout.split() == ["True", "False", "1", "True"]
+    if blas.CPU_WHEEL:
+        done = run("-c", code, check=0, NANOLENS_PLAIN="0", OPENBLAS_NUM_THREADS="2")
+        assert done.stdout.split()[:2] == ["False", "True"]

@@ -19,7 +19,16 @@ from data import Batches, make_problem, sample_train, tokenize
 from eval import measure_accuracy
 from lora import load_checkpoint
 from model import load
-from train import batch_arrays, compile_step, lr_at, make_loss, prepare_model, take_step, train
+from train import (
+    batch_arrays,
+    compile_step,
+    lr_at,
+    make_loss,
+    make_optimizer,
+    prepare_model,
+    take_step,
+    train,
+)
 
 IDS = {"add": 1010, "subtract": 1011, "multiply": 1012}
 
@@ -29,8 +38,7 @@ def tokenized(problems, tokenizer):
 
 
 def steps(model, cfg, problems, tokenizer, block=0):
-    optimizer = optim.AdamW(cfg.lr, weight_decay=cfg.weight_decay, bias_correction=True)
-    optimizer.init(model.trainable_parameters())
+    optimizer = make_optimizer(model, cfg)
     batches = Batches(tokenized(problems, tokenizer), cfg)
     functions = compile_step(model, optimizer, make_loss(cfg, block))
     metrics = [take_step(s, batch_arrays(batches.at(s)), *functions, optimizer, lr_at(s, cfg), cfg)
