@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from conftest import small_model
 
-import judge as judging
 from config import BadInput
-from conversations import Conversation, Turn
-from judge import (
+from gate import judge as judging
+from gate.conversations import Conversation, Turn
+from gate.judge import (
     PROMPT,
     calibrate,
     fill_prompt,
@@ -238,7 +238,7 @@ def test_spotcheck_is_blind_and_kept(tmp_path):
 
 
 def test_tiny_rows_teach_the_comparison():
-    template = load_prompt("benchmarks/tiny_judge.txt")
+    template = load_prompt("gate/benchmark/tiny_judge.txt")
     rows = tiny_rows(template, DIGITS, 400, 0)
     assert rows == tiny_rows(template, DIGITS, 400, 0)
     for row in rows:

@@ -23,13 +23,10 @@ from conftest import (
 )
 
 import memory
-import self_instruct
-from clean import hash_file
 from config import BadInput, Config, load_config
 from fullsize import SHAPES
-from generate import Completion
-from model import parse_args
-from self_instruct import (
+from gate import self_instruct
+from gate.self_instruct import (
     END,
     SEEDS,
     Run,
@@ -52,6 +49,9 @@ from self_instruct import (
     split_pairs,
     words_of,
 )
+from generate import Completion
+from model import parse_args
+from provenance import hash_file
 from tasks import load_split
 from tokenizer import load_tokenizer
 
@@ -345,7 +345,7 @@ def test_command(long_model, tmp_path):
     held.write_text(json.dumps({"turns": [{"user": "Name a bird."}]}) + "\n")
     words = [tmp_path / "out", f"model={long_model}", "n=2", "calls=1", "shown=2", "shots=1",
              "list_tokens=4", f"heldout={held}", "labels=1,2"]
-    done = run("self_instruct.py", *words)
+    done = run("-m", "gate.self_instruct", *words)
     assert_one_clear_line(done, "0 pairs were accepted", "larger n")
     assert len((tmp_path / "out" / "lists.jsonl").read_text().splitlines()) == 16
     assert not json.loads((tmp_path / "out" / "qc.json").read_text())["passed"]

@@ -28,7 +28,7 @@ import mlx.core as mx
 import numpy as np
 
 from config import BadInput, json_lines, run_main, write_text
-from conversations import Conversation
+from gate.conversations import Conversation
 from lens import pad_prompts
 from losses import token_logprobs
 from model import Llama
@@ -325,9 +325,9 @@ def tiny_rows(template: str, letters: tuple[str, str], n: int, seed: int) -> lis
 
 def main(argv: list[str]) -> None:
     if len(argv) != 2 or argv[0] != "make_train":
-        raise BadInput("expected `python judge.py make_train FOLDER`, "
+        raise BadInput("expected `python -m gate.judge make_train FOLDER`, "
                        f"got {' '.join(argv) or 'nothing'}")
-    template = load_prompt(str(Path(__file__).parent / "benchmarks" / "tiny_judge.txt"))
+    template = load_prompt(str(Path(__file__).parent / "benchmark" / "tiny_judge.txt"))
     for seed, (split, n) in enumerate((("train", 50000), ("valid", 400), ("test", 400))):
         write_text(Path(argv[1]) / f"{split}.jsonl",
                    json_lines(tiny_rows(template, ("1", "0"), n, seed)))

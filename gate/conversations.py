@@ -12,14 +12,14 @@ one names whatever was named last, others say nothing, echo or ask back, and the
     continuity    "it", "the second one", "the one after that"
     updates       a plan, changes, and the plan read back: new values in, old ones out, rest kept
 
-The text is in benchmarks/families.yaml, the drawing in drafts.py. Other kinds of the same record:
+The text is in benchmark/families.yaml, the drawing in drafts.py. Other kinds of the same record:
 single instructions with checkable answers, and operations and a held value for the bundled
 models, where no number pair of a test conversation is in a training one.
 
-    python conversations.py make OUT.jsonl n=300 seed=1 kind=conversations
-    python conversations.py show benchmarks/conversations.jsonl 5
-    python conversations.py audit benchmarks/conversations.jsonl
-    python conversations.py make_train FOLDER kind=tiny_turns n=20000 seed=0
+    python -m gate.conversations make OUT.jsonl n=300 seed=1 kind=conversations
+    python -m gate.conversations show gate/benchmark/conversations.jsonl 5
+    python -m gate.conversations audit gate/benchmark/conversations.jsonl
+    python -m gate.conversations make_train FOLDER kind=tiny_turns n=20000 seed=0
 """
 import dataclasses
 import functools
@@ -32,10 +32,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from checks import Verdict, check_turn, find, mistake_in, normalise, term_pattern
 from config import BadInput, json_lines, run_main, write_text
 from data import ASKED, PHRASES, SYMBOLS, compute, pairs_in, split_of
-from drafts import Turn, draft_conversation, draft_instruction, load_texts, values_of
+from gate.checks import Verdict, check_turn, find, mistake_in, normalise, term_pattern
+from gate.drafts import Turn, draft_conversation, draft_instruction, load_texts, values_of
 
 KINDS = ("conversations", "instructions", "tiny_turns", "tiny_operations")
 SHARES = {"memory": 60, "preferences": 50, "continuity": 50, "updates": 40}     # of 200
@@ -76,7 +76,7 @@ def read_benchmark(path: Path) -> tuple[list[Conversation], str]:
         lines = data.decode().split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"could not read {path} ({error}); expected a benchmark file, such as "
-                       "`python conversations.py make OUT.jsonl` writes") from None
+                       "`python -m gate.conversations make OUT.jsonl` writes") from None
     conversations, ids = [], set()
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -91,7 +91,7 @@ def read_benchmark(path: Path) -> tuple[list[Conversation], str]:
                            "mend the line or make the file again") from None
         ids.add(conversations[-1].id)
     if not conversations:
-        raise BadInput(f"{path} holds no conversation; `python conversations.py make {path}` "
+        raise BadInput(f"{path} holds no conversation; `python -m gate.conversations make {path}` "
                        "writes some")
     return conversations, hashlib.sha256(data).hexdigest()
 
@@ -470,8 +470,8 @@ def main(argv: list[str]) -> int:
     elif len(argv) == 2 and argv[0] == "audit":
         return print_audit(Path(argv[1]))
     else:
-        raise BadInput("expected `python conversations.py make OUT.jsonl [n=] [seed=] [kind=]`, "
-                       "`make_train FOLDER [kind=] [n=] [seed=]`, `show FILE [COUNT]` or "
+        raise BadInput("expected `python -m gate.conversations make OUT.jsonl [n=] [seed=] "
+                       "[kind=]`, `make_train FOLDER [kind=] [n=] [seed=]`, `show FILE [COUNT]` or "
                        f"`audit FILE`, got {' '.join(argv) or 'nothing'}")
     return 0
 

@@ -18,7 +18,7 @@ are shares of what was generated, not of the survivors. The critic's margin keep
 mean over both orders of the labels, and a task that says nothing is subtracted: whatever the model
 holds for the letter A alone cancels. Where it would answer something else, it abstains.
 
-    python self_instruct.py OUT model=Qwen/Qwen2.5-32B bits=4 n=8000 heldout=benchmarks/FILE.jsonl
+    python -m gate.self_instruct OUT model=Qwen/Qwen2.5-32B bits=4 n=8000 heldout=FILE.jsonl
 """
 import json
 import os
@@ -36,13 +36,14 @@ import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
 
-from clean import check_base, hash_file, hash_model, provenance
 from config import BadInput, append_text, json_lines, read_keys, run_main, write_text
 from data import stable_hash
+from gate.clean import check_base
+from gate.judge import MIN_MASS, letter_margins
 from generate import sample
-from judge import MIN_MASS, letter_margins
 from lora import load_base
 from model import Llama
+from provenance import hash_file, hash_model, provenance
 from tokenizer import Tokenizer
 
 PART = 16       # rows that are generated and written together
@@ -566,7 +567,7 @@ def read_settings(words: list[str]) -> Settings:
 
 def main(argv: list[str]) -> None:
     if not argv or "=" in argv[0]:
-        raise BadInput("expected `python self_instruct.py OUT_FOLDER [key=value ...]`, "
+        raise BadInput("expected `python -m gate.self_instruct OUT_FOLDER [key=value ...]`, "
                        f"got {' '.join(argv) or 'nothing'}")
     folder, settings = Path(argv[0]), read_settings(argv[1:])
     seeds = (read_rows(settings.seeds, lambda row: (row["prompt"], row["response"]))

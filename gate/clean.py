@@ -9,11 +9,8 @@ So that the guard is not vacuous, each check first has to catch three prompts sp
 How the base then behaves is measured and recorded, never required.
 """
 import functools
-import hashlib
 import os
 import re
-import subprocess
-from importlib.metadata import version
 from pathlib import Path
 
 import blas  # noqa: F401  (before mlx)
@@ -22,9 +19,8 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
-from config import BadInput, load_config
+from config import BadInput
 from generate import sample
-from hub import find_folder, weight_files
 from lora import root_model
 from losses import token_logprobs
 from model import Llama
@@ -151,40 +147,3 @@ def check_base(name: str, model: Llama, tokenizer: Tokenizer) -> dict:
     return {"checks_version": VERSION, "clean": True, "prompts": prompts,
             "has_chat_template": tokenizer.chat_template is not None, "template_applied": False,
             **behaviour(model, tokenizer)}
-
-
-# --------------------------------------------------------------------------------------------------
-# the record
-
-
-def hash_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def hash_model(name: str) -> dict[str, str]:
-    """SHA-256 of a model's weights and tokenizer: {weights, tokenizer}; of a run, its adapter too.
-
-    Of several files, the hash of their names and hashes.
-    """
-    weights, place = [], str(name)
-    while root_model(place) != place:   # a run: its adapter, on whatever it was trained on
-        weights.append(Path(place) / "adapters.safetensors")
-        place = str(load_config(Path(place) / "config.yaml").model)
-    folder = find_folder(place)
-    weights += weight_files(folder)
-    digest = lambda paths: hashlib.sha256(repr(
-        [(p.name, hash_file(p)) for p in paths]).encode()).hexdigest()
-    texts = [folder / file for file in TOKENIZER_FILES if (folder / file).exists()]
-    return {"weights": digest(weights), "tokenizer": digest(texts)}
-
-
-def provenance() -> dict:
-    """What produced a number: package versions, device, commit."""
-    root = str(Path(__file__).parent)
-    git = lambda *words: subprocess.run(["git", "-C", root, *words], capture_output=True, text=True)
-    commit, status = git("rev-parse", "HEAD"), git("status", "--porcelain")
-    return {"mlx": version("mlx"), "numpy": np.__version__, "device": str(mx.default_device()),
-            "blas": blas.LOADED or "bundled", "commit": commit.stdout.strip() or "unknown",
-            # null where git is not there to say
-            "commit_changed": bool(status.stdout.strip()) if status.returncode == 0 else None}

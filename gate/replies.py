@@ -19,9 +19,9 @@ from pathlib import Path
 
 import blas  # noqa: F401  (before mlx)
 
-from checks import check_turn, normalise
 from config import BadInput, json_lines, read_json_lines, write_text
-from conversations import Conversation
+from gate.checks import check_turn, normalise
+from gate.conversations import Conversation
 from generate import sample
 from model import Llama
 from stats import auc, wilson

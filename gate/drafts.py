@@ -1,7 +1,7 @@
 """How a conversation of the benchmark is drawn: gaps in texts, values, asides, four categories.
 
 conversations.py says what a conversation is for and how it is kept. Here one is made: `Draft` fills
-the texts of benchmarks/families.yaml, a value is drawn when a text first names it, and a plan such
+the texts of benchmark/families.yaml, a value is drawn when a text first names it, and a plan such
 as "aside ask ask" says which turns follow the opening. The prior work's items named in the question
 what the answer needed (a follow-up on photosynthesis asked about chlorophyll). A draft in which a
 value is said a second time is thrown away and drawn again.
@@ -15,9 +15,9 @@ from pathlib import Path
 
 import yaml
 
-from checks import check_turn, find, normalise
+from gate.checks import check_turn, find, normalise
 
-FAMILIES = Path(__file__).parent / "benchmarks" / "families.yaml"
+FAMILIES = Path(__file__).parent / "benchmark" / "families.yaml"
 # after the first turn; each line is one way to fill a conversation of that difficulty
 PLANS = {
     "memory": {"easy": ["ask ask"], "medium": ["aside ask ask", "ask aside ask"],

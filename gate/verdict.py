@@ -1,0 +1,198 @@
+"""GO, NO-GO or AMBIGUOUS: pure functions of outcomes {scorer: {condition: {id: fate}}}.
+
+A fate is True (passed), False (failed) or None (undecided). GO: every scorer finds the gap.
+NO-GO: every scorer measures a rate that refutes it. AMBIGUOUS: they disagree, too much is
+undecided, or too little is there to say.
+"""
+import itertools
+
+from config import BadInput
+from gate.replies import SUSPICIOUS, reply_length
+from gate.settings import ROLES, GateConfig
+from stats import (
+    adjusted_p,
+    auc,
+    cohens_h,
+    cohens_kappa,
+    items_needed,
+    mcnemar,
+    paired_bootstrap,
+    power_of_mcnemar,
+    wilson,
+)
+
+MARGIN = 0.10   # how far beyond its threshold a rate's Wilson interval may reach
+# the rules that refute a gap; the others say that too little is known
+RATES = ("base passes at most", "alternative base passes at most", "instruct passes at least")
+
+
+def paired(first: dict[str, bool | None],
+           second: dict[str, bool | None]) -> tuple[list, list, list]:
+    """The ids that both conditions decided, and their outcomes. BadInput if unpaired."""
+    if first.keys() != second.keys():
+        odd = sorted(first.keys() ^ second.keys())
+        raise BadInput(f"a paired test needs the same conversations on both sides: {len(odd)} are "
+                       f"on one side only, such as {', '.join(odd[:3])}; evaluate both on one "
+                       "benchmark")
+    ids = [i for i in first if first[i] is not None and second[i] is not None]
+    return ids, [first[i] for i in ids], [second[i] for i in ids]
+
+
+def rate(outcomes: dict[str, bool | None]) -> float | None:
+    """Share that passed, of what was decided."""
+    passed, decided = counts_of(outcomes)
+    return passed / decided if decided else None
+
+
+def counts_of(outcomes: dict[str, bool | None]) -> tuple[int, int]:
+    """How many passed, and how many were decided."""
+    decided = [passed for passed in outcomes.values() if passed is not None]
+    return sum(decided), len(decided)
+
+
+def best_of(role: str, outcomes: dict[str, dict]) -> str | None:
+    """The condition of a role with the highest rate: a base counts by the format that helps it."""
+    names = [name for name in outcomes if name.split("-")[0] == role]
+    return max(names, key=lambda name: rate(outcomes[name]) or 0, default=None)
+
+
+def compare(first: dict, second: dict, cfg: GateConfig, categories: dict[str, str]) -> dict:
+    """Two conditions on the same conversations: test, effect, interval, power, categories."""
+    ids, a, b = paired(first, second)
+    n, test = len(ids), mcnemar(a, b)
+    shares = [test[side] / n if n else 0 for side in ("only_first", "only_second")]
+    cells = {}
+    for c in sorted(set(categories.values())):
+        of = [k for k, i in enumerate(ids) if categories[i] == c]
+        cells[c] = {"n": len(of), **mcnemar([a[k] for k in of], [b[k] for k in of])}
+    for cell, p in zip(cells.values(), adjusted_p([cell["p"] for cell in cells.values()])):
+        cell["p_adjusted"] = p
+    return {"n": n, **test, "h": cohens_h(sum(a) / n, sum(b) / n) if n else None,
+            "difference": paired_bootstrap(a, b, [categories[i] for i in ids]),
+            "observed_power": power_of_mcnemar(n, *shares, cfg.p_below),
+            "design_power": power_of_mcnemar(n, *design_of(cfg), cfg.p_below),
+            "items_needed": items_needed(*shares, cfg.p_below), "by_category": cells}
+
+
+def comparisons(cfg: GateConfig, outcomes: dict[str, dict], categories: dict[str, str],
+                chosen: dict[str, str]) -> dict:
+    """The gap, and what a format alone does to each model: "A against B" -> compare's figures."""
+    pairs = [(chosen["base"], chosen["instruct"])] if "instruct" in chosen else []
+    pairs += [(chosen["base"], chosen["alternative"])] if "alternative" in chosen else []
+    for role in ROLES:
+        names = [name for name in outcomes if name.split("-")[0] == role]
+        pairs += [(names[0], other) for other in names[1:]]
+    return {f"{a} against {b}": compare(outcomes[a], outcomes[b], cfg, categories)
+            for a, b in pairs}
+
+
+def design_of(cfg: GateConfig) -> tuple[float, float]:
+    """Chances that just one of two independent models passes, at the thresholds themselves.
+
+    example  base .30, instruct .80 -> .06, .56
+    """
+    base, instruct = cfg.base_at_most, cfg.instruct_at_least
+    return base * (1 - instruct), (1 - base) * instruct
+
+
+def rules_of(cfg: GateConfig, outcomes: dict[str, dict], chosen: dict[str, str]) -> list[dict]:
+    """One scorer's rules: [{rule, value, wanted, holds}]."""
+    rates = {role: rate(outcomes[name]) for role, name in chosen.items()}
+    _, a, b = paired(outcomes[chosen["base"]], outcomes[chosen["instruct"]])
+    test = mcnemar(a, b)
+    h = cohens_h(sum(a) / len(a), sum(b) / len(b)) if a else None
+    # of all a base's formats: one that could not be scored may be its best
+    looked_at = [n for n in outcomes if n.split("-")[0] != "instruct"] + [chosen["instruct"]]
+    undecided = max(sum(v is None for v in outcomes[name].values()) / max(len(outcomes[name]), 1)
+                    for name in looked_at)
+    interval = lambda role: wilson(*counts_of(outcomes[chosen[role]]))
+    ahead = test["only_second"] > test["only_first"]
+    rules = [
+        ("base passes at most", rates["base"], cfg.base_at_most, lambda v, w: v <= w),
+        ("instruct passes at least", rates["instruct"], cfg.instruct_at_least, lambda v, w: v >= w),
+        ("McNemar p below, instruct ahead", test["p"], cfg.p_below, lambda v, w: v < w and ahead),
+        ("Cohen's h at least", h, cfg.h_at_least, lambda v, w: v >= w),
+        # so few that chance could have met the thresholds
+        ("base's interval ends below", interval("base")["high"],
+         cfg.base_at_most + MARGIN, lambda v, w: v < w),
+        ("instruct's interval begins above", interval("instruct")["low"],
+         cfg.instruct_at_least - MARGIN, lambda v, w: v > w),
+        ("undecided at most", undecided, cfg.undecided_at_most, lambda v, w: v <= w)]
+    if "alternative" in chosen:
+        rules.insert(2, ("alternative base passes at most", rates["alternative"],
+                         cfg.alternative_at_most, lambda v, w: v <= w))
+    return [{"rule": rule, "value": value, "wanted": wanted,
+             "holds": value is not None and bool(holds(value, wanted))}
+            for rule, value, wanted, holds in rules]
+
+
+def agreement_of(cfg: GateConfig, first: dict[str, dict], second: dict[str, dict]) -> dict:
+    """Two scorers on the same replies: agreement in each condition, kappa over all of them."""
+    cells, all_a, all_b, apart = {}, [], [], []
+    for name in first:
+        _, a, b = paired(first[name], second[name])
+        cells[name] = cohens_kappa(a, b)
+        # pooled, kappa is high for any two that tell the models apart; so within a condition too,
+        # where there is enough of each fate to say so
+        few = min(side.count(fate) for side in (a, b) for fate in (True, False)) < 5
+        if not few and cells[name]["high"] < cfg.kappa_at_least:
+            apart.append(name)
+        all_a, all_b = all_a + a, all_b + b
+    pooled = cohens_kappa(all_a, all_b)
+    lowest = min((c["agreement"] for c in cells.values() if c["n"]), default=None)
+    # kappa says nothing where every reply has the same fate; then agreement has said all
+    kappa_holds = (pooled["value"] >= cfg.kappa_at_least if pooled["value"] is not None
+                   else pooled["agreement"] == 1)
+    return {"by_condition": cells, "pooled": pooled, "lowest": lowest, "apart": apart,
+            "holds": lowest is not None and lowest >= cfg.agreement_at_least
+            and bool(kappa_holds) and not apart}
+
+
+def decide(cfg: GateConfig, outcomes: dict[str, dict[str, dict]]) -> dict:
+    """GO, NO-GO or AMBIGUOUS, with the rules and agreements that lead there."""
+    head = outcomes[cfg.scorers[0]]
+    chosen = {role: best_of(role, head) for role in ROLES if best_of(role, head)}
+    rules = {s: rules_of(cfg, outcomes[s], chosen) for s in cfg.scorers}
+    agreements = {f"{a} and {b}": agreement_of(cfg, outcomes[a], outcomes[b])
+                  for a, b in itertools.combinations(cfg.scorers, 2)}
+    finds = {s: all(rule["holds"] for rule in rules[s]) for s in cfg.scorers}
+    reasons = [f"{s}: {r['rule']} {r['wanted']:g} does not hold ({number(r['value'])})"
+               for s in cfg.scorers for r in rules[s] if not r["holds"]]
+    reasons += [f"{pair} do not agree (lowest agreement {number(a['lowest'])}, kappa "
+                f"{number(a['pooled']['value'])}"
+                + (f"; apart within {', '.join(a['apart'])}" if a["apart"] else "") + ")"
+                for pair, a in agreements.items() if not a["holds"]]
+    agree = all(a["holds"] for a in agreements.values())
+    # refuted by a rate that was measured, not by lack of data
+    refuted = [rules[s][-1]["holds"] and any(
+        not r["holds"] and r["value"] is not None and r["rule"] in RATES for r in rules[s])
+        for s in cfg.scorers]
+    verdict = ("GO" if agree and all(finds.values())
+               else "NO-GO" if agree and all(refuted) else "AMBIGUOUS")
+    return {"verdict": verdict, "reasons": reasons, "chosen": chosen, "rules": rules,
+            "agreement": agreements}
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def length_warnings(outcomes: dict[str, dict[str, dict]],
+                    replies: dict[str, list[dict]]) -> list[str]:
+    """Scores that the length of the replies alone predicts, in one condition or over all."""
+    lengths = {name: {row["id"]: reply_length(row) for row in rows}
+               for name, rows in replies.items()}
+    warnings = []
+    for scorer, by_condition in outcomes.items():
+        points = {name: [(lengths[name][i], passed) for i, passed in cell.items()
+                         if passed is not None] for name, cell in by_condition.items()}
+        points["all conditions"] = [point for part in points.values() for point in part]
+        for name, part in points.items():
+            fates = [passed for _, passed in part]
+            few = min(fates.count(True), fates.count(False)) < 5    # chance alone would predict
+            value = None if few else auc(*zip(*part))
+            if value is not None and max(value, 1 - value) > SUSPICIOUS:
+                side = "longer" if value > 0.5 else "shorter"
+                warnings.append(f"{name}: length alone predicts what {scorer} passes (AUC "
+                                f"{value:.2f}: {side} replies pass); read some before believing it")
+    return warnings
