@@ -8,9 +8,8 @@ prefix (BOS or nothing), then the text as its tokenizer's own library encodes it
 So that the guard is not vacuous, each check first has to catch three prompts spoilt on purpose.
 How the base then behaves is measured and recorded, never required.
 """
-import functools
-import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import blas  # noqa: F401  (before mlx)
@@ -38,22 +37,13 @@ TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
                    "chat_template.jinja")
 
 
-@functools.cache    # a large tokenizer takes seconds to read
-def open_by_library(source: str, _mtime: int):
-    """The library's own object for a tokenizer's file as it is now."""
+def library_encoder(source: str) -> Callable[[str], list[int]]:
+    """The library's own text -> ids for a tokenizer's file: no BOS, no template."""
     if source.endswith(".model"):
-        return sentencepiece.SentencePieceProcessor(model_file=source)
+        return sentencepiece.SentencePieceProcessor(model_file=source).encode
     backend = tokenizers.Tokenizer.from_file(source)
     backend.encode_special_tokens = True
-    return backend
-
-
-def encode_by_library(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The text's ids by the library alone, from the tokenizer's file: no BOS, no template."""
-    backend = open_by_library(tokenizer.source, os.stat(tokenizer.source).st_mtime_ns)
-    if tokenizer.source.endswith(".model"):
-        return backend.encode(text)
-    return backend.encode(text, add_special_tokens=False).ids
+    return lambda text: backend.encode(text, add_special_tokens=False).ids
 
 
 def spoilt(text: str, ids: list[int], plain: list[int], bos: list[int],
@@ -75,14 +65,15 @@ def check_prompts(tokenizer: Tokenizer, encode=None) -> list[dict]:
     raises   BadInput where a prompt is touched, or where the check itself is blind
     """
     encode = encode or tokenizer.encode_prompt
+    encode_by_library = library_encoder(tokenizer.source)
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     reserved, seen = tokenizer.reserved_ids, []
     for text in (*SENTINELS, INJECTION):
-        plain, ids = encode_by_library(tokenizer, text), list(encode(text))
+        plain, ids = encode_by_library(text), list(encode(text))
         if reserved & set(plain):   # the library reads a control token's name as that token
             plain = tokenizer.encode(text)
         blind = [name for name, wrong in (
-            ("system text", bos + encode_by_library(tokenizer, f"System: be helpful.\n{text}")),
+            ("system text", bos + encode_by_library(f"System: be helpful.\n{text}")),
             ("a control id", bos + [tokenizer.eos_id] + plain),
             ("BOS twice", [tokenizer.eos_id if not bos else bos[0]] + bos + plain),
         ) if spoilt(text, wrong, plain, bos, reserved) is None]

@@ -23,8 +23,7 @@ models, where no number pair of a test conversation is in a training one.
 """
 import dataclasses
 import functools
-import hashlib
-import json
+import os
 import random
 import re
 from collections import defaultdict
@@ -32,12 +31,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import BadInput, json_lines, run_main, write_text
+from config import BadInput, json_lines, read_keys, run_main, write_text
 from data import ASKED, PHRASES, SYMBOLS, compute, pairs_in, split_of
 from gate.checks import Verdict, check_turn, find, mistake_in, normalise, term_pattern
-from gate.drafts import Turn, draft_conversation, draft_instruction, load_texts, values_of
+from gate.drafts import Draft, Turn, draft_conversation, draft_instruction, load_texts, values_of
+from gate.jsonl import read_rows
+from provenance import hash_file
 
 KINDS = ("conversations", "instructions", "tiny_turns", "tiny_operations")
+SPLITS = ("train", "valid", "test")
 SHARES = {"memory": 60, "preferences": 50, "continuity": 50, "updates": 40}     # of 200
 
 
@@ -71,29 +73,19 @@ def write_benchmark(path: Path, conversations: list[Conversation]) -> None:
 
 def read_benchmark(path: Path) -> tuple[list[Conversation], str]:
     """The conversations of a file and its SHA-256; BadInput names the first bad line."""
-    try:
-        data = Path(path).read_bytes()
-        lines = data.decode().split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"could not read {path} ({error}); expected a benchmark file, such as "
-                       "`python -m gate.conversations make OUT.jsonl` writes") from None
-    conversations, ids = [], set()
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            conversations.append(read_conversation(json.loads(line)))
-            if conversations[-1].id in ids:
-                raise ValueError(f"id {conversations[-1].id} is there twice")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BadInput(f"{path}:{number}: {error}; expected a conversation as `make` writes "
-                           "it, with id, category, family, difficulty, seed, slots and turns; "
-                           "mend the line or make the file again") from None
-        ids.add(conversations[-1].id)
-    if not conversations:
-        raise BadInput(f"{path} holds no conversation; `python -m gate.conversations make {path}` "
-                       "writes some")
-    return conversations, hashlib.sha256(data).hexdigest()
+    ids = set()
+
+    def read(row: dict) -> Conversation:
+        conversation = read_conversation(row)
+        if conversation.id in ids:
+            raise ValueError(f"id {conversation.id} is there twice")
+        ids.add(conversation.id)
+        return conversation
+
+    conversations = read_rows(path, read, "a benchmark file, such as `python -m gate.conversations "
+                              "make OUT.jsonl` writes: each line a conversation with id, category, "
+                              "family, difficulty, seed, slots and turns")
+    return conversations, hash_file(path)
 
 
 def read_conversation(row: dict) -> Conversation:
@@ -141,14 +133,9 @@ def generate(seed: int = 0, n: int = 200) -> list[Conversation]:
         levels += ["hard"] * (count - len(levels))
         rng.shuffle(levels)
         for i, level in enumerate(levels):
-            family, key = families[i % len(families)], None
-            while key is None or key in seen:
-                d = draft_conversation(category, family, level, rng)
-                key = (family["family"], json.dumps(d.slots, sort_keys=True))
-            seen.add(key)
-            conversations.append(Conversation(
-                f"{category}-{i + 1:03d}", category, f"{category}/{family['family']}", level, seed,
-                d.slots, tuple(d.turns)))
+            family = families[i % len(families)]
+            draw = functools.partial(draft_conversation, category, family, level, rng)
+            conversations.append(finish(draw_new(seen, draw, key_of, n), category, i + 1, seed))
     return conversations
 
 
@@ -157,16 +144,23 @@ def generate_instructions(seed: int = 0, n: int = 100) -> list[Conversation]:
     rng, texts = random.Random(f"{seed} instructions"), load_texts()["instructions"]
     conversations, seen = [], set()
     for i in range(n):
-        category = list(texts)[i % len(texts)]
-        number = i // len(texts)
+        category, number = list(texts)[i % len(texts)], i // len(texts)
         family = texts[category][number % len(texts[category])]
         draw = functools.partial(draft_instruction, family, rng)
-        d = draw_new(seen, draw, lambda d: (d.family["family"], str(d.slots)), n)
-        conversations.append(Conversation(
-            f"{category}-{number + 1:03d}", category, f"{category}/{family['family']}",
-            d.difficulty, seed, {k: v for k, v in d.slots.items() if isinstance(v, str)},
-            tuple(d.turns)))
+        conversations.append(finish(draw_new(seen, draw, key_of, n), category, number + 1, seed))
     return conversations
+
+
+def key_of(d: Draft) -> tuple[str, str]:
+    """What no two conversations of a benchmark share."""
+    return d.family["family"], str(sorted(d.slots.items()))
+
+
+def finish(d: Draft, category: str, number: int, seed: int) -> Conversation:
+    """A draft as the benchmark's record; slots that hold lists are not kept."""
+    slots = {name: value for name, value in d.slots.items() if isinstance(value, str)}
+    return Conversation(f"{category}-{number:03d}", category, f"{category}/{d.family['family']}",
+                        d.difficulty, seed, slots, tuple(d.turns))
 
 
 def draw_new(seen: set, draw: Callable, key: Callable, n: int):
@@ -434,33 +428,27 @@ def print_audit(path: Path) -> int:
     return 0
 
 
-def options(given: list[str], known: dict) -> dict:
+def options(words: list[str], **defaults) -> dict:
     """`key=value` words over defaults; raises BadInput."""
-    values = dict(known)
-    for word in given:
-        key, equals, text = word.partition("=")
-        if not equals or key not in known:
-            raise BadInput(f"{word!r}: expected one of {', '.join(f'{k}=' for k in known)}")
-        if key in ("n", "seed"):
-            if not re.fullmatch("[0-9]{1,7}", text) or (key == "n" and not int(text)):
-                raise BadInput(f"{word!r}: expected a whole number, such as {key}=200")
-            values[key] = int(text)
-        else:
-            values[key] = text
-    if values["kind"] not in KINDS or values.get("split", "test") not in ("train", "valid", "test"):
-        raise BadInput(f"{' '.join(given)}: expected kind={'|'.join(KINDS)} and, of the tiny ones, "
-                       "split=train|valid|test")
-    return values
+    kinds = {"n": int, "seed": int, "kind": str, "split": str}
+    values, mistakes = read_keys(os.devnull, words, {key: kinds[key] for key in defaults})
+    given = defaults | values
+    if (mistakes or given["kind"] not in KINDS or given.get("split", "test") not in SPLITS
+            or given["n"] == 0 or min(given["n"] or 1, given["seed"]) < 0):
+        raise BadInput("; ".join([*mistakes, f"{' '.join(words)}: expected n=, seed=, "
+                                  f"kind={'|'.join(KINDS)} and, of the tiny ones, "
+                                  f"split={'|'.join(SPLITS)}"]))
+    return given
 
 
 def main(argv: list[str]) -> int:
     if len(argv) >= 2 and argv[0] == "make":
-        given = options(argv[2:], {"n": None, "seed": 0, "kind": "conversations", "split": "test"})
+        given = options(argv[2:], n=None, seed=0, kind="conversations", split="test")
         conversations = make(given["kind"], given["seed"], given["n"], given["split"])
         write_benchmark(Path(argv[1]), conversations)
         print(f"{argv[1]}: {len(conversations)} {given['kind']}, seed {given['seed']}")
     elif len(argv) >= 2 and argv[0] == "make_train":
-        given = options(argv[2:], {"n": 20000, "seed": 0, "kind": "tiny_turns"})
+        given = options(argv[2:], n=20000, seed=0, kind="tiny_turns")
         if not given["kind"].startswith("tiny"):
             raise BadInput(f"kind={given['kind']}: training rows are made of tiny_turns or "
                            "tiny_operations; the other kinds are for judging only")

@@ -29,6 +29,7 @@ import numpy as np
 
 from config import BadInput, json_lines, run_main, write_text
 from gate.conversations import Conversation
+from gate.jsonl import read_text
 from lens import pad_prompts
 from losses import token_logprobs
 from model import Llama
@@ -59,11 +60,7 @@ def load_prompt(path: str) -> str:
     """The judge's prompt: built in, or a text file with {reply}, {right} and {wrong} at least."""
     if not path:
         return PROMPT
-    try:
-        text = Path(path).read_text(encoding="utf-8").rstrip("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"judge_prompt = {path} cannot be read ({error}); expected a text "
-                       "file") from None
+    text = read_text(path, "a text file for judge_prompt").rstrip("\n")
     named = set(re.findall(r"{(\w*)}", text))
     if named - set(FIELDS) or not {"reply", "right", "wrong"} <= named:
         raise BadInput(f"judge_prompt = {path} names {', '.join(sorted(named)) or 'nothing'}; "
@@ -222,11 +219,8 @@ def read_labels(path: str, known: dict[tuple[str, str], str]) -> dict[tuple[str,
     raises   BadInput naming rows that are damaged, twice there, of unknown conversations, or of
              other replies than were judged
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"labels = {path} cannot be read ({error}); expected the judged "
-                       "spotcheck.jsonl with a person's pass or fail in each row") from None
+    lines = read_text(path, "the judged spotcheck.jsonl with a person's pass or fail in each "
+                      "row").split("\n")
     labels, bad, unknown = {}, [], []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -271,15 +265,6 @@ def calibrate(judged: dict[tuple[str, str], bool | None],
             "disagreements": sorted(k for k in both if judged[k] != labels[k])}
 
 
-def unlabelled(path: Path) -> bool:
-    """Whether nobody has begun to label a spot check."""
-    try:
-        return all(json.loads(line)["human"] is None
-                   for line in path.read_text(encoding="utf-8").split("\n") if line.strip())
-    except (ValueError, KeyError, TypeError):
-        return False    # somebody has been at work here
-
-
 def write_spotcheck(path: Path, rows: list[dict], share: float = 0.1) -> list[dict]:
     """Draw a tenth of the judged conversations for people or a second judge; returns those drawn.
 
@@ -290,7 +275,8 @@ def write_spotcheck(path: Path, rows: list[dict], share: float = 0.1) -> list[di
     drawn = sorted(rows, key=lambda r: (r["condition"], r["id"]))
     random.Random(0).shuffle(drawn)
     drawn = drawn[:max(1, round(share * len(drawn)))]
-    if not path.exists() or unlabelled(path):
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    if all(line.endswith(b'"human": null}') for line in lines if line):
         write_text(path, json_lines({k: row[k] for k in ("condition", "id", "chat")}
                                     | {"human": None} for row in drawn))
     return drawn

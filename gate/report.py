@@ -66,11 +66,6 @@ def print_judge(about: dict) -> None:
           + (" (trusted)" if c["ok"] else f" (not trusted to head a report: {LEAST_LABELS} labels "
              f"and kappa {LEAST_KAPPA}, surely above {LEAST_LOW}, are needed; label "
              "spotcheck.jsonl)"))
-    if "second" in about:
-        s = about["second"]
-        print(f"  second judge {s['judge']}: agrees on {number(s['agreement'])} of {s['n']}, kappa "
-              f"{number(s['value'])}; apart on {', '.join(':'.join(k) for k in s['disagreements'])}"
-              .removesuffix("; apart on "))
 
 
 def print_rules(report: dict) -> None:

@@ -36,9 +36,10 @@ import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
 
-from config import BadInput, append_text, json_lines, read_keys, run_main, write_text
+from config import BadInput, json_lines, read_keys, run_main, write_text
 from data import stable_hash
 from gate.clean import check_base
+from gate.jsonl import append_rows, begin_folder, read_parts, read_rows
 from gate.judge import MIN_MASS, letter_margins
 from generate import sample
 from lora import load_base
@@ -49,39 +50,11 @@ from tokenizer import Tokenizer
 PART = 16       # rows that are generated and written together
 END = "[END]"   # what the worked examples end with
 NEAR = 0.7      # Jaccard similarity of word 5-grams from which two texts are one
+EXPECTED = "a benchmark's or data rows, one JSON object a line"
 QUANTILES = (5, 25, 50, 75, 95)
 
 # tasks that lists begin with, and worked examples that answers follow
-SEEDS = (
-    ("Name three metals that a magnet attracts.", "Iron, nickel and cobalt."),
-    ("How many minutes are there in two hours?", "There are 120 minutes in two hours."),
-    ("Rewrite this sentence in the past tense: She walks to the station.",
-     "She walked to the station."),
-    ("Explain in one sentence why the sea is salty.",
-     "Rivers carry dissolved minerals from rocks into the sea, and when water evaporates the salt "
-     "stays behind."),
-    ("Give me a short name for a bakery near a harbour.", "The Quay Loaf"),
-    ("List the steps for changing a bicycle tube.",
-     "1. Take the wheel off.\n2. Lever one side of the tyre over the rim.\n3. Pull out the old "
-     "tube and feel inside the tyre for anything sharp.\n4. Put in the new tube with a little air "
-     "in it.\n5. Press the tyre back and pump it up."),
-    ("Which is larger, 0.7 or 3/5?", "0.7 is larger, since 3/5 is 0.6."),
-    ("Translate 'good evening' into Spanish.", "Buenas noches."),
-    ("Suggest a quiet hobby for someone who works on their feet all day.",
-     "Drawing would suit: it is done sitting down, costs little and can be stopped at any time."),
-    ("What does the word 'frugal' mean?", "Frugal means careful not to spend more than is needed."),
-    ("Write a two-line poem about fog.",
-     "It hides the hill, the mast, the tower,\nand gives them back within the hour."),
-    ("My friend is sad about a lost match. What could I say?",
-     "You could say that you saw how hard they tried, and ask whether they want to talk about it "
-     "or do something else for a while."),
-    ("Put these words in alphabetical order: pear, fig, plum, apple.", "apple, fig, pear, plum"),
-    ("Write a Python expression for the sum of the squares from 1 to 10.",
-     "sum(k * k for k in range(1, 11))"),
-    ("Is it safe to leave a candle burning overnight?",
-     "No. A candle without anybody watching can start a fire, so put it out before you sleep."),
-    ("Name the season that follows autumn.", "Winter."),
-)
+SEEDS = Path(__file__).parent / "benchmark" / "seeds.jsonl"
 LIST_HEAD = "Different tasks for an assistant that answers in text, each complete in itself:\n\n"
 CRITIC = ("{head}\n{first}: {first_means}\n{second}: {second_means}\n\n{item}\n\n"
           "Label ({first} or {second}):")
@@ -111,7 +84,7 @@ class Settings:
     seed: int = 0
     threshold: float = 1.0          # the critic's margin from which a task or pair is accepted
     heldout: str = ""               # a benchmark (JSONL) whose user turns must not come up
-    seeds: str = ""                 # JSONL of {"prompt", "response"} in the place of SEEDS
+    seeds: str = ""                 # JSONL of {"prompt", "response"}; empty: benchmark/seeds.jsonl
     labels: tuple[str, ...] = ("A", "B")    # the critic's; one token each
     shown: int = 8                  # tasks that a list begins with
     asked: int = 10                 # and how many it may go on for
@@ -183,6 +156,10 @@ class Similar:
                 or len(words) >= 8 and not self.eights.isdisjoint(grams(words, 8)))
 
 
+def read_seeds(path: str | Path) -> list[tuple[str, str]]:
+    return read_rows(path, lambda row: (row["prompt"], row["response"]), EXPECTED)
+
+
 def user_texts(row: dict) -> list[str]:
     """What a user says in a row of a benchmark or of data; ValueError where there is nothing."""
     texts = [turn["user"] for turn in row.get("turns", ())]
@@ -193,46 +170,8 @@ def user_texts(row: dict) -> list[str]:
     return texts
 
 
-def read_rows(path: str, read: Callable) -> list:
-    """`read` of each line of a JSONL file; BadInput names the first bad one."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path} cannot be read ({error}); expected a JSONL file") from None
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            found += [read(json.loads(line))] if line.strip() else []
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BadInput(f"{path}:{number}: {' '.join(repr(error).split())[:120]}; expected "
-                           "a benchmark's or data rows, one JSON object a line") from None
-    if not found:
-        raise BadInput(f"{path} is empty; expected one JSON object a line")
-    return found
-
-
 # --------------------------------------------------------------------------------------------------
 # steps: files that grow by parts
-
-
-def read_part_rows(path: Path, wanted: int | None = None) -> list[dict]:
-    """A step's rows, whole parts of them: what a kill has torn is taken off the file.
-
-    wanted   how many rows the step has in all, if known: its last part may be shorter
-    """
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    whole = len(lines) - (bool(lines) and not lines[-1].endswith(b"\n"))
-    if whole != wanted:
-        whole -= whole % PART
-    if whole < len(lines):
-        os.truncate(path, sum(map(len, lines[:whole])))
-    return [json.loads(line) for line in lines[:whole]]
-
-
-def append_rows(path: Path, rows: list[dict]) -> list[dict]:
-    """Add rows to a file, on the disk before anything is built on them; returns them."""
-    append_text(path, json_lines(rows), sync=True)
-    return rows
 
 
 def grow(run: Run, name: str, tasks: list[dict],
@@ -243,7 +182,7 @@ def grow(run: Run, name: str, tasks: list[dict],
     raises   BadInput where the file is about other tasks: somebody changed a step before it
     """
     path = run.folder / f"{name}.jsonl"
-    rows = read_part_rows(path, len(tasks))
+    rows = read_parts(path, PART, len(tasks))
     if [row["task"] for row in rows] != [task["task"] for task in tasks[:len(rows)]]:
         raise BadInput(f"{path} is about other tasks than the step before it now gives; put back "
                        "what was changed, or name a new folder")
@@ -336,7 +275,7 @@ def sift(run: Run, lists: list[dict]) -> list[dict]:
 def make_instructions(run: Run) -> tuple[list[dict], list[dict]]:
     """Lists until n tasks are kept; (lists, items). The items follow from the lists alone."""
     path, wanted = run.folder / "lists.jsonl", run.settings
-    lists, most = read_part_rows(path), wanted.calls or wanted.n
+    lists, most = read_parts(path, PART), wanted.calls or wanted.n
     while True:
         items = sift(run, lists)
         kept = [row["task"] for row in items if not row["reason"]]
@@ -528,26 +467,6 @@ def make_data(run: Run, record: dict) -> dict:
     return found
 
 
-def open_folder(folder: Path, about: dict) -> None:
-    """Begin a folder, or go on with one that was begun alike; BadInput names what differs."""
-    path = folder / "settings.json"
-    about = json.loads(json.dumps(about))
-    if not path.exists():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise BadInput(f"{folder} holds other files; name a new folder")
-        write_text(path, json.dumps(about, indent=2) + "\n")
-        return
-    try:
-        begun = json.loads(path.read_text())
-        unlike = [f"{part}.{name}" for part in about for name in about[part]
-                  if begun[part].get(name) != about[part][name]]
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise BadInput(f"{path} cannot be read ({error!r}); name a new folder") from None
-    if unlike:
-        raise BadInput(f"{folder} was begun with another {', '.join(unlike)}; put back what it "
-                       "began with, or name a new folder")
-
-
 def read_settings(words: list[str]) -> Settings:
     """`key=value` words as Settings; raises BadInput with all mistakes."""
     values, mistakes = read_keys(os.devnull, words, typing.get_type_hints(Settings))
@@ -570,12 +489,11 @@ def main(argv: list[str]) -> None:
         raise BadInput("expected `python -m gate.self_instruct OUT_FOLDER [key=value ...]`, "
                        f"got {' '.join(argv) or 'nothing'}")
     folder, settings = Path(argv[0]), read_settings(argv[1:])
-    seeds = (read_rows(settings.seeds, lambda row: (row["prompt"], row["response"]))
-             if settings.seeds else list(SEEDS))
+    seeds = read_seeds(settings.seeds or SEEDS)
     if len(seeds) < max(settings.shown, settings.shots):
         raise BadInput(f"{len(seeds)} seeds are too few for shown = {settings.shown} and shots = "
                        f"{settings.shots}; add seeds, or show fewer")
-    texts = read_rows(settings.heldout, user_texts) if settings.heldout else []
+    texts = read_rows(settings.heldout, user_texts, EXPECTED) if settings.heldout else []
     inputs = {key: hash_file(Path(path)) for key in ("heldout", "seeds")
               if (path := getattr(settings, key))}
     about = {"settings": asdict(settings), "inputs": inputs | hash_model(settings.model)}
@@ -588,7 +506,7 @@ def main(argv: list[str]) -> None:
         tokenizer.single_id(label)
     record = about | {"clean": check_base(settings.model, model, tokenizer),
                       "versions": provenance()}
-    open_folder(folder, about)
+    begin_folder(folder / "settings.json", about, "name a new folder")
     run = Run(folder, settings, model, tokenizer, seeds,
               Similar(text for row in texts for text in row))
     make_data(run, record)

@@ -41,7 +41,6 @@ class GateConfig:
     judge_letters: tuple[str, ...] = ("A", "B")     # a verdict's two tokens
     judge_threshold: float = 0.0    # nats
     judge_unsure: float = 1.0       # nearer to the threshold: undecided. Local judges only
-    second_judge: str = ""          # judges a tenth again
     labels: str = ""                # people's verdicts: spotcheck.jsonl, filled in
 
     # --- what has to hold
@@ -55,43 +54,41 @@ class GateConfig:
     undecided_at_most: float = 0.10     # of a condition's conversations
 
 
+ALLOWED = {
+    **{f"{role}_templates": tuple(TEMPLATES) for role in ROLES}, "scorers": SCORERS,
+    "history": ("own", "right"), "dtype": (None, "float32", "bfloat16", "float16"),
+    "bits": (None, *BITS), "bits_group_size": GROUP_SIZES}
+SHARES = ("base_at_most", "instruct_at_least", "alternative_at_most", "p_below",
+          "agreement_at_least", "kappa_at_least", "undecided_at_most")
+
+
 def load_gate(path: str | Path, overrides: list[str]) -> GateConfig:
     """Read a gate file and key=value words; raises BadInput with all mistakes."""
     values, mistakes = read_keys(path, overrides, typing.get_type_hints(GateConfig))
     cfg = GateConfig(**values)
     cfg.out = cfg.out or f"runs/{Path(path).stem}"
-    for role in ROLES:
-        key = f"{role}_templates"
-        if wrong := [t for t in getattr(cfg, key) if t not in TEMPLATES]:
-            mistakes.append(f"{key} = {', '.join(wrong)}: expected any of {', '.join(TEMPLATES)}")
-        if not getattr(cfg, key):
-            mistakes.append(f"{key} is empty: expected one or more of {', '.join(TEMPLATES)}")
-    if wrong := [s for s in cfg.scorers if s not in SCORERS]:
-        mistakes.append(f"scorers = {', '.join(wrong)}: expected any of {', '.join(SCORERS)}")
+    for key, allowed in ALLOWED.items():
+        value = getattr(cfg, key)
+        given = value if isinstance(value, tuple) else (value,)
+        if not given or any(item not in allowed for item in given):
+            mistakes.append(f"{key} = {', '.join(map(str, given)) or 'nothing'}: expected any of "
+                            f"{', '.join(str(item) for item in allowed if item)}")
+    mistakes += [f"{key} = {getattr(cfg, key)}: expected a number from 0 to 1"
+                 for key in SHARES if not 0 <= getattr(cfg, key) <= 1]
+    mistakes += [f"{key} = {value}: expected at least 1" for key, value in (
+        ("limit", cfg.limit), ("max_reply_tokens", cfg.max_reply_tokens))
+        if value is not None and value < 1]
     if len(set(cfg.scorers)) < 2:
         mistakes.append(f"scorers = {', '.join(cfg.scorers)}: expected two different ones or more, "
                         "since one alone cannot be seen to measure something else")
     if "judge" in cfg.scorers and not cfg.judge:
         mistakes.append("scorer judge needs judge: a model, or the URL of an endpoint")
-    if not cfg.judge_model and any(j.startswith("http") for j in (cfg.judge, cfg.second_judge)):
+    if cfg.judge.startswith("http") and not cfg.judge_model:
         mistakes.append("judge is an endpoint: give judge_model, its name for the model")
     if len(cfg.judge_letters) != 2 or len(set(cfg.judge_letters)) != 2:
         mistakes.append(f"judge_letters = {', '.join(cfg.judge_letters)}: expected two, as A,B")
     if not cfg.base:
         mistakes.append("base is empty: expected the model that training would start from")
-    for key, allowed in (("history", ("own", "right")), ("bits", (None, *BITS)),
-                         ("bits_group_size", GROUP_SIZES),
-                         ("dtype", (None, "float32", "bfloat16", "float16"))):
-        if getattr(cfg, key) not in allowed:
-            mistakes.append(f"{key} = {getattr(cfg, key)}: expected one of "
-                            f"{', '.join(str(a) for a in allowed if a)}")
-    for key in ("base_at_most", "instruct_at_least", "alternative_at_most", "p_below",
-                "agreement_at_least", "kappa_at_least", "undecided_at_most"):
-        if not 0 <= getattr(cfg, key) <= 1:
-            mistakes.append(f"{key} = {getattr(cfg, key)}: expected a number from 0 to 1")
-    for key in ("limit", "max_reply_tokens"):
-        if getattr(cfg, key) is not None and getattr(cfg, key) < 1:
-            mistakes.append(f"{key} = {getattr(cfg, key)}: expected at least 1")
     if mistakes:
         raise BadInput("; ".join(mistakes))
     return cfg

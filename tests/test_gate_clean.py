@@ -14,17 +14,17 @@ from gate.clean import (
     check_base,
     check_identity,
     check_prompts,
-    encode_by_library,
+    library_encoder,
 )
 from lora import save_adapters
 from tokenizer import load_tokenizer
 
 
 def test_bundled_base_is_clean(tokenizer):
-    seen = check_prompts(tokenizer)
+    seen, encode = check_prompts(tokenizer), library_encoder(tokenizer.source)
     assert [row["text"] for row in seen] == [*SENTINELS, INJECTION]
     for row in seen:
-        assert row["ids"] == [tokenizer.bos_id, *encode_by_library(tokenizer, row["text"])]
+        assert row["ids"] == [tokenizer.bos_id, *encode(row["text"])]
         assert row["decoded"] == row["text"]
 
 

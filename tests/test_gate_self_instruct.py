@@ -26,13 +26,12 @@ import memory
 from config import BadInput, Config, load_config
 from fullsize import SHAPES
 from gate import self_instruct
+from gate.jsonl import append_rows
 from gate.self_instruct import (
     END,
-    SEEDS,
     Run,
     Settings,
     Similar,
-    append_rows,
     criticise,
     grams,
     judge_all,
@@ -41,6 +40,7 @@ from gate.self_instruct import (
     make_data,
     make_responses,
     parse_list,
+    read_seeds,
     read_settings,
     reject_response,
     reject_task,
@@ -54,6 +54,8 @@ from model import parse_args
 from provenance import hash_file
 from tasks import load_split
 from tokenizer import load_tokenizer
+
+SEEDS = read_seeds(self_instruct.SEEDS)
 
 
 @pytest.mark.parametrize("text, cut, items", [
@@ -219,7 +221,7 @@ def scripted_run(bpe, monkeypatch):
     def make(folder):
         folder.mkdir()
         return Run(folder, Settings(n=30, shown=4, shots=2, seed=5), Stub(bpe, views, 1.0), bpe,
-                   list(SEEDS), Similar(["Name a held-out bird!"]))
+                   SEEDS, Similar(["Name a held-out bird!"]))
     return make
 
 
@@ -330,7 +332,7 @@ def long_model(tmp_path_factory):
 def test_steps_on_a_real_model(tmp_path):
     model = random_model(small_config() | {"max_position_embeddings": 4096})
     about = Run(tmp_path, Settings(labels=("1", "2"), response_tokens=5, shots=1), model,
-                load_tokenizer(TINY), list(SEEDS), Similar())
+                load_tokenizer(TINY), SEEDS, Similar())
     rows = make_responses(about, [{"task": "3 + 4 ="}, {"task": "5 + 4 ="}])
     assert [r["task"] for r in rows] == ["3 + 4 =", "5 + 4 ="]
     assert all(r["tokens"] <= 5 and r["stop_reason"] == "length" for r in rows)
