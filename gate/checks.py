@@ -34,9 +34,7 @@ class Verdict(NamedTuple):
     decided: str
 
 
-# --------------------------------------------------------------------------------------------------
-# one form for all text
-
+# --- one form for all text
 # curly quotes, and the dashes and minus signs, as a keyboard writes them
 PLAIN = str.maketrans("\u2018\u2019\u201c\u201d\u2010\u2011\u2012\u2013\u2014\u2212",
                       "''\"\"------")
@@ -118,9 +116,7 @@ def near(text: str, words: int, breaks: str, last: bool) -> str:
     return parts[-1] if last else parts[0]
 
 
-# --------------------------------------------------------------------------------------------------
-# negation
-
+# --- negation
 NEGATOR = re.compile(
     r"\b(?:not|no|never|nor|neither|non|without|lacks?|free (?:of|from)|avoid\w*|omit\w*|skip\w*|"
     r"leav(?:e|es|ing) out|exclud\w+|instead of|rather than|in place of|replac\w+|substitut\w+)\b"
@@ -169,10 +165,7 @@ def as_history(hit: Hit) -> str:
     return "unclear" if re.search(r"\bfrom\b", before) and behind.startswith("to ") else "no"
 
 
-# --------------------------------------------------------------------------------------------------
-# the checks: each returns "pass", or "fail:why", or "abstain:why"
-
-
+# --- the checks: each returns "pass", or "fail:why", or "abstain:why"
 def named(value: str, aliases: dict | None, reply: str) -> list[Hit]:
     """Where a reply names a value, in any of its names."""
     return [hit for name in [value, *(aliases or {}).get(value, [])] for hit in find(name, reply)]

@@ -101,18 +101,10 @@ def check_identity(name: str, tokenizer: Tokenizer) -> None:
     if found := NOT_A_BASE.search(repository):
         raise BadInput(f"{name} is named as a base and calls itself {found[0]!r}; name the model "
                        "before instruction training, such as Qwen/Qwen2.5-32B")
-    ends = [t for t in TURN_ENDS if control_id(tokenizer, t) in tokenizer.eos_ids]
+    ends = [name for name in map(tokenizer.piece, tokenizer.eos_ids) if name in TURN_ENDS]
     if ends:
         raise BadInput(f"{name} is named as a base and ends its turns with {ends[0]}: the settings "
                        "of an instruct model; fetch the base's own files")
-
-
-def control_id(tokenizer: Tokenizer, name: str) -> int | None:
-    """A control token's id, by its own name; None where the vocabulary has none of that name."""
-    try:
-        return tokenizer.single_id(name)
-    except BadInput:
-        return None
 
 
 def behaviour(model: Llama, tokenizer: Tokenizer) -> dict:

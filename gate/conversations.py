@@ -33,8 +33,9 @@ from pathlib import Path
 
 from config import BadInput, json_lines, read_keys, run_main, write_text
 from data import ASKED, PHRASES, SYMBOLS, compute, pairs_in, split_of
+from gate import drafts
 from gate.checks import Verdict, check_turn, find, mistake_in, normalise, term_pattern
-from gate.drafts import Draft, Turn, draft_conversation, draft_instruction, load_texts, values_of
+from gate.drafts import Draft, Turn
 from gate.jsonl import read_rows
 from provenance import hash_file
 
@@ -63,10 +64,7 @@ class Conversation:
         return all(v is None or v.verdict == "pass" for v in self.check(replies))
 
 
-# --------------------------------------------------------------------------------------------------
-# files
-
-
+# --- files
 def write_benchmark(path: Path, conversations: list[Conversation]) -> None:
     write_text(Path(path), json_lines(map(dataclasses.asdict, conversations)))
 
@@ -102,10 +100,7 @@ def read_conversation(row: dict) -> Conversation:
     return Conversation(**{**row, "turns": turns})
 
 
-# --------------------------------------------------------------------------------------------------
-# the kinds
-
-
+# --- the kinds
 def shares_of(n: int) -> dict[str, int]:
     """The categories' sizes: 300 is 75 each, another n as 60/50/50/40 of 200, largest rests up."""
     if n < 40:
@@ -127,26 +122,26 @@ def generate(seed: int = 0, n: int = 200) -> list[Conversation]:
     conversations, seen = [], set()
     for category, count in shares_of(n).items():
         rng = random.Random(f"{seed} {category}")
-        families = load_texts()[category]
+        families = drafts.load_texts()[category]
         families = rng.sample(families, len(families))
         levels = ["easy"] * round(0.4 * count) + ["medium"] * round(0.4 * count)
         levels += ["hard"] * (count - len(levels))
         rng.shuffle(levels)
         for i, level in enumerate(levels):
             family = families[i % len(families)]
-            draw = functools.partial(draft_conversation, category, family, level, rng)
+            draw = functools.partial(drafts.draft_conversation, category, family, level, rng)
             conversations.append(finish(draw_new(seen, draw, key_of, n), category, i + 1, seed))
     return conversations
 
 
 def generate_instructions(seed: int = 0, n: int = 100) -> list[Conversation]:
     """Single instructions: categories and their families in turn, no text twice."""
-    rng, texts = random.Random(f"{seed} instructions"), load_texts()["instructions"]
+    rng, texts = random.Random(f"{seed} instructions"), drafts.load_texts()["instructions"]
     conversations, seen = [], set()
     for i in range(n):
         category, number = list(texts)[i % len(texts)], i // len(texts)
         family = texts[category][number % len(texts[category])]
-        draw = functools.partial(draft_instruction, family, rng)
+        draw = functools.partial(drafts.draft_instruction, family, rng)
         conversations.append(finish(draw_new(seen, draw, key_of, n), category, number + 1, seed))
     return conversations
 
@@ -173,9 +168,7 @@ def draw_new(seen: set, draw: Callable, key: Callable, n: int):
     raise BadInput(f"n={n}: after {len(seen)} different ones no new one comes; give a smaller n")
 
 
-# --------------------------------------------------------------------------------------------------
-# what a model of the bundled size can do: follow a named operation, keep a value over turns
-
+# --- what a model of the bundled size can do: follow a named operation, keep a value over turns
 OPERATIONS = ("add", "subtract")    # unseen products are beyond it
 FORMS = {op: [form for form in PHRASES[op] if form.startswith((op, "what is"))]
          + [ASKED.replace("SYMBOL", SYMBOLS[op]), f"compute {{a}} {SYMBOLS[op]} {{b}}"]
@@ -295,15 +288,7 @@ def write_train(folder: Path, kind: str, seed: int, n: int) -> dict[str, int]:
     return sizes
 
 
-# --------------------------------------------------------------------------------------------------
-# oracles: what the benchmark can tell apart before any model has seen it
-
-
-def base_name(slot: str) -> str:
-    """example  "item_3" -> "item" """
-    return re.sub(r"_\d+$", "", slot)
-
-
+# --- oracles: what the benchmark can tell apart before any model has seen it
 def forgetful(conversations: list[Conversation]) -> Callable[[Conversation, int], str]:
     """One to whom the first turn was never said, and who else answers as well as anyone.
 
@@ -311,25 +296,25 @@ def forgetful(conversations: list[Conversation]) -> Callable[[Conversation, int]
     one that it never heard it guesses out of the family's values, the right one included. Of
     families that are not in families.yaml it knows the values of the other conversations.
     """
-    pool, texts = defaultdict(list), load_texts()
+    pool, texts = defaultdict(list), drafts.load_texts()
     families = {f"{category}/{family['family']}": family for category in SHARES
                 for family in texts[category]}
     for c in conversations:
         for slot, value in c.slots.items():
-            pool[c.family, base_name(slot)].append(value)
+            pool[c.family, drafts.base_name(slot)].append(value)
     for family, slot in pool:
-        pool[family, slot] = values_of(families.get(family, {}), slot) or pool[family, slot]
+        pool[family, slot] = drafts.values_of(families.get(family, {}), slot) or pool[family, slot]
 
     def reply(c: Conversation, t: int) -> str:
         rng = random.Random(f"{c.id} {t}")
         heard = normalise(" ".join(turn.user for turn in c.turns[1:t + 1]))
-        unheard = {value: slot for slot, value in c.slots.items() if not find(value, heard)}
+        unheard = {value.casefold(): drafts.base_name(slot) for slot, value in c.slots.items()
+                   if not find(value, heard)}
         if not unheard:
             return c.turns[t].answer
         names = "|".join(re.escape(v) for v in sorted(unheard, key=len, reverse=True))
-        lower = {value.casefold(): slot for value, slot in unheard.items()}
-        return re.sub(rf"(?<!\w)(?:{names})(?!\w)", lambda m: rng.choice(
-            pool[c.family, base_name(lower[m[0].casefold()])]), c.turns[t].answer, flags=re.I)
+        guess = lambda match: rng.choice(pool[c.family, unheard[match[0].casefold()]])
+        return re.sub(rf"(?<!\w)(?:{names})(?!\w)", guess, c.turns[t].answer, flags=re.I)
     return reply
 
 
@@ -383,10 +368,7 @@ def missed_marks(rates: dict[str, dict[str, float]]) -> list[str]:
     return missed
 
 
-# --------------------------------------------------------------------------------------------------
-# the command line
-
-
+# --- the command line
 def described(c: Conversation) -> str:
     """A conversation as plain text, for a person to read and sign off."""
     lines = [f"=== {c.id}  {c.family}  {c.difficulty}"]

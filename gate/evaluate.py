@@ -11,19 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from config import BadInput, append_text, json_lines, read_json_lines, write_text
+from gate import judge
 from gate.clean import check_base
 from gate.conversations import Conversation, read_benchmark
 from gate.jsonl import begin_folder
-from gate.judge import (
-    calibrate,
-    fill_prompt,
-    judge_by_endpoint,
-    judge_locally,
-    load_prompt,
-    read_labels,
-    verdict_of,
-    write_spotcheck,
-)
 from gate.replies import answer_all, read_replies, score, summarize_scores, transcript
 from gate.settings import ROLES, GateConfig, load_gate
 from gate.verdict import comparisons, decide, length_warnings
@@ -35,10 +26,7 @@ GENERATION = ("limit", "max_reply_tokens", "history", "dtype", "bits", "bits_gro
 START_OVER = "give another out, or overwrite=true to answer everything again"
 
 
-# --------------------------------------------------------------------------------------------------
-# the folder
-
-
+# --- the folder
 def open_evaluation(cfg: GateConfig, sha: str) -> dict:
     """Make or re-open the folder; returns its record: {generation, benchmark, models}.
 
@@ -105,26 +93,24 @@ def load_model(cfg: GateConfig, name: str):
     return model, tokenizer
 
 
-# --------------------------------------------------------------------------------------------------
-# the judge's part
-
-
+# --- the judge's part
 def collect_verdicts(cfg: GateConfig, conversations: list[Conversation],
                      replies: dict[str, list[dict]]) -> dict[str, dict[tuple[str, int], str]]:
     """The judge's verdict on each scored turn: {condition: {(id, turn): verdict}}.
 
     Kept in judge_*.jsonl by a hash of judge, prompt and reply: only what is new is asked.
     """
-    template, judge, url = load_prompt(cfg.judge_prompt), cfg.judge, cfg.judge.startswith("http")
-    settings = [judge, cfg.judge_model] if url else [judge, hash_model(judge), cfg.bits, cfg.dtype]
+    template = judge.load_prompt(cfg.judge_prompt)
+    settings = ([cfg.judge, cfg.judge_model] if cfg.judge.startswith("http")
+                else [cfg.judge, hash_model(cfg.judge), cfg.bits, cfg.dtype])
     asked, pairs = {name: {} for name in replies}, {}
     for name, rows in replies.items():
         for c, row in zip(conversations, rows):
             texts = [reply["text"] for reply in row["replies"]]
             for t, turn in enumerate(c.turns):
                 if turn.scored:
-                    pair = tuple(fill_prompt(template, c, texts, t, cfg.judge_letters, swapped)
-                                 for swapped in (False, True))
+                    pair = tuple(judge.fill_prompt(template, c, texts, t, cfg.judge_letters, order)
+                                 for order in (False, True))
                     stamp = hash_text(repr((settings, pair)))[:24]
                     asked[name][c.id, t], pairs[stamp] = stamp, pair
     path = Path(cfg.out) / f"judge_{hash_text(repr(settings))[:8]}.jsonl"
@@ -134,7 +120,7 @@ def collect_verdicts(cfg: GateConfig, conversations: list[Conversation],
         # what a kill has torn goes first; then line by line, since each may cost money
         write_text(path, json_lines(known.values()))
         for stamp, verdict in zip(missing, ask_judge(cfg, [pairs[stamp] for stamp in missing])):
-            known[stamp] = {"stamp": stamp, "judge": judge, **verdict}
+            known[stamp] = {"stamp": stamp, "judge": cfg.judge, **verdict}
             append_text(path, json_lines([known[stamp]]))
     return {name: {turn: verdict_now(cfg, known[stamp]) for turn, stamp in turns.items()}
             for name, turns in asked.items()}
@@ -143,17 +129,17 @@ def collect_verdicts(cfg: GateConfig, conversations: list[Conversation],
 def ask_judge(cfg: GateConfig, pairs: list[tuple[str, str]]) -> Iterator[dict]:
     """Verdicts on pairs of prompts, one by one as they come."""
     if cfg.judge.startswith("http"):
-        return judge_by_endpoint(cfg.judge, cfg.judge_model, pairs, cfg.judge_letters)
+        return judge.judge_by_endpoint(cfg.judge, cfg.judge_model, pairs, cfg.judge_letters)
     model, tokenizer = load_model(cfg, cfg.judge)
-    return judge_locally(model, tokenizer, pairs, cfg.judge_letters, cfg.judge_threshold,
-                         cfg.judge_unsure)
+    return judge.judge_locally(model, tokenizer, pairs, cfg.judge_letters, cfg.judge_threshold,
+                               cfg.judge_unsure)
 
 
 def verdict_now(cfg: GateConfig, row: dict) -> str:
     """A kept verdict at this config's thresholds: they may have moved since a judge was asked."""
     if row["verdict"] == "invalid" or "margin" not in row:
         return row["verdict"]
-    return verdict_of(row["margin"], 1, cfg.judge_threshold, cfg.judge_unsure)
+    return judge.verdict_of(row["margin"], 1, cfg.judge_threshold, cfg.judge_unsure)
 
 
 def hash_text(text: str) -> str:
@@ -169,15 +155,12 @@ def judge_report(cfg: GateConfig, conversations: list[Conversation], replies: di
     rows = [{"condition": name, "id": c.id, "chat": transcript(c, row)}
             for name, part in replies.items() for c, row in zip(conversations, part)]
     chats = {(row["condition"], row["id"]): row["chat"] for row in rows}
-    labels = read_labels(cfg.labels, chats) if cfg.labels else {}
-    write_spotcheck(Path(cfg.out) / "spotcheck.jsonl", rows)
-    return {"judge": cfg.judge, "turns": counts, "calibration": calibrate(flat, labels)}
+    labels = judge.read_labels(cfg.labels, chats) if cfg.labels else {}
+    judge.write_spotcheck(Path(cfg.out) / "spotcheck.jsonl", rows)
+    return {"judge": cfg.judge, "turns": counts, "calibration": judge.calibrate(flat, labels)}
 
 
-# --------------------------------------------------------------------------------------------------
-# the whole of it
-
-
+# --- the whole of it
 def run_gate(path: str | Path, overrides: list[str] = ()) -> dict:
     """Replies, scores, verdict: writes gate.json and its neighbours, returns its content."""
     cfg = load_gate(path, overrides)

@@ -36,19 +36,7 @@ from model import Llama
 from stats import cohens_kappa
 from tokenizer import Tokenizer
 
-PROMPT = """Below are a chat between a user and an assistant, and the reply under review.
-To be right, the reply must use this from earlier in the chat: {need}
-{right} means: the reply uses it correctly and contradicts nothing that was said before.
-{wrong} means: the reply ignores it, gets it wrong, makes something up, or asks for it again.
-Style and length do not matter.
-
-CHAT
-{chat}
-
-REPLY UNDER REVIEW
-{reply}
-
-Verdict ({first} or {second}):"""
+PROMPT = Path(__file__).parent / "benchmark" / "judge.txt"     # what a judge reads
 FIELDS = ("need", "answer", "chat", "reply", "right", "wrong", "first", "second")
 LEAST_LABELS, LEAST_KAPPA, LEAST_LOW = 30, 0.7, 0.55
 MIN_MASS = 0.5      # of both letters together; with less it answers something else
@@ -56,11 +44,9 @@ ROWS = 32           # prompts of a forward pass
 ATTEMPTS = 3        # of a request, one and two seconds apart
 
 
-def load_prompt(path: str) -> str:
-    """The judge's prompt: built in, or a text file with {reply}, {right} and {wrong} at least."""
-    if not path:
-        return PROMPT
-    text = read_text(path, "a text file for judge_prompt").rstrip("\n")
+def load_prompt(path: str | Path) -> str:
+    """The judge's prompt, a text file with {reply}, {right} and {wrong} at least; "": PROMPT."""
+    text = read_text(path or PROMPT, "a text file for judge_prompt").rstrip("\n")
     named = set(re.findall(r"{(\w*)}", text))
     if named - set(FIELDS) or not {"reply", "right", "wrong"} <= named:
         raise BadInput(f"judge_prompt = {path} names {', '.join(sorted(named)) or 'nothing'}; "
@@ -82,10 +68,7 @@ def fill_prompt(template: str, conversation: Conversation, replies: list[str], t
     return re.sub(r"{(\w+)}", lambda match: values[match[1]], template)
 
 
-# --------------------------------------------------------------------------------------------------
-# two kinds of judge
-
-
+# --- two kinds of judge
 def letter_logprobs(model: Llama, tokenizer: Tokenizer, prompts: list[str],
                     letters: tuple[str, str]) -> np.ndarray:
     """log p of each letter as the next token, with and without a space before it, (B, 2)."""
@@ -208,10 +191,7 @@ def request_text(url: str, name: str, prompt: str, timeout: float) -> str:
                    "kept: the same command goes on from there")
 
 
-# --------------------------------------------------------------------------------------------------
-# people's labels
-
-
+# --- people's labels
 def read_labels(path: str, known: dict[tuple[str, str], str]) -> dict[tuple[str, str], bool]:
     """Rows {"condition", "id", "human": "pass" or "fail"}: {(condition, id): passes}.
 
@@ -239,14 +219,13 @@ def read_labels(path: str, known: dict[tuple[str, str], str]) -> dict[tuple[str,
             bad.append(f"line {number} (labels another reply than {key[0]} {key[1]} now has)")
         elif human:
             labels[key] = human == "pass"
-    if bad or unknown:
-        raise BadInput(
-            f"labels = {path}: " + "; ".join(
-                [f"{len(bad)} bad rows: {', '.join(bad[:4])}"] * bool(bad)
-                + [f"{len(unknown)} of unknown conversations: {', '.join(unknown[:4])}"]
-                * bool(unknown))
-            + '; expected {"condition": ..., "id": ..., "human": "pass" or "fail"} of this '
-            "benchmark's conversations")
+    problems = [f"{len(bad)} bad rows: {', '.join(bad[:4])}"] if bad else []
+    if unknown:
+        problems.append(f"{len(unknown)} of unknown conversations: {', '.join(unknown[:4])}")
+    if problems:
+        raise BadInput(f"labels = {path}: {'; '.join(problems)}; expected "
+                       '{"condition": ..., "id": ..., "human": "pass" or "fail"} of this '
+                       "benchmark's conversations")
     return labels
 
 
@@ -282,10 +261,7 @@ def write_spotcheck(path: Path, rows: list[dict], share: float = 0.1) -> list[di
     return drawn
 
 
-# --------------------------------------------------------------------------------------------------
-# the bundled example's judge: a tiny model that has learnt to compare
-
-
+# --- the bundled example's judge: a tiny model that has learnt to compare
 def tiny_rows(template: str, letters: tuple[str, str], n: int, seed: int) -> list[dict]:
     """Rows {"prompt", "response"} that teach models/tiny to compare a reply with the right answer.
 

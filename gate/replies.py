@@ -89,10 +89,7 @@ def transcript(conversation: Conversation, row: dict) -> str:
                      for turn, reply in zip(conversation.turns, row["replies"]))
 
 
-# --------------------------------------------------------------------------------------------------
-# scores
-
-
+# --- scores
 def score_turn(conversation: Conversation, row: dict, t: int, scorer: str) -> tuple[str, str]:
     """("pass" | "fail" | "abstain", why) of one turn by a scorer that is no model."""
     turn, texts = conversation.turns[t], [reply["text"] for reply in row["replies"]]

@@ -58,12 +58,12 @@ SEEDS = Path(__file__).parent / "benchmark" / "seeds.jsonl"
 LIST_HEAD = "Different tasks for an assistant that answers in text, each complete in itself:\n\n"
 CRITIC = ("{head}\n{first}: {first_means}\n{second}: {second_means}\n\n{item}\n\n"
           "Label ({first} or {second}):")
-CRITIC_HEADS = {"tasks": "A task for a text assistant gets one of two labels.",
-                "pairs": "A task and an assistant's answer get one of two labels."}
-CRITIC_MEANINGS = {     # good, bad
-    "tasks": ("clear, specific, harmless, and can be done in text alone",
+CRITICS = {     # what is judged; what the good label means, and the bad one
+    "tasks": ("A task for a text assistant gets one of two labels.",
+              "clear, specific, harmless, and can be done in text alone",
               "unclear, incomplete, harmful or impossible in text; also when in doubt"),
-    "pairs": ("the answer is right, complete, and does what the task asks",
+    "pairs": ("A task and an assistant's answer get one of two labels.",
+              "the answer is right, complete, and does what the task asks",
               "the answer is wrong, cut off, beside the task or harmful; also when in doubt")}
 
 META = re.compile(r"\b(here are|i will|let me|the following|these are|listed below|given below|"
@@ -107,10 +107,7 @@ class Run:
     heldout: "Similar"
 
 
-# --------------------------------------------------------------------------------------------------
-# texts: the same, nearly the same, held out
-
-
+# --- texts: the same, nearly the same, held out
 def words_of(text: str) -> tuple[str, ...]:
     """Words whatever their case, letter forms (NFKC) and punctuation; + and = are words too.
 
@@ -170,10 +167,7 @@ def user_texts(row: dict) -> list[str]:
     return texts
 
 
-# --------------------------------------------------------------------------------------------------
-# steps: files that grow by parts
-
-
+# --- steps: files that grow by parts
 def grow(run: Run, name: str, tasks: list[dict],
          do: Callable[[list[dict], int], list[dict]]) -> list[dict]:
     """Rows of a step, one for each task: those of its file, and `do` of the parts that it lacks.
@@ -207,10 +201,7 @@ def write(run: Run, prompts: list[str], tokens: int, temperature: float, stops: 
             for prompt, c in zip(prompts, done)]
 
 
-# --------------------------------------------------------------------------------------------------
-# instructions
-
-
+# --- instructions
 def list_prompt(run: Run, number: int, kept: list[str]) -> str:
     """A numbered list to go on with: seeds, two of the tasks found so far, and the next number.
 
@@ -294,10 +285,7 @@ def make_instructions(run: Run) -> tuple[list[dict], list[dict]]:
     return lists, items
 
 
-# --------------------------------------------------------------------------------------------------
-# responses
-
-
+# --- responses
 def response_prompt(run: Run, number: int, task: str) -> str:
     """Worked examples, each with the end marker, and the task."""
     shots = random.Random(f"{run.settings.seed} response {number}").sample(
@@ -340,15 +328,13 @@ def make_responses(run: Run, tasks: list[dict]) -> list[dict]:
     return grow(run, "responses", tasks, do)
 
 
-# --------------------------------------------------------------------------------------------------
-# the critic
-
-
+# --- the critic
 def critic_prompt(kind: str, item: str, labels: tuple[str, str], swapped: bool) -> str:
     """The labels in their order, their meanings exchanged where swapped."""
-    means = CRITIC_MEANINGS[kind][::-1] if swapped else CRITIC_MEANINGS[kind]
-    return CRITIC.format(head=CRITIC_HEADS[kind], first=labels[0], second=labels[1],
-                         first_means=means[0], second_means=means[1], item=item)
+    head, *means = CRITICS[kind]
+    first_means, second_means = means[::-1] if swapped else means
+    return CRITIC.format(head=head, first=labels[0], second=labels[1], item=item,
+                         first_means=first_means, second_means=second_means)
 
 
 def describe(task: str, response: str | None = None) -> str:
@@ -385,10 +371,7 @@ def judge_all(run: Run, kind: str, rows: list[dict]) -> list[dict]:
     return grow(run, kind, rows, do)
 
 
-# --------------------------------------------------------------------------------------------------
-# what comes out
-
-
+# --- what comes out
 def split_pairs(pairs: list[dict]) -> dict[str, list[dict]]:
     """A twentieth each for valid and test, at least one row, by a hash of the task."""
     if len(pairs) < 3:

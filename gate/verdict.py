@@ -5,21 +5,12 @@ NO-GO: every scorer measures a rate that refutes it. AMBIGUOUS: they disagree, t
 undecided, or too little is there to say.
 """
 import itertools
+from operator import ge, gt, le, lt
 
+import stats
 from config import BadInput
 from gate.replies import SUSPICIOUS, reply_length
 from gate.settings import ROLES, GateConfig
-from stats import (
-    adjusted_p,
-    auc,
-    cohens_h,
-    cohens_kappa,
-    items_needed,
-    mcnemar,
-    paired_bootstrap,
-    power_of_mcnemar,
-    wilson,
-)
 
 MARGIN = 0.10   # how far beyond its threshold a rate's Wilson interval may reach
 # the rules that refute a gap; the others say that too little is known
@@ -38,40 +29,37 @@ def paired(first: dict[str, bool | None],
     return ids, [first[i] for i in ids], [second[i] for i in ids]
 
 
-def rate(outcomes: dict[str, bool | None]) -> float | None:
-    """Share that passed, of what was decided."""
-    passed, decided = counts_of(outcomes)
-    return passed / decided if decided else None
-
-
-def counts_of(outcomes: dict[str, bool | None]) -> tuple[int, int]:
-    """How many passed, and how many were decided."""
+def rate(outcomes: dict[str, bool | None]) -> dict:
+    """Share that passed, of what was decided, with its Wilson interval."""
     decided = [passed for passed in outcomes.values() if passed is not None]
-    return sum(decided), len(decided)
+    return stats.wilson(sum(decided), len(decided))
 
 
 def best_of(role: str, outcomes: dict[str, dict]) -> str | None:
     """The condition of a role with the highest rate: a base counts by the format that helps it."""
     names = [name for name in outcomes if name.split("-")[0] == role]
-    return max(names, key=lambda name: rate(outcomes[name]) or 0, default=None)
+    return max(names, key=lambda name: rate(outcomes[name])["value"] or 0, default=None)
 
 
 def compare(first: dict, second: dict, cfg: GateConfig, categories: dict[str, str]) -> dict:
     """Two conditions on the same conversations: test, effect, interval, power, categories."""
     ids, a, b = paired(first, second)
-    n, test = len(ids), mcnemar(a, b)
+    n, test = len(ids), stats.mcnemar(a, b)
     shares = [test[side] / n if n else 0 for side in ("only_first", "only_second")]
+    # the same shares for two independent models at the thresholds: .30 and .80 -> .06 and .56
+    base, instruct = cfg.base_at_most, cfg.instruct_at_least
+    design = base * (1 - instruct), (1 - base) * instruct
     cells = {}
     for c in sorted(set(categories.values())):
         of = [k for k, i in enumerate(ids) if categories[i] == c]
-        cells[c] = {"n": len(of), **mcnemar([a[k] for k in of], [b[k] for k in of])}
-    for cell, p in zip(cells.values(), adjusted_p([cell["p"] for cell in cells.values()])):
+        cells[c] = {"n": len(of), **stats.mcnemar([a[k] for k in of], [b[k] for k in of])}
+    for cell, p in zip(cells.values(), stats.adjusted_p([cell["p"] for cell in cells.values()])):
         cell["p_adjusted"] = p
-    return {"n": n, **test, "h": cohens_h(sum(a) / n, sum(b) / n) if n else None,
-            "difference": paired_bootstrap(a, b, [categories[i] for i in ids]),
-            "observed_power": power_of_mcnemar(n, *shares, cfg.p_below),
-            "design_power": power_of_mcnemar(n, *design_of(cfg), cfg.p_below),
-            "items_needed": items_needed(*shares, cfg.p_below), "by_category": cells}
+    return {"n": n, **test, "h": stats.cohens_h(sum(a) / n, sum(b) / n) if n else None,
+            "difference": stats.paired_bootstrap(a, b, [categories[i] for i in ids]),
+            "observed_power": stats.power_of_mcnemar(n, *shares, cfg.p_below),
+            "design_power": stats.power_of_mcnemar(n, *design, cfg.p_below),
+            "items_needed": stats.items_needed(*shares, cfg.p_below), "by_category": cells}
 
 
 def comparisons(cfg: GateConfig, outcomes: dict[str, dict], categories: dict[str, str],
@@ -86,41 +74,31 @@ def comparisons(cfg: GateConfig, outcomes: dict[str, dict], categories: dict[str
             for a, b in pairs}
 
 
-def design_of(cfg: GateConfig) -> tuple[float, float]:
-    """Chances that just one of two independent models passes, at the thresholds themselves.
-
-    example  base .30, instruct .80 -> .06, .56
-    """
-    base, instruct = cfg.base_at_most, cfg.instruct_at_least
-    return base * (1 - instruct), (1 - base) * instruct
-
-
 def rules_of(cfg: GateConfig, outcomes: dict[str, dict], chosen: dict[str, str]) -> list[dict]:
     """One scorer's rules: [{rule, value, wanted, holds}]."""
-    rates = {role: rate(outcomes[name]) for role, name in chosen.items()}
+    base, instruct = (rate(outcomes[chosen[role]]) for role in ("base", "instruct"))
     _, a, b = paired(outcomes[chosen["base"]], outcomes[chosen["instruct"]])
-    test = mcnemar(a, b)
-    h = cohens_h(sum(a) / len(a), sum(b) / len(b)) if a else None
+    test = stats.mcnemar(a, b)
+    h = stats.cohens_h(sum(a) / len(a), sum(b) / len(b)) if a else None
     # of all a base's formats: one that could not be scored may be its best
     looked_at = [n for n in outcomes if n.split("-")[0] != "instruct"] + [chosen["instruct"]]
     undecided = max(sum(v is None for v in outcomes[name].values()) / max(len(outcomes[name]), 1)
                     for name in looked_at)
-    interval = lambda role: wilson(*counts_of(outcomes[chosen[role]]))
     ahead = test["only_second"] > test["only_first"]
     rules = [
-        ("base passes at most", rates["base"], cfg.base_at_most, lambda v, w: v <= w),
-        ("instruct passes at least", rates["instruct"], cfg.instruct_at_least, lambda v, w: v >= w),
-        ("McNemar p below, instruct ahead", test["p"], cfg.p_below, lambda v, w: v < w and ahead),
-        ("Cohen's h at least", h, cfg.h_at_least, lambda v, w: v >= w),
+        ("base passes at most", base["value"], cfg.base_at_most, le),
+        ("instruct passes at least", instruct["value"], cfg.instruct_at_least, ge),
+        ("McNemar p below, instruct ahead", test["p"], cfg.p_below,
+         lambda p, below: ahead and p < below),
+        ("Cohen's h at least", h, cfg.h_at_least, ge),
         # so few that chance could have met the thresholds
-        ("base's interval ends below", interval("base")["high"],
-         cfg.base_at_most + MARGIN, lambda v, w: v < w),
-        ("instruct's interval begins above", interval("instruct")["low"],
-         cfg.instruct_at_least - MARGIN, lambda v, w: v > w),
-        ("undecided at most", undecided, cfg.undecided_at_most, lambda v, w: v <= w)]
+        ("base's interval ends below", base["high"], cfg.base_at_most + MARGIN, lt),
+        ("instruct's interval begins above", instruct["low"], cfg.instruct_at_least - MARGIN, gt),
+        ("undecided at most", undecided, cfg.undecided_at_most, le)]
     if "alternative" in chosen:
-        rules.insert(2, ("alternative base passes at most", rates["alternative"],
-                         cfg.alternative_at_most, lambda v, w: v <= w))
+        rules.insert(2, ("alternative base passes at most",
+                         rate(outcomes[chosen["alternative"]])["value"],
+                         cfg.alternative_at_most, le))
     return [{"rule": rule, "value": value, "wanted": wanted,
              "holds": value is not None and bool(holds(value, wanted))}
             for rule, value, wanted, holds in rules]
@@ -131,14 +109,14 @@ def agreement_of(cfg: GateConfig, first: dict[str, dict], second: dict[str, dict
     cells, all_a, all_b, apart = {}, [], [], []
     for name in first:
         _, a, b = paired(first[name], second[name])
-        cells[name] = cohens_kappa(a, b)
+        cells[name] = stats.cohens_kappa(a, b)
         # pooled, kappa is high for any two that tell the models apart; so within a condition too,
         # where there is enough of each fate to say so
         few = min(side.count(fate) for side in (a, b) for fate in (True, False)) < 5
         if not few and cells[name]["high"] < cfg.kappa_at_least:
             apart.append(name)
         all_a, all_b = all_a + a, all_b + b
-    pooled = cohens_kappa(all_a, all_b)
+    pooled = stats.cohens_kappa(all_a, all_b)
     lowest = min((c["agreement"] for c in cells.values() if c["n"]), default=None)
     # kappa says nothing where every reply has the same fate; then agreement has said all
     kappa_holds = (pooled["value"] >= cfg.kappa_at_least if pooled["value"] is not None
@@ -190,7 +168,7 @@ def length_warnings(outcomes: dict[str, dict[str, dict]],
         for name, part in points.items():
             fates = [passed for _, passed in part]
             few = min(fates.count(True), fates.count(False)) < 5    # chance alone would predict
-            value = None if few else auc(*zip(*part))
+            value = None if few else stats.auc(*zip(*part))
             if value is not None and max(value, 1 - value) > SUSPICIOUS:
                 side = "longer" if value > 0.5 else "shorter"
                 warnings.append(f"{name}: length alone predicts what {scorer} passes (AUC "

@@ -9,10 +9,9 @@ from conftest import ROOT, TINY, assert_one_clear_line, run, small_config, write
 from config import BadInput, Config, Stopped, load_config
 from data import held_out
 from gate import replies as replying
-from gate.__main__ import main
+from gate.__main__ import compare_folders, main, print_gate
 from gate.conversations import Conversation, Turn, write_benchmark
 from gate.evaluate import run_gate
-from gate.report import compare_folders, print_gate
 from gate.settings import GateConfig, load_gate
 from gate.verdict import agreement_of, decide, length_warnings, paired
 from generate import Completion

@@ -8,13 +8,12 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import small_model
+from conftest import ROOT, small_model
 
 from config import BadInput
 from gate import judge as judging
 from gate.conversations import Conversation, Turn
 from gate.judge import (
-    PROMPT,
     calibrate,
     fill_prompt,
     judge_by_endpoint,
@@ -27,6 +26,7 @@ from gate.judge import (
     write_spotcheck,
 )
 
+PROMPT = (ROOT / "gate" / "benchmark" / "judge.txt").read_text().rstrip("\n")
 DIGITS = ("1", "0")
 
 

@@ -17,10 +17,10 @@ LEVELS = [("blas", "config", "stats", "answers"),
           ("eval", "perturb"), ("train", "probe"),
           ("results", "study", "fullsize"), ("bench", "markovian_results"), ("growth",)]
 # a wing stands above the root, and nothing else imports it
-GATE_LEVELS = [("gate/__init__", "gate/checks", "gate/clean"), ("gate/drafts",),
+GATE_LEVELS = [("gate/checks", "gate/clean", "gate/jsonl"), ("gate/drafts",),
                ("gate/conversations",), ("gate/replies", "gate/judge"),
                ("gate/settings", "gate/self_instruct"), ("gate/verdict",),
-               ("gate/evaluate", "gate/report"), ("gate/__main__",)]
+               ("gate/evaluate",), ("gate/__main__",)]
 
 
 def imports_of(name):
