@@ -1,11 +1,11 @@
 """Deterministic checks of a reply: pass, fail, or abstain where the words alone do not settle it.
 
-The prior work's rules would count "no chicken" as meat and see a clarifying question wherever
-"which" stands, and its score failed right answers for their length. Here text is brought to one
-form first (straight quotes, lower case, numbers as digits), terms are matched as whole words, a hit
-is void behind a negation ("free of", "instead of", "-free"), a value that was replaced may be told
-as history ("moved from 5 to 7 pm"), and what stays unclear is neither right nor wrong. Length alone
-never fails a reply; only a user who asked for so many words has a `words` check.
+The prior work's rules counted "no chicken" as meat, saw a clarifying question wherever "which"
+stands, and failed right answers for their length. Here text is first brought to one form: straight
+quotes, lower case, numbers as digits. Terms are matched as whole words. A forbidden term does not
+count behind a negation ("free of", "instead of", "-free"). A value that was replaced may be
+mentioned as history ("moved from 5 to 7 pm"). What stays unclear abstains. Length alone never fails
+a reply; only a user who asked for so many words has a `words` check.
 
     recall    values (and no wrong one)      forbid   none of a lexicon, negations void
     current   the values in force, not those replaced           order    values in this order

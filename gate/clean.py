@@ -1,12 +1,12 @@
 """Does a prompt reach a base model untouched? Checked before anything is generated, and recorded.
 
-A study of instruction following once measured its base through doubts: a chat template may have
-been applied, a special token added. Its guard switched the template off, which changes nothing (one
-is only applied where it is called), and looked for structure in three completions, which passed a
-base that answered correctly. Here a load is clean if the very ids are right: what the model uses as
-prefix (BOS or nothing), then the text as its tokenizer's own library encodes it, and nothing else.
-So that the guard is not vacuous, each check first has to catch three prompts spoilt on purpose.
-How the base then behaves is measured and recorded, never required.
+Prior work could not say what its base model had read: a chat template may have been applied, or a
+special token added. Its guard switched the template off, which changes nothing (a template is only
+applied where it is called), and looked for structure in three completions, which passed a base that
+answered correctly. Here a load is clean if the ids themselves are right: the model's own prefix
+(BOS or nothing), then the text as its tokenizer's own library encodes it, and nothing else. Each
+check must first fail on three prompts that are contaminated on purpose; otherwise it could never
+fail. How the base then continues is measured and recorded, never required.
 """
 import re
 from collections.abc import Callable

@@ -2,10 +2,11 @@
 
 A benchmark is a file of conversations, one a line; a single question is a conversation of one turn.
 Its user turns are fixed, the model's replies are its own, and each scored turn carries the checks
-that a right reply passes (checks.py). The draft of the prior work was never built, and most of its
-follow-ups could be answered without the conversation. Here that is measured before any model is:
-`audit` lets oracles answer. One knows everything and must pass; one has forgotten the first turn,
-one names whatever was named last, others say nothing, echo or ask back, and these must fail.
+that a right reply passes (checks.py). The prior work's draft of such a benchmark was never built,
+and most of its follow-ups could be answered without the conversation. So `audit` measures that
+first, without a model: oracles answer. One knows everything and must pass. The others must fail:
+one has forgotten the first turn, one names whatever was named last, others say nothing, repeat the
+question or ask back.
 
     memory        facts told first, asked after asides and next to look-alikes
     preferences   a standing wish that every reply respects, and that is asked back
@@ -290,11 +291,11 @@ def write_train(folder: Path, kind: str, seed: int, n: int) -> dict[str, int]:
 
 # --- oracles: what the benchmark can tell apart before any model has seen it
 def forgetful(conversations: list[Conversation]) -> Callable[[Conversation, int], str]:
-    """One to whom the first turn was never said, and who else answers as well as anyone.
+    """An oracle that never heard the first turn and otherwise answers correctly.
 
-    It knows the form of the right reply, all that is said later, and which values may be there: for
-    one that it never heard it guesses out of the family's values, the right one included. Of
-    families that are not in families.yaml it knows the values of the other conversations.
+    It knows the form of the right reply, everything said later, and which values are possible. In
+    place of a value that it never heard, it guesses one of the family's values, the right one
+    included. For a family that is not in families.yaml, it knows the other conversations' values.
     """
     pool, texts = defaultdict(list), drafts.load_texts()
     families = {f"{category}/{family['family']}": family for category in SHARES

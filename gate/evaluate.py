@@ -198,7 +198,7 @@ def run_gate(path: str | Path, overrides: list[str] = ()) -> dict:
 
 def write_outcomes(folder: Path, conversations: list[Conversation], replies: dict,
                    scores: dict[str, dict[str, list[dict]]]) -> None:
-    """outcomes.jsonl: every conversation's fate by scorer and condition; disagreements.jsonl."""
+    """outcomes.jsonl: every conversation's outcome by scorer and condition; disagreements.jsonl."""
     outcomes, apart = [], []
     for k, c in enumerate(conversations):
         cells = {s: {name: rows[k]["passed"] for name, rows in part.items()}

@@ -3,7 +3,7 @@
 The judge reads the chat, what the reply had to use, and the reply, and answers with one of two
 letters. A local model is asked for the letters' log-probabilities (no text is parsed), an
 OpenAI-compatible endpoint for text (URL and OPENAI_API_KEY). Either is asked twice with the
-letters' meanings exchanged, which cancels a liking for a letter. What is not a verdict is never
+letters' meanings exchanged, which cancels a preference for one letter. What is no verdict is never
 counted as one: small margins and contradictions are `unsure`, unreadable answers `invalid`, both
 left out of rates and listed for a person.
 
@@ -127,10 +127,10 @@ def judge_locally(model: Llama, tokenizer: Tokenizer, asked: list[tuple[str, str
 
 def judge_by_endpoint(url: str, name: str, asked: list[tuple[str, str]],
                       letters: tuple[str, str], timeout: float = 60) -> Iterator[dict]:
-    """Verdicts of an OpenAI-compatible endpoint; {verdict, texts, asked}, one by one as they come.
+    """Verdicts of an OpenAI-compatible endpoint, {verdict, texts}, one by one as they come.
 
-    Each prompt is asked again once where the answer is not one letter. raises BadInput where the
-    endpoint cannot be reached: that is no verdict, and what came before is kept
+    A prompt is asked once more if the answer is not one letter.
+    raises   BadInput where the endpoint cannot be reached; verdicts so far are kept by the caller
     """
     for pair in asked:
         votes, texts = [], []
@@ -245,7 +245,7 @@ def calibrate(judged: dict[tuple[str, str], bool | None],
 
 
 def write_spotcheck(path: Path, rows: list[dict], share: float = 0.1) -> list[dict]:
-    """Draw a tenth of the judged conversations for people or a second judge; returns those drawn.
+    """Draw a tenth of the judged conversations for people to label; returns those drawn.
 
     Which they are depends on their ids alone. Rows {condition, id, chat, human: null} in random
     order, without any verdict: who labels them should not know what the judge said. A file in which
@@ -265,9 +265,9 @@ def write_spotcheck(path: Path, rows: list[dict], share: float = 0.1) -> list[di
 def tiny_rows(template: str, letters: tuple[str, str], n: int, seed: int) -> list[dict]:
     """Rows {"prompt", "response"} that teach models/tiny to compare a reply with the right answer.
 
-    Half of the replies are right; most of the others are a little off, as a small model's are, some
-    have digits exchanged, some are no number at all. Both orders of the letters: neither is worth
-    more.
+    Half of the replies are right. Most of the others are a little off, as a small model's are; some
+    have their digits reversed, some are no number at all. Either letter may mean "right", so that
+    neither is preferred.
     """
     rng, rows = random.Random(seed), []
     for _ in range(n):

@@ -8,15 +8,12 @@ in nothing but the rendering (Tokenizer.encode_messages) and those stops:
     plain  User: ...\\nAssistant: ...             cued   Instruction: ...\\nResponse:
     chat   the model's own chat template
 
-Replies are files, written in parts: broken off, the same command goes on behind the last part, and
-since a part is always the same rows, to the same result. Scores are computed from the files, so
-scoring anew never generates anew. Length is reported beside every score and is never part of one:
-the prior work's score was "between 5 and 500 characters" (here `length`, kept to show its failure).
+Replies are files that grow by parts (jsonl.py), and scores are computed from the files: scoring
+again never generates again. Length is reported beside every score and is never part of one: the
+prior work's score was "between 5 and 500 characters" (here `length`, kept to show its failure).
 """
 import statistics
 from pathlib import Path
-
-import blas  # noqa: F401  (before mlx)
 
 from config import BadInput
 from gate.checks import check_turn, normalise

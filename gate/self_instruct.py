@@ -7,16 +7,16 @@
     pairs judged   the same critic, of task and answer as they are stored              pairs.jsonl
     train, valid, test.jsonl in data.py's format; qc.json, manifest.json
 
-A base model does all of it: the cue is the format (Self-Instruct 2212.10560). Each step is a file
-that only grows, in parts that are always the same rows, so a run that was broken off goes on behind
-its last part to the same result. What is thrown away stays there, with the reason.
+A base model does all of it; the format of the prompt tells it what to do (Self-Instruct,
+2212.10560). Each step is a file that grows by parts (jsonl.py), so the same command continues a run
+that was broken off. Rejected rows stay in their file, with the reason.
 
 Where we differ from the prior work: stops are texts, not the last token of one (which ended every
 answer at its first bare colon); the first item of a list has its number put back and is not lost;
 near-duplicates are dropped where they arise (two thirds of its first 3,968 rows were copies); rates
 are shares of what was generated, not of the survivors. The critic's margin keeps its sign, is the
-mean over both orders of the labels, and a task that says nothing is subtracted: whatever the model
-holds for the letter A alone cancels. Where it would answer something else, it abstains.
+mean over both orders of the labels, and the margin of an empty task is subtracted: a preference for
+the letter A cancels. Where the model would answer something else, the critic abstains.
 
     python -m gate.self_instruct OUT model=Qwen/Qwen2.5-32B bits=4 n=8000 heldout=FILE.jsonl
 """
@@ -415,7 +415,7 @@ def quality(lists: list[dict], items: list[dict], tasks: list[dict], responses: 
 
 
 def print_quality(found: dict) -> None:
-    """The funnel as a table for a person."""
+    """How many rows each step kept and rejected, as a table for a person."""
     print(f"\n{'lists':<16}{found['lists']:6}\n{'items':<16}{found['items']:6}")
     for step in ("instructions", "tasks", "responses", "pairs"):
         parts = ", ".join(f"{name} {k}" for name, k in found[step].items())
@@ -477,8 +477,9 @@ def main(argv: list[str]) -> None:
         raise BadInput(f"{len(seeds)} seeds are too few for shown = {settings.shown} and shots = "
                        f"{settings.shots}; add seeds, or show fewer")
     texts = read_rows(settings.heldout, user_texts, EXPECTED) if settings.heldout else []
-    inputs = {key: hash_file(Path(path)) for key in ("heldout", "seeds")
-              if (path := getattr(settings, key))}
+    inputs = {"seeds": hash_file(settings.seeds or SEEDS)}
+    if settings.heldout:
+        inputs["heldout"] = hash_file(settings.heldout)
     about = {"settings": asdict(settings), "inputs": inputs | hash_model(settings.model)}
     # all that can be wrong before the folder is made: it keeps its settings
     model, tokenizer = load_base(settings.model, settings.dtype, settings.bits,

@@ -1,6 +1,6 @@
-"""GO, NO-GO or AMBIGUOUS: pure functions of outcomes {scorer: {condition: {id: fate}}}.
+"""GO, NO-GO or AMBIGUOUS: pure functions of outcomes {scorer: {condition: {id: outcome}}}.
 
-A fate is True (passed), False (failed) or None (undecided). GO: every scorer finds the gap.
+An outcome is True (passed), False (failed) or None (undecided). GO: every scorer finds the gap.
 NO-GO: every scorer measures a rate that refutes it. AMBIGUOUS: they disagree, too much is
 undecided, or too little is there to say.
 """
@@ -110,15 +110,15 @@ def agreement_of(cfg: GateConfig, first: dict[str, dict], second: dict[str, dict
     for name in first:
         _, a, b = paired(first[name], second[name])
         cells[name] = stats.cohens_kappa(a, b)
-        # pooled, kappa is high for any two that tell the models apart; so within a condition too,
-        # where there is enough of each fate to say so
-        few = min(side.count(fate) for side in (a, b) for fate in (True, False)) < 5
+        # pooled, kappa is high for any two scorers that tell the models apart; so it must hold
+        # within each condition too, where there are enough passes and failures to say so
+        few = min(side.count(value) for side in (a, b) for value in (True, False)) < 5
         if not few and cells[name]["high"] < cfg.kappa_at_least:
             apart.append(name)
         all_a, all_b = all_a + a, all_b + b
     pooled = stats.cohens_kappa(all_a, all_b)
     lowest = min((c["agreement"] for c in cells.values() if c["n"]), default=None)
-    # kappa says nothing where every reply has the same fate; then agreement has said all
+    # where every reply has the same outcome kappa is undefined, and agreement says all there is
     kappa_holds = (pooled["value"] >= cfg.kappa_at_least if pooled["value"] is not None
                    else pooled["agreement"] == 1)
     return {"by_condition": cells, "pooled": pooled, "lowest": lowest, "apart": apart,
@@ -166,8 +166,8 @@ def length_warnings(outcomes: dict[str, dict[str, dict]],
                          if passed is not None] for name, cell in by_condition.items()}
         points["all conditions"] = [point for part in points.values() for point in part]
         for name, part in points.items():
-            fates = [passed for _, passed in part]
-            few = min(fates.count(True), fates.count(False)) < 5    # chance alone would predict
+            passes = [passed for _, passed in part]
+            few = min(passes.count(True), passes.count(False)) < 5  # chance alone would predict
             value = None if few else stats.auc(*zip(*part))
             if value is not None and max(value, 1 - value) > SUSPICIOUS:
                 side = "longer" if value > 0.5 else "shorter"
