@@ -290,36 +290,39 @@ def write_train(folder: Path, kind: str, seed: int, n: int) -> dict[str, int]:
 
 
 # --- oracles: what the benchmark can tell apart before any model has seen it
-def forgetful(conversations: list[Conversation]) -> Callable[[Conversation, int], str]:
-    """An oracle that never heard the first turn and otherwise answers correctly.
+def possible_values(conversations: list[Conversation]) -> dict[tuple[str, str], list[str]]:
+    """All values that a slot may hold, {(family, slot): values}.
 
-    It knows the form of the right reply, everything said later, and which values are possible. In
-    place of a value that it never heard, it guesses one of the family's values, the right one
-    included. For a family that is not in families.yaml, it knows the other conversations' values.
+    Of a family that is not in families.yaml: those of all these conversations.
     """
-    pool, texts = defaultdict(list), drafts.load_texts()
-    families = {f"{category}/{family['family']}": family for category in SHARES
-                for family in texts[category]}
+    texts, found = drafts.load_texts(), defaultdict(list)
     for c in conversations:
         for slot, value in c.slots.items():
-            pool[c.family, drafts.base_name(slot)].append(value)
-    for family, slot in pool:
-        pool[family, slot] = drafts.values_of(families.get(family, {}), slot) or pool[family, slot]
-
-    def reply(c: Conversation, t: int) -> str:
-        rng = random.Random(f"{c.id} {t}")
-        heard = normalise(" ".join(turn.user for turn in c.turns[1:t + 1]))
-        unheard = {value.casefold(): drafts.base_name(slot) for slot, value in c.slots.items()
-                   if not find(value, heard)}
-        if not unheard:
-            return c.turns[t].answer
-        names = "|".join(re.escape(v) for v in sorted(unheard, key=len, reverse=True))
-        guess = lambda match: rng.choice(pool[c.family, unheard[match[0].casefold()]])
-        return re.sub(rf"(?<!\w)(?:{names})(?!\w)", guess, c.turns[t].answer, flags=re.I)
-    return reply
+            found[c.family, drafts.base_name(slot)].append(value)
+    families = {f"{category}/{family['family']}": family for category in SHARES
+                for family in texts[category]}
+    return {(name, slot): drafts.values_of(families.get(name, {}), slot) or values
+            for (name, slot), values in found.items()}
 
 
-def last_named(c: Conversation, t: int) -> str:
+def forgetful(c: Conversation, t: int, possible: dict[tuple[str, str], list[str]]) -> str:
+    """The reply of one who never heard the first turn and otherwise answers correctly.
+
+    It knows the form of the right reply and everything said later. In place of a value that it
+    never heard, it guesses a possible one, the right one included.
+    """
+    rng = random.Random(f"{c.id} {t}")
+    heard = normalise(" ".join(turn.user for turn in c.turns[1:t + 1]))
+    unheard = {value.casefold(): drafts.base_name(slot) for slot, value in c.slots.items()
+               if not find(value, heard)}
+    if not unheard:
+        return c.turns[t].answer
+    names = "|".join(re.escape(v) for v in sorted(unheard, key=len, reverse=True))
+    guess = lambda match: rng.choice(possible[c.family, unheard[match[0].casefold()]])
+    return re.sub(rf"(?<!\w)(?:{names})(?!\w)", guess, c.turns[t].answer, flags=re.I)
+
+
+def last_named(c: Conversation, t: int, _=None) -> str:
     """The thing of any kind that the user named last, the question included."""
     said = normalise(" \n".join(turn.user for turn in c.turns[:t + 1]))
     places = {value: max((m.start() for m in term_pattern(value).finditer(said)), default=-1)
@@ -328,34 +331,33 @@ def last_named(c: Conversation, t: int) -> str:
     return last if places.get(last, -1) >= 0 else ""
 
 
-LAST = lambda _: last_named
-ORACLES = {     # name: (builder from all conversations, its mark: (category, at least, at most))
-    "knows everything": (lambda _: lambda c, t: c.turns[t].answer, ("all", 1, 1)),
+ORACLES = {     # name: (reply to turn t, what it may pass: (category, at least, at most))
+    "knows everything": (lambda c, t, _: c.turns[t].answer, ("all", 1, 1)),
     "forgot turn 1": (forgetful, ("memory", 0, 0.05)),
-    "last named": (LAST, ("all", 0, 0.40)),
-    "says nothing": (lambda _: lambda c, t: "", ("all", 0, 0)),
-    "does not know": (lambda _: lambda c, t: "I don't know.", ("all", 0, 0)),
-    "echo": (lambda _: lambda c, t: c.turns[t].user, ("all", 0, 0)),
-    "asks back": (lambda _: lambda c, t: "Which one do you mean?", ("all", 0, 0)),
+    "last named": (last_named, ("all", 0, 0.40)),
+    "says nothing": (lambda c, t, _: "", ("all", 0, 0)),
+    "does not know": (lambda c, t, _: "I don't know.", ("all", 0, 0)),
+    "echo": (lambda c, t, _: c.turns[t].user, ("all", 0, 0)),
+    "asks back": (lambda c, t, _: "Which one do you mean?", ("all", 0, 0)),
 }
 
 
 def audit(conversations: list[Conversation]) -> dict[str, dict[str, float]]:
     """Each oracle's share of passed conversations by category, "all", and "abstains" of turns."""
-    rates, several = {}, any(len(c.turns) > 1 for c in conversations)
-    for name, (build, _) in ORACLES.items():
-        if build in (forgetful, LAST) and not several:
+    rates, possible = {}, possible_values(conversations)
+    several = any(len(c.turns) > 1 for c in conversations)
+    for name, (oracle, _) in ORACLES.items():
+        if oracle in (forgetful, last_named) and not several:
             continue        # there is nothing to forget in one turn
-        oracle, passed, abstained, turns = build(conversations), defaultdict(list), 0, 0
+        passed, verdicts = defaultdict(list), []
         for c in conversations:
-            verdicts = [v for v in c.check([oracle(c, t) for t in range(len(c.turns))]) if v]
-            ok = all(v.verdict == "pass" for v in verdicts)
-            passed[c.category].append(ok)
-            passed["all"].append(ok)
-            abstained += sum(v.verdict == "abstain" for v in verdicts)
-            turns += len(verdicts)
+            found = [v.verdict for v in c.check([oracle(c, t, possible)
+                                                 for t in range(len(c.turns))]) if v]
+            for key in (c.category, "all"):
+                passed[key].append(set(found) <= {"pass"})
+            verdicts += found
         rates[name] = {key: sum(oks) / len(oks) for key, oks in passed.items()}
-        rates[name]["abstains"] = abstained / turns
+        rates[name]["abstains"] = verdicts.count("abstain") / len(verdicts)
     return rates
 
 
@@ -391,12 +393,7 @@ def one_check(check: dict) -> str:
                                       if key != "type" and value != [])])
 
 
-def show(path: Path, count: int | None) -> None:
-    for c in read_benchmark(path)[0][:count]:
-        print(described(c))
-
-
-def print_audit(path: Path) -> int:
+def print_audit(path: Path) -> None:
     conversations, digest = read_benchmark(path)
     rates = audit(conversations)
     columns = [*dict.fromkeys(c.category for c in conversations), "all", "abstains"]
@@ -408,7 +405,6 @@ def print_audit(path: Path) -> int:
     if missed:
         raise BadInput(f"{path} does not measure what it should: {'; '.join(missed)}; "
                        "mend the families, or make it with another seed")
-    return 0
 
 
 def options(words: list[str], **defaults) -> dict:
@@ -424,7 +420,7 @@ def options(words: list[str], **defaults) -> dict:
     return given
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
     if len(argv) >= 2 and argv[0] == "make":
         given = options(argv[2:], n=None, seed=0, kind="conversations", split="test")
         conversations = make(given["kind"], given["seed"], given["n"], given["split"])
@@ -437,14 +433,14 @@ def main(argv: list[str]) -> int:
                            "tiny_operations; the other kinds are for judging only")
         print(f"{argv[1]}: {write_train(Path(argv[1]), given['kind'], given['seed'], given['n'])}")
     elif len(argv) in (2, 3) and argv[0] == "show" and re.fullmatch("[0-9]*", "".join(argv[2:])):
-        show(Path(argv[1]), int(argv[2]) if argv[2:] else None)
+        for c in read_benchmark(Path(argv[1]))[0][:int(argv[2]) if argv[2:] else None]:
+            print(described(c))
     elif len(argv) == 2 and argv[0] == "audit":
-        return print_audit(Path(argv[1]))
+        print_audit(Path(argv[1]))
     else:
         raise BadInput("expected `python -m gate.conversations make OUT.jsonl [n=] [seed=] "
                        "[kind=]`, `make_train FOLDER [kind=] [n=] [seed=]`, `show FILE [COUNT]` or "
                        f"`audit FILE`, got {' '.join(argv) or 'nothing'}")
-    return 0
 
 
 if __name__ == "__main__":

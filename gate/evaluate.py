@@ -33,12 +33,13 @@ def open_evaluation(cfg: GateConfig, sha: str) -> dict:
     raises   BadInput where the benchmark or what replies depend on changed since its first run
     """
     folder, path = Path(cfg.out), Path(cfg.out) / "record.json"
+    about = {"generation": {key: getattr(cfg, key) for key in GENERATION}}
     if cfg.overwrite and path.exists():
-        for old in [*folder.glob("replies_*.jsonl"), *folder.glob("judge_*.jsonl"),
-                    folder / "gate.json", path]:
-            old.unlink(missing_ok=True)
-    generation = {key: getattr(cfg, key) for key in GENERATION}
-    record = begin_folder(path, {"generation": generation}, START_OVER)
+        for old in folder.glob("*.json*"):
+            if old.name not in ("record.json", "spotcheck.jsonl"):  # people may have labelled it
+                old.unlink()
+        write_text(path, json.dumps(about, indent=1) + "\n")
+    record = begin_folder(path, about, START_OVER)
     begun = record.setdefault("benchmark", {"path": cfg.benchmark, "sha256": sha})["sha256"]
     if begun != sha:
         raise BadInput(f"benchmark {cfg.benchmark} changed since {folder} was begun (SHA-256 "

@@ -1,5 +1,6 @@
 """The gate's verdict on published and hand-made outcomes; the whole path on the bundled model."""
 import json
+import re
 import shutil
 
 import numpy as np
@@ -202,6 +203,37 @@ def test_broken_off_it_ends_the_same_and_scores_without_generating(parts, monkey
     assert "length" in again["conditions"]["base-raw"]
 
 
+def test_a_judge_is_asked_once(parts, tmp_path, monkeypatch):
+    """Kept verdicts have their margins: other thresholds decide anew and ask nothing."""
+    asked = []
+
+    def margins(model, tokenizer, pairs, letters):
+        """2 nats for a reply that is what was needed, -2 for any other."""
+        asked.extend(pairs)
+        found = [re.search(r"earlier in the chat: (.*)\n", plain)[1] == re.search(
+            r"UNDER REVIEW\n(.*)\n", plain)[1] for plain, _ in pairs]
+        return np.where(found, 2.0, -2.0), np.ones(len(pairs))
+
+    monkeypatch.setattr("gate.judge.letter_margins", margins)
+    judged = lambda *more: run_gate(parts / "sums.yaml", [
+        f"out={tmp_path}/run", "scorers=judge,checks", f"judge={TINY}", *more])
+    report = judged()
+    assert report["scorers"] == ["checks", "judge"]     # nobody has confirmed this judge
+    assert report["verdict"] == "GO" and 40 < len(asked) == len(set(asked)) <= 120
+    for cells in report["conditions"].values():
+        assert cells["judge"]["rate"] == cells["checks"]["rate"]
+    once, rates = len(asked), lambda report: [
+        (c["judge"]["rate"]["value"], c["judge"]["undecided"])
+        for c in report["conditions"].values()]
+    assert rates(judged("judge_threshold=3.5")) == [(0, 0)] * 3
+    assert rates(judged("judge_unsure=2.5")) == [(None, 40)] * 3
+    assert len(asked) == once
+    judged("judge_letters=C,D")     # another prompt
+    assert len(asked) == 2 * once
+    judged("max_reply_tokens=5", "overwrite=true")      # nothing of the old answers is left
+    assert len(asked) == 3 * once
+
+
 def test_a_changed_benchmark_or_model_is_refused(parts, tmp_path):
     """Nothing that was there before is touched."""
     benchmark = tmp_path / "sums.jsonl"
@@ -247,6 +279,7 @@ def test_wrong_gate_files(parts, words, expected):
 def test_bad_input(parts, tmp_path, monkeypatch):
     here = parts / "sums.yaml"
     assert_one_clear_line(run("eval.py"), "nothing to judge")
+    assert_one_clear_line(run("-m", "gate"), "nothing to compare", "--paired")
     assert_one_clear_line(run("-m", "gate", tmp_path / "no.yaml"), "no config file")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.txt").write_text("")
@@ -284,7 +317,7 @@ def test_right_history_is_what_the_model_reads(tokenizer, monkeypatch):
                        "add 3 and 4\n", "add 3 and 4\n7\nplus 1\n"]
 
 
-def test_paired_folders(parts, tmp_path):
+def test_paired_folders(parts, tmp_path, capsys):
     for name in ("first", "second"):
         run_gate(parts / "sums.yaml", gate_words(parts, name))
     found = compare_folders(f"{parts}/first:base-raw", f"{parts}/second:instruct-raw")
@@ -292,6 +325,8 @@ def test_paired_folders(parts, tmp_path):
     run_gate(parts / "sums.yaml", [f"out={tmp_path}/few", "limit=10"])
     with pytest.raises(BadInput, match="30 are on one side only"):
         compare_folders(f"{parts}/first:base-raw", f"{tmp_path}/few:base-raw")
+    main(["--paired", f"{parts}/first:base-raw", f"{parts}/second:instruct-raw"])
+    assert "against" in capsys.readouterr().out
     with pytest.raises(BadInput, match="no condition 'base-chat'"):
         compare_folders(f"{parts}/first:base-chat", f"{parts}/second:base-raw")
 
