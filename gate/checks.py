@@ -214,10 +214,10 @@ def current(reply: str, present: Sequence[str], superseded: Sequence[str] = (),
 def order(reply: str, values: Sequence[str]) -> str:
     """The values in this order; each counts where it first stands."""
     text = normalise(reply)
-    places = [match.start() if (match := term_pattern(value).search(text)) else None
-              for value in values]
-    if None in places:
+    found = [term_pattern(value).search(text) for value in values]
+    if None in found:
         return "fail:missing"
+    places = [match.start() for match in found]
     return PASS if places == sorted(places) else "fail:order"
 
 

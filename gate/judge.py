@@ -72,14 +72,16 @@ def fill_prompt(template: str, conversation: Conversation, replies: list[str], t
 def letter_logprobs(model: Llama, tokenizer: Tokenizer, prompts: list[str],
                     letters: tuple[str, str]) -> np.ndarray:
     """log p of each letter as the next token, with and without a space before it, (B, 2)."""
-    spellings = [sorted({ids[0] for text in (letter, " " + letter)
-                         if len(ids := tokenizer.encode(text)) == 1}) for letter in letters]
-    for letter, ids in zip(letters, spellings):
-        if not ids:
+    spellings = []      # per letter, the ids that stand for it
+    for letter in letters:
+        encoded = [tokenizer.encode(text) for text in (letter, " " + letter)]
+        spellings.append(sorted({ids[0] for ids in encoded if len(ids) == 1}))
+        if not spellings[-1]:
             tokenizer.single_id(letter)     # says why not
     rows = [tokenizer.encode_prompt(text) for text in prompts]
     context = model.args.max_position_embeddings
-    if (longest := max(map(len, rows))) > context:
+    longest = max(map(len, rows))
+    if longest > context:
         raise BadInput(f"a judge's prompt has {longest} tokens and the judge's context is "
                        f"{context}; take a judge with a longer one")
     found = np.zeros((len(rows), 2), np.float32)

@@ -37,6 +37,15 @@ def test_arrows_point_one_way():
     assert not wrong
 
 
+def test_a_wing_stands_alone():
+    """Training loads nothing of the gate, and the gate nothing of the studies or benchmarks."""
+    others = {"study", "findings", "results", "markovian_results", "probe", "perturb", "tasks",
+              "bench", "growth", "fullsize"}
+    assert not [(name, other) for name in GATE for other in imports_of(name) & others]
+    code = "import sys, train; sys.exit(any(m.split('.')[0] == 'gate' for m in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 @pytest.mark.parametrize("name", [*FILES, *GATE])
 def test_file_rules(name):
     """An opening that teaches, no project import inside a function, `import blas` before mlx."""
