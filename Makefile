@@ -24,11 +24,11 @@ lint: .venv/ready_dev  ## ruff
 	$(PY) -m ruff check .
 
 gate: .venv/ready  ## before you train: is there a gap? on the bundled model, with its two small helpers trained first (15 minutes)
-	$(PY) conversations.py make_train runs/tiny_turns_data kind=tiny_turns n=32000
-	$(PY) judge.py make_train runs/tiny_judge_data
+	$(PY) -m gate.conversations make_train runs/tiny_turns_data kind=tiny_turns n=32000
+	$(PY) -m gate.judge make_train runs/tiny_judge_data
 	$(PY) train.py configs/tiny_chat.yaml
 	$(PY) train.py configs/tiny_judge.yaml
-	$(PY) eval.py --gate configs/gate_tiny.yaml
+	$(PY) -m gate configs/gate_tiny.yaml
 
 kill: .venv/ready  ## kill -9 at 100 random moments, then the same command: every run must end bit-identical (15 minutes)
 	$(PY) tests/kill_drill.py

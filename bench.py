@@ -34,7 +34,6 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 import memory
-from clean import provenance
 from config import BadInput, Config, run_main, write_text
 from data import Batches, Problem, Row
 from eval import class_block
@@ -46,6 +45,7 @@ from lens import read_prompts
 from model import Llama, ModelArgs, init_weights, load, parse_args, save_safetensors
 from peers.clock import clock, random_prompts
 from plot import plt, save_figure
+from provenance import provenance
 from train import compile_step, make_loss, next_updates, prepare_model, take_updates
 
 HERE = Path(__file__).parent

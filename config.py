@@ -48,7 +48,7 @@ class Config:
     method: str = "sft"             # sft | dual_reward | grpo | markovian
     run_dir: str = ""               # empty: runs/<name of the config file>
     overwrite: bool = False         # start over in a run folder that holds another run
-    # a gate.json (eval.py --gate) that must say GO for this model before training starts
+    # a gate.json (python -m gate) that must say GO for this model before training starts
     require_gate: str = ""
     seed: int = 0                   # LoRA's start, data sampling and order
     # float32 | bfloat16 | float16; null: float32 on CPU, the checkpoint's on GPU

@@ -12,7 +12,6 @@ that contained any of the words or answers as a substring.)
     python eval.py --ckpt runs/dual_reward --base                    # beside its base model
     python eval.py --ckpt runs/dual_reward --compare runs/sft        # exact McNemar, same problems
     python eval.py --ckpt models/tiny data_wordings=symbolic,worded  # any model; any config key
-    python eval.py --gate configs/gate_tiny.yaml         # before training: is there a gap?
 """
 import argparse
 import json
@@ -22,8 +21,6 @@ from pathlib import Path
 import blas  # noqa: F401  (before mlx)
 import numpy as np
 
-import gate
-from clean import provenance
 from config import BadInput, Config, load_config, load_overrides, resolved, run_main, write_text
 from data import (
     NAMED_PROMPTS,
@@ -41,6 +38,7 @@ from lens import Reading, read_prompts
 from lora import load_base, load_checkpoint
 from markovian import answer_prompt, encode_question, evaluate_chains, summarize_chains
 from model import Llama
+from provenance import provenance
 from stats import bootstrap_mean, mcnemar, percent, wilson
 from tasks import load_split, question_of
 from tokenizer import STOPS, Tokenizer
@@ -477,18 +475,9 @@ def main(argv: list[str]) -> None:
                         help="another run or model, on the same problems")
     parser.add_argument("--json", metavar="FILE", help="where to write the report; "
                         "a run folder's report.json is left as it is")
-    parser.add_argument("--gate", metavar="CONFIG", help="base against instruct model on a "
-                        "benchmark of conversations, before a training run (gate.py)")
-    parser.add_argument("--paired", nargs=2, metavar="FOLDER:CONDITION",
-                        help="two conditions of finished gates on one benchmark")
     parser.add_argument("overrides", nargs="*", metavar="key=value",
-                        help="config keys, such as data_wordings=worded; of a gate, its own")
+                        help="config keys, such as data_wordings=worded")
     args = parser.parse_args(argv)
-    if args.gate:
-        return gate.main(args.gate, args.overrides)
-    if args.paired:
-        return gate.print_comparison(" against ".join(args.paired),
-                                     gate.compare_folders(*args.paired))
     if not args.ckpt:
         raise BadInput("nothing to judge; give --ckpt RUN_OR_MODEL, --gate CONFIG or --paired")
     report = make_report(args.ckpt, args.base, args.compare, args.overrides, args.adapter)

@@ -26,7 +26,6 @@ import mlx.core as mx
 import numpy as np
 import yaml
 
-from clean import provenance
 from config import BadInput, Config, load_overrides, run_main, write_text
 from data import Problem, held_out, matched_problems
 from eval import class_block, class_ids, measure_accuracy, series_ids, target_ids
@@ -36,6 +35,7 @@ from lora import load_base, load_checkpoint
 from model import Llama
 from plot import read_records
 from probe import fit_probe, four_claims
+from provenance import provenance
 from stats import auc_within
 from tokenizer import Tokenizer
 from train import train

@@ -34,7 +34,6 @@ from mlx.utils import tree_flatten, tree_map
 from tqdm import tqdm
 
 import distributed
-import gate
 import memory
 import parallel
 import plot
@@ -63,6 +62,7 @@ from losses import (
 )
 from markovian import Chains, answer_rewards, evaluate_chains, summarize_chains
 from model import Llama, gather_positions
+from provenance import require_gate
 from quant import is_quantized
 from run_folder import (
     LOCK,
@@ -420,7 +420,7 @@ def train_run(cfg: Config, with_base: bool, held: ExitStack) -> dict:
     distributed.connect(cfg)
     first, step_cfg = distributed.rank() == 0, distributed.whole(cfg)
     if first and cfg.require_gate:
-        gate.require(cfg.require_gate, cfg.model)
+        require_gate(cfg.require_gate, cfg.model)
     model, tokenizer = prepare_model(cfg)
     block, source = class_block(cfg, model), load_source(step_cfg, model, tokenizer)
     valid = load_split(cfg, "valid", tokenizer)

@@ -1,19 +1,22 @@
 """The gate's verdict on published and hand-made outcomes; the whole path on the bundled model."""
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
 from conftest import ROOT, TINY, assert_one_clear_line, run, small_config, write_model
 
-import converse
-import gate
-from clean import hash_model
 from config import BadInput, Config, Stopped, load_config
-from conversations import Conversation, Turn, write_benchmark
 from data import held_out
-from gate import GateConfig, agreement_of, decide, length_warnings, load_gate, paired, run_gate
+from gate import replies as replying
+from gate.__main__ import compare_folders, main, print_gate
+from gate.conversations import Conversation, Turn, write_benchmark
+from gate.evaluate import run_gate
+from gate.settings import GateConfig, load_gate
+from gate.verdict import agreement_of, decide, length_warnings, paired
 from generate import Completion
+from provenance import hash_model
 from train import train
 
 OPEN = {"base_at_most": 1, "instruct_at_least": 0, "h_at_least": 0}     # only the test decides
@@ -164,7 +167,7 @@ def contents(folder):
 
 def test_gate_from_replies_to_verdict(parts, capsys):
     report = run_gate(parts / "sums.yaml", gate_words(parts, "go"))
-    gate.print_gate(report)
+    print_gate(report)
     text = capsys.readouterr().out
     assert report["verdict"] == "GO" and text.rstrip().endswith("GO")
     base, instruct = (report["models"][role] for role in ("base", "instruct"))
@@ -189,8 +192,8 @@ def test_broken_off_it_ends_the_same_and_scores_without_generating(parts, monkey
     replies.write_text("".join(lines[:35]) + lines[35][:20])    # one part, three rows, a torn one
     (folder / "gate.json").unlink()
     generated = []
-    real = converse.sample
-    monkeypatch.setattr(converse, "sample", lambda *a, **k: generated.append(len(a[2])) or real(
+    real = replying.sample
+    monkeypatch.setattr(replying, "sample", lambda *a, **k: generated.append(len(a[2])) or real(
         *a, **k))
     run_gate(parts / "sums.yaml", gate_words(parts, "broken"))
     assert generated == [8] and contents(folder) == contents(parts / "whole")
@@ -198,6 +201,37 @@ def test_broken_off_it_ends_the_same_and_scores_without_generating(parts, monkey
                                            "scorers=checks,length"])
     assert generated == [8] and again["verdict"] == "AMBIGUOUS"
     assert "length" in again["conditions"]["base-raw"]
+
+
+def test_a_judge_is_asked_once(parts, tmp_path, monkeypatch):
+    """Kept verdicts have their margins: other thresholds decide anew and ask nothing."""
+    asked = []
+
+    def margins(model, tokenizer, pairs, letters):
+        """2 nats for a reply that is what was needed, -2 for any other."""
+        asked.extend(pairs)
+        found = [re.search(r"earlier in the chat: (.*)\n", plain)[1] == re.search(
+            r"UNDER REVIEW\n(.*)\n", plain)[1] for plain, _ in pairs]
+        return np.where(found, 2.0, -2.0), np.ones(len(pairs))
+
+    monkeypatch.setattr("gate.judge.letter_margins", margins)
+    judged = lambda *more: run_gate(parts / "sums.yaml", [
+        f"out={tmp_path}/run", "scorers=judge,checks", f"judge={TINY}", *more])
+    report = judged()
+    assert report["scorers"] == ["checks", "judge"]     # nobody has confirmed this judge
+    assert report["verdict"] == "GO" and 40 < len(asked) == len(set(asked)) <= 120
+    for cells in report["conditions"].values():
+        assert cells["judge"]["rate"] == cells["checks"]["rate"]
+    once, rates = len(asked), lambda report: [
+        (c["judge"]["rate"]["value"], c["judge"]["undecided"])
+        for c in report["conditions"].values()]
+    assert rates(judged("judge_threshold=3.5")) == [(0, 0)] * 3
+    assert rates(judged("judge_unsure=2.5")) == [(None, 40)] * 3
+    assert len(asked) == once
+    judged("judge_letters=C,D")     # another prompt
+    assert len(asked) == 2 * once
+    judged("max_reply_tokens=5", "overwrite=true")      # nothing of the old answers is left
+    assert len(asked) == 3 * once
 
 
 def test_a_changed_benchmark_or_model_is_refused(parts, tmp_path):
@@ -226,7 +260,7 @@ def test_a_line_separator_in_a_reply_is_text(parts, tmp_path, monkeypatch):
     rows = [json.loads(line) for line in path.read_text().split("\n") if line]
     rows[5]["replies"][0]["text"] = "a\u2028b"
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    monkeypatch.setattr(converse, "sample", lambda *_, **__: pytest.fail("generated"))
+    monkeypatch.setattr(replying, "sample", lambda *_, **__: pytest.fail("generated"))
     run_gate(parts / "sums.yaml", [f"out={tmp_path}/run"])
 
 
@@ -245,7 +279,8 @@ def test_wrong_gate_files(parts, words, expected):
 def test_bad_input(parts, tmp_path, monkeypatch):
     here = parts / "sums.yaml"
     assert_one_clear_line(run("eval.py"), "nothing to judge")
-    assert_one_clear_line(run("eval.py", "--gate", tmp_path / "no.yaml"), "no config file")
+    assert_one_clear_line(run("-m", "gate"), "nothing to compare", "--paired")
+    assert_one_clear_line(run("-m", "gate", tmp_path / "no.yaml"), "no config file")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.txt").write_text("")
     for words, expected in (([f"out={tmp_path}/taken"], "no record.json"),
@@ -254,8 +289,8 @@ def test_bad_input(parts, tmp_path, monkeypatch):
         with pytest.raises(BadInput, match=expected):
             run_gate(here, words)
     with pytest.raises(BadInput, match="x/gate.json cannot be read"):
-        gate.compare_folders("x:base-raw", "y:base-raw")
-    monkeypatch.setattr("judge.time.sleep", lambda _: None)
+        compare_folders("x:base-raw", "y:base-raw")
+    monkeypatch.setattr("gate.judge.time.sleep", lambda _: None)
     with pytest.raises(BadInput, match="does not answer .*kept"):
         run_gate(here, [f"out={tmp_path}/b", "limit=2", "scorers=checks,judge",
                         "judge=http://127.0.0.1:9/v1", "judge_model=m"])
@@ -274,24 +309,26 @@ def test_right_history_is_what_the_model_reads(tokenizer, monkeypatch):
         prompts.append(tokenizer.decode(batch[0]))
         return [Completion([], " 9\n", True, None, None)]
 
-    monkeypatch.setattr(converse, "sample", nine)
+    monkeypatch.setattr(replying, "sample", nine)
     for history in ("own", "right"):
-        rows = converse.answer(None, tokenizer, [one], "lines", 4, history)
+        rows = replying.answer(None, tokenizer, [one], "lines", 4, history)
         assert [r["text"] for r in rows[0]["replies"]] == ["9", "9"]
     assert prompts == ["add 3 and 4\n", "add 3 and 4\n9\nplus 1\n",
                        "add 3 and 4\n", "add 3 and 4\n7\nplus 1\n"]
 
 
-def test_paired_folders(parts, tmp_path):
+def test_paired_folders(parts, tmp_path, capsys):
     for name in ("first", "second"):
         run_gate(parts / "sums.yaml", gate_words(parts, name))
-    found = gate.compare_folders(f"{parts}/first:base-raw", f"{parts}/second:instruct-raw")
+    found = compare_folders(f"{parts}/first:base-raw", f"{parts}/second:instruct-raw")
     assert found["p"] < 1e-6 and found["scorer"] == "checks"
     run_gate(parts / "sums.yaml", [f"out={tmp_path}/few", "limit=10"])
     with pytest.raises(BadInput, match="30 are on one side only"):
-        gate.compare_folders(f"{parts}/first:base-raw", f"{tmp_path}/few:base-raw")
+        compare_folders(f"{parts}/first:base-raw", f"{tmp_path}/few:base-raw")
+    main(["--paired", f"{parts}/first:base-raw", f"{parts}/second:instruct-raw"])
+    assert "against" in capsys.readouterr().out
     with pytest.raises(BadInput, match="no condition 'base-chat'"):
-        gate.compare_folders(f"{parts}/first:base-chat", f"{parts}/second:base-raw")
+        compare_folders(f"{parts}/first:base-chat", f"{parts}/second:base-raw")
 
 
 def test_training_asks_for_the_gate(parts, tmp_path, write_config):
@@ -313,16 +350,16 @@ def test_training_asks_for_the_gate(parts, tmp_path, write_config):
             train(load_config(path))
         assert all(word in str(error.value) for word in words) and not folder.exists()
     path, _ = write_config("missing", require_gate=tmp_path / "none.json")
-    assert_one_clear_line(run("train.py", path), "none.json", "eval.py --gate")
+    assert_one_clear_line(run("train.py", path), "none.json", "-m gate CONFIG")
 
 
 def test_no_go_ends_with_code_3(parts, tmp_path):
-    done = run("eval.py", "--gate", parts / "sums.yaml", f"base={TINY}", f"instruct={TINY}",
+    done = run("-m", "gate", parts / "sums.yaml", f"base={TINY}", f"instruct={TINY}",
                f"out={tmp_path}/same", "limit=12", check=3)
     assert "NO-GO" in done.stdout and "do not train on this yet" in done.stderr
     with pytest.raises(Stopped):
-        gate.main(parts / "sums.yaml", [f"base={TINY}", f"out={tmp_path}/same", "limit=12",
-                                        f"instruct={TINY}"])
+        main([str(parts / "sums.yaml"), f"base={TINY}", f"out={tmp_path}/same", "limit=12",
+              f"instruct={TINY}"])
 
 
 def test_shipped_gates_are_valid():

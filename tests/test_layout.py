@@ -8,31 +8,45 @@ import pytest
 from conftest import ROOT
 
 FILES = sorted(p.name for p in ROOT.glob("*.py"))
+GATE = sorted(f"gate/{p.name}" for p in (ROOT / "gate").glob("*.py"))
 LEVELS = [("blas", "config", "stats", "answers"),
           ("fastexp", "tokenizer", "plot", "hub", "distributed", "parallel"),
           ("losses", "quant", "data"),
-          ("model", "checks"), ("lora", "findings", "tasks", "drafts"),
-          ("generate", "conversations"), ("lens", "grpo", "clean", "converse"),
-          ("markovian", "run_folder", "judge", "memory"), ("gate",),
-          ("eval", "perturb"), ("train", "probe", "self_instruct"),
+          ("model",), ("lora", "findings", "tasks"),
+          ("generate", "provenance"), ("lens", "grpo", "memory"), ("markovian", "run_folder"),
+          ("eval", "perturb"), ("train", "probe"),
           ("results", "study", "fullsize"), ("bench", "markovian_results"), ("growth",)]
+# a wing stands above the root, and nothing else imports it
+GATE_LEVELS = [("gate/checks", "gate/clean", "gate/jsonl"), ("gate/drafts",),
+               ("gate/conversations",), ("gate/replies", "gate/judge"),
+               ("gate/settings", "gate/self_instruct"), ("gate/verdict",),
+               ("gate/evaluate",), ("gate/__main__",)]
 
 
 def imports_of(name):
     tree = ast.parse((ROOT / name).read_text())
     modules = {n.module for n in tree.body if isinstance(n, ast.ImportFrom)}
     modules |= {alias.name for n in tree.body if isinstance(n, ast.Import) for alias in n.names}
-    return {m for m in modules if f"{m}.py" in FILES}
+    return {m.replace(".", "/") for m in modules} & {name[:-3] for name in [*FILES, *GATE]}
 
 
 def test_arrows_point_one_way():
-    level = {name: i for i, names in enumerate(LEVELS) for name in names}
-    assert {f"{name}.py" for name in level} == set(FILES)
+    level = {name: i for i, names in enumerate(LEVELS + GATE_LEVELS) for name in names}
+    assert {f"{name}.py" for name in level} == {*FILES, *GATE}
     wrong = [(a, b) for a in level for b in imports_of(f"{a}.py") if level[b] >= level[a]]
     assert not wrong
 
 
-@pytest.mark.parametrize("name", FILES)
+def test_a_wing_stands_alone():
+    """Training loads nothing of the gate, and the gate nothing of the studies or benchmarks."""
+    others = {"study", "findings", "results", "markovian_results", "probe", "perturb", "tasks",
+              "bench", "growth", "fullsize"}
+    assert not [(name, other) for name in GATE for other in imports_of(name) & others]
+    code = "import sys, train; sys.exit(any(m.split('.')[0] == 'gate' for m in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("name", [*FILES, *GATE])
 def test_file_rules(name):
     """An opening that teaches, no project import inside a function, `import blas` before mlx."""
     source = (ROOT / name).read_text()
@@ -47,7 +61,7 @@ def test_file_rules(name):
 
 def test_importing_has_no_effect():
     """No output, no seed, no file: all files imported in a process of their own."""
-    modules = [name[:-3] for name in FILES]
+    modules = [name[:-3].replace("/", ".") for name in [*FILES, *GATE]]
     code = f"import {', '.join(modules)}"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == ""
@@ -56,8 +70,8 @@ def test_importing_has_no_effect():
 
 def test_readme_line_counts_and_files():
     readme = (ROOT / "README.md").read_text()
-    table = dict(re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", readme, re.M))
-    assert table.keys() == set(FILES)
+    table = dict(re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", readme, re.M))
+    assert table.keys() == {*FILES, *GATE}
     wrong = {n: len((ROOT / n).read_text().splitlines()) for n, lines in table.items()
              if int(lines) != len((ROOT / n).read_text().splitlines())}
     assert not wrong, f"README's file table is out of date: {wrong}"

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from checks import CHECKS, check_turn, mistake_in, normalise
 from data import number_words
+from gate.checks import CHECKS, check_turn, mistake_in, normalise
 
 MEAT = {"type": "forbid", "lexicon": ["chicken", "ham", "anchovy", "egg", "milk"],
         "allow": ["coconut milk", "eggplant"]}

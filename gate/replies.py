@@ -8,20 +8,17 @@ in nothing but the rendering (Tokenizer.encode_messages) and those stops:
     plain  User: ...\\nAssistant: ...             cued   Instruction: ...\\nResponse:
     chat   the model's own chat template
 
-Replies are files, written in parts: broken off, the same command goes on behind the last part, and
-since a part is always the same rows, to the same result. Scores are computed from the files, so
-scoring anew never generates anew. Length is reported beside every score and is never part of one:
-the prior work's score was "between 5 and 500 characters" (here `length`, kept to show its failure).
+Replies are files that grow by parts (jsonl.py), and scores are computed from the files: scoring
+again never generates again. Length is reported beside every score and is never part of one: the
+prior work's score was "between 5 and 500 characters" (here `length`, kept to show its failure).
 """
 import statistics
-from dataclasses import dataclass
 from pathlib import Path
 
-import blas  # noqa: F401  (before mlx)
-
-from checks import check_turn, normalise
-from config import BadInput, json_lines, read_json_lines, write_text
-from conversations import Conversation
+from config import BadInput
+from gate.checks import check_turn, normalise
+from gate.conversations import Conversation
+from gate.jsonl import append_rows, read_parts
 from generate import sample
 from model import Llama
 from stats import auc, wilson
@@ -30,22 +27,6 @@ from tokenizer import STOPS, Tokenizer
 SCORERS = ("checks", "judge", "exact", "length")
 PART = 32       # conversations answered at once and written together
 SUSPICIOUS = 0.8    # AUC of length for a score above which length may be what is measured
-
-
-@dataclass(frozen=True)
-class Condition:
-    """One model in one format."""
-    role: str       # base, instruct or alternative
-    model: str
-    template: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.role}-{self.template}"
-
-
-# --------------------------------------------------------------------------------------------------
-# replies
 
 
 def answer(model: Llama, tokenizer: Tokenizer, conversations: list[Conversation], template: str,
@@ -80,11 +61,8 @@ def read_replies(path: Path, conversations: list[Conversation]) -> list[dict]:
 
     raises   BadInput where it holds other conversations than the benchmark
     """
-    rows = read_json_lines(path)
-    if len(rows) < len(conversations):
-        rows = rows[:len(rows) // PART * PART]
-    ids = [c.id for c in conversations]
-    if [row["id"] for row in rows] != ids[:len(rows)]:
+    rows = read_parts(path, PART, len(conversations))
+    if [row["id"] for row in rows] != [c.id for c in conversations[:len(rows)]]:
         raise BadInput(f"{path} holds replies to other conversations than the benchmark's; "
                        "give another out, or overwrite=true to start over")
     return rows
@@ -96,8 +74,8 @@ def answer_all(path: Path, rows: list[dict], model: Llama, tokenizer: Tokenizer,
     """Answer what a replies file lacks behind its rows, part by part, and return all of them."""
     while len(rows) < len(conversations):
         part = conversations[len(rows):len(rows) + PART]
-        rows += answer(model, tokenizer, part, template, max_reply_tokens, history)
-        write_text(path, json_lines(rows))
+        rows += append_rows(path, answer(model, tokenizer, part, template, max_reply_tokens,
+                                         history))
         print(f"  {path.stem:<34} {len(rows):4} of {len(conversations)} conversations")
     return rows
 
@@ -108,10 +86,7 @@ def transcript(conversation: Conversation, row: dict) -> str:
                      for turn, reply in zip(conversation.turns, row["replies"]))
 
 
-# --------------------------------------------------------------------------------------------------
-# scores
-
-
+# --- scores
 def score_turn(conversation: Conversation, row: dict, t: int, scorer: str) -> tuple[str, str]:
     """("pass" | "fail" | "abstain", why) of one turn by a scorer that is no model."""
     turn, texts = conversation.turns[t], [reply["text"] for reply in row["replies"]]
@@ -162,19 +137,13 @@ def summarize_scores(scores: list[dict], rows: list[dict]) -> dict:
     """Rates over decided conversations, by category; length beside them, and what it predicts."""
     decided = [(s, reply_length(row)) for s, row in zip(scores, rows) if s["passed"] is not None]
     share = lambda part: wilson(sum(s["passed"] for s in part), len(part))
-    categories = sorted({s["category"] for s in scores})
+    replies = [reply for row in rows for reply in row["replies"]]
     return {
         "rate": share([s for s, _ in decided]), "undecided": len(scores) - len(decided),
         "by_category": {c: share([s for s, _ in decided if s["category"] == c])
-                        for c in categories},
+                        for c in sorted({s["category"] for s in scores})},
         "length_auc": auc([length for _, length in decided], [s["passed"] for s, _ in decided]),
-        **summarize_lengths(rows)}
-
-
-def summarize_lengths(rows: list[dict]) -> dict:
-    """What replies look like, whatever they are worth: median tokens, share cut by the limit."""
-    replies = [reply for row in rows for reply in row["replies"]]
-    cut = sum(reply["ended"] == "length" for reply in replies)
-    return {"median_tokens": statistics.median(r["tokens"] for r in replies),
-            "median_characters": statistics.median(len(r["text"]) for r in replies),
-            "cut": wilson(cut, len(replies))}
+        # what replies look like, whatever they are worth; cut: ended by max_reply_tokens
+        "median_tokens": statistics.median(reply["tokens"] for reply in replies),
+        "median_characters": statistics.median(len(reply["text"]) for reply in replies),
+        "cut": wilson(sum(reply["ended"] == "length" for reply in replies), len(replies))}

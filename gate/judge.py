@@ -3,7 +3,7 @@
 The judge reads the chat, what the reply had to use, and the reply, and answers with one of two
 letters. A local model is asked for the letters' log-probabilities (no text is parsed), an
 OpenAI-compatible endpoint for text (URL and OPENAI_API_KEY). Either is asked twice with the
-letters' meanings exchanged, which cancels a liking for a letter. What is not a verdict is never
+letters' meanings exchanged, which cancels a preference for one letter. What is no verdict is never
 counted as one: small margins and contradictions are `unsure`, unreadable answers `invalid`, both
 left out of rates and listed for a person.
 
@@ -28,26 +28,15 @@ import mlx.core as mx
 import numpy as np
 
 from config import BadInput, json_lines, run_main, write_text
-from conversations import Conversation
+from gate.conversations import Conversation
+from gate.jsonl import read_text
 from lens import pad_prompts
 from losses import token_logprobs
 from model import Llama
 from stats import cohens_kappa
 from tokenizer import Tokenizer
 
-PROMPT = """Below are a chat between a user and an assistant, and the reply under review.
-To be right, the reply must use this from earlier in the chat: {need}
-{right} means: the reply uses it correctly and contradicts nothing that was said before.
-{wrong} means: the reply ignores it, gets it wrong, makes something up, or asks for it again.
-Style and length do not matter.
-
-CHAT
-{chat}
-
-REPLY UNDER REVIEW
-{reply}
-
-Verdict ({first} or {second}):"""
+PROMPT = Path(__file__).parent / "benchmark" / "judge.txt"     # what a judge reads
 FIELDS = ("need", "answer", "chat", "reply", "right", "wrong", "first", "second")
 LEAST_LABELS, LEAST_KAPPA, LEAST_LOW = 30, 0.7, 0.55
 MIN_MASS = 0.5      # of both letters together; with less it answers something else
@@ -55,15 +44,9 @@ ROWS = 32           # prompts of a forward pass
 ATTEMPTS = 3        # of a request, one and two seconds apart
 
 
-def load_prompt(path: str) -> str:
-    """The judge's prompt: built in, or a text file with {reply}, {right} and {wrong} at least."""
-    if not path:
-        return PROMPT
-    try:
-        text = Path(path).read_text(encoding="utf-8").rstrip("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"judge_prompt = {path} cannot be read ({error}); expected a text "
-                       "file") from None
+def load_prompt(path: str | Path) -> str:
+    """The judge's prompt, a text file with {reply}, {right} and {wrong} at least; "": PROMPT."""
+    text = read_text(path or PROMPT, "a text file for judge_prompt").rstrip("\n")
     named = set(re.findall(r"{(\w*)}", text))
     if named - set(FIELDS) or not {"reply", "right", "wrong"} <= named:
         raise BadInput(f"judge_prompt = {path} names {', '.join(sorted(named)) or 'nothing'}; "
@@ -85,21 +68,20 @@ def fill_prompt(template: str, conversation: Conversation, replies: list[str], t
     return re.sub(r"{(\w+)}", lambda match: values[match[1]], template)
 
 
-# --------------------------------------------------------------------------------------------------
-# two kinds of judge
-
-
+# --- two kinds of judge
 def letter_logprobs(model: Llama, tokenizer: Tokenizer, prompts: list[str],
                     letters: tuple[str, str]) -> np.ndarray:
     """log p of each letter as the next token, with and without a space before it, (B, 2)."""
-    spellings = [sorted({ids[0] for text in (letter, " " + letter)
-                         if len(ids := tokenizer.encode(text)) == 1}) for letter in letters]
-    for letter, ids in zip(letters, spellings):
-        if not ids:
-            tokenizer.word_ids([letter])    # says why not
+    spellings = []      # per letter, the ids that stand for it
+    for letter in letters:
+        encoded = [tokenizer.encode(text) for text in (letter, " " + letter)]
+        spellings.append(sorted({ids[0] for ids in encoded if len(ids) == 1}))
+        if not spellings[-1]:
+            tokenizer.word_ids([letter])     # says why not
     rows = [tokenizer.encode_prompt(text) for text in prompts]
     context = model.args.max_position_embeddings
-    if (longest := max(map(len, rows))) > context:
+    longest = max(map(len, rows))
+    if longest > context:
         raise BadInput(f"a judge's prompt has {longest} tokens and the judge's context is "
                        f"{context}; take a judge with a longer one")
     found = np.zeros((len(rows), 2), np.float32)
@@ -147,10 +129,10 @@ def judge_locally(model: Llama, tokenizer: Tokenizer, asked: list[tuple[str, str
 
 def judge_by_endpoint(url: str, name: str, asked: list[tuple[str, str]],
                       letters: tuple[str, str], timeout: float = 60) -> Iterator[dict]:
-    """Verdicts of an OpenAI-compatible endpoint; {verdict, texts, asked}, one by one as they come.
+    """Verdicts of an OpenAI-compatible endpoint, {verdict, texts}, one by one as they come.
 
-    Each prompt is asked again once where the answer is not one letter. raises BadInput where the
-    endpoint cannot be reached: that is no verdict, and what came before is kept
+    A prompt is asked once more if the answer is not one letter.
+    raises   BadInput where the endpoint cannot be reached; verdicts so far are kept by the caller
     """
     for pair in asked:
         votes, texts = [], []
@@ -211,10 +193,7 @@ def request_text(url: str, name: str, prompt: str, timeout: float) -> str:
                    "kept: the same command goes on from there")
 
 
-# --------------------------------------------------------------------------------------------------
-# people's labels
-
-
+# --- people's labels
 def read_labels(path: str, known: dict[tuple[str, str], str]) -> dict[tuple[str, str], bool]:
     """Rows {"condition", "id", "human": "pass" or "fail"}: {(condition, id): passes}.
 
@@ -222,11 +201,8 @@ def read_labels(path: str, known: dict[tuple[str, str], str]) -> dict[tuple[str,
     raises   BadInput naming rows that are damaged, twice there, of unknown conversations, or of
              other replies than were judged
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"labels = {path} cannot be read ({error}); expected the judged "
-                       "spotcheck.jsonl with a person's pass or fail in each row") from None
+    lines = read_text(path, "the judged spotcheck.jsonl with a person's pass or fail in each "
+                      "row").split("\n")
     labels, bad, unknown = {}, [], []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -245,14 +221,13 @@ def read_labels(path: str, known: dict[tuple[str, str], str]) -> dict[tuple[str,
             bad.append(f"line {number} (labels another reply than {key[0]} {key[1]} now has)")
         elif human:
             labels[key] = human == "pass"
-    if bad or unknown:
-        raise BadInput(
-            f"labels = {path}: " + "; ".join(
-                [f"{len(bad)} bad rows: {', '.join(bad[:4])}"] * bool(bad)
-                + [f"{len(unknown)} of unknown conversations: {', '.join(unknown[:4])}"]
-                * bool(unknown))
-            + '; expected {"condition": ..., "id": ..., "human": "pass" or "fail"} of this '
-            "benchmark's conversations")
+    problems = [f"{len(bad)} bad rows: {', '.join(bad[:4])}"] if bad else []
+    if unknown:
+        problems.append(f"{len(unknown)} of unknown conversations: {', '.join(unknown[:4])}")
+    if problems:
+        raise BadInput(f"labels = {path}: {'; '.join(problems)}; expected "
+                       '{"condition": ..., "id": ..., "human": "pass" or "fail"} of this '
+                       "benchmark's conversations")
     return labels
 
 
@@ -271,17 +246,8 @@ def calibrate(judged: dict[tuple[str, str], bool | None],
             "disagreements": sorted(k for k in both if judged[k] != labels[k])}
 
 
-def unlabelled(path: Path) -> bool:
-    """Whether nobody has begun to label a spot check."""
-    try:
-        return all(json.loads(line)["human"] is None
-                   for line in path.read_text(encoding="utf-8").split("\n") if line.strip())
-    except (ValueError, KeyError, TypeError):
-        return False    # somebody has been at work here
-
-
 def write_spotcheck(path: Path, rows: list[dict], share: float = 0.1) -> list[dict]:
-    """Draw a tenth of the judged conversations for people or a second judge; returns those drawn.
+    """Draw a tenth of the judged conversations for people to label; returns those drawn.
 
     Which they are depends on their ids alone. Rows {condition, id, chat, human: null} in random
     order, without any verdict: who labels them should not know what the judge said. A file in which
@@ -290,22 +256,20 @@ def write_spotcheck(path: Path, rows: list[dict], share: float = 0.1) -> list[di
     drawn = sorted(rows, key=lambda r: (r["condition"], r["id"]))
     random.Random(0).shuffle(drawn)
     drawn = drawn[:max(1, round(share * len(drawn)))]
-    if not path.exists() or unlabelled(path):
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    if all(line.endswith(b'"human": null}') for line in lines if line):
         write_text(path, json_lines({k: row[k] for k in ("condition", "id", "chat")}
                                     | {"human": None} for row in drawn))
     return drawn
 
 
-# --------------------------------------------------------------------------------------------------
-# the bundled example's judge: a tiny model that has learnt to compare
-
-
+# --- the bundled example's judge: a tiny model that has learnt to compare
 def tiny_rows(template: str, letters: tuple[str, str], n: int, seed: int) -> list[dict]:
     """Rows {"prompt", "response"} that teach models/tiny to compare a reply with the right answer.
 
-    Half of the replies are right; most of the others are a little off, as a small model's are, some
-    have digits exchanged, some are no number at all. Both orders of the letters: neither is worth
-    more.
+    Half of the replies are right. Most of the others are a little off, as a small model's are; some
+    have their digits reversed, some are no number at all. Either letter may mean "right", so that
+    neither is preferred.
     """
     rng, rows = random.Random(seed), []
     for _ in range(n):
@@ -325,9 +289,9 @@ def tiny_rows(template: str, letters: tuple[str, str], n: int, seed: int) -> lis
 
 def main(argv: list[str]) -> None:
     if len(argv) != 2 or argv[0] != "make_train":
-        raise BadInput("expected `python judge.py make_train FOLDER`, "
+        raise BadInput("expected `python -m gate.judge make_train FOLDER`, "
                        f"got {' '.join(argv) or 'nothing'}")
-    template = load_prompt(str(Path(__file__).parent / "benchmarks" / "tiny_judge.txt"))
+    template = load_prompt(str(Path(__file__).parent / "benchmark" / "tiny_judge.txt"))
     for seed, (split, n) in enumerate((("train", 50000), ("valid", 400), ("test", 400))):
         write_text(Path(argv[1]) / f"{split}.jsonl",
                    json_lines(tiny_rows(template, ("1", "0"), n, seed)))

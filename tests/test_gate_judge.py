@@ -8,13 +8,12 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import small_model
+from conftest import ROOT, small_model
 
-import judge as judging
 from config import BadInput
-from conversations import Conversation, Turn
-from judge import (
-    PROMPT,
+from gate import judge as judging
+from gate.conversations import Conversation, Turn
+from gate.judge import (
     calibrate,
     fill_prompt,
     judge_by_endpoint,
@@ -27,6 +26,7 @@ from judge import (
     write_spotcheck,
 )
 
+PROMPT = (ROOT / "gate" / "benchmark" / "judge.txt").read_text().rstrip("\n")
 DIGITS = ("1", "0")
 
 
@@ -238,7 +238,7 @@ def test_spotcheck_is_blind_and_kept(tmp_path):
 
 
 def test_tiny_rows_teach_the_comparison():
-    template = load_prompt("benchmarks/tiny_judge.txt")
+    template = load_prompt("gate/benchmark/tiny_judge.txt")
     rows = tiny_rows(template, DIGITS, 400, 0)
     assert rows == tiny_rows(template, DIGITS, 400, 0)
     for row in rows:

@@ -1,34 +1,30 @@
 """A clean load passes; every way of touching a prompt is caught; the record says what was used."""
-import hashlib
 import json
-import shutil
 
 import pytest
 import tokenizers
-from conftest import GOLDEN, TINY, lora_model, small_model
+from conftest import GOLDEN, lora_model, small_model
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from clean import (
+from config import BadInput, Config, dump, write_text
+from gate.clean import (
     INJECTION,
     SENTINELS,
     behaviour,
     check_base,
     check_identity,
     check_prompts,
-    encode_by_library,
-    hash_model,
-    provenance,
+    library_encoder,
 )
-from config import BadInput, Config, dump, write_text
 from lora import save_adapters
 from tokenizer import load_tokenizer
 
 
 def test_bundled_base_is_clean(tokenizer):
-    seen = check_prompts(tokenizer)
+    seen, encode = check_prompts(tokenizer), library_encoder(tokenizer.source)
     assert [row["text"] for row in seen] == [*SENTINELS, INJECTION]
     for row in seen:
-        assert row["ids"] == [tokenizer.bos_id, *encode_by_library(tokenizer, row["text"])]
+        assert row["ids"] == [tokenizer.bos_id, *encode(row["text"])]
         assert row["decoded"] == row["text"]
 
 
@@ -77,33 +73,6 @@ def test_check_base_records(tokenizer):
     assert behaviour(model, tokenizer)["fingerprint"] == record["fingerprint"]
     assert behaviour(small_model(seed=1), tokenizer)["fingerprint"] != record["fingerprint"]
     json.dumps(record)
-
-
-def test_hashes_follow_the_files(tmp_path):
-    """Weights, tokenizer and a run's adapter each change their own hash, and nothing else does."""
-    copy = tmp_path / "tiny"
-    shutil.copytree(TINY, copy)
-    assert hash_model(str(copy)) == hash_model(str(TINY))
-    text = repr([("model.safetensors", hashlib.sha256(
-        (TINY / "model.safetensors").read_bytes()).hexdigest())])
-    assert hash_model(str(TINY))["weights"] == hashlib.sha256(text.encode()).hexdigest()
-    run = tmp_path / "run"
-    cfg = Config(model=str(copy), lora_rank=4)
-    save_adapters(lora_model(), cfg, run)
-    write_text(run / "config.yaml", dump(cfg))
-    before = hash_model(str(run))
-    assert before["weights"] != hash_model(str(copy))["weights"]
-    assert before["tokenizer"] == hash_model(str(copy))["tokenizer"]
-    (copy / "tokenizer_config.json").write_text("{}")
-    assert hash_model(str(run))["tokenizer"] != before["tokenizer"]
-    save_adapters(lora_model(touched=False), cfg, run)
-    assert hash_model(str(run))["weights"] != before["weights"]
-
-
-def test_provenance_names_versions():
-    about = provenance()
-    assert about["mlx"] and about["numpy"] and about["commit"]
-    assert about["commit_changed"] in (True, False, None)
 
 
 @pytest.fixture

@@ -1,11 +1,11 @@
 """Deterministic checks of a reply: pass, fail, or abstain where the words alone do not settle it.
 
-The prior work's rules would count "no chicken" as meat and see a clarifying question wherever
-"which" stands, and its score failed right answers for their length. Here text is brought to one
-form first (straight quotes, lower case, numbers as digits), terms are matched as whole words, a hit
-is void behind a negation ("free of", "instead of", "-free"), a value that was replaced may be told
-as history ("moved from 5 to 7 pm"), and what stays unclear is neither right nor wrong. Length alone
-never fails a reply; only a user who asked for so many words has a `words` check.
+The prior work's rules counted "no chicken" as meat, saw a clarifying question wherever "which"
+stands, and failed right answers for their length. Here text is first brought to one form: straight
+quotes, lower case, numbers as digits. Terms are matched as whole words. A forbidden term does not
+count behind a negation ("free of", "instead of", "-free"). A value that was replaced may be
+mentioned as history ("moved from 5 to 7 pm"). What stays unclear abstains. Length alone never fails
+a reply; only a user who asked for so many words has a `words` check.
 
     recall    values (and no wrong one)      forbid   none of a lexicon, negations void
     current   the values in force, not those replaced           order    values in this order
@@ -34,9 +34,7 @@ class Verdict(NamedTuple):
     decided: str
 
 
-# --------------------------------------------------------------------------------------------------
-# one form for all text
-
+# --- one form for all text
 # curly quotes, and the dashes and minus signs, as a keyboard writes them
 PLAIN = str.maketrans("\u2018\u2019\u201c\u201d\u2010\u2011\u2012\u2013\u2014\u2212",
                       "''\"\"------")
@@ -118,9 +116,7 @@ def near(text: str, words: int, breaks: str, last: bool) -> str:
     return parts[-1] if last else parts[0]
 
 
-# --------------------------------------------------------------------------------------------------
-# negation
-
+# --- negation
 NEGATOR = re.compile(
     r"\b(?:not|no|never|nor|neither|non|without|lacks?|free (?:of|from)|avoid\w*|omit\w*|skip\w*|"
     r"leav(?:e|es|ing) out|exclud\w+|instead of|rather than|in place of|replac\w+|substitut\w+)\b"
@@ -169,10 +165,7 @@ def as_history(hit: Hit) -> str:
     return "unclear" if re.search(r"\bfrom\b", before) and behind.startswith("to ") else "no"
 
 
-# --------------------------------------------------------------------------------------------------
-# the checks: each returns "pass", or "fail:why", or "abstain:why"
-
-
+# --- the checks: each returns "pass", or "fail:why", or "abstain:why"
 def named(value: str, aliases: dict | None, reply: str) -> list[Hit]:
     """Where a reply names a value, in any of its names."""
     return [hit for name in [value, *(aliases or {}).get(value, [])] for hit in find(name, reply)]
@@ -221,10 +214,10 @@ def current(reply: str, present: Sequence[str], superseded: Sequence[str] = (),
 def order(reply: str, values: Sequence[str]) -> str:
     """The values in this order; each counts where it first stands."""
     text = normalise(reply)
-    places = [match.start() if (match := term_pattern(value).search(text)) else None
-              for value in values]
-    if None in places:
+    found = [term_pattern(value).search(text) for value in values]
+    if None in found:
         return "fail:missing"
+    places = [match.start() for match in found]
     return PASS if places == sorted(places) else "fail:order"
 
 

@@ -2,29 +2,29 @@
 
 A benchmark is a file of conversations, one a line; a single question is a conversation of one turn.
 Its user turns are fixed, the model's replies are its own, and each scored turn carries the checks
-that a right reply passes (checks.py). The draft of the prior work was never built, and most of its
-follow-ups could be answered without the conversation. Here that is measured before any model is:
-`audit` lets oracles answer. One knows everything and must pass; one has forgotten the first turn,
-one names whatever was named last, others say nothing, echo or ask back, and these must fail.
+that a right reply passes (checks.py). The prior work's draft of such a benchmark was never built,
+and most of its follow-ups could be answered without the conversation. So `audit` measures that
+first, without a model: oracles answer. One knows everything and must pass. The others must fail:
+one has forgotten the first turn, one names whatever was named last, others say nothing, repeat the
+question or ask back.
 
     memory        facts told first, asked after asides and next to look-alikes
     preferences   a standing wish that every reply respects, and that is asked back
     continuity    "it", "the second one", "the one after that"
     updates       a plan, changes, and the plan read back: new values in, old ones out, rest kept
 
-The text is in benchmarks/families.yaml, the drawing in drafts.py. Other kinds of the same record:
+The text is in benchmark/families.yaml, the drawing in drafts.py. Other kinds of the same record:
 single instructions with checkable answers, and operations and a held value for the bundled
 models, where no number pair of a test conversation is in a training one.
 
-    python conversations.py make OUT.jsonl n=300 seed=1 kind=conversations
-    python conversations.py show benchmarks/conversations.jsonl 5
-    python conversations.py audit benchmarks/conversations.jsonl
-    python conversations.py make_train FOLDER kind=tiny_turns n=20000 seed=0
+    python -m gate.conversations make OUT.jsonl n=300 seed=1 kind=conversations
+    python -m gate.conversations show gate/benchmark/conversations.jsonl 5
+    python -m gate.conversations audit gate/benchmark/conversations.jsonl
+    python -m gate.conversations make_train FOLDER kind=tiny_turns n=20000 seed=0
 """
 import dataclasses
 import functools
-import hashlib
-import json
+import os
 import random
 import re
 from collections import defaultdict
@@ -32,12 +32,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from checks import Verdict, check_turn, find, mistake_in, normalise, term_pattern
-from config import BadInput, json_lines, run_main, write_text
+from config import BadInput, json_lines, read_keys, run_main, write_text
 from data import ASKED, PHRASES, SYMBOLS, compute, pairs_in, split_of
-from drafts import Turn, draft_conversation, draft_instruction, load_texts, values_of
+from gate import drafts
+from gate.checks import Verdict, check_turn, find, mistake_in, normalise, term_pattern
+from gate.drafts import Draft, Turn
+from gate.jsonl import read_rows
+from provenance import hash_file
 
 KINDS = ("conversations", "instructions", "tiny_turns", "tiny_operations")
+SPLITS = ("train", "valid", "test")
 SHARES = {"memory": 60, "preferences": 50, "continuity": 50, "updates": 40}     # of 200
 
 
@@ -61,39 +65,26 @@ class Conversation:
         return all(v is None or v.verdict == "pass" for v in self.check(replies))
 
 
-# --------------------------------------------------------------------------------------------------
-# files
-
-
+# --- files
 def write_benchmark(path: Path, conversations: list[Conversation]) -> None:
     write_text(Path(path), json_lines(map(dataclasses.asdict, conversations)))
 
 
 def read_benchmark(path: Path) -> tuple[list[Conversation], str]:
     """The conversations of a file and its SHA-256; BadInput names the first bad line."""
-    try:
-        data = Path(path).read_bytes()
-        lines = data.decode().split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"could not read {path} ({error}); expected a benchmark file, such as "
-                       "`python conversations.py make OUT.jsonl` writes") from None
-    conversations, ids = [], set()
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            conversations.append(read_conversation(json.loads(line)))
-            if conversations[-1].id in ids:
-                raise ValueError(f"id {conversations[-1].id} is there twice")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BadInput(f"{path}:{number}: {error}; expected a conversation as `make` writes "
-                           "it, with id, category, family, difficulty, seed, slots and turns; "
-                           "mend the line or make the file again") from None
-        ids.add(conversations[-1].id)
-    if not conversations:
-        raise BadInput(f"{path} holds no conversation; `python conversations.py make {path}` "
-                       "writes some")
-    return conversations, hashlib.sha256(data).hexdigest()
+    ids = set()
+
+    def read(row: dict) -> Conversation:
+        conversation = read_conversation(row)
+        if conversation.id in ids:
+            raise ValueError(f"id {conversation.id} is there twice")
+        ids.add(conversation.id)
+        return conversation
+
+    conversations = read_rows(path, read, "a benchmark file, such as `python -m gate.conversations "
+                              "make OUT.jsonl` writes: each line a conversation with id, category, "
+                              "family, difficulty, seed, slots and turns")
+    return conversations, hash_file(path)
 
 
 def read_conversation(row: dict) -> Conversation:
@@ -110,10 +101,7 @@ def read_conversation(row: dict) -> Conversation:
     return Conversation(**{**row, "turns": turns})
 
 
-# --------------------------------------------------------------------------------------------------
-# the kinds
-
-
+# --- the kinds
 def shares_of(n: int) -> dict[str, int]:
     """The categories' sizes: 300 is 75 each, another n as 60/50/50/40 of 200, largest rests up."""
     if n < 40:
@@ -135,38 +123,40 @@ def generate(seed: int = 0, n: int = 200) -> list[Conversation]:
     conversations, seen = [], set()
     for category, count in shares_of(n).items():
         rng = random.Random(f"{seed} {category}")
-        families = load_texts()[category]
+        families = drafts.load_texts()[category]
         families = rng.sample(families, len(families))
         levels = ["easy"] * round(0.4 * count) + ["medium"] * round(0.4 * count)
         levels += ["hard"] * (count - len(levels))
         rng.shuffle(levels)
         for i, level in enumerate(levels):
-            family, key = families[i % len(families)], None
-            while key is None or key in seen:
-                d = draft_conversation(category, family, level, rng)
-                key = (family["family"], json.dumps(d.slots, sort_keys=True))
-            seen.add(key)
-            conversations.append(Conversation(
-                f"{category}-{i + 1:03d}", category, f"{category}/{family['family']}", level, seed,
-                d.slots, tuple(d.turns)))
+            family = families[i % len(families)]
+            draw = functools.partial(drafts.draft_conversation, category, family, level, rng)
+            conversations.append(finish(draw_new(seen, draw, key_of, n), category, i + 1, seed))
     return conversations
 
 
 def generate_instructions(seed: int = 0, n: int = 100) -> list[Conversation]:
     """Single instructions: categories and their families in turn, no text twice."""
-    rng, texts = random.Random(f"{seed} instructions"), load_texts()["instructions"]
+    rng, texts = random.Random(f"{seed} instructions"), drafts.load_texts()["instructions"]
     conversations, seen = [], set()
     for i in range(n):
-        category = list(texts)[i % len(texts)]
-        number = i // len(texts)
+        category, number = list(texts)[i % len(texts)], i // len(texts)
         family = texts[category][number % len(texts[category])]
-        draw = functools.partial(draft_instruction, family, rng)
-        d = draw_new(seen, draw, lambda d: (d.family["family"], str(d.slots)), n)
-        conversations.append(Conversation(
-            f"{category}-{number + 1:03d}", category, f"{category}/{family['family']}",
-            d.difficulty, seed, {k: v for k, v in d.slots.items() if isinstance(v, str)},
-            tuple(d.turns)))
+        draw = functools.partial(drafts.draft_instruction, family, rng)
+        conversations.append(finish(draw_new(seen, draw, key_of, n), category, number + 1, seed))
     return conversations
+
+
+def key_of(d: Draft) -> tuple[str, str]:
+    """What no two conversations of a benchmark share."""
+    return d.family["family"], str(sorted(d.slots.items()))
+
+
+def finish(d: Draft, category: str, number: int, seed: int) -> Conversation:
+    """A draft as the benchmark's record; slots that hold lists are not kept."""
+    slots = {name: value for name, value in d.slots.items() if isinstance(value, str)}
+    return Conversation(f"{category}-{number:03d}", category, f"{category}/{d.family['family']}",
+                        d.difficulty, seed, slots, tuple(d.turns))
 
 
 def draw_new(seen: set, draw: Callable, key: Callable, n: int):
@@ -179,9 +169,7 @@ def draw_new(seen: set, draw: Callable, key: Callable, n: int):
     raise BadInput(f"n={n}: after {len(seen)} different ones no new one comes; give a smaller n")
 
 
-# --------------------------------------------------------------------------------------------------
-# what a model of the bundled size can do: follow a named operation, keep a value over turns
-
+# --- what a model of the bundled size can do: follow a named operation, keep a value over turns
 OPERATIONS = ("add", "subtract")    # unseen products are beyond it
 FORMS = {op: [form for form in PHRASES[op] if form.startswith((op, "what is"))]
          + [ASKED.replace("SYMBOL", SYMBOLS[op]), f"compute {{a}} {SYMBOLS[op]} {{b}}"]
@@ -301,45 +289,40 @@ def write_train(folder: Path, kind: str, seed: int, n: int) -> dict[str, int]:
     return sizes
 
 
-# --------------------------------------------------------------------------------------------------
-# oracles: what the benchmark can tell apart before any model has seen it
+# --- oracles: what the benchmark can tell apart before any model has seen it
+def possible_values(conversations: list[Conversation]) -> dict[tuple[str, str], list[str]]:
+    """All values that a slot may hold, {(family, slot): values}.
 
-
-def base_name(slot: str) -> str:
-    """example  "item_3" -> "item" """
-    return re.sub(r"_\d+$", "", slot)
-
-
-def forgetful(conversations: list[Conversation]) -> Callable[[Conversation, int], str]:
-    """One to whom the first turn was never said, and who else answers as well as anyone.
-
-    It knows the form of the right reply, all that is said later, and which values may be there: for
-    one that it never heard it guesses out of the family's values, the right one included. Of
-    families that are not in families.yaml it knows the values of the other conversations.
+    Of a family that is not in families.yaml: those of all these conversations.
     """
-    pool, texts = defaultdict(list), load_texts()
-    families = {f"{category}/{family['family']}": family for category in SHARES
-                for family in texts[category]}
+    texts, found = drafts.load_texts(), defaultdict(list)
     for c in conversations:
         for slot, value in c.slots.items():
-            pool[c.family, base_name(slot)].append(value)
-    for family, slot in pool:
-        pool[family, slot] = values_of(families.get(family, {}), slot) or pool[family, slot]
-
-    def reply(c: Conversation, t: int) -> str:
-        rng = random.Random(f"{c.id} {t}")
-        heard = normalise(" ".join(turn.user for turn in c.turns[1:t + 1]))
-        unheard = {value: slot for slot, value in c.slots.items() if not find(value, heard)}
-        if not unheard:
-            return c.turns[t].answer
-        names = "|".join(re.escape(v) for v in sorted(unheard, key=len, reverse=True))
-        lower = {value.casefold(): slot for value, slot in unheard.items()}
-        return re.sub(rf"(?<!\w)(?:{names})(?!\w)", lambda m: rng.choice(
-            pool[c.family, base_name(lower[m[0].casefold()])]), c.turns[t].answer, flags=re.I)
-    return reply
+            found[c.family, drafts.base_name(slot)].append(value)
+    families = {f"{category}/{family['family']}": family for category in SHARES
+                for family in texts[category]}
+    return {(name, slot): drafts.values_of(families.get(name, {}), slot) or values
+            for (name, slot), values in found.items()}
 
 
-def last_named(c: Conversation, t: int) -> str:
+def forgetful(c: Conversation, t: int, possible: dict[tuple[str, str], list[str]]) -> str:
+    """The reply of one who never heard the first turn and otherwise answers correctly.
+
+    It knows the form of the right reply and everything said later. In place of a value that it
+    never heard, it guesses a possible one, the right one included.
+    """
+    rng = random.Random(f"{c.id} {t}")
+    heard = normalise(" ".join(turn.user for turn in c.turns[1:t + 1]))
+    unheard = {value.casefold(): drafts.base_name(slot) for slot, value in c.slots.items()
+               if not find(value, heard)}
+    if not unheard:
+        return c.turns[t].answer
+    names = "|".join(re.escape(v) for v in sorted(unheard, key=len, reverse=True))
+    guess = lambda match: rng.choice(possible[c.family, unheard[match[0].casefold()]])
+    return re.sub(rf"(?<!\w)(?:{names})(?!\w)", guess, c.turns[t].answer, flags=re.I)
+
+
+def last_named(c: Conversation, t: int, _=None) -> str:
     """The thing of any kind that the user named last, the question included."""
     said = normalise(" \n".join(turn.user for turn in c.turns[:t + 1]))
     places = {value: max((m.start() for m in term_pattern(value).finditer(said)), default=-1)
@@ -348,34 +331,33 @@ def last_named(c: Conversation, t: int) -> str:
     return last if places.get(last, -1) >= 0 else ""
 
 
-LAST = lambda _: last_named
-ORACLES = {     # name: (builder from all conversations, its mark: (category, at least, at most))
-    "knows everything": (lambda _: lambda c, t: c.turns[t].answer, ("all", 1, 1)),
+ORACLES = {     # name: (reply to turn t, what it may pass: (category, at least, at most))
+    "knows everything": (lambda c, t, _: c.turns[t].answer, ("all", 1, 1)),
     "forgot turn 1": (forgetful, ("memory", 0, 0.05)),
-    "last named": (LAST, ("all", 0, 0.40)),
-    "says nothing": (lambda _: lambda c, t: "", ("all", 0, 0)),
-    "does not know": (lambda _: lambda c, t: "I don't know.", ("all", 0, 0)),
-    "echo": (lambda _: lambda c, t: c.turns[t].user, ("all", 0, 0)),
-    "asks back": (lambda _: lambda c, t: "Which one do you mean?", ("all", 0, 0)),
+    "last named": (last_named, ("all", 0, 0.40)),
+    "says nothing": (lambda c, t, _: "", ("all", 0, 0)),
+    "does not know": (lambda c, t, _: "I don't know.", ("all", 0, 0)),
+    "echo": (lambda c, t, _: c.turns[t].user, ("all", 0, 0)),
+    "asks back": (lambda c, t, _: "Which one do you mean?", ("all", 0, 0)),
 }
 
 
 def audit(conversations: list[Conversation]) -> dict[str, dict[str, float]]:
     """Each oracle's share of passed conversations by category, "all", and "abstains" of turns."""
-    rates, several = {}, any(len(c.turns) > 1 for c in conversations)
-    for name, (build, _) in ORACLES.items():
-        if build in (forgetful, LAST) and not several:
+    rates, possible = {}, possible_values(conversations)
+    several = any(len(c.turns) > 1 for c in conversations)
+    for name, (oracle, _) in ORACLES.items():
+        if oracle in (forgetful, last_named) and not several:
             continue        # there is nothing to forget in one turn
-        oracle, passed, abstained, turns = build(conversations), defaultdict(list), 0, 0
+        passed, verdicts = defaultdict(list), []
         for c in conversations:
-            verdicts = [v for v in c.check([oracle(c, t) for t in range(len(c.turns))]) if v]
-            ok = all(v.verdict == "pass" for v in verdicts)
-            passed[c.category].append(ok)
-            passed["all"].append(ok)
-            abstained += sum(v.verdict == "abstain" for v in verdicts)
-            turns += len(verdicts)
+            found = [v.verdict for v in c.check([oracle(c, t, possible)
+                                                 for t in range(len(c.turns))]) if v]
+            for key in (c.category, "all"):
+                passed[key].append(set(found) <= {"pass"})
+            verdicts += found
         rates[name] = {key: sum(oks) / len(oks) for key, oks in passed.items()}
-        rates[name]["abstains"] = abstained / turns
+        rates[name]["abstains"] = verdicts.count("abstain") / len(verdicts)
     return rates
 
 
@@ -389,10 +371,7 @@ def missed_marks(rates: dict[str, dict[str, float]]) -> list[str]:
     return missed
 
 
-# --------------------------------------------------------------------------------------------------
-# the command line
-
-
+# --- the command line
 def described(c: Conversation) -> str:
     """A conversation as plain text, for a person to read and sign off."""
     lines = [f"=== {c.id}  {c.family}  {c.difficulty}"]
@@ -414,12 +393,7 @@ def one_check(check: dict) -> str:
                                       if key != "type" and value != [])])
 
 
-def show(path: Path, count: int | None) -> None:
-    for c in read_benchmark(path)[0][:count]:
-        print(described(c))
-
-
-def print_audit(path: Path) -> int:
+def print_audit(path: Path) -> None:
     conversations, digest = read_benchmark(path)
     rates = audit(conversations)
     columns = [*dict.fromkeys(c.category for c in conversations), "all", "abstains"]
@@ -431,49 +405,42 @@ def print_audit(path: Path) -> int:
     if missed:
         raise BadInput(f"{path} does not measure what it should: {'; '.join(missed)}; "
                        "mend the families, or make it with another seed")
-    return 0
 
 
-def options(given: list[str], known: dict) -> dict:
+def options(words: list[str], **defaults) -> dict:
     """`key=value` words over defaults; raises BadInput."""
-    values = dict(known)
-    for word in given:
-        key, equals, text = word.partition("=")
-        if not equals or key not in known:
-            raise BadInput(f"{word!r}: expected one of {', '.join(f'{k}=' for k in known)}")
-        if key in ("n", "seed"):
-            if not re.fullmatch("[0-9]{1,7}", text) or (key == "n" and not int(text)):
-                raise BadInput(f"{word!r}: expected a whole number, such as {key}=200")
-            values[key] = int(text)
-        else:
-            values[key] = text
-    if values["kind"] not in KINDS or values.get("split", "test") not in ("train", "valid", "test"):
-        raise BadInput(f"{' '.join(given)}: expected kind={'|'.join(KINDS)} and, of the tiny ones, "
-                       "split=train|valid|test")
-    return values
+    kinds = {"n": int, "seed": int, "kind": str, "split": str}
+    values, mistakes = read_keys(os.devnull, words, {key: kinds[key] for key in defaults})
+    given = defaults | values
+    if (mistakes or given["kind"] not in KINDS or given.get("split", "test") not in SPLITS
+            or given["n"] == 0 or min(given["n"] or 1, given["seed"]) < 0):
+        raise BadInput("; ".join([*mistakes, f"{' '.join(words)}: expected n=, seed=, "
+                                  f"kind={'|'.join(KINDS)} and, of the tiny ones, "
+                                  f"split={'|'.join(SPLITS)}"]))
+    return given
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
     if len(argv) >= 2 and argv[0] == "make":
-        given = options(argv[2:], {"n": None, "seed": 0, "kind": "conversations", "split": "test"})
+        given = options(argv[2:], n=None, seed=0, kind="conversations", split="test")
         conversations = make(given["kind"], given["seed"], given["n"], given["split"])
         write_benchmark(Path(argv[1]), conversations)
         print(f"{argv[1]}: {len(conversations)} {given['kind']}, seed {given['seed']}")
     elif len(argv) >= 2 and argv[0] == "make_train":
-        given = options(argv[2:], {"n": 20000, "seed": 0, "kind": "tiny_turns"})
+        given = options(argv[2:], n=20000, seed=0, kind="tiny_turns")
         if not given["kind"].startswith("tiny"):
             raise BadInput(f"kind={given['kind']}: training rows are made of tiny_turns or "
                            "tiny_operations; the other kinds are for judging only")
         print(f"{argv[1]}: {write_train(Path(argv[1]), given['kind'], given['seed'], given['n'])}")
     elif len(argv) in (2, 3) and argv[0] == "show" and re.fullmatch("[0-9]*", "".join(argv[2:])):
-        show(Path(argv[1]), int(argv[2]) if argv[2:] else None)
+        for c in read_benchmark(Path(argv[1]))[0][:int(argv[2]) if argv[2:] else None]:
+            print(described(c))
     elif len(argv) == 2 and argv[0] == "audit":
-        return print_audit(Path(argv[1]))
+        print_audit(Path(argv[1]))
     else:
-        raise BadInput("expected `python conversations.py make OUT.jsonl [n=] [seed=] [kind=]`, "
-                       "`make_train FOLDER [kind=] [n=] [seed=]`, `show FILE [COUNT]` or "
+        raise BadInput("expected `python -m gate.conversations make OUT.jsonl [n=] [seed=] "
+                       "[kind=]`, `make_train FOLDER [kind=] [n=] [seed=]`, `show FILE [COUNT]` or "
                        f"`audit FILE`, got {' '.join(argv) or 'nothing'}")
-    return 0
 
 
 if __name__ == "__main__":

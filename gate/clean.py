@@ -1,19 +1,15 @@
 """Does a prompt reach a base model untouched? Checked before anything is generated, and recorded.
 
-A study of instruction following once measured its base through doubts: a chat template may have
-been applied, a special token added. Its guard switched the template off, which changes nothing (one
-is only applied where it is called), and looked for structure in three completions, which passed a
-base that answered correctly. Here a load is clean if the very ids are right: what the model uses as
-prefix (BOS or nothing), then the text as its tokenizer's own library encodes it, and nothing else.
-So that the guard is not vacuous, each check first has to catch three prompts spoilt on purpose.
-How the base then behaves is measured and recorded, never required.
+Prior work could not say what its base model had read: a chat template may have been applied, or a
+special token added. Its guard switched the template off, which changes nothing (a template is only
+applied where it is called), and looked for structure in three completions, which passed a base that
+answered correctly. Here a load is clean if the ids themselves are right: the model's own prefix
+(BOS or nothing), then the text as its tokenizer's own library encodes it, and nothing else. Each
+check must first fail on three prompts that are contaminated on purpose; otherwise it could never
+fail. How the base then continues is measured and recorded, never required.
 """
-import functools
-import hashlib
-import os
 import re
-import subprocess
-from importlib.metadata import version
+from collections.abc import Callable
 from pathlib import Path
 
 import blas  # noqa: F401  (before mlx)
@@ -22,9 +18,8 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
-from config import BadInput, load_config
+from config import BadInput
 from generate import sample
-from hub import find_folder, weight_files
 from lora import root_model
 from losses import token_logprobs
 from model import Llama
@@ -42,22 +37,13 @@ TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
                    "chat_template.jinja")
 
 
-@functools.cache    # a large tokenizer takes seconds to read
-def open_by_library(source: str, _mtime: int):
-    """The library's own object for a tokenizer's file as it is now."""
+def library_encoder(source: str) -> Callable[[str], list[int]]:
+    """The library's own text -> ids for a tokenizer's file: no BOS, no template."""
     if source.endswith(".model"):
-        return sentencepiece.SentencePieceProcessor(model_file=source)
+        return sentencepiece.SentencePieceProcessor(model_file=source).encode
     backend = tokenizers.Tokenizer.from_file(source)
     backend.encode_special_tokens = True
-    return backend
-
-
-def encode_by_library(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The text's ids by the library alone, from the tokenizer's file: no BOS, no template."""
-    backend = open_by_library(tokenizer.source, os.stat(tokenizer.source).st_mtime_ns)
-    if tokenizer.source.endswith(".model"):
-        return backend.encode(text)
-    return backend.encode(text, add_special_tokens=False).ids
+    return lambda text: backend.encode(text, add_special_tokens=False).ids
 
 
 def spoilt(text: str, ids: list[int], plain: list[int], bos: list[int],
@@ -79,14 +65,15 @@ def check_prompts(tokenizer: Tokenizer, encode=None) -> list[dict]:
     raises   BadInput where a prompt is touched, or where the check itself is blind
     """
     encode = encode or tokenizer.encode_prompt
+    encode_by_library = library_encoder(tokenizer.source)
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     reserved, seen = tokenizer.reserved_ids, []
     for text in (*SENTINELS, INJECTION):
-        plain, ids = encode_by_library(tokenizer, text), list(encode(text))
+        plain, ids = encode_by_library(text), list(encode(text))
         if reserved & set(plain):   # the library reads a control token's name as that token
             plain = tokenizer.encode(text)
         blind = [name for name, wrong in (
-            ("system text", bos + encode_by_library(tokenizer, f"System: be helpful.\n{text}")),
+            ("system text", bos + encode_by_library(f"System: be helpful.\n{text}")),
             ("a control id", bos + [tokenizer.eos_id] + plain),
             ("BOS twice", [tokenizer.eos_id if not bos else bos[0]] + bos + plain),
         ) if spoilt(text, wrong, plain, bos, reserved) is None]
@@ -114,7 +101,7 @@ def check_identity(name: str, tokenizer: Tokenizer) -> None:
     if found := NOT_A_BASE.search(repository):
         raise BadInput(f"{name} is named as a base and calls itself {found[0]!r}; name the model "
                        "before instruction training, such as Qwen/Qwen2.5-32B")
-    ends = [t for t in TURN_ENDS if tokenizer.named_id(t) in tokenizer.eos_ids]
+    ends = [name for name in map(tokenizer.piece, tokenizer.eos_ids) if name in TURN_ENDS]
     if ends:
         raise BadInput(f"{name} is named as a base and ends its turns with {ends[0]}: the settings "
                        "of an instruct model; fetch the base's own files")
@@ -143,40 +130,3 @@ def check_base(name: str, model: Llama, tokenizer: Tokenizer) -> dict:
     return {"checks_version": VERSION, "clean": True, "prompts": prompts,
             "has_chat_template": tokenizer.chat_template is not None, "template_applied": False,
             **behaviour(model, tokenizer)}
-
-
-# --------------------------------------------------------------------------------------------------
-# the record
-
-
-def hash_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def hash_model(name: str) -> dict[str, str]:
-    """SHA-256 of a model's weights and tokenizer: {weights, tokenizer}; of a run, its adapter too.
-
-    Of several files, the hash of their names and hashes.
-    """
-    weights, place = [], str(name)
-    while root_model(place) != place:   # a run: its adapter, on whatever it was trained on
-        weights.append(Path(place) / "adapters.safetensors")
-        place = str(load_config(Path(place) / "config.yaml").model)
-    folder = find_folder(place)
-    weights += weight_files(folder)
-    digest = lambda paths: hashlib.sha256(repr(
-        [(p.name, hash_file(p)) for p in paths]).encode()).hexdigest()
-    texts = [folder / file for file in TOKENIZER_FILES if (folder / file).exists()]
-    return {"weights": digest(weights), "tokenizer": digest(texts)}
-
-
-def provenance() -> dict:
-    """What produced a number: package versions, device, commit."""
-    root = str(Path(__file__).parent)
-    git = lambda *words: subprocess.run(["git", "-C", root, *words], capture_output=True, text=True)
-    commit, status = git("rev-parse", "HEAD"), git("status", "--porcelain")
-    return {"mlx": version("mlx"), "numpy": np.__version__, "device": str(mx.default_device()),
-            "blas": blas.LOADED or "bundled", "commit": commit.stdout.strip() or "unknown",
-            # null where git is not there to say
-            "commit_changed": bool(status.stdout.strip()) if status.returncode == 0 else None}

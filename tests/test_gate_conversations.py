@@ -11,9 +11,10 @@ import time
 import pytest
 from conftest import ROOT, assert_one_clear_line, run
 
-from checks import find, normalise
 from config import BadInput
-from conversations import (
+from data import split_of
+from gate.checks import find, normalise
+from gate.conversations import (
     KINDS,
     SHARES,
     audit,
@@ -27,10 +28,9 @@ from conversations import (
     shares_of,
     write_benchmark,
 )
-from data import split_of
-from drafts import load_texts
+from gate.drafts import load_texts
 
-BENCHMARKS = ROOT / "benchmarks"
+BENCHMARKS = ROOT / "gate" / "benchmark"
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_the_files_are_what_the_generator_writes(kind, tmp_path):
 def test_the_same_in_every_process(tmp_path):
     """Whatever the seed of Python's own hashes, and with the time that is allowed."""
     for seed in "01":
-        run("conversations.py", "make", tmp_path / f"{seed}.jsonl", "seed=5", check=0,
+        run("-m", "gate.conversations", "make", tmp_path / f"{seed}.jsonl", "seed=5", check=0,
             PYTHONHASHSEED=seed)
     assert (tmp_path / "0.jsonl").read_bytes() == (tmp_path / "1.jsonl").read_bytes()
     start = time.perf_counter()
@@ -234,7 +234,7 @@ def test_tiny_texts_are_words_of_the_bundled_tokenizer(tokenizer):
 
 
 def test_training_rows(tmp_path):
-    run("conversations.py", "make_train", tmp_path, "n=60", "seed=2", check=0)
+    run("-m", "gate.conversations", "make_train", tmp_path, "n=60", "seed=2", check=0)
     for split, size in (("train", 60), ("valid", 3), ("test", 3)):
         rows = [json.loads(line) for line in (tmp_path / f"{split}.jsonl").read_text().splitlines()]
         assert len(rows) == size
@@ -276,17 +276,17 @@ def test_a_bad_line_is_named(benchmark, tmp_path, spoil, word):
 
 
 def test_commands(tmp_path):
-    done = run("conversations.py", "show", BENCHMARKS / "conversations.jsonl", 2, check=0)
+    done = run("-m", "gate.conversations", "show", BENCHMARKS / "conversations.jsonl", 2, check=0)
     assert done.stdout.count("=== ") == 2 and "needs:" in done.stdout
-    done = run("conversations.py", "audit", BENCHMARKS / "tiny_turns.jsonl", check=0)
+    done = run("-m", "gate.conversations", "audit", BENCHMARKS / "tiny_turns.jsonl", check=0)
     assert "knows everything" in done.stdout
     easy = generate()[:1]
     turns = tuple(dataclasses.replace(t, checks=({"type": "nonempty"},)) for t in easy[0].turns)
     write_benchmark(tmp_path / "easy.jsonl", [dataclasses.replace(easy[0], turns=turns)])
-    done = run("conversations.py", "audit", tmp_path / "easy.jsonl")
+    done = run("-m", "gate.conversations", "audit", tmp_path / "easy.jsonl")
     assert_one_clear_line(done, "does not measure", "echo")
     for words, said in ((["make", "x", "n=3"], "40"), (["make", "x", "kind=odd"], "tiny_turns"),
                         (["make", "x", "colour=1"], "seed="), (["audit"], "show FILE"),
                         (["make_train", "x", "kind=instructions"], "tiny_operations"),
                         (["show", tmp_path / "none"], "make OUT.jsonl")):
-        assert_one_clear_line(run("conversations.py", *words, cwd=ROOT), said)
+        assert_one_clear_line(run("-m", "gate.conversations", *words, cwd=ROOT), said)

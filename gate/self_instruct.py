@@ -7,18 +7,18 @@
     pairs judged   the same critic, of task and answer as they are stored              pairs.jsonl
     train, valid, test.jsonl in data.py's format; qc.json, manifest.json
 
-A base model does all of it: the cue is the format (Self-Instruct 2212.10560). Each step is a file
-that only grows, in parts that are always the same rows, so a run that was broken off goes on behind
-its last part to the same result. What is thrown away stays there, with the reason.
+A base model does all of it; the format of the prompt tells it what to do (Self-Instruct,
+2212.10560). Each step is a file that grows by parts (jsonl.py), so the same command continues a run
+that was broken off. Rejected rows stay in their file, with the reason.
 
 Where we differ from the prior work: stops are texts, not the last token of one (which ended every
 answer at its first bare colon); the first item of a list has its number put back and is not lost;
 near-duplicates are dropped where they arise (two thirds of its first 3,968 rows were copies); rates
 are shares of what was generated, not of the survivors. The critic's margin keeps its sign, is the
-mean over both orders of the labels, and a task that says nothing is subtracted: whatever the model
-holds for the letter A alone cancels. Where it would answer something else, it abstains.
+mean over both orders of the labels, and the margin of an empty task is subtracted: a preference for
+the letter A cancels. Where the model would answer something else, the critic abstains.
 
-    python self_instruct.py OUT model=Qwen/Qwen2.5-32B bits=4 n=8000 heldout=benchmarks/FILE.jsonl
+    python -m gate.self_instruct OUT model=Qwen/Qwen2.5-32B bits=4 n=8000 heldout=FILE.jsonl
 """
 import json
 import os
@@ -36,60 +36,34 @@ import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
 
-from clean import check_base, hash_file, hash_model, provenance
-from config import BadInput, append_text, json_lines, read_keys, run_main, write_text
+from config import BadInput, json_lines, read_keys, run_main, write_text
 from data import stable_hash
+from gate.clean import check_base
+from gate.jsonl import append_rows, begin_folder, read_parts, read_rows
+from gate.judge import MIN_MASS, letter_margins
 from generate import sample
-from judge import MIN_MASS, letter_margins
 from lora import load_base
 from model import Llama
+from provenance import hash_file, hash_model, provenance
 from tokenizer import Tokenizer
 
 PART = 16       # rows that are generated and written together
 END = "[END]"   # what the worked examples end with
 NEAR = 0.7      # Jaccard similarity of word 5-grams from which two texts are one
+EXPECTED = "a benchmark's or data rows, one JSON object a line"
 QUANTILES = (5, 25, 50, 75, 95)
 
 # tasks that lists begin with, and worked examples that answers follow
-SEEDS = (
-    ("Name three metals that a magnet attracts.", "Iron, nickel and cobalt."),
-    ("How many minutes are there in two hours?", "There are 120 minutes in two hours."),
-    ("Rewrite this sentence in the past tense: She walks to the station.",
-     "She walked to the station."),
-    ("Explain in one sentence why the sea is salty.",
-     "Rivers carry dissolved minerals from rocks into the sea, and when water evaporates the salt "
-     "stays behind."),
-    ("Give me a short name for a bakery near a harbour.", "The Quay Loaf"),
-    ("List the steps for changing a bicycle tube.",
-     "1. Take the wheel off.\n2. Lever one side of the tyre over the rim.\n3. Pull out the old "
-     "tube and feel inside the tyre for anything sharp.\n4. Put in the new tube with a little air "
-     "in it.\n5. Press the tyre back and pump it up."),
-    ("Which is larger, 0.7 or 3/5?", "0.7 is larger, since 3/5 is 0.6."),
-    ("Translate 'good evening' into Spanish.", "Buenas noches."),
-    ("Suggest a quiet hobby for someone who works on their feet all day.",
-     "Drawing would suit: it is done sitting down, costs little and can be stopped at any time."),
-    ("What does the word 'frugal' mean?", "Frugal means careful not to spend more than is needed."),
-    ("Write a two-line poem about fog.",
-     "It hides the hill, the mast, the tower,\nand gives them back within the hour."),
-    ("My friend is sad about a lost match. What could I say?",
-     "You could say that you saw how hard they tried, and ask whether they want to talk about it "
-     "or do something else for a while."),
-    ("Put these words in alphabetical order: pear, fig, plum, apple.", "apple, fig, pear, plum"),
-    ("Write a Python expression for the sum of the squares from 1 to 10.",
-     "sum(k * k for k in range(1, 11))"),
-    ("Is it safe to leave a candle burning overnight?",
-     "No. A candle without anybody watching can start a fire, so put it out before you sleep."),
-    ("Name the season that follows autumn.", "Winter."),
-)
+SEEDS = Path(__file__).parent / "benchmark" / "seeds.jsonl"
 LIST_HEAD = "Different tasks for an assistant that answers in text, each complete in itself:\n\n"
 CRITIC = ("{head}\n{first}: {first_means}\n{second}: {second_means}\n\n{item}\n\n"
           "Label ({first} or {second}):")
-CRITIC_HEADS = {"tasks": "A task for a text assistant gets one of two labels.",
-                "pairs": "A task and an assistant's answer get one of two labels."}
-CRITIC_MEANINGS = {     # good, bad
-    "tasks": ("clear, specific, harmless, and can be done in text alone",
+CRITICS = {     # what is judged; what the good label means, and the bad one
+    "tasks": ("A task for a text assistant gets one of two labels.",
+              "clear, specific, harmless, and can be done in text alone",
               "unclear, incomplete, harmful or impossible in text; also when in doubt"),
-    "pairs": ("the answer is right, complete, and does what the task asks",
+    "pairs": ("A task and an assistant's answer get one of two labels.",
+              "the answer is right, complete, and does what the task asks",
               "the answer is wrong, cut off, beside the task or harmful; also when in doubt")}
 
 META = re.compile(r"\b(here are|i will|let me|the following|these are|listed below|given below|"
@@ -110,7 +84,7 @@ class Settings:
     seed: int = 0
     threshold: float = 1.0          # the critic's margin from which a task or pair is accepted
     heldout: str = ""               # a benchmark (JSONL) whose user turns must not come up
-    seeds: str = ""                 # JSONL of {"prompt", "response"} in the place of SEEDS
+    seeds: str = ""                 # JSONL of {"prompt", "response"}; empty: benchmark/seeds.jsonl
     labels: tuple[str, ...] = ("A", "B")    # the critic's; one token each
     shown: int = 8                  # tasks that a list begins with
     asked: int = 10                 # and how many it may go on for
@@ -133,10 +107,7 @@ class Run:
     heldout: "Similar"
 
 
-# --------------------------------------------------------------------------------------------------
-# texts: the same, nearly the same, held out
-
-
+# --- texts: the same, nearly the same, held out
 def words_of(text: str) -> tuple[str, ...]:
     """Words whatever their case, letter forms (NFKC) and punctuation; + and = are words too.
 
@@ -182,6 +153,10 @@ class Similar:
                 or len(words) >= 8 and not self.eights.isdisjoint(grams(words, 8)))
 
 
+def read_seeds(path: str | Path) -> list[tuple[str, str]]:
+    return read_rows(path, lambda row: (row["prompt"], row["response"]), EXPECTED)
+
+
 def user_texts(row: dict) -> list[str]:
     """What a user says in a row of a benchmark or of data; ValueError where there is nothing."""
     texts = [turn["user"] for turn in row.get("turns", ())]
@@ -192,48 +167,7 @@ def user_texts(row: dict) -> list[str]:
     return texts
 
 
-def read_rows(path: str, read: Callable) -> list:
-    """`read` of each line of a JSONL file; BadInput names the first bad one."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path} cannot be read ({error}); expected a JSONL file") from None
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            found += [read(json.loads(line))] if line.strip() else []
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BadInput(f"{path}:{number}: {' '.join(repr(error).split())[:120]}; expected "
-                           "a benchmark's or data rows, one JSON object a line") from None
-    if not found:
-        raise BadInput(f"{path} is empty; expected one JSON object a line")
-    return found
-
-
-# --------------------------------------------------------------------------------------------------
-# steps: files that grow by parts
-
-
-def read_part_rows(path: Path, wanted: int | None = None) -> list[dict]:
-    """A step's rows, whole parts of them: what a kill has torn is taken off the file.
-
-    wanted   how many rows the step has in all, if known: its last part may be shorter
-    """
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    whole = len(lines) - (bool(lines) and not lines[-1].endswith(b"\n"))
-    if whole != wanted:
-        whole -= whole % PART
-    if whole < len(lines):
-        os.truncate(path, sum(map(len, lines[:whole])))
-    return [json.loads(line) for line in lines[:whole]]
-
-
-def append_rows(path: Path, rows: list[dict]) -> list[dict]:
-    """Add rows to a file, on the disk before anything is built on them; returns them."""
-    append_text(path, json_lines(rows), sync=True)
-    return rows
-
-
+# --- steps: files that grow by parts
 def grow(run: Run, name: str, tasks: list[dict],
          do: Callable[[list[dict], int], list[dict]]) -> list[dict]:
     """Rows of a step, one for each task: those of its file, and `do` of the parts that it lacks.
@@ -242,7 +176,7 @@ def grow(run: Run, name: str, tasks: list[dict],
     raises   BadInput where the file is about other tasks: somebody changed a step before it
     """
     path = run.folder / f"{name}.jsonl"
-    rows = read_part_rows(path, len(tasks))
+    rows = read_parts(path, PART, len(tasks))
     if [row["task"] for row in rows] != [task["task"] for task in tasks[:len(rows)]]:
         raise BadInput(f"{path} is about other tasks than the step before it now gives; put back "
                        "what was changed, or name a new folder")
@@ -267,10 +201,7 @@ def write(run: Run, prompts: list[str], tokens: int, temperature: float, stops: 
             for prompt, c in zip(prompts, done)]
 
 
-# --------------------------------------------------------------------------------------------------
-# instructions
-
-
+# --- instructions
 def list_prompt(run: Run, number: int, kept: list[str]) -> str:
     """A numbered list to go on with: seeds, two of the tasks found so far, and the next number.
 
@@ -335,7 +266,7 @@ def sift(run: Run, lists: list[dict]) -> list[dict]:
 def make_instructions(run: Run) -> tuple[list[dict], list[dict]]:
     """Lists until n tasks are kept; (lists, items). The items follow from the lists alone."""
     path, wanted = run.folder / "lists.jsonl", run.settings
-    lists, most = read_part_rows(path), wanted.calls or wanted.n
+    lists, most = read_parts(path, PART), wanted.calls or wanted.n
     while True:
         items = sift(run, lists)
         kept = [row["task"] for row in items if not row["reason"]]
@@ -354,10 +285,7 @@ def make_instructions(run: Run) -> tuple[list[dict], list[dict]]:
     return lists, items
 
 
-# --------------------------------------------------------------------------------------------------
-# responses
-
-
+# --- responses
 def response_prompt(run: Run, number: int, task: str) -> str:
     """Worked examples, each with the end marker, and the task."""
     shots = random.Random(f"{run.settings.seed} response {number}").sample(
@@ -400,15 +328,13 @@ def make_responses(run: Run, tasks: list[dict]) -> list[dict]:
     return grow(run, "responses", tasks, do)
 
 
-# --------------------------------------------------------------------------------------------------
-# the critic
-
-
+# --- the critic
 def critic_prompt(kind: str, item: str, labels: tuple[str, str], swapped: bool) -> str:
     """The labels in their order, their meanings exchanged where swapped."""
-    means = CRITIC_MEANINGS[kind][::-1] if swapped else CRITIC_MEANINGS[kind]
-    return CRITIC.format(head=CRITIC_HEADS[kind], first=labels[0], second=labels[1],
-                         first_means=means[0], second_means=means[1], item=item)
+    head, *means = CRITICS[kind]
+    first_means, second_means = means[::-1] if swapped else means
+    return CRITIC.format(head=head, first=labels[0], second=labels[1], item=item,
+                         first_means=first_means, second_means=second_means)
 
 
 def describe(task: str, response: str | None = None) -> str:
@@ -445,10 +371,7 @@ def judge_all(run: Run, kind: str, rows: list[dict]) -> list[dict]:
     return grow(run, kind, rows, do)
 
 
-# --------------------------------------------------------------------------------------------------
-# what comes out
-
-
+# --- what comes out
 def split_pairs(pairs: list[dict]) -> dict[str, list[dict]]:
     """A twentieth each for valid and test, at least one row, by a hash of the task."""
     if len(pairs) < 3:
@@ -492,7 +415,7 @@ def quality(lists: list[dict], items: list[dict], tasks: list[dict], responses: 
 
 
 def print_quality(found: dict) -> None:
-    """The funnel as a table for a person."""
+    """How many rows each step kept and rejected, as a table for a person."""
     print(f"\n{'lists':<16}{found['lists']:6}\n{'items':<16}{found['items']:6}")
     for step in ("instructions", "tasks", "responses", "pairs"):
         parts = ", ".join(f"{name} {k}" for name, k in found[step].items())
@@ -527,26 +450,6 @@ def make_data(run: Run, record: dict) -> dict:
     return found
 
 
-def open_folder(folder: Path, about: dict) -> None:
-    """Begin a folder, or go on with one that was begun alike; BadInput names what differs."""
-    path = folder / "settings.json"
-    about = json.loads(json.dumps(about))
-    if not path.exists():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise BadInput(f"{folder} holds other files; name a new folder")
-        write_text(path, json.dumps(about, indent=2) + "\n")
-        return
-    try:
-        begun = json.loads(path.read_text())
-        unlike = [f"{part}.{name}" for part in about for name in about[part]
-                  if begun[part].get(name) != about[part][name]]
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise BadInput(f"{path} cannot be read ({error!r}); name a new folder") from None
-    if unlike:
-        raise BadInput(f"{folder} was begun with another {', '.join(unlike)}; put back what it "
-                       "began with, or name a new folder")
-
-
 def read_settings(words: list[str]) -> Settings:
     """`key=value` words as Settings; raises BadInput with all mistakes."""
     values, mistakes = read_keys(os.devnull, words, typing.get_type_hints(Settings))
@@ -566,17 +469,17 @@ def read_settings(words: list[str]) -> Settings:
 
 def main(argv: list[str]) -> None:
     if not argv or "=" in argv[0]:
-        raise BadInput("expected `python self_instruct.py OUT_FOLDER [key=value ...]`, "
+        raise BadInput("expected `python -m gate.self_instruct OUT_FOLDER [key=value ...]`, "
                        f"got {' '.join(argv) or 'nothing'}")
     folder, settings = Path(argv[0]), read_settings(argv[1:])
-    seeds = (read_rows(settings.seeds, lambda row: (row["prompt"], row["response"]))
-             if settings.seeds else list(SEEDS))
+    seeds = read_seeds(settings.seeds or SEEDS)
     if len(seeds) < max(settings.shown, settings.shots):
         raise BadInput(f"{len(seeds)} seeds are too few for shown = {settings.shown} and shots = "
                        f"{settings.shots}; add seeds, or show fewer")
-    texts = read_rows(settings.heldout, user_texts) if settings.heldout else []
-    inputs = {key: hash_file(Path(path)) for key in ("heldout", "seeds")
-              if (path := getattr(settings, key))}
+    texts = read_rows(settings.heldout, user_texts, EXPECTED) if settings.heldout else []
+    inputs = {"seeds": hash_file(settings.seeds or SEEDS)}
+    if settings.heldout:
+        inputs["heldout"] = hash_file(settings.heldout)
     about = {"settings": asdict(settings), "inputs": inputs | hash_model(settings.model)}
     # all that can be wrong before the folder is made: it keeps its settings
     model, tokenizer = load_base(settings.model, settings.dtype, settings.bits,
@@ -587,7 +490,7 @@ def main(argv: list[str]) -> None:
         tokenizer.word_ids([label])
     record = about | {"clean": check_base(settings.model, model, tokenizer),
                       "versions": provenance()}
-    open_folder(folder, about)
+    begin_folder(folder / "settings.json", about, "name a new folder")
     run = Run(folder, settings, model, tokenizer, seeds,
               Similar(text for row in texts for text in row))
     make_data(run, record)

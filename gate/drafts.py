@@ -1,7 +1,7 @@
 """How a conversation of the benchmark is drawn: gaps in texts, values, asides, four categories.
 
 conversations.py says what a conversation is for and how it is kept. Here one is made: `Draft` fills
-the texts of benchmarks/families.yaml, a value is drawn when a text first names it, and a plan such
+the texts of benchmark/families.yaml, a value is drawn when a text first names it, and a plan such
 as "aside ask ask" says which turns follow the opening. The prior work's items named in the question
 what the answer needed (a follow-up on photosynthesis asked about chlorophyll). A draft in which a
 value is said a second time is thrown away and drawn again.
@@ -15,21 +15,9 @@ from pathlib import Path
 
 import yaml
 
-from checks import check_turn, find, normalise
+from gate.checks import check_turn, find, normalise
 
-FAMILIES = Path(__file__).parent / "benchmarks" / "families.yaml"
-# after the first turn; each line is one way to fill a conversation of that difficulty
-PLANS = {
-    "memory": {"easy": ["ask ask"], "medium": ["aside ask ask", "ask aside ask"],
-               "hard": ["aside ask aside both", "later aside ask both"]},
-    "preferences": {"easy": ["ask recall"], "medium": ["ask aside recall", "aside ask recall"],
-                    "hard": ["aside ask aside recall", "ask aside ask recall"]},
-    "continuity": {"easy": ["ask ask"], "medium": ["ask aside ask", "aside ask ask"],
-                   "hard": ["aside ask aside ask", "ask aside ask ask"]},
-    "updates": {"easy": ["change restate"], "medium": ["change aside restate",
-                                                       "aside change restate"],
-                "hard": ["change aside change restate", "change change one restate"]},
-}
+FAMILIES = Path(__file__).parent / "benchmark" / "families.yaml"
 
 
 @dataclass(frozen=True)
@@ -48,9 +36,7 @@ class Turn:
     checks: tuple[dict, ...] = ()
 
 
-# --------------------------------------------------------------------------------------------------
-# drawing values and filling texts
-
+# --- drawing values and filling texts
 GAP = re.compile(r"\{(?:(a|all|lines|upper|int) )?(\w+)\}")
 COMPUTED = {
     "letters": lambda word: str(len(word)),
@@ -94,9 +80,14 @@ def range_of(spec: str) -> tuple[str, int, int] | None:
     return match and (match[1] or "", int(match[2]), int(match[3]))
 
 
+def base_name(slot: str) -> str:
+    """example  "item_3" -> "item" """
+    return re.sub(r"_\d+$", "", slot)
+
+
 def values_of(family: dict, name: str) -> list[str]:
     """All values that a family may put in a slot, for one who has to guess; [] if not known."""
-    texts, name = load_texts(), re.sub(r"_\d+$", "", name)
+    texts, name = load_texts(), base_name(name)
     if "table" in family:
         values = [row[name] for row in table_rows(texts[family["table"]]) if name in row]
         if values:
@@ -206,10 +197,7 @@ class Draft:
         self.state["interrupted"] = True
 
 
-# --------------------------------------------------------------------------------------------------
-# the four categories: how each opens, and its steps
-
-
+# --- the four categories: how each opens, and its steps
 def open_memory(d: Draft) -> None:
     """Two to four facts, and from medium on somebody else's value of one that will be asked."""
     names = d.rng.sample(list(d.family["facts"]), 2 if d.difficulty == "easy" else 3)
@@ -381,7 +369,7 @@ def draft_conversation(category: str, family: dict, difficulty: str, rng: random
     while True:
         d = Draft(family, load_texts(), rng, difficulty)
         OPENINGS[category](d)
-        for step in rng.choice(PLANS[category][difficulty]).split():
+        for step in rng.choice(d.texts["plans"][category][difficulty]).split():
             (Draft.aside if step == "aside" else STEPS[category, step])(d)
         if not leaks(d):
             return d

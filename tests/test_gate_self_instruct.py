@@ -23,19 +23,15 @@ from conftest import (
 )
 
 import memory
-import self_instruct
-from clean import hash_file
 from config import BadInput, Config, load_config
 from fullsize import SHAPES
-from generate import Completion
-from model import parse_args
-from self_instruct import (
+from gate import self_instruct
+from gate.jsonl import append_rows
+from gate.self_instruct import (
     END,
-    SEEDS,
     Run,
     Settings,
     Similar,
-    append_rows,
     criticise,
     grams,
     judge_all,
@@ -44,6 +40,7 @@ from self_instruct import (
     make_data,
     make_responses,
     parse_list,
+    read_seeds,
     read_settings,
     reject_response,
     reject_task,
@@ -52,8 +49,13 @@ from self_instruct import (
     split_pairs,
     words_of,
 )
+from generate import Completion
+from model import parse_args
+from provenance import hash_file
 from tasks import load_split
 from tokenizer import load_tokenizer
+
+SEEDS = read_seeds(self_instruct.SEEDS)
 
 
 @pytest.mark.parametrize("text, cut, items", [
@@ -219,7 +221,7 @@ def scripted_run(bpe, monkeypatch):
     def make(folder):
         folder.mkdir()
         return Run(folder, Settings(n=30, shown=4, shots=2, seed=5), Stub(bpe, views, 1.0), bpe,
-                   list(SEEDS), Similar(["Name a held-out bird!"]))
+                   SEEDS, Similar(["Name a held-out bird!"]))
     return make
 
 
@@ -330,7 +332,7 @@ def long_model(tmp_path_factory):
 def test_steps_on_a_real_model(tmp_path):
     model = random_model(small_config() | {"max_position_embeddings": 4096})
     about = Run(tmp_path, Settings(labels=("1", "2"), response_tokens=5, shots=1), model,
-                load_tokenizer(TINY), list(SEEDS), Similar())
+                load_tokenizer(TINY), SEEDS, Similar())
     rows = make_responses(about, [{"task": "3 + 4 ="}, {"task": "5 + 4 ="}])
     assert [r["task"] for r in rows] == ["3 + 4 =", "5 + 4 ="]
     assert all(r["tokens"] <= 5 and r["stop_reason"] == "length" for r in rows)
@@ -345,7 +347,7 @@ def test_command(long_model, tmp_path):
     held.write_text(json.dumps({"turns": [{"user": "Name a bird."}]}) + "\n")
     words = [tmp_path / "out", f"model={long_model}", "n=2", "calls=1", "shown=2", "shots=1",
              "list_tokens=4", f"heldout={held}", "labels=1,2"]
-    done = run("self_instruct.py", *words)
+    done = run("-m", "gate.self_instruct", *words)
     assert_one_clear_line(done, "0 pairs were accepted", "larger n")
     assert len((tmp_path / "out" / "lists.jsonl").read_text().splitlines()) == 16
     assert not json.loads((tmp_path / "out" / "qc.json").read_text())["passed"]

@@ -1,0 +1,159 @@
+"""Before you train: is there a gap? The base must fail what the instruct model can do.
+
+A training run once taught a 32B base to follow instructions. It already could: on raw prompts it
+rambled, the score counted characters, and 81 % became 99 % with p = 2e-12; recounted, 100 % stood
+against 99. So here a base is tried in several formats and counts by its *best*; at least two ways
+of scoring have to agree, item by item and in their verdict; and the verdict is a file that
+`train.py` asks for (`require_gate: FOLDER/gate.json`).
+
+    python -m gate configs/gate_tiny.yaml            # replies, scores, verdict, gate.json
+    python -m gate configs/gate_tiny.yaml judge=...  # scores anew, generates nothing anew
+    python -m gate --paired runs/gate_tiny:base-raw runs/gate_tiny:base-lines
+
+GO: every scorer finds the gap. NO-GO: every scorer measures a rate that refutes it. AMBIGUOUS: they
+disagree, too much is undecided, or too little is there to say. All figures are printed in any case.
+
+Read in this order: checks, drafts, conversations (the benchmark), clean (does a prompt reach a base
+untouched?), replies, judge, settings, verdict, evaluate, and here the tables for a person.
+self_instruct writes training data.
+"""
+import argparse
+from pathlib import Path
+
+from config import BadInput, Stopped, read_json_lines, run_main
+from gate.evaluate import run_gate
+from gate.judge import LEAST_KAPPA, LEAST_LABELS, LEAST_LOW
+from gate.settings import GateConfig
+from gate.verdict import compare, number
+from provenance import read_report
+from stats import percent
+
+
+def print_gate(report: dict) -> None:
+    """Rates by condition and scorer, paired tests, rules, warnings, verdict."""
+    about, scorers = report["benchmark"], report["scorers"]
+    print(f"\n{about['path']}: {about['conversations']} conversations, SHA-256 "
+          f"{about['sha256'][:12]}; greedy; 95 % Wilson intervals over decided ones")
+    for role, model in report["models"].items():
+        clean = model.get("clean")
+        state = ("" if not clean else "encoding is clean; -chat applies its own template"
+                 if clean["template_applied"] else "prompts reach it untouched")
+        print(f"  {role:<12}{model['name']}  weights {model['weights'][:12]}  {state}")
+    print(f"\n  {'condition':<20}" + "".join(f"{s:<32}" for s in scorers)
+          + "undecided   tokens  cut")
+    for name, cells in report["conditions"].items():
+        first = cells[scorers[0]]
+        undecided = "/".join(str(cells[s]["undecided"]) for s in scorers)
+        print(f"  {name:<20}" + "".join(f"{percent(cells[s]['rate']):<32}" for s in scorers)
+              + f"{undecided:<12}{first['median_tokens']:<8g}{100 * first['cut']['value']:.0f} %")
+    print(f"\n  by {scorers[0]}:")
+    for name, cells in report["conditions"].items():
+        parts = "  ".join(f"{c} {percent(v).strip()}"
+                          for c, v in cells[scorers[0]]["by_category"].items())
+        print(f"  {name:<20}{parts}")
+    print()
+    for pair, test in report["paired"].items():
+        print_comparison(pair, test)
+    if "judge" in report:
+        print_judge(report["judge"])
+    for warning in report["warnings"]:
+        print(f"  warning: {warning}")
+    if "verdict" in report:
+        print_rules(report)
+
+
+def print_comparison(pair: str, test: dict) -> None:
+    d = test["difference"]
+    if d["value"] is None:
+        print(f"  {pair}: no conversation that both decided")
+        return
+    needed = test["items_needed"]
+    print(f"  {pair}: {100 * d['value']:+.1f} points [{100 * d['low']:+.1f}, "
+          f"{100 * d['high']:+.1f}], n {test['n']}; only the first {test['only_first']}, only the "
+          f"second {test['only_second']}; McNemar p {test['p']:.2g}, h {test['h']:+.2f}"
+          + (f"; such a difference shows in 9 of 10 studies from {needed} conversations on"
+             if needed else ""))
+
+
+def print_judge(about: dict) -> None:
+    c, turns = about["calibration"], about["turns"]
+    lost = {v: sum(cell[v] for cell in turns.values()) for v in ("unsure", "invalid")}
+    print(f"  judge {about['judge']}: {lost['unsure']} turns unsure, {lost['invalid']} without a "
+          f"verdict; against people: {c['n']} labels, kappa {number(c['value'])}"
+          + (" (trusted)" if c["ok"] else f" (not trusted to head a report: {LEAST_LABELS} labels "
+             f"and kappa {LEAST_KAPPA}, surely above {LEAST_LOW}, are needed; label "
+             "spotcheck.jsonl)"))
+
+
+def print_rules(report: dict) -> None:
+    print(f"\n  {'rule':<36}{'wanted':>8}  " + "".join(f"{s:>14}" for s in report["scorers"]))
+    for k, rule in enumerate(report["rules"][report["scorers"][0]]):
+        cells = [report["rules"][s][k] for s in report["scorers"]]
+        print(f"  {rule['rule']:<36}{rule['wanted']:>8g}  " + "".join(
+            f"{number(c['value']):>10} {'yes' if c['holds'] else 'NO':<3}" for c in cells))
+    chosen = report["chosen"]
+    gap = report["paired"][f"{chosen['base']} against {chosen['instruct']}"]
+    print(f"  the design: {gap['n']} pairs find a gap just as large as wanted with power "
+          f"{gap['design_power']:.3f}")
+    for pair, a in report["agreement"].items():
+        print(f"  {pair} agree: {number(a['lowest'])} in the condition where they do least, kappa "
+              f"{number(a['pooled']['value'])}: {'yes' if a['holds'] else 'NO'}")
+    print(f"\n{report['verdict']}" + "".join(f"\n  {reason}" for reason in report["reasons"]))
+
+
+def compare_folders(first: str, second: str) -> dict:
+    """FOLDER:CONDITION against FOLDER:CONDITION, by the first's heading scorer; raises BadInput."""
+    sides = []
+    for word in (first, second):
+        folder, _, condition = word.rpartition(":")
+        path = Path(folder or word) / "gate.json"
+        report = read_report(path, f"--paired {word}: expected FOLDER:CONDITION of a finished "
+                             "evaluation, such as runs/gate_tiny:base-raw")
+        rows = read_json_lines(path.parent / "outcomes.jsonl")
+        known = sorted(rows[0]["passed"][report["scorers"][0]]) if rows else []
+        if condition not in known:
+            raise BadInput(f"{path.parent} has no condition {condition!r}; expected one of "
+                           f"{', '.join(known)}")
+        sides.append((report, {row["id"]: row["passed"] for row in rows}, condition,
+                      {row["id"]: row["category"] for row in rows}))
+    (report, a, first_name, categories), (other, b, second_name, _) = sides
+    if report["benchmark"]["sha256"] != other["benchmark"]["sha256"]:
+        raise BadInput(f"{first} and {second} answered different benchmarks "
+                       f"({report['benchmark']['path']}, {other['benchmark']['path']}); a paired "
+                       "test needs the same conversations: evaluate both on one")
+    scorer = report["scorers"][0]
+    if scorer not in next(iter(b.values())):
+        raise BadInput(f"{second} was not scored by {scorer}; score both by the same")
+    pick = lambda side, name: {i: passed[scorer][name] for i, passed in side.items()}
+    return {"scorer": scorer, **compare(pick(a, first_name), pick(b, second_name), GateConfig(),
+                                        categories)}
+
+
+def main(argv: list[str]) -> None:
+    """Exit code 0 for GO, or where there is nothing to decide; else raises Stopped, code 3."""
+    parser = argparse.ArgumentParser(
+        prog="python -m gate", description="Base against instruct model on a benchmark of "
+        "conversations, before a training run.")
+    parser.add_argument("config", nargs="?", help="a gate's YAML file, such as "
+                        "configs/gate_tiny.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of that file")
+    parser.add_argument("--paired", nargs=2, metavar="FOLDER:CONDITION",
+                        help="two conditions of finished gates on one benchmark")
+    args = parser.parse_args(argv)
+    if args.paired:
+        print_comparison(" against ".join(args.paired), compare_folders(*args.paired))
+        return
+    if not args.config:
+        raise BadInput("nothing to compare; give a gate's CONFIG, such as configs/gate_tiny.yaml, "
+                       "or --paired FOLDER:CONDITION FOLDER:CONDITION")
+    report = run_gate(args.config, args.overrides)
+    print_gate(report)
+    folder = report["config"]["out"]
+    print(f"\nwrote {folder}/gate.json, outcomes.jsonl, disagreements.jsonl"
+          + (", spotcheck.jsonl" if "judge" in report else ""))
+    if report.get("verdict", "GO") != "GO":
+        raise Stopped(f"{folder}: {report['verdict']}; do not train on this yet")
+
+
+if __name__ == "__main__":
+    run_main(main)

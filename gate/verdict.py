@@ -1,0 +1,176 @@
+"""GO, NO-GO or AMBIGUOUS: pure functions of outcomes {scorer: {condition: {id: outcome}}}.
+
+An outcome is True (passed), False (failed) or None (undecided). GO: every scorer finds the gap.
+NO-GO: every scorer measures a rate that refutes it. AMBIGUOUS: they disagree, too much is
+undecided, or too little is there to say.
+"""
+import itertools
+from operator import ge, gt, le, lt
+
+import stats
+from config import BadInput
+from gate.replies import SUSPICIOUS, reply_length
+from gate.settings import ROLES, GateConfig
+
+MARGIN = 0.10   # how far beyond its threshold a rate's Wilson interval may reach
+# the rules that refute a gap; the others say that too little is known
+RATES = ("base passes at most", "alternative base passes at most", "instruct passes at least")
+
+
+def paired(first: dict[str, bool | None],
+           second: dict[str, bool | None]) -> tuple[list, list, list]:
+    """The ids that both conditions decided, and their outcomes. BadInput if unpaired."""
+    if first.keys() != second.keys():
+        odd = sorted(first.keys() ^ second.keys())
+        raise BadInput(f"a paired test needs the same conversations on both sides: {len(odd)} are "
+                       f"on one side only, such as {', '.join(odd[:3])}; evaluate both on one "
+                       "benchmark")
+    ids = [i for i in first if first[i] is not None and second[i] is not None]
+    return ids, [first[i] for i in ids], [second[i] for i in ids]
+
+
+def rate(outcomes: dict[str, bool | None]) -> dict:
+    """Share that passed, of what was decided, with its Wilson interval."""
+    decided = [passed for passed in outcomes.values() if passed is not None]
+    return stats.wilson(sum(decided), len(decided))
+
+
+def best_of(role: str, outcomes: dict[str, dict]) -> str | None:
+    """The condition of a role with the highest rate: a base counts by the format that helps it."""
+    names = [name for name in outcomes if name.split("-")[0] == role]
+    return max(names, key=lambda name: rate(outcomes[name])["value"] or 0, default=None)
+
+
+def compare(first: dict, second: dict, cfg: GateConfig, categories: dict[str, str]) -> dict:
+    """Two conditions on the same conversations: test, effect, interval, power, categories."""
+    ids, a, b = paired(first, second)
+    n, test = len(ids), stats.mcnemar(a, b)
+    shares = [test[side] / n if n else 0 for side in ("only_first", "only_second")]
+    # the same shares for two independent models at the thresholds: .30 and .80 -> .06 and .56
+    base, instruct = cfg.base_at_most, cfg.instruct_at_least
+    design = base * (1 - instruct), (1 - base) * instruct
+    cells = {}
+    for c in sorted(set(categories.values())):
+        of = [k for k, i in enumerate(ids) if categories[i] == c]
+        cells[c] = {"n": len(of), **stats.mcnemar([a[k] for k in of], [b[k] for k in of])}
+    for cell, p in zip(cells.values(), stats.adjusted_p([cell["p"] for cell in cells.values()])):
+        cell["p_adjusted"] = p
+    return {"n": n, **test, "h": stats.cohens_h(sum(a) / n, sum(b) / n) if n else None,
+            "difference": stats.paired_bootstrap(a, b, [categories[i] for i in ids]),
+            "observed_power": stats.power_of_mcnemar(n, *shares, cfg.p_below),
+            "design_power": stats.power_of_mcnemar(n, *design, cfg.p_below),
+            "items_needed": stats.items_needed(*shares, cfg.p_below), "by_category": cells}
+
+
+def comparisons(cfg: GateConfig, outcomes: dict[str, dict], categories: dict[str, str],
+                chosen: dict[str, str]) -> dict:
+    """The gap, and what a format alone does to each model: "A against B" -> compare's figures."""
+    pairs = [(chosen["base"], chosen["instruct"])] if "instruct" in chosen else []
+    pairs += [(chosen["base"], chosen["alternative"])] if "alternative" in chosen else []
+    for role in ROLES:
+        names = [name for name in outcomes if name.split("-")[0] == role]
+        pairs += [(names[0], other) for other in names[1:]]
+    return {f"{a} against {b}": compare(outcomes[a], outcomes[b], cfg, categories)
+            for a, b in pairs}
+
+
+def rules_of(cfg: GateConfig, outcomes: dict[str, dict], chosen: dict[str, str]) -> list[dict]:
+    """One scorer's rules: [{rule, value, wanted, holds}]."""
+    base, instruct = (rate(outcomes[chosen[role]]) for role in ("base", "instruct"))
+    _, a, b = paired(outcomes[chosen["base"]], outcomes[chosen["instruct"]])
+    test = stats.mcnemar(a, b)
+    h = stats.cohens_h(sum(a) / len(a), sum(b) / len(b)) if a else None
+    # of all a base's formats: one that could not be scored may be its best
+    looked_at = [n for n in outcomes if n.split("-")[0] != "instruct"] + [chosen["instruct"]]
+    undecided = max(sum(v is None for v in outcomes[name].values()) / max(len(outcomes[name]), 1)
+                    for name in looked_at)
+    ahead = test["only_second"] > test["only_first"]
+    rules = [
+        ("base passes at most", base["value"], cfg.base_at_most, le),
+        ("instruct passes at least", instruct["value"], cfg.instruct_at_least, ge),
+        ("McNemar p below, instruct ahead", test["p"], cfg.p_below,
+         lambda p, below: ahead and p < below),
+        ("Cohen's h at least", h, cfg.h_at_least, ge),
+        # so few that chance could have met the thresholds
+        ("base's interval ends below", base["high"], cfg.base_at_most + MARGIN, lt),
+        ("instruct's interval begins above", instruct["low"], cfg.instruct_at_least - MARGIN, gt),
+        ("undecided at most", undecided, cfg.undecided_at_most, le)]
+    if "alternative" in chosen:
+        rules.insert(2, ("alternative base passes at most",
+                         rate(outcomes[chosen["alternative"]])["value"],
+                         cfg.alternative_at_most, le))
+    return [{"rule": rule, "value": value, "wanted": wanted,
+             "holds": value is not None and bool(holds(value, wanted))}
+            for rule, value, wanted, holds in rules]
+
+
+def agreement_of(cfg: GateConfig, first: dict[str, dict], second: dict[str, dict]) -> dict:
+    """Two scorers on the same replies: agreement in each condition, kappa over all of them."""
+    cells, all_a, all_b, apart = {}, [], [], []
+    for name in first:
+        _, a, b = paired(first[name], second[name])
+        cells[name] = stats.cohens_kappa(a, b)
+        # pooled, kappa is high for any two scorers that tell the models apart; so it must hold
+        # within each condition too, where there are enough passes and failures to say so
+        few = min(side.count(value) for side in (a, b) for value in (True, False)) < 5
+        if not few and cells[name]["high"] < cfg.kappa_at_least:
+            apart.append(name)
+        all_a, all_b = all_a + a, all_b + b
+    pooled = stats.cohens_kappa(all_a, all_b)
+    lowest = min((c["agreement"] for c in cells.values() if c["n"]), default=None)
+    # where every reply has the same outcome kappa is undefined, and agreement says all there is
+    kappa_holds = (pooled["value"] >= cfg.kappa_at_least if pooled["value"] is not None
+                   else pooled["agreement"] == 1)
+    return {"by_condition": cells, "pooled": pooled, "lowest": lowest, "apart": apart,
+            "holds": lowest is not None and lowest >= cfg.agreement_at_least
+            and bool(kappa_holds) and not apart}
+
+
+def decide(cfg: GateConfig, outcomes: dict[str, dict[str, dict]]) -> dict:
+    """GO, NO-GO or AMBIGUOUS, with the rules and agreements that lead there."""
+    head = outcomes[cfg.scorers[0]]
+    chosen = {role: best_of(role, head) for role in ROLES if best_of(role, head)}
+    rules = {s: rules_of(cfg, outcomes[s], chosen) for s in cfg.scorers}
+    agreements = {f"{a} and {b}": agreement_of(cfg, outcomes[a], outcomes[b])
+                  for a, b in itertools.combinations(cfg.scorers, 2)}
+    finds = {s: all(rule["holds"] for rule in rules[s]) for s in cfg.scorers}
+    reasons = [f"{s}: {r['rule']} {r['wanted']:g} does not hold ({number(r['value'])})"
+               for s in cfg.scorers for r in rules[s] if not r["holds"]]
+    reasons += [f"{pair} do not agree (lowest agreement {number(a['lowest'])}, kappa "
+                f"{number(a['pooled']['value'])}"
+                + (f"; apart within {', '.join(a['apart'])}" if a["apart"] else "") + ")"
+                for pair, a in agreements.items() if not a["holds"]]
+    agree = all(a["holds"] for a in agreements.values())
+    # refuted by a rate that was measured, not by lack of data
+    refuted = [rules[s][-1]["holds"] and any(
+        not r["holds"] and r["value"] is not None and r["rule"] in RATES for r in rules[s])
+        for s in cfg.scorers]
+    verdict = ("GO" if agree and all(finds.values())
+               else "NO-GO" if agree and all(refuted) else "AMBIGUOUS")
+    return {"verdict": verdict, "reasons": reasons, "chosen": chosen, "rules": rules,
+            "agreement": agreements}
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def length_warnings(outcomes: dict[str, dict[str, dict]],
+                    replies: dict[str, list[dict]]) -> list[str]:
+    """Scores that the length of the replies alone predicts, in one condition or over all."""
+    lengths = {name: {row["id"]: reply_length(row) for row in rows}
+               for name, rows in replies.items()}
+    warnings = []
+    for scorer, by_condition in outcomes.items():
+        points = {name: [(lengths[name][i], passed) for i, passed in cell.items()
+                         if passed is not None] for name, cell in by_condition.items()}
+        points["all conditions"] = [point for part in points.values() for point in part]
+        for name, part in points.items():
+            passes = [passed for _, passed in part]
+            few = min(passes.count(True), passes.count(False)) < 5  # chance alone would predict
+            value = None if few else stats.auc(*zip(*part))
+            if value is not None and max(value, 1 - value) > SUSPICIOUS:
+                side = "longer" if value > 0.5 else "shorter"
+                warnings.append(f"{name}: length alone predicts what {scorer} passes (AUC "
+                                f"{value:.2f}: {side} replies pass); read some before believing it")
+    return warnings
