@@ -45,7 +45,7 @@ from hub import find_folder, read_json
 from lens import read_prompts
 from model import Llama, ModelArgs, init_weights, load, parse_args, save_safetensors
 from peers.clock import clock, random_prompts
-from plot import plt, save_figure
+from report.plot import plt, save_figure
 from train import compile_step, make_loss, next_updates, prepare_model, take_updates
 
 HERE = Path(__file__).parent

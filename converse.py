@@ -24,7 +24,7 @@ from config import BadInput, json_lines, read_json_lines, write_text
 from conversations import Conversation
 from generate import sample
 from model import Llama
-from stats import auc, wilson
+from report.stats import auc, wilson
 from tokenizer import STOPS, Tokenizer
 
 SCORERS = ("checks", "judge", "exact", "length")

@@ -37,12 +37,12 @@ from lens import Reading, read_prompts
 from lora import load_base, load_checkpoint
 from markovian import answer_prompt, encode_question, evaluate_chains, summarize_chains
 from model import Llama
-from stats import bootstrap_mean, mcnemar, percent, wilson
-from tasks import load_split, question_of
+from report.stats import EMERGED, bootstrap_mean, mcnemar, wilson
+from report.terminal import report_text
+from tasks import load_split
 from tokenizer import STOPS, Tokenizer
 
 SERIES = ("answer", "operation", "symbol")
-EMERGED = 0.10  # the prior work's threshold on a probability before the last block
 
 
 def target_ids(tokenizer: Tokenizer, problems: list[Problem], target: str) -> dict[str, int]:
@@ -263,88 +263,6 @@ def make_report(ckpt: str | Path, with_base: bool, compare: str | None = None,
     return report
 
 
-def print_report(report: dict) -> None:
-    """Tables for a person: accuracy beside the base, the prior work's prompt table, the layers."""
-    print(f"\n{report['ckpt']} ({report['method']}, seed {report['seed']}); "
-          "test pairs never seen in training; 95 % Wilson intervals")
-    if "chains" in report:
-        print_chains(report)
-    else:
-        print_accuracy(report)
-        print_prompts(report["prompts"])
-    print("\n  block   answer                  operation word          "
-          "symbol                  entropy    (mean probability, median rank)")
-    for layer in reversed(report["layers"]):
-        cells = "".join(f"{layer[s]['prob']:.4f}  #{layer[s]['rank']:<14.0f}" for s in SERIES)
-        print(f"  L{layer['layer']:<6} {cells}{layer['entropy']:.2f}"
-              f"{'   (the output itself)' if layer['last'] else ''}")
-
-
-def print_columns(report: dict) -> list[dict]:
-    """The head of a table: base, this model, another; returns those there are."""
-    reports = {"base": report.get("base"), "this": report, "other": report.get("compare")}
-    reports = {name: r for name, r in reports.items() if r}
-    print(" " * 36 + "".join(f"{name + ': ' + r['ckpt']:<34}" for name, r in reports.items()))
-    return list(reports.values())
-
-
-def print_accuracy(report: dict) -> None:
-    reports = print_columns(report)
-    lines = {"accuracy, all test problems": lambda r: r["accuracy"],
-             "accuracy, add and subtract": lambda r: r["accuracy_add_subtract"]}
-    lines |= {f"  {cell}": lambda r, cell=cell: r["accuracy_by"][cell]
-              for cell in report["accuracy_by"]}
-    lines |= {f"  the prior work's {name} prompts": lambda r, name=name: r["accuracy_named"][name]
-              for name in report["accuracy_named"]}
-    lines[f"operation word top-1 at L{report['class']['layer']}"] = lambda r: r["class"]["top1"]
-    lines |= {f"{name} emerged (> {EMERGED})": lambda r, name=name: r["strength"][name]["emerged"]
-              for name in SERIES}
-    for label, get in lines.items():
-        print(f"  {label:<34}" + "".join(f"{percent(get(r)):<34}" for r in reports))
-    print_mcnemar(report)
-
-
-def print_chains(report: dict) -> None:
-    """What the chains carry, beside the base's and another run's, and the first three chains."""
-    reports = print_columns(report)
-    for label, key in (("accuracy, greedy chain and answer", "correct"),
-                       ("  the same chains, frozen answerer", "correct_frozen"),
-                       ("  without a chain", "correct_empty"),
-                       ("  with another problem's chain", "correct_shuffled"),
-                       ("no answer to read (invalid)", "invalid"),
-                       ("chains ended by themselves", "chain_finished")):
-        print(f"  {label:<34}" + "".join(f"{percent(r['chains'][key]):<34}" for r in reports))
-    nats = lambda m: f"{m['value']:.2f} [{m['low']:.2f}, {m['high']:.2f}]"
-    for label, key in (("log p(answer | chain), nats", "reward"),
-                       ("  by the frozen base", "reward_frozen"),
-                       ("  without a chain", "reward_empty"), ("tokens a chain", "chain_tokens")):
-        print(f"  {label:<34}" + "".join(f"{nats(r['chains'][key]):<34}" for r in reports))
-    print_mcnemar(report)
-    for row in report["prompts"][:3]:
-        print(f"\n  {question_of(row['prompt'])[:200]!r}\n    chain  {row['chain'][:300]!r}\n"
-              f"    answer {row['generated']!r}, expected {row['expected'][:60]!r}")
-
-
-def print_mcnemar(report: dict) -> None:
-    if "compare" in report:
-        test = report["compare"]["mcnemar"]
-        print(f"  McNemar, exact: {test['only_first']} solved only by this, "
-              f"{test['only_second']} only by the other, p = {test['p']:.3g}")
-
-
-def print_prompts(rows: list[dict]) -> None:
-    """The prior work's table over its named prompts, with the classifier's layer and confidence."""
-    print(f"\n  {'prompt':<14}{'expected':>9}{'generated':>11}  right  "
-          f"{'answer before the last block':<30}operation word before the last block")
-    for row in {r["prompt"]: r for r in rows if r["set"] != "test"}.values():
-        answer, word = (
-            f"L{row[s + '_layer']} {row[s + '_prob']:.3f} (last block {row[s + '_prob_last']:.3f})"
-            for s in ("answer", "operation"))
-        right = "yes" if row["correct"] else "no"
-        print(f"  {row['prompt']:<14}{row['expected']:>9}{row['generated'][:10]:>11}  "
-              f"{right:<7}{answer:<30}{word}")
-
-
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description="Accuracy and classifier report of a run or model.")
@@ -370,7 +288,7 @@ def main(argv: list[str]) -> None:
     if not args.ckpt:
         raise BadInput("nothing to judge; give --ckpt RUN_OR_MODEL, --gate CONFIG or --paired")
     report = make_report(args.ckpt, args.base, args.compare, args.overrides)
-    print_report(report)
+    print(report_text(report))
     if args.json:
         write_text(Path(args.json), json.dumps(report, indent=1) + "\n")
 

@@ -62,7 +62,7 @@ from judge import (
     write_spotcheck,
 )
 from lora import load_base, load_checkpoint
-from stats import (
+from report.stats import (
     adjusted_p,
     auc,
     cohens_h,

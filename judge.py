@@ -32,7 +32,7 @@ from conversations import Conversation
 from lens import pad_prompts
 from losses import token_logprobs
 from model import Llama
-from stats import cohens_kappa
+from report.stats import cohens_kappa
 from tokenizer import Tokenizer
 
 PROMPT = """Below are a chat between a user and an assistant, and the reply under review.

@@ -1,4 +1,4 @@
-"""The logit lens and its relatives: what the residual stream says before the last block.
+"""The logit lens: what the residual stream says before the last block.
 
 *Logit lens* (nostalgebraist 2020): at each tap the model's own final norm and unembedding are
 applied, softmax(U . N(h)) in float32, with the statistics of that tap. It calls `model.head`, the
@@ -7,18 +7,12 @@ at the last tap it *is* the model. (The prior code looped over blocks without th
 A lens probability is not a belief: it depends on the residual's length too. So rank, entropy and
 the distance to the final distribution stand beside it.
 
-*Jacobian lens* (Gurnee et al. 2026): U . N(J h), where J is the mean derivative of the last tap
-with respect to this one. Nothing is trained, least of all on the words it reads, so it is a fair
-second opinion on a loss that trains the logit lens's own read-out.
-
-*Direct logit attribution*: the last tap is a sum, of the embedding and of what each attention and
-MLP wrote; with the final norm's scale held at the clean run's, so is each logit. It says who wrote
-the answer into the stream, not what would happen without them.
-
 Memory: of a (rows, V) array of logits a few numbers per row are kept. Never (taps, B, T, V).
 
     python lens.py --ckpt runs/dual_reward --prompt "7 * 8 = " [--words multiply 56]
-                   [--attribute 56 15] [--png FILE] [--html FILE] [--json FILE]
+                   [--png FILE] [--html FILE] [--json FILE]
+
+Its relatives stand in study/: the Jacobian lens, direct logit attribution, probes, edits.
 """
 import argparse
 import json
@@ -31,13 +25,16 @@ import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
 
-import plot
 from config import BadInput, run_main, write_text
 from fastexp import exp, fold, linux_cpu, logsumexp
 from generate import check_context
 from lora import load_checkpoint
 from model import Llama, gather_positions
 from parallel import cut, side_by_side
+from report.page import lens_page
+from report.plot import lens_heatmap
+from report.stats import EMERGED, depth
+from report.terminal import lens_table
 from tokenizer import Tokenizer
 
 ROWS_PER_BATCH = 128
@@ -146,7 +143,7 @@ def read_taps(model: Llama, tokens: mx.array, positions: mx.array, targets: mx.a
     tokens     (B, T) int32, right-padded if rows differ (beyond every position asked for)
     positions  (B, A) int32: position p predicts token p+1
     targets    (B, A, N) int32 token ids to follow, N at least 1
-    jacobians  (L+1, D, D) from `jacobian`: read J h instead of h; none: the logit lens
+    jacobians  (L+1, D, D) from study.jacobian: read J h instead of h; none: the logit lens
     source     logit lens; at tap L the probabilities are the model's own (tested)
     """
     parts = side_by_side(lambda part: read_part(model, **part, k=k, jacobians=jacobians), cut(
@@ -201,166 +198,6 @@ def read_prompts(model: Llama, prompts: list[list[int]], targets: list[list[int]
 
 
 # --------------------------------------------------------------------------------------------------
-# at which depth
-
-
-def depth(score: np.ndarray, threshold: float, hold: int = 3) -> dict[str, int]:
-    """Where a curve over taps rises, peaks and stays; taps, -1 for never.
-
-    score    (L+1,) of one quantity. Looked at before the last block only, taps 1 to L-1: tap 0 is
-             the input token, tap L the output.
-    first    the first tap at the threshold or above: counts blips
-    onset    the first such tap after a lower one that keeps it for `hold` taps (fewer at the end):
-             what can be read from tap 0 on has no onset, since it never rose
-    sustained  the first tap from which it stays; right for answers, wrong for words that fade again
-    peak     where it is largest
-    example  [0, .1, .6, .2, .7, .8, .9, 1] at .5 -> first 2, onset 4, sustained 4, peak 6
-    """
-    last = len(score) - 2
-    above = np.asarray(score) >= threshold
-    inner = range(1, last + 1)
-    find = lambda rule: next((k for k in inner if rule(k)), -1)
-    return {"first": find(lambda k: above[k]),
-            "onset": find(lambda k: not above[k - 1] and above[k:min(k + hold, last + 1)].all()),
-            "sustained": find(lambda k: above[k:last + 1].all()),
-            "peak": 1 + int(np.argmax(score[1:last + 1]))}
-
-
-def saturation(top_ids: np.ndarray) -> np.ndarray:
-    """The first tap from which the top token is the model's own to the end: (L+1, ...) -> (...).
-
-    source   Geva et al. 2203.14680: "saturation event"
-    """
-    same = top_ids == top_ids[-1]
-    # from the end: how long the run of equal top tokens is
-    return len(top_ids) - np.cumprod(same[::-1], axis=0).sum(0)
-
-
-# --------------------------------------------------------------------------------------------------
-# the Jacobian lens
-
-
-def unembedding_rows(model: Llama, ids: mx.array) -> mx.array:
-    """Rows of the unembedding, float32 (N, D), whatever type or bits it has.
-
-    Pulled back through the unembedding itself, a linear map: quantised and tied ones need no case.
-    """
-    V, D = model.args.vocab_size, model.args.hidden_size
-    one_hot = (mx.arange(V) == ids[:, None]).astype(mx.float32)                     # (N, V)
-    zeros = mx.zeros((len(ids), D))
-    return mx.vjp(lambda x: model.unembed(x).astype(mx.float32), [zeros], [one_hot])[1][0]
-
-
-def word_directions(model: Llama, ids: mx.array) -> mx.array:
-    """gain * U_w: what N(h), before its division by the length, is multiplied with; (N, D)."""
-    return unembedding_rows(model, ids) * model.model.norm.weight.astype(mx.float32)
-
-
-def jacobian(model: Llama, prompts: list[list[int]], directions: mx.array) -> mx.array:
-    """Mean over positions and prompts of d<direction, last tap> / d(tap k): (L+1, N, D) float32.
-
-    prompts     any text, as ids; not the prompts to be read
-    directions  (N, D). With the identity the result is J itself, for `read_taps`; with
-                `word_directions` it is each word's read-out vector r, by one backward pass a word,
-                and argmax_w <r_w, h> is the Jacobian lens's choice among the words.
-    A position's effect is summed over itself and all later ones, so at tap L this is `directions`.
-    source      Gurnee et al. 2026, transformer-circuits.pub, adjoint form
-    """
-    tokens, last = pad_prompts(prompts)
-    real = (mx.arange(tokens.shape[1]) <= last).astype(mx.float32)[..., None]       # (B, T, 1)
-    L, D = model.args.num_hidden_layers, model.args.hidden_size
-
-    @mx.compile
-    def pull_back(direction):
-        # an array of zeros added at every tap: its gradient is the tap's
-        def final_resid(*added):
-            edit = {k: lambda resid, extra=extra: resid + extra for k, extra in enumerate(added)}
-            return model.final_resid(tokens, edit=edit).astype(mx.float32)
-        zeros = [mx.zeros((*tokens.shape, D)) for _ in range(L + 1)]
-        _, grads = mx.vjp(final_resid, zeros, [real * direction])
-        return mx.stack([(g * real).sum((0, 1)) for g in grads]) / real.sum()       # (L+1, D)
-
-    rows = []
-    for direction in directions:
-        rows.append(pull_back(direction))
-        mx.eval(rows[-1])
-    return mx.stack(rows, axis=1)
-
-
-# --------------------------------------------------------------------------------------------------
-# direct logit attribution
-
-
-def contributions(model: Llama, prompts: list[list[int]], targets: list[int],
-                  foils: list[int] | None = None,
-                  heads: bool = False) -> tuple[list[str], np.ndarray]:
-    """Each component's share of a logit at the last prompt token: N names, and (N, B) in logits.
-
-    With foils, of the difference of two logits, target minus foil: what all logits share cancels.
-    Components are the embedding, every block's attention (or its heads one by one) and its MLP.
-    They sum to the logit, since the stream is a sum and the scale is the clean run's: contribution
-    of c is <gain * U_target, c> / rms(h_L). A later norm or block would react to a missing
-    component, so this is not the effect of removing it.
-    """
-    tokens, last = pad_prompts(prompts)
-    rows = word_directions(model, mx.array(targets))                                # (B, D)
-    if foils is not None:
-        rows = rows - word_directions(model, mx.array(foils))
-    pick = lambda resid: gather_positions(resid, last)[:, 0].astype(mx.float32)     # (B, D)
-    names, parts, before = ["embed"], [], None
-    for tap, resid in enumerate(model.stream(tokens)):
-        if tap == 0:
-            parts.append(pick(resid))
-        else:
-            block, name = model.model.layers[tap - 1], f"L{tap - 1}"
-            middle = pick(block.attend(before))
-            if heads:
-                parts += split_heads(block.self_attn, block.input_layernorm(before), last)
-                names += [f"{name} head {i}" for i in range(model.args.num_attention_heads)]
-                bias = middle - pick(before) - sum(parts[-model.args.num_attention_heads:])
-                parts[-1] = parts[-1] + bias    # o_proj's bias, where there is one, and rounding
-            else:
-                parts.append(middle - pick(before))
-                names.append(f"{name} attn")
-            parts.append(pick(resid) - middle)
-            names.append(f"{name} mlp")
-        mx.eval(parts[-1], resid)
-        before = resid
-    scale = mx.sqrt((pick(before) ** 2).mean(-1) + model.args.rms_norm_eps)         # (B,)
-    return names, np.array(mx.stack([(part * rows).sum(-1) / scale for part in parts]))
-
-
-def split_heads(attention, x: mx.array, last: mx.array) -> list[mx.array]:
-    """What each head adds to the stream at one position: H arrays (B, D). x (B, T, D), normed.
-
-    o_proj is linear up to its bias, whether plain, quantised or LoRA: fed with one head's slice
-    and zeros elsewhere it gives that head's share.
-    """
-    y = gather_positions(attention.heads(x), last)[:, 0]                            # (B, H * d)
-    owner = mx.arange(y.shape[-1]) // attention.head_dim
-    nothing = attention.o_proj(mx.zeros_like(y))
-    return [(attention.o_proj(mx.where(owner == i, y, 0)) - nothing).astype(mx.float32)
-            for i in range(y.shape[-1] // attention.head_dim)]
-
-
-def attribution_table(model: Llama, tokenizer: Tokenizer, prompt: str, words: list[str]) -> str:
-    """Who wrote the word's logit (or its difference to a second word's), block by block."""
-    ids = tokenizer.encode_prompt(prompt)
-    target, *foil = [tokenizer.single_id(word) for word in words]
-    names, shares = contributions(model, [ids], [target], foil or None, heads=True)
-    named = dict(zip(names, shares[:, 0]))
-    lines = [f"direct logit attribution of {words[0]!r}" + (f" minus {words[1]!r}" if foil else "")
-             + f": {shares.sum():.2f} logits, final norm's scale held",
-             f"  embed {named['embed']:7.2f}",
-             "  block     MLP   heads"]
-    for block in reversed(range(model.args.num_hidden_layers)):
-        heads = [named[f"L{block} head {i}"] for i in range(model.args.num_attention_heads)]
-        lines.append(f"  L{block:<5}{named[f'L{block} mlp']:7.2f}   "
-                     + " ".join(f"{share:6.2f}" for share in heads))
-    return "\n".join(lines)
-
-
-# --------------------------------------------------------------------------------------------------
 # one prompt, for a person
 
 
@@ -386,7 +223,7 @@ def view_prompt(model: Llama, tokenizer: Tokenizer, prompt: str, words: list[str
     series = {}
     for n, word in enumerate(words):
         prob = reading.probs[:, 0, -1, n]
-        where = depth(prob, 0.10)
+        where = depth(prob, EMERGED)
         series[word] = {"id": chosen[n], "prob": prob.round(6).tolist(),
                         "rank": reading.ranks[:, 0, -1, n].tolist(),
                         "onset": names[where["onset"]] if where["onset"] > 0 else None,
@@ -399,27 +236,6 @@ def view_prompt(model: Llama, tokenizer: Tokenizer, prompt: str, words: list[str
     }
 
 
-def terminal_table(view: dict, color: bool, width: int = 12) -> str:
-    """Blocks by positions, last on top: each cell's top token and per cent, darker when surer."""
-    def cell(token: str, prob: float) -> str:
-        text = f"{token[:width - 5]:<{width - 5}}{100 * prob:4.0f} "
-        shade = 255 - int(23 * prob ** 0.5)  # 256-colour greys run from 232 (black) to 255 (white)
-        return (f"\033[48;5;{shade}m\033[38;5;{16 if shade > 243 else 231}m{text}\033[0m"
-                if color else text)
-    lines = [" " * 7 + "".join(f"{token[:width - 1]:<{width}}" for token in view["tokens"])
-             + "entropy, KL to the end (nats, last position)"]
-    for tap in reversed(range(len(view["taps"]))):
-        lines.append(f"{view['taps'][tap]:<7}"
-                     + "".join(cell(*cells[0]) for cells in view["top"][tap])
-                     + f"{view['entropy'][tap][-1]:5.2f} {view['kl'][tap][-1]:6.2f}")
-    for word, series in view["words"].items():
-        steps = "  ".join(f"{name} {p:.2f} (#{r})" for name, p, r in
-                          zip(view["taps"], series["prob"], series["rank"]))
-        lines.append(f"{word!r} at the last position, probability (rank): {steps}; "
-                     f"onset {series['onset'] or 'none'}, peak {series['peak']}")
-    return "\n".join(lines)
-
-
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description="Show what every block would answer, by the logit lens.")
@@ -427,8 +243,6 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--words", nargs="*", default=[],
                         help="words to follow at the last position, one token each")
-    parser.add_argument("--attribute", nargs="+", default=[], metavar="WORD",
-                        help="who wrote WORD's logit, or its difference to a second WORD's")
     parser.add_argument("--png", metavar="FILE")
     parser.add_argument("--html", metavar="FILE",
                         help="one self-contained page; a cell shows its ten top tokens on hover")
@@ -436,21 +250,17 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if not args.prompt:
         raise BadInput("--prompt is empty; give a text such as '7 * 8 = '")
-    if len(args.attribute) > 2:
-        raise BadInput(f"--attribute takes one word or two, got {len(args.attribute)}")
     model, tokenizer, _ = load_checkpoint(args.ckpt)
     view = view_prompt(model, tokenizer, args.prompt, args.words)
     print(f"{args.ckpt}   {args.prompt!r}   logit lens: final norm and unembedding at every tap; "
           "cell: top token, per cent")
-    print(terminal_table(view, color=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
-    if args.attribute:
-        print(attribution_table(model, tokenizer, args.prompt, args.attribute))
+    print(lens_table(view, color=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
     if args.json:
         write_text(Path(args.json), json.dumps(view) + "\n")
     if args.png:
-        plot.lens_heatmap(view, args.png)
+        lens_heatmap(view, args.png)
     if args.html:
-        write_text(Path(args.html), plot.lens_page(view))
+        write_text(Path(args.html), lens_page(view))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from grpo import Group, Rollouts
 from lora import adapters_off
 from losses import token_logprobs
 from model import Llama, gather_positions
-from stats import bootstrap_mean, mcnemar, wilson
+from report.stats import bootstrap_mean, mcnemar, wilson
 from tasks import HEADER
 from tokenizer import Tokenizer
 

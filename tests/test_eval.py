@@ -8,8 +8,9 @@ from conftest import TINY, assert_one_clear_line, config, run
 
 from config import BadInput
 from data import held_out, named_problems
-from eval import class_block, class_ids, judge, make_report, measure_accuracy, print_report
-from stats import wilson
+from eval import class_block, class_ids, judge, make_report, measure_accuracy
+from report.stats import wilson
+from report.terminal import report_text
 
 
 @pytest.fixture
@@ -83,12 +84,11 @@ def test_class_block(model):
         class_block(config(method="dual_reward", class_layer=2), model)
 
 
-def test_compare_with_itself_and_print(small_folder, capsys):
+def test_compare_with_itself_and_print(small_folder):
     report = make_report(small_folder, with_base=False, compare=str(small_folder))
     assert report["compare"]["mcnemar"]["p"] == 1.0
     assert report["compare"]["accuracy"] == report["accuracy"]
-    print_report({**report, "base": report["compare"]})
-    out = capsys.readouterr().out
+    out = report_text({**report, "base": report["compare"]})
     assert "McNemar, exact: 0 solved only by this" in out
     assert "100 - 43 =" in out and "(the output itself)" in out
 

@@ -8,14 +8,13 @@ import pytest
 from conftest import ROOT
 
 FILES = sorted(p.name for p in ROOT.glob("*.py"))
-LEVELS = [("blas", "config", "stats", "answers"),
-          ("fastexp", "tokenizer", "plot", "hub", "distributed", "parallel"),
+LEVELS = [("blas", "config", "answers"),
+          ("fastexp", "tokenizer", "hub", "distributed", "parallel"),
           ("losses", "quant", "data"),
-          ("model", "checks"), ("lora", "findings", "tasks", "drafts"),
+          ("model", "checks"), ("lora", "tasks", "drafts"),
           ("generate", "conversations"), ("lens", "grpo", "memory", "clean", "converse"),
           ("markovian", "run_folder", "judge"), ("gate",),
-          ("eval", "perturb"), ("train", "probe", "self_instruct"),
-          ("results", "study", "fullsize"), ("bench", "markovian_results"), ("growth",)]
+          ("eval",), ("train", "self_instruct"), ("fullsize",), ("bench",), ("growth",)]
 
 
 def imports_of(name):

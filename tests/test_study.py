@@ -9,11 +9,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from config import BadInput
 from data import ASKED_WORDED, ONES, PHRASES, SYMBOLS, TENS
-from findings import block_ranges, judge_all, show, test_hypothesis
-from study import load_study, measure_prediction, plan
+from study.findings import block_ranges, judge_all, show, test_hypothesis
+from study.measure import measure_prediction
+from study.plan import load_study, plan
 
 test_hypothesis.__test__ = False    # it is not one of pytest's
-STUDY = ROOT / "configs" / "study.yaml"
+STUDY = ROOT / "study" / "plan.yaml"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -71,7 +72,7 @@ def test_study_file_mistakes(tmp_path):
     for path in (bad, tmp_path / "none.yaml"):
         with pytest.raises(BadInput, match="is not a study file"):
             load_study(path, False, [])
-    assert_one_clear_line(run("study.py", "--smoek"), "unknown option --smoek")
+    assert_one_clear_line(run("-m", "study", "--smoek"), "unknown option --smoek")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -226,7 +227,7 @@ def test_whole_path_on_a_golden_model(golden_with_words, tmp_path):
                        "eval_prompts": 6, "lens_prompts": 6, "data_samples": 100}
     path, runs = tmp_path / "small.yaml", tmp_path / "runs"
     path.write_text(yaml.safe_dump(full))
-    command = ("study.py", path, f"model={golden_with_words}", f"run_dir={runs}")
+    command = ("-m", "study", path, f"model={golden_with_words}", f"run_dir={runs}")
     done = run(*command)
     assert_one_clear_line(done, "1 of 9 runs failed", "dual_target_unused seed 1", "<0x01>")
     assert "9 runs, 0 done" in done.stdout and "min left" in done.stdout

@@ -2,7 +2,7 @@
 
 Finished runs are not repeated, so that an interrupted one continues.
 
-    python results.py            # 40 minutes on two CPU cores; make results
+    python -m study.results        # 40 minutes on two CPU cores; make results
 """
 import json
 import math
@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 from config import BadInput, run_main, write_text
-from plot import read_records
-from stats import mcnemar, wilson
+from report.plot import read_records
+from report.stats import mcnemar, wilson
 
 SEEDS = (0, 1, 2)
 PRIOR_WORK = ["class_weight=0.7", "lr=5e-4", "lr_schedule=constant"]
@@ -51,7 +51,7 @@ DRILL = ("collapse", "collapse_guarded", "collapse_mended")
 
 TEXT = """# Training: accuracy, time, memory and speed
 
-Written by `make results` (results.py). {machine}.
+Written by `make results` (study/results.py). {machine}.
 Seeds {seeds}: each decides LoRA's start, the training rows and their order; the test problems are
 the same. Test problems: 300 of each operation where there are so many, operand pairs never seen in
 training, by any model here. "+ and −" has n = 600 a seed. Brackets are 95 % Wilson intervals,
@@ -200,9 +200,9 @@ def cells(base: dict) -> str:
 
 
 def main(argv: list[str]) -> None:
-    os.chdir(Path(__file__).parent)
+    os.chdir(Path(__file__).parent.parent)
     if argv:
-        raise BadInput(f"results.py takes no arguments, got {' '.join(argv)}")
+        raise BadInput(f"study.results takes no arguments, got {' '.join(argv)}")
     reports = {name: [finished_run(name, seed, *CONDITIONS[name]) for seed in SEEDS]
                for name in CONDITIONS}
     everything = ["data_operations=add,subtract,multiply,divide", "data_wordings=symbolic,worded"]

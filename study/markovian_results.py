@@ -2,7 +2,7 @@
 
 Three seeds a condition. Finished runs are not repeated, so an interrupted command continues.
 
-    python markovian_results.py        # an hour on two CPU cores; make markovian
+    python -m study.markovian_results        # an hour on two CPU cores; make markovian
 """
 import json
 import math
@@ -11,10 +11,10 @@ import statistics
 from pathlib import Path
 
 from config import BadInput, run_main, write_text
-from findings import CHAINS_HEADING, parts_of
-from plot import collapse_curves, read_records
-from results import SEEDS, finished_run, interval_text, machine_text, percent, run_script
-from stats import mcnemar, wilson
+from report.plot import collapse_curves, read_records
+from report.stats import mcnemar, wilson
+from study.findings import CHAINS_HEADING, parts_of
+from study.results import SEEDS, finished_run, interval_text, machine_text, percent, run_script
 
 SUMS, DRILL = "configs/markovian_sums.yaml", "configs/markovian_collapse.yaml"
 MENDED = "configs/markovian_collapse_mended.yaml"
@@ -34,8 +34,8 @@ DRILLS = ("markovian_collapse", "markovian_mended", "markovian_guarded")
 
 TEXT = """{heading}, or whether a chain that must carry the answer learns to
 
-Written by `make markovian` (markovian_results.py). {machine}. Seeds {seeds}: each decides LoRA's
-start, the questions' order and every sample; the {n} test questions are the same and unseen.
+Written by `make markovian` (study/markovian_results.py). {machine}. Seeds {seeds}: each decides
+LoRA's start, the questions' order and every sample; the {n} test questions are the same and unseen.
 Brackets are 95 % Wilson intervals at that number of questions, or bootstrap intervals over
 questions; parentheses hold each seed.
 
@@ -133,13 +133,13 @@ def chance(report: dict) -> float:
 
 
 def damaged() -> list[dict]:
-    """perturb.py on every seed: hidden against shown, the next seed's run as a judge."""
+    """study.perturb on every seed: hidden against shown, the next seed's run as a judge."""
     reports = []
     for i, seed in enumerate(SEEDS):
         folder = Path(f"runs/results/markovian_{seed}")
         path, other = folder / "damage.json", SEEDS[(i + 1) % len(SEEDS)]
         if not path.exists():
-            command = ["perturb.py", "--ckpt", str(folder), "--compare",
+            command = ["-m", "study.perturb", "--ckpt", str(folder), "--compare",
                        f"runs/results/markovian_shown_{seed}", "--judge",
                        f"runs/results/markovian_{other}", "--json", str(path)]
             if seed == SEEDS[0]:
@@ -202,9 +202,9 @@ def drill_table(reports: dict[str, list[dict]]) -> str:
 
 
 def main(argv: list[str]) -> None:
-    os.chdir(Path(__file__).parent)
+    os.chdir(Path(__file__).parent.parent)
     if argv:
-        raise BadInput(f"markovian_results.py takes no arguments, got {' '.join(argv)}")
+        raise BadInput(f"study.markovian_results takes no arguments, got {' '.join(argv)}")
     reports = trained()
     damage = damaged()
     collapse_curves({CONDITIONS[name][0]: [read_records(Path(r["ckpt"]) / "metrics.jsonl")

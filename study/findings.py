@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-import plot
 from config import write_text
-from stats import adjusted_p, equivalence_p, mean_interval, rank_correlation, sign_flip
+from report import plot
+from report.stats import adjusted_p, equivalence_p, mean_interval, rank_correlation, sign_flip
 
 # the first word of a measure's name: its unit, and what to multiply it with
 UNITS = {**dict.fromkeys(("accuracy", "word", "symbol", "target", "answer", "probe", "aligned",
@@ -562,7 +562,7 @@ def parts_of(path: Path) -> tuple[str, str]:
 
 def write_results(study: dict, runs: list[dict], failed: list[str], out: Path) -> None:
     """Write out/RESULTS.md and out/docs/*.png from the measures of finished runs."""
-    data, file = load_data(study, runs), "configs/study.yaml"
+    data, file = load_data(study, runs), "study/plan.yaml"
     asked, pictures = judge_all(study, data), draw(study, data, out)
     any_run = next(iter(next(iter(data.values())).values()))
     versions = any_run["versions"]

@@ -21,7 +21,7 @@ an unseen pair at all, and any probe would look selective.) A direction that a p
 be one the model uses; and a swap within a subspace may act through directions that are dormant in
 ordinary prompts (Makelov et al. 2311.17030), hence the patch from a real prompt beside it.
 
-    python probe.py --ckpt runs/dual_reward [--json FILE] [key=value ...]
+    python -m study.probe --ckpt runs/dual_reward [--json FILE] [key=value ...]
 """
 import argparse
 import json
@@ -37,18 +37,11 @@ from scipy.optimize import minimize
 from config import BadInput, Config, load_config, load_overrides, run_main, write_text
 from data import Problem, matched_problems, sample_tiny_corpus
 from eval import target_ids
-from lens import (
-    ROWS_PER_BATCH,
-    Reading,
-    jacobian,
-    pad_prompts,
-    read_prompts,
-    taps_at,
-    word_directions,
-)
+from lens import ROWS_PER_BATCH, Reading, pad_prompts, read_prompts, taps_at
 from lora import load_checkpoint
 from model import Edit, Llama, gather_positions
-from stats import bootstrap_mean
+from report.stats import bootstrap_mean
+from study.jacobian import jacobian, word_directions
 from tokenizer import Tokenizer
 
 L2_GRID = (1e-3, 1e-2, 1e-1, 1.0)

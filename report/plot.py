@@ -3,9 +3,8 @@
 Conventions: the last block is always on top and always drawn; one picture shows one named quantity
 with its scale.
 
-    python plot.py runs/dual_reward    # draws the run's emergence.png again from its metrics.jsonl
+    python -m report.plot runs/dual_reward    # draws the run's emergence.png again
 """
-import html
 import importlib.util
 import io
 import json
@@ -16,7 +15,7 @@ import matplotlib
 import numpy as np
 
 from config import BadInput, run_main, write_bytes
-from stats import mean_interval
+from report.stats import mean_interval
 
 
 def import_at_first_use(name: str):
@@ -62,37 +61,6 @@ def lens_heatmap(view: dict, path: str | Path) -> None:
              title=f"logit lens: {view['prompt']!r}".replace("$", r"\$"))
     figure.colorbar(image, label="probability of the top token")
     save_figure(figure, path)
-
-
-def lens_page(view: dict) -> str:
-    """One HTML page without scripts or links: the same heat map, each cell's top ten on hover."""
-    def cell(tap: int, t: int) -> str:
-        (token, prob), *_ = top = view["top"][tap][t]
-        tip = "".join(f"<tr><td>{html.escape(w)}</td><td>{100 * p:.1f} %</td></tr>" for w, p in top)
-        style = f"background:rgba(20,110,140,{prob:.3f});color:{'#fff' if prob > 0.5 else '#111'}"
-        return (f'<td class="cell" style="{style}">{html.escape(token)}<table class="tip">'
-                f'<caption>entropy {view["entropy"][tap][t]:.2f} nats</caption>{tip}</table></td>')
-    header = "".join(f"<th>{html.escape(token)}</th>" for token in view["tokens"])
-    rows = "".join(
-        f"<tr><th>{name}</th>{''.join(cell(tap, t) for t in range(len(view['tokens'])))}</tr>"
-        for tap, name in reversed(list(enumerate(view["taps"]))))
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>logit lens</title>\n'
-        "<style>body{font:14px system-ui,sans-serif;margin:2em}table{border-collapse:collapse}"
-        "td,th{padding:.3em .6em;font-family:monospace;text-align:left;white-space:pre}\n"
-        # room right of the table and below it for the tips of the last column and row: a tip that
-        # made the page grow could not be scrolled to without leaving its cell
-        "main{display:inline-block;padding:0 24em 20em 0}\n"
-        # the mouse passes through a tip, or it would hide the cells below it while it is over it
-        ".cell{border:1px solid #ddd;position:relative}.tip{display:none;position:absolute;"
-        "left:60%;top:80%;z-index:1;background:#fff;color:#111;border:1px solid #888;"
-        "pointer-events:none}\n"
-        ".cell:hover .tip{display:table}.tip td{padding:.1em .6em;max-width:14em;overflow:hidden;"
-        "text-overflow:ellipsis}caption{background:#fff}</style>\n"
-        f'<h1>logit lens: <code>{html.escape(view["prompt"])}</code></h1>'
-        "<p>Rows: after each block, the last on top. Colour: probability of the top token. "
-        "Hover: the ten most probable.</p>\n"
-        f"<main><table><tr><th></th>{header}</tr>{rows}</table></main></html>\n")
 
 
 def emergence(records: list[dict], path: str | Path, title: str) -> None:
@@ -273,7 +241,7 @@ def read_records(path: Path) -> list[dict]:
 
 def main(argv: list[str]) -> None:
     if len(argv) != 1:
-        raise BadInput("expected one run folder: python plot.py runs/dual_reward")
+        raise BadInput("expected one run folder: python -m report.plot runs/dual_reward")
     folder = Path(argv[0])
     records = read_records(folder / "metrics.jsonl")
     emergence(records, folder / "emergence.png", folder.name)
