@@ -36,7 +36,7 @@ results: .venv/ready  ## every number of docs/training.md: three seeds of each m
 	$(PY) -m study.results
 
 markovian: .venv/ready  ## every number of RESULTS.md's part on Markovian training (an hour on two cores)
-	$(PY) -m study.markovian_results
+	$(PY) -m study.results markovian
 
 fullsize: .venv/ready  ## load, train, look into and sample models of 1B, 8B and 32B shapes (random weights; half an hour, 12 GB of disk)
 	$(PY) fullsize.py

@@ -31,6 +31,12 @@ def percent(interval: dict) -> str:
             f"[{100 * interval['low']:.1f}, {100 * interval['high']:.1f}] n={interval['n']}")
 
 
+def interval_text(interval: dict, factor: float = 1, digits: int = 2, sign: str = "") -> str:
+    """example  {value .813, low .78, high .842}, factor 100, digits 1 -> '81.3 [78.0, 84.2]' """
+    value, low, high = (factor * interval[key] for key in ("value", "low", "high"))
+    return f"{value:{sign}.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> dict:
     """Exact McNemar test of two runs on the same problems: only those that just one solves count.
 

@@ -26,7 +26,7 @@ import mlx.core as mx
 from clean import provenance
 from config import BadInput, load_overrides, run_main, write_text
 from lora import load_base, load_checkpoint
-from study.findings import write_results
+from study.findings import write_study
 from study.measure import measure, trajectory
 from study.plan import Run, load_study, plan
 from train import train
@@ -124,7 +124,7 @@ def main(argv: list[str]) -> None:
     failed = run_all(runs, arguments, workers)
     default = not args.smoke and not words and Path(args.file).resolve() == PLAN.resolve()
     out = ROOT if default else Path(study["run_dir"])
-    write_results(study, [asdict(r) for r in runs if is_done(r)], failed, out)
+    write_study(study, [asdict(r) for r in runs if is_done(r)], failed, out)
     print(f"wrote {out / 'RESULTS.md'}")
     if failed:
         raise BadInput(f"{len(failed)} of {len(runs)} runs failed: {failed[0]}; the rest is in "

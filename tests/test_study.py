@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from config import BadInput
 from data import ASKED_WORDED, ONES, PHRASES, SYMBOLS, TENS
-from study.findings import block_ranges, judge_all, show, test_hypothesis
+from study.findings import block_ranges, show
+from study.hypotheses import judge_all, test_hypothesis
 from study.measure import measure_prediction
 from study.plan import load_study, plan
 
