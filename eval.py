@@ -4,8 +4,7 @@ Two measurements on the same prompts, kept apart. *Accuracy*: greedy completion,
 (data.grade), with a Wilson interval. *Classifier*: the logit lens at the last prompt token, for
 three series that are never mixed: the answer's first token, the operation's word, the operator's
 symbol. Strength is the largest probability before the last block; the last block's own is the
-model's output and stands beside it, not in it. (The prior code took the maximum over all blocks,
-and counted any of twenty top tokens that contained any of the words or answers as a substring.)
+model's output and stands beside it, not in it (what mixing them does: study/prior_work.md).
 
     python eval.py --ckpt runs/dual_reward --base                    # beside its base model
     python eval.py --ckpt runs/dual_reward --compare runs/sft        # exact McNemar, same problems

@@ -2,8 +2,6 @@
 
 Conventions: the last block is always on top and always drawn; one picture shows one named quantity
 with its scale.
-
-    python -m report.plot runs/dual_reward    # draws the run's emergence.png again
 """
 import importlib.util
 import io
@@ -14,7 +12,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from config import BadInput, run_main, write_bytes
+from config import BadInput, write_bytes
 from report.stats import mean_interval
 
 
@@ -181,52 +179,24 @@ def band(axis, x: list, runs: np.ndarray, label: str) -> None:
                           color=line.get_color(), alpha=0.2, lw=0)
 
 
-def methods_by_block(panels: dict[str, dict[str, np.ndarray]], path: str | Path) -> None:
-    """Methods compared at every block: {title: {method: (seeds, L)}}; bands hold all seeds."""
-    figure, axes = plt.subplots(2, -(-len(panels) // 2), figsize=(12, 7), sharex=True,
-                                layout="constrained")
-    for axis, (title, methods) in zip(axes.flat, panels.items()):
-        for label, runs in methods.items():
-            band(axis, range(runs.shape[1]), runs, label)
-        axis.set(title=title, ylim=(-0.03, 1.03), ylabel="share or probability")
+def band_panels(panels: dict[str, dict[str, tuple]], path: str | Path, size: tuple[float, float],
+                xlabels: list[str], ylabel: str = "", title: str = "", rows: int = 1) -> None:
+    """Conditions compared over blocks, steps or a sweep: {panel: {label: (x, (seeds, points))}}.
+
+    xlabels  one for each panel of the lowest row; the legend stands in the first panel
+    """
+    figure, axes = plt.subplots(rows, -(-len(panels) // rows), figsize=size, sharex=rows > 1,
+                                squeeze=False, layout="constrained")
+    for axis, (name, lines) in zip(axes.flat, panels.items()):
+        for label, (x, runs) in lines.items():
+            band(axis, x, np.array(runs, float), label)
+        axis.set(title=name, ylim=(-0.03, 1.03), ylabel=ylabel)
         axis.grid(alpha=0.3)
-    for axis in axes[-1]:
-        axis.set_xlabel("after block (the last is the output)")
-    axes.flat[0].legend(fontsize=8)
-    figure.suptitle("at the last prompt token, operand pairs never seen; "
-                    "band: 95 % interval across seeds")
-    save_figure(figure, path)
-
-
-def methods_by_step(methods: dict[str, list[list[dict]]], path: str | Path) -> None:
-    """Accuracy, the word and the answer over training: {method: [trajectory of each seed]}."""
-    panels = {"accuracy": "answers right", "word": "operation word top-1 at the trained block",
-              "answer": "answer before the last block, probability"}
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
-    for axis, (key, title) in zip(axes, panels.items()):
-        for label, runs in methods.items():
-            # the same looks in every seed
-            steps = [p["step"] for p in runs[0]]
-            band(axis, steps, np.array([[p[key] for p in run] for run in runs], float), label)
-        axis.set(title=title, xlabel="training step", ylim=(-0.03, 1.03))
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
-    figure.suptitle("validation problems, operand pairs never seen; "
-                    "band: 95 % interval across seeds")
-    save_figure(figure, path)
-
-
-def sweep_curves(sweeps: dict[str, tuple[list[float], dict[str, list[list[float]]]]],
-                 path: str | Path) -> None:
-    """One panel a sweep: {name: (x, {label: [values of each seed, for each x]})}."""
-    figure, axes = plt.subplots(1, len(sweeps), figsize=(6 * len(sweeps), 4), squeeze=False,
-                                layout="constrained")
-    for axis, (name, (x, lines)) in zip(axes[0], sweeps.items()):
-        for label, values in lines.items():
-            band(axis, x, np.array(values).T, label)
-        axis.set(title=f"dual-reward by {name}", xlabel=name, ylim=(-0.03, 1.03))
-        axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=8)
+    for axis, text in zip(axes[-1], xlabels):
+        axis.set_xlabel(text)
+    axes[0, 0].legend(fontsize=8)
+    if title:
+        figure.suptitle(f"{title}; band: 95 % interval across seeds")
     save_figure(figure, path)
 
 
@@ -237,17 +207,3 @@ def read_records(path: Path) -> list[dict]:
     except (OSError, ValueError) as error:
         raise BadInput(f"could not read {path} ({error}); "
                        "expected a run folder with metrics.jsonl") from None
-
-
-def main(argv: list[str]) -> None:
-    if len(argv) != 1:
-        raise BadInput("expected one run folder: python -m report.plot runs/dual_reward")
-    folder = Path(argv[0])
-    records = read_records(folder / "metrics.jsonl")
-    emergence(records, folder / "emergence.png", folder.name)
-    rollout_curves(records, folder / "curves.png", folder.name)
-    print(f"wrote the pictures in {folder}")
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -3,8 +3,6 @@ import json
 import statistics
 from pathlib import Path
 
-import numpy as np
-
 from report import plot
 from report.stats import interval_text, mean_interval, rank_correlation
 from study.document import cores_text, fill, table, write_results
@@ -60,6 +58,19 @@ SERIES = {"operation word, %": "word.prob", "operator symbol, %": "symbol.prob",
 SWAPS = {"means": "classes' difference", "lens": "its part along the words", "rest": "the rest",
          "random": "random, as long", "patch": "whole stream, last token",
          "patch_operator": "whole stream, operator"}
+
+# pictures: {panel: what of measures.json, or of a trajectory's look, or which measure}
+BY_BLOCK = {
+    "operation word, probability (logit lens)": lambda m: m["curves"]["word.prob"],
+    "right word first of the words (Jacobian lens)": lambda m: [
+        tap["jacobian_lens"]["aligned"]["value"] for tap in m["claims"]["taps"]],
+    "answer, probability (logit lens)": lambda m: m["curves"]["answer.prob"],
+    "right answers turned by swapping the operation": lambda m: [
+        tap["swaps"]["means"]["flipped"] for tap in m["claims"]["taps"]]}
+BY_STEP = {"accuracy": "answers right", "word": "operation word top-1 at the trained block",
+           "answer": "answer before the last block, probability"}
+SWEPT = {"answers right": "accuracy.symbolic", "trained token top-1 at its block": "target.block",
+         "word top-1 in other blocks": "word.spread"}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -255,44 +266,53 @@ def attribution_table(study: dict, data: Data) -> str:
 # pictures and the file
 
 
-def draw(study: dict, data: Data, out: Path) -> None:
-    """Draw all pictures into out/docs."""
-    shown = [n for n in ("base", "sft", "dual", "grpo", "sft_grpo", "dual_errors") if n in data]
-    panels = {
-        "operation word, probability (logit lens)": lambda m: m["curves"]["word.prob"],
-        "right word first of the words (Jacobian lens)": lambda m: [
-            tap["jacobian_lens"]["aligned"]["value"] for tap in m["claims"]["taps"]],
-        "answer, probability (logit lens)": lambda m: m["curves"]["answer.prob"],
-        "right answers turned by swapping the operation": lambda m: [
-            tap["swaps"]["means"]["flipped"] for tap in m["claims"]["taps"]]}
-    by_block = lambda n, read: np.array(                    # (seeds, L)
-        [read(m)[1:] for m in data[n].values()], float)
-    plot.methods_by_block({title: {label_of(study, n): by_block(n, read) for n in shown}
-                           for title, read in panels.items()}, out / "docs/study_blocks.png")
-    on_the_way = [n for n in ("sft", "dual", "dual_full", "dual_weight_07", "grpo", "sft_grpo",
-                              "dual_errors") if n in data]
-    plot.methods_by_step(
-        {label_of(study, n): [m["trajectory"] for m in data[n].values()] for n in on_the_way},
-        out / "docs/study_steps.png")
+def draw_blocks(study: dict, data: Data, path: Path) -> None:
+    panels = {}
+    for title, read in BY_BLOCK.items():
+        lines = panels[title] = {}
+        for n in ("base", "sft", "dual", "grpo", "sft_grpo", "dual_errors"):
+            if n in data:
+                curves = [read(m)[1:] for m in data[n].values()]    # without the embedding's tap
+                lines[label_of(study, n)] = (range(len(curves[0])), curves)
+    plot.band_panels(panels, path, (12, 7), ["after block (the last is the output)"] * 2,
+                     "share or probability", "at the last prompt token, operand pairs never seen",
+                     rows=2)
+
+
+def draw_steps(study: dict, data: Data, path: Path) -> None:
+    panels = {}
+    for key, title in BY_STEP.items():
+        lines = panels[title] = {}
+        for n in ("sft", "dual", "dual_full", "dual_weight_07", "grpo", "sft_grpo", "dual_errors"):
+            if n in data:
+                looks = [m["trajectory"] for m in data[n].values()]     # at the same steps
+                lines[label_of(study, n)] = ([p["step"] for p in looks[0]],
+                                             [[p[key] for p in run] for run in looks])
+    plot.band_panels(panels, path, (14, 4), ["training step"] * 3,
+                     title="validation problems, operand pairs never seen")
+
+
+def draw_sweeps(study: dict, data: Data, path: Path) -> None:
     sweeps = {}
     for group in ("block", "weight"):
         names = in_group(study, data, group)
         seeds = set.intersection(*(set(data[n]) for n in names)) if names else ()
         if len(names) > 1 and seeds:
-            sweeps[group] = ([study["conditions"][n]["x"] for n in names], {
-                text: [[values_of(data, n, m)[s] for s in sorted(seeds)] for n in names]
-                for text, m in (("answers right", "accuracy.symbolic"),
-                                ("trained token top-1 at its block", "target.block"),
-                                ("word top-1 in other blocks", "word.spread"))})
+            x = [study["conditions"][n]["x"] for n in names]
+            sweeps[group] = {text: (x, [[values_of(data, n, m)[s] for n in names]
+                                        for s in sorted(seeds)]) for text, m in SWEPT.items()}
     if sweeps:
-        plot.sweep_curves(sweeps, out / "docs/study_sweeps.png")
+        plot.band_panels({f"dual-reward by {group}": lines for group, lines in sweeps.items()},
+                         path, (6 * len(sweeps), 4), list(sweeps))
 
 
 def write_study(study: dict, runs: list[dict], failed: list[str], out: Path) -> None:
     """Write out/RESULTS.md and out/docs/*.png from the measures of finished runs."""
     data = load_data(study, runs)
     asked = judge_all(study, data)
-    draw(study, data, out)
+    draw_blocks(study, data, out / "docs/study_blocks.png")
+    draw_steps(study, data, out / "docs/study_steps.png")
+    draw_sweeps(study, data, out / "docs/study_sweeps.png")
     any_run = next(iter(next(iter(data.values())).values()))
     versions = any_run["versions"]
     # the runs of a condition, not its aliases

@@ -4,9 +4,9 @@ Five kinds of damage at 20 to 100 %, in *characters* of the chain's text, after 
 (2404.18988): delete (a random choice, the fraction exact), truncate_back and truncate_front (what
 is left is the beginning, the end), digits and letters (each digit, each letter or digit, with that
 probability by another one). A drop is log p(gold | chain) before minus after, and accuracy before
-minus after, on the same problems. Where we differ: before and after are scored by one model (the
-public code compared the actor's score with the frozen base's), by the same path (text encoded
-anew), a replaced digit is never replaced by itself, and every draw is seeded.
+minus after, on the same problems. Where we differ: before and after are scored by one model
+(prior_work.md), by the same path (text encoded anew), a replaced digit is never replaced by itself,
+and every draw is seeded.
 
     python -m study.perturb --ckpt runs/markovian_sums           # how fragile its chains are
     python -m study.perturb --ckpt runs/markovian_sums --compare RUN2  # than another's

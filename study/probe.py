@@ -160,12 +160,6 @@ def swap(difference: mx.array):
     return lambda h: h + difference[:, None]
 
 
-def steer(direction: mx.array, strength: float):
-    """Push along a direction (D,), by a multiple of the stream's own length."""
-    unit = direction / mx.linalg.norm(direction)
-    return lambda h: h + strength * mx.linalg.norm(h, axis=-1, keepdims=True) * unit
-
-
 def patch(resid: mx.array):
     """Put other prompts' stream (B, 1, D) in place."""
     return lambda h: resid

@@ -28,7 +28,6 @@ from study.probe import (
     patch,
     permutation_p,
     span,
-    steer,
     swap,
     swap_taps,
 )
@@ -157,7 +156,6 @@ def test_edits_by_hand():
     basis, mean = mx.array([[1., 0., 0.]]), mx.array([10., 20., 30.])
     assert ablate(basis, mean)(h).tolist() == [[[10, 4, 0]], [[10, 2, 2]]]
     assert swap(mx.array([[1., 0, 0], [0, 0, 5.]]))(h).tolist() == [[[4, 4, 0]], [[1, 2, 7]]]
-    assert steer(mx.array([0., 0., 9.]), 2.0)(h).tolist() == [[[3, 4, 10]], [[1, 2, 8]]]
     assert patch(h[::-1])(h).tolist() == h[::-1].tolist()
     resid = mx.arange(12.).reshape(2, 2, 3)
     edited = edit_at(mx.array([[0], [1]]), lambda h: -h)(resid)
