@@ -5,14 +5,13 @@ with its scale.
 """
 import importlib.util
 import io
-import json
 import sys
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 
-from config import BadInput, write_bytes
+from config import write_bytes
 from report.stats import mean_interval
 
 
@@ -198,12 +197,3 @@ def band_panels(panels: dict[str, dict[str, tuple]], path: str | Path, size: tup
     if title:
         figure.suptitle(f"{title}; band: 95 % interval across seeds")
     save_figure(figure, path)
-
-
-def read_records(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl; raises BadInput if there is none."""
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except (OSError, ValueError) as error:
-        raise BadInput(f"could not read {path} ({error}); "
-                       "expected a run folder with metrics.jsonl") from None

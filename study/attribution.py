@@ -92,7 +92,8 @@ def attribution_table(model: Llama, tokenizer: Tokenizer, prompt: str, words: li
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description="Who wrote a word's logit: blocks and heads.")
+    parser = argparse.ArgumentParser(prog="python -m study.attribution",
+                                     description="Who wrote a word's logit: blocks and heads.")
     parser.add_argument("--ckpt", required=True, help="run folder, model folder or Hub name")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--words", nargs="+", required=True, metavar="WORD",

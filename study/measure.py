@@ -8,12 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from config import Config
+from config import Config, read_json_lines
 from data import Problem, held_out, matched_problems
 from eval import class_block, class_ids, measure_accuracy, series_ids, target_ids
 from lens import read_prompts
 from model import Llama
-from report.plot import read_records
 from report.stats import EMERGED, auc_within, depth
 from study.attribution import contributions
 from study.probe import fit_probe, four_claims
@@ -184,8 +183,7 @@ def measure_attribution(model: Llama, tokenizer: Tokenizer, cfg: Config, size: d
 
 def trajectory(folder: Path, block: int) -> list[dict]:
     """The run on its way, from metrics.jsonl: [{step, accuracy, word, answer}] on validation."""
-    path = folder / "metrics.jsonl"
-    points = [r for r in read_records(path) if "lens" in r] if path.exists() else []
+    points = [r for r in read_json_lines(folder / "metrics.jsonl") if "lens" in r]
     return [{"step": r["step"], "accuracy": r.get("valid_accuracy"),
              "word": r["lens"]["operation"]["top1"][block + 1],
              "answer": max(r["lens"]["answer"]["prob"][1:-1])} for r in points]

@@ -174,7 +174,8 @@ def print_report(report: dict) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description="Damage a run's chains; let others read them.")
+    parser = argparse.ArgumentParser(prog="python -m study.perturb",
+                                     description="Damage a run's chains; let others read them.")
     parser.add_argument("--ckpt", required=True, help="run folder of method markovian")
     parser.add_argument("--compare", metavar="RUN2", help="another such run, the same data")
     parser.add_argument("--judge", action="append", default=[],

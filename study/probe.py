@@ -474,7 +474,8 @@ def claims_table(result: dict) -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description="Four claims about the operation in the stream.")
+    parser = argparse.ArgumentParser(prog="python -m study.probe",
+                                     description="Four claims about the operation in the stream.")
     parser.add_argument("--ckpt", required=True, help="run folder, model folder or Hub name")
     parser.add_argument("--pairs", type=int, default=200, help="operand pairs of each split")
     parser.add_argument("--permutations", type=int, default=PERMUTATIONS,

@@ -14,8 +14,8 @@ import sys
 import time
 from pathlib import Path
 
-from config import BadInput, run_main, write_text
-from report.plot import collapse_curves, read_records
+from config import BadInput, read_json_lines, run_main, write_text
+from report.plot import collapse_curves
 from report.stats import interval_text, mcnemar, wilson
 from study.document import CHAINS_HEADING, cores_text, fill, seeds_text, table, write_results
 
@@ -94,7 +94,7 @@ def measured(command: list[str], name: str) -> dict | list:
 
 
 def records_of(report: dict) -> list[dict]:
-    return read_records(Path(report["ckpt"]) / "metrics.jsonl")
+    return read_json_lines(Path(report["ckpt"]) / "metrics.jsonl")
 
 
 # --------------------------------------------------------------------------------------------------
