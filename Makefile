@@ -34,13 +34,13 @@ kill: .venv/ready  ## kill -9 at 100 random moments, then the same command: ever
 	$(PY) tests/kill_drill.py
 
 study: .venv/ready  ## the study: every condition, then RESULTS.md; goes on where it stopped (90 minutes on two cores; STUDY=smoke: two)
-	$(PY) study.py $(if $(filter smoke,$(STUDY)),--smoke)
+	$(PY) -m study $(if $(filter smoke,$(STUDY)),--smoke)
 
 results: .venv/ready  ## every number of docs/training.md: three seeds of each method (40 minutes)
-	$(PY) results.py
+	$(PY) -m study.results
 
 markovian: .venv/ready  ## every number of RESULTS.md's part on Markovian training (an hour on two cores)
-	$(PY) markovian_results.py
+	$(PY) -m study.results markovian
 
 fullsize: .venv/ready  ## load, train, look into and sample models of 1B, 8B and 32B shapes (random weights; half an hour, 12 GB of disk)
 	$(PY) fullsize.py

@@ -4,12 +4,11 @@
     asked     "what is 7 * 8 = "      asked_worded  "what is the product of seven and eight = "
     masked    "7 ? 8 = ": nobody can know
 
-Ranges follow the prior work (multiply 2..20, add and subtract 1..99, divide up to 12 * 12). Where
-we differ: it drew train and validation rows from one pool, so half of its validation rows were
-training rows, and four of its nine evaluation prompts too. Here the *operand pairs* are partitioned
-before anything is drawn. A pair belongs to train, valid or test by a hash of its unordered numbers,
-so 3 * 4, 4 * 3, 4 - 3 and "the sum of three and four" are on one side, for every seed, every method
-and the bundled base model alike. The named evaluation prompts' pairs are test pairs.
+Ranges follow the prior work (multiply 2..20, add and subtract 1..99, divide up to 12 * 12). Unlike
+there (study/prior_work.md) the *operand pairs* are partitioned before anything is drawn. A pair
+belongs to train, valid or test by a hash of its unordered numbers, so 3 * 4, 4 * 3, 4 - 3 and "the
+sum of three and four" are on one side, for every seed, every method and the bundled base model
+alike. The named evaluation prompts' pairs are test pairs.
 
     python data.py tokenizer models/tiny             # the bundled models' tokenizer.model files
     python data.py tokenizer models/tiny_cot chains

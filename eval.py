@@ -44,7 +44,6 @@ from tasks import load_split, question_of
 from tokenizer import STOPS, Tokenizer
 
 SERIES = ("answer", "operation", "symbol")
-EMERGED = 0.10  # the prior work's threshold on a probability before the last block
 
 
 def last_token(tokenizer: Tokenizer, problems: list[Problem], template: str = "none") -> int:

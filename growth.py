@@ -21,7 +21,7 @@ from bench import SIZES, minimal_flops, own_command, run_other, write_random_mod
 from config import BadInput, run_main, write_text
 from hub import read_json
 from model import parse_args
-from plot import plt, save_figure
+from report.plot import plt, save_figure
 
 SHAPE = {"hidden": 256, "blocks": 4, "heads": 4, "kv_heads": 2, "mlp": 704, "vocabulary": 4096}
 COUNT, TOLERANCE = 5, 0.15      # calls of a point; what an exponent may lie above another by noise

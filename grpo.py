@@ -4,9 +4,8 @@ A completion's advantage is its reward minus the mean of its group's others, so 
 needed (DeepSeekMath 2402.03300). This file makes the batches; losses.policy_loss reads them, and
 the optimizer stays in train.py. Where we differ from the paper: the mean leaves the completion
 itself out (RLOO 2402.14740) and is not divided by the group's spread, and the loss is divided by a
-constant, not by each completion's length (Dr. GRPO 2503.20783); both are options. Three mistakes of
-public code are tested against: completions scored without their prompt, an EOS that is never
-trained, and the *reference* policy in the place of the *old* one.
+constant, not by each completion's length (Dr. GRPO 2503.20783); both are options. Tests hold this
+against three mistakes of public code (study/prior_work.md).
 
     old policy        the weights that sampled; its log-probabilities are kept while sampling
     reference policy  the base model: this model with its adapters off; only the KL term reads it

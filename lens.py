@@ -1,24 +1,18 @@
-"""The logit lens and its relatives: what the residual stream says before the last block.
+"""The logit lens: what the residual stream says before the last block.
 
 *Logit lens* (nostalgebraist 2020): at each tap the model's own final norm and unembedding are
 applied, softmax(U . N(h)) in float32, with the statistics of that tap. It calls `model.head`, the
 very function that makes the model's logits, on the very stream that training and generation run, so
-at the last tap it *is* the model. (The prior code looped over blocks without the causal mask.)
+at the last tap it *is* the model (what went wrong elsewhere: study/prior_work.md).
 A lens probability is not a belief: it depends on the residual's length too. So rank, entropy and
 the distance to the final distribution stand beside it.
-
-*Jacobian lens* (Gurnee et al. 2026): U . N(J h), where J is the mean derivative of the last tap
-with respect to this one. Nothing is trained, least of all on the words it reads, so it is a fair
-second opinion on a loss that trains the logit lens's own read-out.
-
-*Direct logit attribution*: the last tap is a sum, of the embedding and of what each attention and
-MLP wrote; with the final norm's scale held at the clean run's, so is each logit. It says who wrote
-the answer into the stream, not what would happen without them.
 
 Memory: of a (rows, V) array of logits a few numbers per row are kept. Never (taps, B, T, V).
 
     python lens.py --ckpt runs/dual_reward --prompt "7 * 8 = " [--words multiply 56]
-                   [--attribute 56 15] [--png FILE] [--html FILE] [--json FILE]
+                   [--png FILE] [--html FILE] [--json FILE]
+
+Its relatives stand in study/: the Jacobian lens, direct logit attribution, probes, edits.
 """
 import argparse
 import json
@@ -31,13 +25,16 @@ import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
 
-import plot
 from config import BadInput, run_main, write_text
 from fastexp import exp, fold, linux_cpu, logsumexp
 from generate import check_context
 from lora import load_checkpoint
 from model import Llama, gather_positions
 from parallel import cut, side_by_side
+from report.page import lens_page
+from report.plot import lens_heatmap
+from report.stats import EMERGED, depth
+from report.terminal import lens_table
 from tokenizer import Tokenizer
 
 ROWS_PER_BATCH = 128
@@ -146,7 +143,7 @@ def read_taps(model: Llama, tokens: mx.array, positions: mx.array, targets: mx.a
     tokens     (B, T) int32, right-padded if rows differ (beyond every position asked for)
     positions  (B, A) int32: position p predicts token p+1
     targets    (B, A, N) int32 token ids to follow, N at least 1
-    jacobians  (L+1, D, D) from `jacobian`: read J h instead of h; none: the logit lens
+    jacobians  (L+1, D, D) from study.jacobian: read J h instead of h; none: the logit lens
     source     logit lens; at tap L the probabilities are the model's own (tested)
     """
     parts = side_by_side(lambda part: read_part(model, **part, k=k, jacobians=jacobians), cut(
@@ -449,15 +446,13 @@ def main(argv: list[str]) -> None:
     name = f"{args.ckpt} + {args.adapter}" if args.adapter else args.ckpt
     print(f"{name}   {args.prompt!r}   logit lens: final norm and unembedding at every tap; "
           "cell: top token, per cent")
-    print(terminal_table(view, color=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
-    if args.attribute:
-        print(attribution_table(model, tokenizer, args.prompt, args.attribute))
+    print(lens_table(view, color=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
     if args.json:
         write_text(Path(args.json), json.dumps(view) + "\n")
     if args.png:
-        plot.lens_heatmap(view, args.png)
+        lens_heatmap(view, args.png)
     if args.html:
-        write_text(Path(args.html), plot.lens_page(view))
+        write_text(Path(args.html), lens_page(view))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,7 @@
 Source: LoRA 2106.09685. Where packages differ: PEFT users set alpha, mlx-lm takes the scale itself;
 we set alpha and print both. A ~ U(-1/sqrt(in), 1/sqrt(in)) as in mlx-lm. Adapters are saved in
 mlx-lm's format, PEFT's is written and read too; in both places they give the same logits. Loading
-is strict: the prior code fell back to q and v where it found no list of targets, dropped the rest
-silently, and evaluated half an adapter.
+is strict (why: study/prior_work.md).
 
     python lora.py --ckpt runs/sft --out fused                  # fuse: a folder in the Hub's layout
     python lora.py --ckpt runs/sft --out adapter --format peft  # the adapter alone; mlx: for mlx-lm

@@ -5,10 +5,8 @@ block c, at the last prompt token, the logit lens shall already say the operatio
 
     L = w * CE(lens at block c, operation word) + (1 - w) * CE(answer and EOS).
 
-It is supervised, no reward is involved; the name is historical. The prior code differed in two ways
-that made its conclusions void: it compared the logits at position t with the token *at* t, not t+1
-(`answer_shift: false`), and it trained the class at the last answer token but read it at the last
-prompt token (`class_position: answer`).
+It is supervised, no reward is involved; the name is historical. The prior code's two errors are
+options, off: `answer_shift: false`, `class_position: answer` (study/prior_work.md).
 
 GRPO's terms stand below: the clipped policy loss, estimates of the KL to the reference, entropy;
 and the answer term of Markovian training.

@@ -8,11 +8,9 @@ weights too, the gradient of E[r] has two halves, and both are taken:
 
     grad E[r] = E[ (r - baseline) grad log p(c | question)  +  grad log p(answer | c) ]
 
-The first is GRPO's policy term with r as reward. In the public code (2404.18988) the second was
-computed without gradients, and would have vanished even with them, since the loss was the mean of
-*standardised* rewards, whose sum is 0 whatever the weights; here it stands on the raw r, divided by
-what the advantages are divided by, so that both halves have one unit. That code also took its "PPO"
-ratio against the frozen base and dropped the KL term with it (configs/markovian_collapse.yaml).
+The first is GRPO's policy term with r as reward. The second stands on the raw r, divided by what
+the advantages are divided by, so that both halves have one unit. (2404.18988; what its public code
+did instead: study/prior_work.md.)
 
 Hiding is by construction: the scored ids are put together from the hidden prompt's, the chain's as
 sampled, the header's and the answer's. Nothing is decoded and encoded again, and where the answer
@@ -34,7 +32,7 @@ from grpo import Group, Rollouts
 from lora import adapters_off
 from losses import token_logprobs
 from model import Llama, gather_positions
-from stats import bootstrap_mean, mcnemar, wilson
+from report.stats import bootstrap_mean, mcnemar, wilson
 from tasks import HEADER
 from tokenizer import Tokenizer
 

@@ -2,8 +2,7 @@
 
 A kill may come at any moment, also inside a save. So every file is written beside its place and
 renamed; the state, one file, is written last, and what it counts as done is on the disk before it;
-what is ahead of it (records, best/) is what the continued run writes again. The prior code kept
-adapters alone: its optimizer, data position and random state began anew.
+what is ahead of it (records, best/) is what the continued run writes again.
 """
 import fcntl
 import hashlib

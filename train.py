@@ -36,18 +36,9 @@ from tqdm import tqdm
 import distributed
 import memory
 import parallel
-import plot
 from config import ON_POLICY, BadInput, Config, Stopped, load_config, resolved, run_main, write_text
 from data import Batch, Batches, evenly, tokenize
-from eval import (
-    class_block,
-    class_ids,
-    make_report,
-    measure_accuracy,
-    print_report,
-    read_series,
-    summarize_lens,
-)
+from eval import class_block, class_ids, make_report, measure_accuracy, read_series, summarize_lens
 from grpo import CollapseGuard, Rollouts
 from hub import find_folder, read_json
 from lora import apply_lora, load_base, root_model
@@ -64,6 +55,8 @@ from markovian import Chains, answer_rewards, evaluate_chains, summarize_chains
 from model import Llama, gather_positions
 from provenance import require_gate
 from quant import is_quantized
+from report import plot
+from report.terminal import describe_run, format_line, report_text
 from run_folder import (
     LOCK,
     NOT_THE_RUN,
@@ -391,17 +384,6 @@ def next_updates(source: Batches | Rollouts, step: int, cfg: Config) -> tuple[li
     return [own], {"rows": rows, "n_tokens": sum(len(source.rows[i].ids) for i in rows)}
 
 
-def describe(cfg: Config, model: Llama, block: int, done: int) -> str:
-    """The first line of a run's output."""
-    scale = cfg.lora_alpha / cfg.lora_rank  # PEFT users know alpha, mlx-lm's know the scale
-    lora = (f"LoRA on {', '.join(cfg.lora_targets)}, "
-            f"rank {cfg.lora_rank}, alpha {cfg.lora_alpha:g}, scale {scale:g}")
-    count = sum(v.size for _, v in tree_flatten(model.trainable_parameters()))
-    start = f"continuing after step {done}" if done else f"seed {cfg.seed}"
-    return (f"{cfg.method} of {cfg.model}: {'all weights' if cfg.full else lora}; "
-            f"{count:,} trainable; lens at L{block}; {start}")
-
-
 def train(cfg: Config, with_base: bool = True) -> dict:
     """Train as cfg says, or continue where the run folder stands; returns the report.
 
@@ -587,59 +569,13 @@ def recover(folder: Path | None, step: int, model: Llama, optimizer: optim.Optim
                    f"times {source.lr_scale:g}", file=sys.stdout)
 
 
-def format_line(record: dict, seen: dict, block: int) -> str:
-    """One line of fixed width: the keys of metrics.jsonl, shortened."""
-    if "reward" in record:
-        return format_rollouts(record, seen)
-    parts = [f"step {seen['step']:5d}", f"loss {record['loss']:7.4f}"]
-    if "class_loss" in record:
-        parts.append(f"answer {record['answer_loss']:7.4f}  class {record['class_loss']:7.4f}")
-    if "valid_accuracy" in seen:
-        parts.append(f"valid {100 * seen['valid_accuracy']:5.1f} %")
-    if "lens" in seen:
-        parts.append(f"word top-1 at L{block} {100 * seen['lens']['class_top1']:5.1f} %")
-    return "  ".join(parts + [f"{record['tokens_per_s']:6d} tok/s",
-                              f"{record['peak_gib']:.2f} GiB"])
-
-
-def format_rollouts(record: dict, seen: dict) -> str:
-    """The same for rollouts: rewards, distances, and where the time goes."""
-    parts = [f"step {seen['step']:5d}", f"reward {record['reward']:7.3f}"]
-    if "accuracy" in record:
-        parts.append(f"right {100 * record['accuracy']:5.1f} %")
-    if "frozen_reward" in record:
-        parts.append(f"frozen judge {record['frozen_reward']:7.3f}")
-    if "valid" in seen:
-        parts.append(format_chains(seen["valid"]))
-    elif "valid_accuracy" in seen:
-        parts.append(f"valid {100 * seen['valid_accuracy']:5.1f} %")
-    if "kl_k3" in record:
-        parts.append(f"KL {record['kl_k3']:.4f}")
-    shares = [100 * record[k] / record["seconds"] for k in ("rollout_s", "score_s", "update_s")]
-    return "  ".join(parts + [
-        f"entropy {record['entropy']:.3f}", f"length {record['length']:.2f}",
-        f"flat {100 * record['flat_groups']:3.0f} %", f"{record['completions_per_s']:5d} compl/s",
-        "time rollout {:.0f}, score {:.0f}, update {:.0f} %".format(*shares),
-        f"{record['peak_gib']:.2f} GiB"])
-
-
-def format_chains(valid: dict) -> str:
-    """example  "valid 71.0 %, frozen 70.5, empty 2.0, shuffled 3.0; -0.61 nats" """
-    nats = f"{valid['reward']['value']:.2f} nats"
-    if valid["correct"]["value"] is None:
-        return f"valid {nats}"
-    of = lambda key: f"{100 * valid[key]['value']:.1f}"
-    return (f"valid {of('correct')} %, frozen {of('correct_frozen')}, empty {of('correct_empty')}, "
-            f"shuffled {of('correct_shuffled')}; {nats}")
-
-
 def finish(folder: Path, cfg: Config, metrics: Metrics, estimated: float,
            with_base: bool) -> dict:
     """Judge the saved weights, as eval.py would, beside the base; write report and pictures."""
     peak = memory.peak_gib()    # of training: judging may load the base as well
     report = make_report(folder, with_base) | {"peak_gib": round(peak, 3),
                                                "estimated_peak_gib": round(estimated, 3)}
-    print_report(report)
+    print(report_text(report))
     plot.emergence(metrics.records, folder / "emergence.png",
                    f"{cfg.method}, {cfg.model}, seed {cfg.seed}")
     if cfg.method in ON_POLICY:

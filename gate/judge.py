@@ -33,7 +33,7 @@ from gate.jsonl import read_text
 from lens import pad_prompts
 from losses import token_logprobs
 from model import Llama
-from stats import cohens_kappa
+from report.stats import cohens_kappa
 from tokenizer import Tokenizer
 
 PROMPT = Path(__file__).parent / "benchmark" / "judge.txt"     # what a judge reads

@@ -21,7 +21,7 @@ from gate.conversations import Conversation
 from gate.jsonl import append_rows, read_parts
 from generate import sample
 from model import Llama
-from stats import auc, wilson
+from report.stats import auc, wilson
 from tokenizer import STOPS, Tokenizer
 
 SCORERS = ("checks", "judge", "exact", "length")

@@ -8,18 +8,11 @@ from conftest import TINY, assert_one_clear_line, config, random_model, run, sma
 
 from config import BadInput
 from data import Problem, held_out, make_problem, named_problems
-from eval import (
-    class_block,
-    class_ids,
-    judge,
-    make_report,
-    measure_accuracy,
-    print_report,
-    summarize_classifier,
-    target_ids,
-)
+from eval import class_block, class_ids, evaluate, make_report, measure_accuracy, target_ids
 from lens import Reading
-from stats import wilson
+from report.stats import wilson
+from report.summary import summarize_classifier
+from report.terminal import report_text
 from tokenizer import load_tokenizer
 
 
@@ -168,12 +161,11 @@ def test_class_block(model):
         class_block(config(method="dual_reward", class_layer=2), model)
 
 
-def test_compare_with_itself_and_print(small_folder, capsys):
+def test_compare_with_itself_and_print(small_folder):
     report = make_report(small_folder, with_base=False, compare=str(small_folder))
     assert report["compare"]["mcnemar"]["p"] == 1.0
     assert report["compare"]["accuracy"] == report["accuracy"]
-    print_report({**report, "base": report["compare"]})
-    out = capsys.readouterr().out
+    out = report_text({**report, "base": report["compare"]})
     assert "McNemar, exact: 0 solved only by this" in out
     assert "100 - 43 =" in out and "(the output itself)" in out
 

@@ -8,19 +8,13 @@ import pytest
 from conftest import ROOT
 
 FILES = sorted(p.name for p in ROOT.glob("*.py"))
-GATE = sorted(f"gate/{p.name}" for p in (ROOT / "gate").glob("*.py"))
-LEVELS = [("blas", "config", "stats", "answers"),
-          ("fastexp", "tokenizer", "plot", "hub", "distributed", "parallel"),
+LEVELS = [("blas", "config", "answers"),
+          ("fastexp", "tokenizer", "hub", "distributed", "parallel"),
           ("losses", "quant", "data"),
-          ("model",), ("lora", "findings", "tasks"),
-          ("generate", "provenance"), ("lens", "grpo", "memory"), ("markovian", "run_folder"),
-          ("eval", "perturb"), ("train", "probe"),
-          ("results", "study", "fullsize"), ("bench", "markovian_results"), ("growth",)]
-# a wing stands above the root, and nothing else imports it
-GATE_LEVELS = [("gate/checks", "gate/clean", "gate/jsonl"), ("gate/drafts",),
-               ("gate/conversations",), ("gate/replies", "gate/judge"),
-               ("gate/settings", "gate/self_instruct"), ("gate/verdict",),
-               ("gate/evaluate",), ("gate/__main__",)]
+          ("model", "checks"), ("lora", "tasks", "drafts"),
+          ("generate", "conversations"), ("lens", "grpo", "memory", "clean", "converse"),
+          ("markovian", "run_folder", "judge"), ("gate",),
+          ("eval",), ("train", "self_instruct"), ("fullsize",), ("bench",), ("growth",)]
 
 
 def imports_of(name):
@@ -59,9 +53,30 @@ def test_file_rules(name):
         assert 0 < source.index("\nimport blas") < source.index("import mlx")
 
 
+def test_report_is_ground_and_the_root_imports_no_study():
+    """report/ imports ground alone, study/ no other wing, and no file of the root study/."""
+    def top(path):
+        nodes = [n for n in ast.walk(ast.parse(path.read_text()))
+                 if isinstance(n, ast.Import | ast.ImportFrom)]
+        names = [alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names]
+        return {m.split(".")[0] for m in [*names, *(n.module for n in nodes
+                                                    if isinstance(n, ast.ImportFrom))]}
+    ours = {p.stem for p in ROOT.glob("*.py")} | {"engine", "files", "report", "study", "gate",
+                                                  "bench", "tasks"}
+    for path in (ROOT / "report").glob("*.py"):
+        assert top(path) & ours <= {"config", "engine", "files", "report"}, path
+        assert len(path.read_text().splitlines()) <= 400
+    for path in (ROOT / "study").glob("*.py"):
+        assert not top(path) & {"gate", "bench"}, path
+        assert len((ast.get_docstring(ast.parse(path.read_text())) or "").split()) >= 12, path
+    assert not [p for p in ROOT.glob("*.py") if "study" in top(p)]
+
+
 def test_importing_has_no_effect():
     """No output, no seed, no file: all files imported in a process of their own."""
-    modules = [name[:-3].replace("/", ".") for name in [*FILES, *GATE]]
+    modules = [name[:-3] for name in FILES]
+    modules += [f"{p.parent.name}.{p.stem}" for folder in ("report", "study")
+                for p in (ROOT / folder).glob("*.py")]
     code = f"import {', '.join(modules)}"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == ""

@@ -3,7 +3,6 @@ import json
 import re
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import (
@@ -19,25 +18,10 @@ from conftest import (
 
 import lens
 import model as model_file
-from lens import (
-    attribution_table,
-    contributions,
-    depth,
-    final_distribution,
-    jacobian,
-    read_logits,
-    read_prompts,
-    read_taps,
-    saturation,
-    taps_at,
-    terminal_table,
-    unembedding_rows,
-    view_prompt,
-    word_directions,
-)
-from lora import apply_lora
+from lens import final_distribution, read_logits, read_prompts, read_taps, view_prompt
 from model import Llama, gather_positions, load
-from plot import lens_page
+from report.page import lens_page
+from report.terminal import lens_table
 from tokenizer import load_tokenizer
 
 
@@ -169,121 +153,6 @@ def test_mutation_is_noticed(name, monkeypatch):
         check_lens()
 
 
-# --------------------------------------------------------------------------------------------------
-# depth
-
-
-def test_depth_by_hand():
-    blip = [0, .1, .6, .2, .7, .8, .9, 1]
-    assert depth(blip, .5) == {"first": 2, "onset": 4, "sustained": 4, "peak": 6}
-    # readable from tap 0 on: it never rose. A word that fades again: not sustained
-    assert depth([.9, .9, .9, .9, .1], .5) == {"first": 1, "onset": -1, "sustained": 1, "peak": 1}
-    fades = [0, 0, .8, .9, .8, .1, 0, 0]
-    assert depth(fades, .5) == {"first": 2, "onset": 2, "sustained": -1, "peak": 3}
-    never = [0, .1, .2, .1, 1]
-    assert depth(never, .5) == {"first": -1, "onset": -1, "sustained": -1, "peak": 2}
-
-
-def test_saturation_by_hand():
-    """Three cells over taps 0..3: settled from tap 2, from the start, only at the end."""
-    top = np.array([[1, 7, 3], [2, 7, 4], [5, 7, 3], [5, 7, 9]])
-    assert saturation(top).tolist() == [2, 0, 3]
-
-
-# --------------------------------------------------------------------------------------------------
-# direct logit attribution
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("heads", [False, True])
-def test_attribution_sums_to_the_logit(family, heads):
-    """All parts together are the golden logit, and a difference of two; q, k, v biases included."""
-    model, _ = load(GOLDEN / family, "float32")
-    expected = mx.load(str(GOLDEN / family / "expected.safetensors"))
-    tokens, logits = expected["tokens"], np.array(expected["logits"])
-    prompts = [tokens[0].tolist(), tokens[1, :30].tolist()]
-    names, shares = contributions(model, prompts, [11, 200], heads=heads)
-    ends = logits[0, -1, 11], logits[1, 29, 200]
-    np.testing.assert_allclose(shares.sum(0), ends, atol=1e-3)
-    H, L = model.args.num_attention_heads, model.args.num_hidden_layers
-    assert len(names) == len(set(names)) == 1 + L * (1 + (H if heads else 1))
-    _, against = contributions(model, prompts, [11, 200], [12, 12], heads=heads)
-    np.testing.assert_allclose(
-        against.sum(0), [ends[0] - logits[0, -1, 12], ends[1] - logits[1, 29, 12]], atol=1e-3)
-
-
-def test_cumulative_attribution_is_the_lens_at_the_last_scale(model):
-    """The parts up to tap k: (rms of tap k / rms of tap L) times the lens's logit there."""
-    prompt = [1, 7, 70, 8, 71]
-    _, shares = contributions(model, [prompt], [56])
-    taps = taps_at(model, mx.array([prompt]), mx.array([[4]]))
-    scale = lambda h: mx.sqrt((h ** 2).mean() + model.args.rms_norm_eps)
-    for k, resid in enumerate(taps):
-        lens_logit = (scale(resid) / scale(taps[-1]) * model.head(resid)[0, 0, 56]).item()
-        assert abs(shares[:1 + 2 * k].sum() - lens_logit) < 1e-4
-
-
-def test_heads_with_lora_sum_to_attention(model):
-    apply_lora(model, 4, 8, ("q", "o"))
-    for block in model.model.layers:
-        block.self_attn.o_proj.lora_b = mx.random.normal(block.self_attn.o_proj.lora_b.shape)
-    names, whole = contributions(model, [[1, 7, 70, 8, 71]], [56])
-    named, split = contributions(model, [[1, 7, 70, 8, 71]], [56], heads=True)
-    for block in (0, 1):
-        heads = sum(split[named.index(f"L{block} head {i}"), 0] for i in (0, 1))
-        assert abs(heads - whole[names.index(f"L{block} attn"), 0]) < 1e-4
-
-
-def test_unembedding_rows_of_every_kind():
-    """Tied, untied, quantised: the rows that the model itself multiplies with."""
-    for family in ("llama3_2", "llama3_1"):
-        model, _ = load(GOLDEN / family, "float32")
-        head = model.model.embed_tokens if model.args.tie_word_embeddings else model.lm_head
-        rows = unembedding_rows(model, mx.array([3, 100]))
-        assert mx.allclose(rows, head.weight[mx.array([3, 100])], atol=1e-6)
-    nn.quantize(model, group_size=32, bits=8, class_predicate=lambda path, _: path == "lm_head")
-    rough = unembedding_rows(model, mx.array([3, 100]))
-    assert 0 < mx.abs(rough - rows).max().item() < 0.02
-
-
-# --------------------------------------------------------------------------------------------------
-# the Jacobian lens and edits
-
-
-def test_jacobian_against_finite_differences(tokenizer):
-    """Mean over positions of the summed effect on this and later ones; the last tap is exact."""
-    model = small_model(seed=3)
-    prompts = [[1, 7, 70, 8, 71], [1, 9, 5]]
-    directions = mx.random.normal((2, 32), key=mx.random.key(0))
-    J = np.array(jacobian(model, prompts, directions))
-    assert J.shape == (3, 2, 32)
-    np.testing.assert_allclose(J[-1], np.array(directions), rtol=1e-6)
-    step, k, feature = 1e-2, 1, 5
-    nudge = mx.zeros((32,)).at[feature].add(step)
-    total, count = np.zeros(2), 0
-    for ids in prompts:
-        for t in range(len(ids)):
-            push = nudge * (mx.arange(len(ids)) == t)[None, :, None]                # (1, T, D)
-            ends = [model.final_resid(mx.array([ids]), edit={k: lambda h, p=p: h + p})
-                    for p in (push, -push)]
-            change = (ends[0] - ends[1])[0].sum(0) / (2 * step)                     # (D,)
-            total += np.array(directions @ change)
-            count += 1
-    np.testing.assert_allclose(J[k, :, feature], total / count, rtol=2e-2, atol=2e-3)
-
-
-def test_jacobian_of_words_is_the_full_one_times_the_words(model):
-    prompts = [[1, 7, 70, 8, 71]]
-    words = word_directions(model, mx.array([1010, 1012]))
-    full = jacobian(model, prompts, mx.eye(32))                                     # (L+1, D, D)
-    np.testing.assert_allclose(np.array(jacobian(model, prompts, words)),
-                               np.array(words @ full), atol=1e-4)
-    reading = read_prompts(model, prompts, [[56]], 1, full)
-    plain = read_prompts(model, prompts, [[56]], 1)
-    np.testing.assert_allclose(reading.probs[-1], plain.probs[-1], rtol=1e-5)
-    assert abs(reading.probs[1] - plain.probs[1]).max() > 1e-6
-
-
 def test_edit_reaches_its_tap_and_what_follows(model):
     tokens = mx.array([[1, 7, 70, 8, 71]])
     clean = np.array(model.residuals(tokens))
@@ -295,15 +164,6 @@ def test_edit_reaches_its_tap_and_what_follows(model):
     assert abs(pushed[2] - clean[2]).max() > 0.1
     at_end = {2: mx.zeros_like}
     assert mx.array_equal(model(tokens, edit=at_end), model.head(mx.zeros((1, 5, 32))))
-
-
-def test_attribution_table(model, tokenizer):
-    table = attribution_table(model, tokenizer, "7 * 8 = ", ["56", "15"])
-    assert "'56' minus '15'" in table and table.splitlines()[-1].startswith("  L0")
-    logits = model(mx.array([tokenizer.encode_prompt("7 * 8 = ")]))[0, -1]
-    right, wrong = tokenizer.word_ids(["56", "15"])
-    gap = (logits[right] - logits[wrong]).item()
-    assert f"{gap:.2f} logits" in table
 
 
 def test_words_follow_the_form_that_the_prompt_asks_for(word_bpe, tmp_path):
@@ -338,12 +198,12 @@ def test_view_holds_what_the_pictures_show(model, tokenizer):
     assert view["tokens"] == ["<s>", "·7", "·*", "·8", "·="]
     assert view["taps"] == ["embed", "L0", "L1"]
     assert np.array(view["top"], dtype=object).shape == (3, 5, 10, 2)
-    table = terminal_table(view, color=False)
+    table = lens_table(view, color=False)
     lines = table.splitlines()
     assert lines[1].startswith("L1") and lines[3].startswith("embed")  # the last block on top
     assert view["top"][2][4][0][0][:7] in lines[1]
     assert "'multiply'" in table and "\033" not in table
-    assert "\033[48;5;" in terminal_table(view, color=True)
+    assert "\033[48;5;" in lens_table(view, color=True)
     logits = model(mx.array([tokenizer.encode_prompt("7 * 8 = ")]))[0, -1]
     probs = np.array(mx.softmax(logits))
     assert abs(view["words"]["56"]["prob"][-1] - probs[tokenizer.word_ids(["56"])[0]]) < 1e-5
@@ -373,7 +233,5 @@ def test_bad_input(small_folder):
     for script in ("lens.py", "generate.py"):
         done = run(script, "--ckpt", small_folder, "--prompt", "7 + " * 200)
         assert_one_clear_line(done, "exceed the model's context of 128")
-    done = run("lens.py", "--ckpt", small_folder, "--prompt", "7", "--attribute", "1", "2", "3")
-    assert_one_clear_line(done, "--attribute takes one word or two, got 3")
     done = run("lens.py", "--ckpt", small_folder, "--prompt", "")
     assert_one_clear_line(done, "--prompt is empty")

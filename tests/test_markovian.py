@@ -38,7 +38,7 @@ from markovian import (
     share_of_answers,
     summarize_chains,
 )
-from perturb import KINDS, perturb
+from study.perturb import KINDS, perturb
 from tasks import HEADER, make_question
 from tokenizer import load_tokenizer
 from train import train
@@ -521,8 +521,8 @@ def test_perturb_command(write_config, cot_folder, tmp_path, monkeypatch):
     path, second = write_config("b", model=cot_folder, **KEYS, markovian="false")
     train(load_config(path))
     out, picture = tmp_path / "damage.json", tmp_path / "damage.png"
-    done = run("perturb.py", "--ckpt", first, "--compare", second, "--judge", second, "--problems",
-               24, "--json", out, "--png", picture, check=0)
+    done = run("-m", "study.perturb", "--ckpt", first, "--compare", second, "--judge", second,
+               "--problems", 24, "--json", out, "--png", picture, check=0)
     assert "fragility" in done.stdout and picture.stat().st_size > 5000
     report = json.loads(out.read_text())
     assert len(report["damage"]) == 25 and [j["judge"] for j in report["judges"]] == [
@@ -532,8 +532,10 @@ def test_perturb_command(write_config, cot_folder, tmp_path, monkeypatch):
         assert row["reward_fragility"]["value"] == pytest.approx(paired, abs=1e-6)
     path, other = write_config("c", model=cot_folder, **(KEYS | {"data_terms": 2}))
     train(load_config(path))
-    assert_one_clear_line(run("perturb.py", "--ckpt", first, "--compare", other), "other data")
-    assert_one_clear_line(run("perturb.py", "--ckpt", cot_folder), "no run of method markovian")
+    done = run("-m", "study.perturb", "--ckpt", first, "--compare", other)
+    assert_one_clear_line(done, "other data")
+    done = run("-m", "study.perturb", "--ckpt", cot_folder)
+    assert_one_clear_line(done, "no run of method markovian")
 
 
 def test_bundled_model_card_and_size():

@@ -9,9 +9,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 
 from data import matched_problems, split_of
-from lens import word_directions
 from lora import load_base
-from probe import (
+from study.jacobian import word_directions
+from study.probe import (
     Matched,
     ablate,
     balanced_accuracy,
@@ -28,7 +28,6 @@ from probe import (
     patch,
     permutation_p,
     span,
-    steer,
     swap,
     swap_taps,
 )
@@ -157,7 +156,6 @@ def test_edits_by_hand():
     basis, mean = mx.array([[1., 0., 0.]]), mx.array([10., 20., 30.])
     assert ablate(basis, mean)(h).tolist() == [[[10, 4, 0]], [[10, 2, 2]]]
     assert swap(mx.array([[1., 0, 0], [0, 0, 5.]]))(h).tolist() == [[[4, 4, 0]], [[1, 2, 7]]]
-    assert steer(mx.array([0., 0., 9.]), 2.0)(h).tolist() == [[[3, 4, 10]], [[1, 2, 8]]]
     assert patch(h[::-1])(h).tolist() == h[::-1].tolist()
     resid = mx.arange(12.).reshape(2, 2, 3)
     edited = edit_at(mx.array([[0], [1]]), lambda h: -h)(resid)
@@ -232,7 +230,7 @@ def test_four_claims_on_the_bundled_model(tiny):
 
 def test_wide_models_rank_words_alone(model, tokenizer, monkeypatch):
     """Beyond the width for a full Jacobian: the words among themselves, one backward pass each."""
-    import probe
+    from study import probe
     test = make_matched(config(), tokenizer, "test", 10)
     masked = make_matched(config(), tokenizer, "test", 10, "masked")
     neutral = Matched(masked.problems[::3], masked.prompts[::3], masked.labels[::3], 1)
@@ -248,12 +246,12 @@ def test_wide_models_rank_words_alone(model, tokenizer, monkeypatch):
 
 
 def test_command_line(small_folder, tmp_path):
-    done = run("probe.py", "--ckpt", small_folder, "--pairs", 9, "--permutations", 9,
+    done = run("-m", "study.probe", "--ckpt", small_folder, "--pairs", 9, "--permutations", 9,
                "--json", tmp_path / "p.json", check=0)
     assert "decodable" in done.stdout and done.stdout.count("\nL") == 2
     assert len(json.loads((tmp_path / "p.json").read_text())["taps"]) == 3
-    done = run("probe.py", "--ckpt", small_folder, "--pairs", 0)
+    done = run("-m", "study.probe", "--ckpt", small_folder, "--pairs", 0)
     assert_one_clear_line(done, "--pairs 0", "at least 6")
-    done = run("probe.py", "--ckpt", "no/such")
+    done = run("-m", "study.probe", "--ckpt", "no/such")
     assert_one_clear_line(done, "no/such")
 

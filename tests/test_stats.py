@@ -8,13 +8,14 @@ from sklearn.metrics import cohen_kappa_score, roc_auc_score
 from statsmodels.stats import inter_rater, multitest, proportion
 from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
 
-from stats import (
+from report.stats import (
     adjusted_p,
     auc,
     auc_within,
     bootstrap_mean,
     cohens_h,
     cohens_kappa,
+    depth,
     equivalence_p,
     items_needed,
     mcnemar,
@@ -223,3 +224,14 @@ def test_auc_against_scikit_learn():
     scores, right = rng.integers(0, 9, 80), rng.uniform(size=80) < .4
     assert auc(scores, right) == pytest.approx(roc_auc_score(right, scores), abs=1e-12)
     assert auc([1, 2], [True, True]) is None
+
+
+def test_depth_by_hand():
+    blip = [0, .1, .6, .2, .7, .8, .9, 1]
+    assert depth(blip, .5) == {"first": 2, "onset": 4, "sustained": 4, "peak": 6}
+    # readable from tap 0 on: it never rose. A word that fades again: not sustained
+    assert depth([.9, .9, .9, .9, .1], .5) == {"first": 1, "onset": -1, "sustained": 1, "peak": 1}
+    fades = [0, 0, .8, .9, .8, .1, 0, 0]
+    assert depth(fades, .5) == {"first": 2, "onset": 2, "sustained": -1, "peak": 3}
+    never = [0, .1, .2, .1, 1]
+    assert depth(never, .5) == {"first": -1, "onset": -1, "sustained": -1, "peak": 2}

@@ -8,24 +8,16 @@ from conftest import GOLDEN, ROOT, TINY, assert_one_clear_line, run
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from config import BadInput, load_config
-from data import ASKED_WORDED, ONES, PHRASES, SYMBOLS, TENS, sample_tiny_corpus
-from findings import (
-    MARKS,
-    REMARKS,
-    TEXT,
-    WITHDRAWN,
-    block_ranges,
-    judge_all,
-    question_lines,
-    show,
-    test_hypothesis,
-)
+from data import ASKED_WORDED, ONES, PHRASES, SYMBOLS, TENS
+from study.findings import block_ranges, show
+from study.hypotheses import judge_all, test_hypothesis
+from study.measure import measure_prediction
+from study.plan import load_study, plan
 from lens import read_prompts
 from model import load
-from study import load_study, measure_prediction, plan
 
 test_hypothesis.__test__ = False    # it is not one of pytest's
-STUDY = ROOT / "configs" / "study.yaml"
+STUDY = ROOT / "study" / "plan.yaml"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -83,7 +75,7 @@ def test_study_file_mistakes(tmp_path):
     for path in (bad, tmp_path / "none.yaml"):
         with pytest.raises(BadInput, match="is not a study file"):
             load_study(path, False, [])
-    assert_one_clear_line(run("study.py", "--smoek"), "unknown option --smoek")
+    assert_one_clear_line(run("-m", "study", "--smoek"), "unknown option --smoek")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -238,7 +230,7 @@ def test_whole_path_on_a_golden_model(golden_with_words, tmp_path):
                        "eval_prompts": 6, "lens_prompts": 6, "data_samples": 100}
     path, runs = tmp_path / "small.yaml", tmp_path / "runs"
     path.write_text(yaml.safe_dump(full))
-    command = ("study.py", path, f"model={golden_with_words}", f"run_dir={runs}")
+    command = ("-m", "study", path, f"model={golden_with_words}", f"run_dir={runs}")
     done = run(*command)
     assert_one_clear_line(done, "1 of 9 runs failed", "dual_target_unused seed 1", "<0x01>")
     assert "9 runs, 0 done" in done.stdout and "min left" in done.stdout

@@ -21,7 +21,7 @@ an unseen pair at all, and any probe would look selective.) A direction that a p
 be one the model uses; and a swap within a subspace may act through directions that are dormant in
 ordinary prompts (Makelov et al. 2311.17030), hence the patch from a real prompt beside it.
 
-    python probe.py --ckpt runs/dual_reward [--json FILE] [key=value ...]
+    python -m study.probe --ckpt runs/dual_reward [--json FILE] [key=value ...]
 """
 import argparse
 import json
@@ -37,18 +37,11 @@ from scipy.optimize import minimize
 from config import BadInput, Config, load_config, load_overrides, run_main, write_text
 from data import Problem, matched_problems, sample_tiny_corpus
 from eval import target_ids
-from lens import (
-    ROWS_PER_BATCH,
-    Reading,
-    jacobian,
-    pad_prompts,
-    read_prompts,
-    taps_at,
-    word_directions,
-)
+from lens import ROWS_PER_BATCH, Reading, pad_prompts, read_prompts, taps_at
 from lora import load_checkpoint
 from model import Edit, Llama, gather_positions
-from stats import bootstrap_mean
+from report.stats import bootstrap_mean
+from study.jacobian import jacobian, word_directions
 from tokenizer import Tokenizer
 
 L2_GRID = (1e-3, 1e-2, 1e-1, 1.0)
@@ -165,12 +158,6 @@ def ablate(basis: mx.array, mean: mx.array):
 def swap(difference: mx.array):
     """Add one row's difference of class means, (B, D): operation a's prompt becomes b's."""
     return lambda h: h + difference[:, None]
-
-
-def steer(direction: mx.array, strength: float):
-    """Push along a direction (D,), by a multiple of the stream's own length."""
-    unit = direction / mx.linalg.norm(direction)
-    return lambda h: h + strength * mx.linalg.norm(h, axis=-1, keepdims=True) * unit
 
 
 def patch(resid: mx.array):
@@ -487,7 +474,8 @@ def claims_table(result: dict) -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description="Four claims about the operation in the stream.")
+    parser = argparse.ArgumentParser(prog="python -m study.probe",
+                                     description="Four claims about the operation in the stream.")
     parser.add_argument("--ckpt", required=True, help="run folder, model folder or Hub name")
     parser.add_argument("--pairs", type=int, default=200, help="operand pairs of each split")
     parser.add_argument("--permutations", type=int, default=PERMUTATIONS,

@@ -2,21 +2,17 @@
 
 Conventions: the last block is always on top and always drawn; one picture shows one named quantity
 with its scale.
-
-    python plot.py runs/dual_reward    # draws the run's emergence.png again from its metrics.jsonl
 """
-import html
 import importlib.util
 import io
-import json
 import sys
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 
-from config import BadInput, run_main, write_bytes
-from stats import mean_interval
+from config import write_bytes
+from report.stats import mean_interval
 
 
 def import_at_first_use(name: str):
@@ -62,37 +58,6 @@ def lens_heatmap(view: dict, path: str | Path) -> None:
              title=f"logit lens: {view['prompt']!r}".replace("$", r"\$"))
     figure.colorbar(image, label="probability of the top token")
     save_figure(figure, path)
-
-
-def lens_page(view: dict) -> str:
-    """One HTML page without scripts or links: the same heat map, each cell's top ten on hover."""
-    def cell(tap: int, t: int) -> str:
-        (token, prob), *_ = top = view["top"][tap][t]
-        tip = "".join(f"<tr><td>{html.escape(w)}</td><td>{100 * p:.1f} %</td></tr>" for w, p in top)
-        style = f"background:rgba(20,110,140,{prob:.3f});color:{'#fff' if prob > 0.5 else '#111'}"
-        return (f'<td class="cell" style="{style}">{html.escape(token)}<table class="tip">'
-                f'<caption>entropy {view["entropy"][tap][t]:.2f} nats</caption>{tip}</table></td>')
-    header = "".join(f"<th>{html.escape(token)}</th>" for token in view["tokens"])
-    rows = "".join(
-        f"<tr><th>{name}</th>{''.join(cell(tap, t) for t in range(len(view['tokens'])))}</tr>"
-        for tap, name in reversed(list(enumerate(view["taps"]))))
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>logit lens</title>\n'
-        "<style>body{font:14px system-ui,sans-serif;margin:2em}table{border-collapse:collapse}"
-        "td,th{padding:.3em .6em;font-family:monospace;text-align:left;white-space:pre}\n"
-        # room right of the table and below it for the tips of the last column and row: a tip that
-        # made the page grow could not be scrolled to without leaving its cell
-        "main{display:inline-block;padding:0 24em 20em 0}\n"
-        # the mouse passes through a tip, or it would hide the cells below it while it is over it
-        ".cell{border:1px solid #ddd;position:relative}.tip{display:none;position:absolute;"
-        "left:60%;top:80%;z-index:1;background:#fff;color:#111;border:1px solid #888;"
-        "pointer-events:none}\n"
-        ".cell:hover .tip{display:table}.tip td{padding:.1em .6em;max-width:14em;overflow:hidden;"
-        "text-overflow:ellipsis}caption{background:#fff}</style>\n"
-        f'<h1>logit lens: <code>{html.escape(view["prompt"])}</code></h1>'
-        "<p>Rows: after each block, the last on top. Colour: probability of the top token. "
-        "Hover: the ten most probable.</p>\n"
-        f"<main><table><tr><th></th>{header}</tr>{rows}</table></main></html>\n")
 
 
 def emergence(records: list[dict], path: str | Path, title: str) -> None:
@@ -214,73 +179,22 @@ def band(axis, x: list, runs: np.ndarray, label: str) -> None:
                           color=line.get_color(), alpha=0.2, lw=0)
 
 
-def methods_by_block(panels: dict[str, dict[str, np.ndarray]], path: str | Path) -> None:
-    """Methods compared at every block: {title: {method: (seeds, L)}}; bands hold all seeds."""
-    figure, axes = plt.subplots(2, -(-len(panels) // 2), figsize=(12, 7), sharex=True,
-                                layout="constrained")
-    for axis, (title, methods) in zip(axes.flat, panels.items()):
-        for label, runs in methods.items():
-            band(axis, range(runs.shape[1]), runs, label)
-        axis.set(title=title, ylim=(-0.03, 1.03), ylabel="share or probability")
+def band_panels(panels: dict[str, dict[str, tuple]], path: str | Path, size: tuple[float, float],
+                xlabels: list[str], ylabel: str = "", title: str = "", rows: int = 1) -> None:
+    """Conditions compared over blocks, steps or a sweep: {panel: {label: (x, (seeds, points))}}.
+
+    xlabels  one for each panel of the lowest row; the legend stands in the first panel
+    """
+    figure, axes = plt.subplots(rows, -(-len(panels) // rows), figsize=size, sharex=rows > 1,
+                                squeeze=False, layout="constrained")
+    for axis, (name, lines) in zip(axes.flat, panels.items()):
+        for label, (x, runs) in lines.items():
+            band(axis, x, np.array(runs, float), label)
+        axis.set(title=name, ylim=(-0.03, 1.03), ylabel=ylabel)
         axis.grid(alpha=0.3)
-    for axis in axes[-1]:
-        axis.set_xlabel("after block (the last is the output)")
-    axes.flat[0].legend(fontsize=8)
-    figure.suptitle("at the last prompt token, operand pairs never seen; "
-                    "band: 95 % interval across seeds")
+    for axis, text in zip(axes[-1], xlabels):
+        axis.set_xlabel(text)
+    axes[0, 0].legend(fontsize=8)
+    if title:
+        figure.suptitle(f"{title}; band: 95 % interval across seeds")
     save_figure(figure, path)
-
-
-def methods_by_step(methods: dict[str, list[list[dict]]], path: str | Path) -> None:
-    """Accuracy, the word and the answer over training: {method: [trajectory of each seed]}."""
-    panels = {"accuracy": "answers right", "word": "operation word top-1 at the trained block",
-              "answer": "answer before the last block, probability"}
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
-    for axis, (key, title) in zip(axes, panels.items()):
-        for label, runs in methods.items():
-            # the same looks in every seed
-            steps = [p["step"] for p in runs[0]]
-            band(axis, steps, np.array([[p[key] for p in run] for run in runs], float), label)
-        axis.set(title=title, xlabel="training step", ylim=(-0.03, 1.03))
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
-    figure.suptitle("validation problems, operand pairs never seen; "
-                    "band: 95 % interval across seeds")
-    save_figure(figure, path)
-
-
-def sweep_curves(sweeps: dict[str, tuple[list[float], dict[str, list[list[float]]]]],
-                 path: str | Path) -> None:
-    """One panel a sweep: {name: (x, {label: [values of each seed, for each x]})}."""
-    figure, axes = plt.subplots(1, len(sweeps), figsize=(6 * len(sweeps), 4), squeeze=False,
-                                layout="constrained")
-    for axis, (name, (x, lines)) in zip(axes[0], sweeps.items()):
-        for label, values in lines.items():
-            band(axis, x, np.array(values).T, label)
-        axis.set(title=f"dual-reward by {name}", xlabel=name, ylim=(-0.03, 1.03))
-        axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=8)
-    save_figure(figure, path)
-
-
-def read_records(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl; raises BadInput if there is none."""
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except (OSError, ValueError) as error:
-        raise BadInput(f"could not read {path} ({error}); "
-                       "expected a run folder with metrics.jsonl") from None
-
-
-def main(argv: list[str]) -> None:
-    if len(argv) != 1:
-        raise BadInput("expected one run folder: python plot.py runs/dual_reward")
-    folder = Path(argv[0])
-    records = read_records(folder / "metrics.jsonl")
-    emergence(records, folder / "emergence.png", folder.name)
-    rollout_curves(records, folder / "curves.png", folder.name)
-    print(f"wrote the pictures in {folder}")
-
-
-if __name__ == "__main__":
-    run_main(main)

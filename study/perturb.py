@@ -4,13 +4,13 @@ Five kinds of damage at 20 to 100 %, in *characters* of the chain's text, after 
 (2404.18988): delete (a random choice, the fraction exact), truncate_back and truncate_front (what
 is left is the beginning, the end), digits and letters (each digit, each letter or digit, with that
 probability by another one). A drop is log p(gold | chain) before minus after, and accuracy before
-minus after, on the same problems. Where we differ: before and after are scored by one model (the
-public code compared the actor's score with the frozen base's), by the same path (text encoded
-anew), a replaced digit is never replaced by itself, and every draw is seeded.
+minus after, on the same problems. Where we differ: before and after are scored by one model
+(prior_work.md), by the same path (text encoded anew), a replaced digit is never replaced by itself,
+and every draw is seeded.
 
-    python perturb.py --ckpt runs/markovian_sums           # how fragile its chains are
-    python perturb.py --ckpt runs/markovian_sums --compare RUN2  # than another's
-    python perturb.py --ckpt runs/markovian_sums --judge NAME2   # do others read them?
+    python -m study.perturb --ckpt runs/markovian_sums           # how fragile its chains are
+    python -m study.perturb --ckpt runs/markovian_sums --compare RUN2  # than another's
+    python -m study.perturb --ckpt runs/markovian_sums --judge NAME2   # do others read them?
 
 A run that hides the question should lose more than one that shows it: that difference, paired over
 problems, is the *fragility*. A judge scores the run's chains and its base's, question hidden: what
@@ -25,13 +25,13 @@ from pathlib import Path
 import blas  # noqa: F401  (before mlx)
 import numpy as np
 
-import plot
 from config import BadInput, Config, run_main, write_text
 from data import Problem, evenly
 from lora import adapters_off, load_checkpoint
 from markovian import Question, encode_question, greedy_answers, greedy_chains, score_chains
 from model import Llama
-from stats import bootstrap_mean, sign_flip
+from report import plot
+from report.stats import bootstrap_mean, sign_flip
 from tasks import load_split
 from tokenizer import Tokenizer
 
@@ -174,7 +174,8 @@ def print_report(report: dict) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description="Damage a run's chains; let others read them.")
+    parser = argparse.ArgumentParser(prog="python -m study.perturb",
+                                     description="Damage a run's chains; let others read them.")
     parser.add_argument("--ckpt", required=True, help="run folder of method markovian")
     parser.add_argument("--compare", metavar="RUN2", help="another such run, the same data")
     parser.add_argument("--judge", action="append", default=[],

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 import numpy as np
 import scipy  # `scipy.stats` is imported where it is first used: training can do without
 
+EMERGED = 0.10  # the prior work's threshold on a lens probability before the last block
+
 
 def wilson(successes: int, n: int, level: float = 0.95) -> dict:
     """A proportion with its Wilson score interval: {value, n, low, high}.
@@ -27,6 +29,12 @@ def percent(interval: dict) -> str:
         return "-"
     return (f"{100 * interval['value']:5.1f} % "
             f"[{100 * interval['low']:.1f}, {100 * interval['high']:.1f}] n={interval['n']}")
+
+
+def interval_text(interval: dict, factor: float = 1, digits: int = 2, sign: str = "") -> str:
+    """example  {value .813, low .78, high .842}, factor 100, digits 1 -> '81.3 [78.0, 84.2]' """
+    value, low, high = (factor * interval[key] for key in ("value", "low", "high"))
+    return f"{value:{sign}.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> dict:
@@ -246,3 +254,25 @@ def rank_correlation(x: Sequence[float], y: Sequence[float], draws: int = 2000) 
     low, high = np.quantile(samples, [0.025, 0.975])
     return {"value": float(found.statistic), "low": float(low), "high": float(high), "n": len(x),
             "p": float(found.pvalue)}
+
+
+def depth(score: np.ndarray, threshold: float, hold: int = 3) -> dict[str, int]:
+    """Where a curve over taps rises, peaks and stays; taps, -1 for never.
+
+    score    (L+1,) of one quantity. Looked at before the last block only, taps 1 to L-1: tap 0 is
+             the input token, tap L the output.
+    first    the first tap at the threshold or above: counts blips
+    onset    the first such tap after a lower one that keeps it for `hold` taps (fewer at the end):
+             what can be read from tap 0 on has no onset, since it never rose
+    sustained  the first tap from which it stays; right for answers, wrong for words that fade again
+    peak     where it is largest
+    example  [0, .1, .6, .2, .7, .8, .9, 1] at .5 -> first 2, onset 4, sustained 4, peak 6
+    """
+    last = len(score) - 2
+    above = np.asarray(score) >= threshold
+    inner = range(1, last + 1)
+    find = lambda rule: next((k for k in inner if rule(k)), -1)
+    return {"first": find(lambda k: above[k]),
+            "onset": find(lambda k: not above[k - 1] and above[k:min(k + hold, last + 1)].all()),
+            "sustained": find(lambda k: above[k:last + 1].all()),
+            "peak": 1 + int(np.argmax(score[1:last + 1]))}

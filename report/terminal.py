@@ -1,0 +1,188 @@
+"""What the commands print, as text: a training run's lines, the report's tables, the lens's table.
+
+Every function takes the plain numbers that metrics.jsonl, report.json and a lens view hold, so that
+a line can be made again from a file. No model and no array comes in.
+"""
+from config import Config
+from report.stats import EMERGED, percent
+
+# --------------------------------------------------------------------------------------------------
+# a training run, line by line
+
+
+def describe_run(cfg: Config, trainable: int, block: int, done: int) -> str:
+    """The first line of a run's output; trainable counts numbers, block is the class loss's."""
+    scale = cfg.lora_alpha / cfg.lora_rank  # PEFT users know alpha, mlx-lm's know the scale
+    lora = (f"LoRA on {', '.join(cfg.lora_targets)}, "
+            f"rank {cfg.lora_rank}, alpha {cfg.lora_alpha:g}, scale {scale:g}")
+    start = f"continuing after step {done}" if done else f"seed {cfg.seed}"
+    return (f"{cfg.method} of {cfg.model}: {'all weights' if cfg.full else lora}; "
+            f"{trainable:,} trainable; lens at L{block}; {start}")
+
+
+def format_line(record: dict, seen: dict, block: int) -> str:
+    """One line of fixed width: the keys of metrics.jsonl, shortened."""
+    if "reward" in record:
+        return format_rollouts(record, seen)
+    parts = [f"step {seen['step']:5d}", f"loss {record['loss']:7.4f}"]
+    if "class_loss" in record:
+        parts.append(f"answer {record['answer_loss']:7.4f}  class {record['class_loss']:7.4f}")
+    if "valid_accuracy" in seen:
+        parts.append(f"valid {100 * seen['valid_accuracy']:5.1f} %")
+    if "lens" in seen:
+        parts.append(f"word top-1 at L{block} {100 * seen['lens']['class_top1']:5.1f} %")
+    return "  ".join(parts + [f"{record['tokens_per_s']:6d} tok/s",
+                              f"{record['peak_gib']:.2f} GiB"])
+
+
+def format_rollouts(record: dict, seen: dict) -> str:
+    """The same for rollouts: rewards, distances, and where the time goes."""
+    parts = [f"step {seen['step']:5d}", f"reward {record['reward']:7.3f}"]
+    if "accuracy" in record:
+        parts.append(f"right {100 * record['accuracy']:5.1f} %")
+    if "frozen_reward" in record:
+        parts.append(f"frozen judge {record['frozen_reward']:7.3f}")
+    if "valid" in seen:
+        parts.append(format_chains(seen["valid"]))
+    elif "valid_accuracy" in seen:
+        parts.append(f"valid {100 * seen['valid_accuracy']:5.1f} %")
+    if "kl_k3" in record:
+        parts.append(f"KL {record['kl_k3']:.4f}")
+    shares = [100 * record[k] / record["seconds"] for k in ("rollout_s", "score_s", "update_s")]
+    return "  ".join(parts + [
+        f"entropy {record['entropy']:.3f}", f"length {record['length']:.2f}",
+        f"flat {100 * record['flat_groups']:3.0f} %", f"{record['completions_per_s']:5d} compl/s",
+        "time rollout {:.0f}, score {:.0f}, update {:.0f} %".format(*shares),
+        f"{record['peak_gib']:.2f} GiB"])
+
+
+def format_chains(valid: dict) -> str:
+    """example  "valid 71.0 %, frozen 70.5, empty 2.0, shuffled 3.0; -0.61 nats" """
+    nats = f"{valid['reward']['value']:.2f} nats"
+    if valid["correct"]["value"] is None:
+        return f"valid {nats}"
+    of = lambda key: f"{100 * valid[key]['value']:.1f}"
+    return (f"valid {of('correct')} %, frozen {of('correct_frozen')}, empty {of('correct_empty')}, "
+            f"shuffled {of('correct_shuffled')}; {nats}")
+
+
+# --------------------------------------------------------------------------------------------------
+# report.json
+
+
+def report_text(report: dict) -> str:
+    """Tables for a person: accuracy beside the base, the prior work's prompt table, the layers."""
+    lines = [f"\n{report['ckpt']} ({report['method']}, seed {report['seed']}); "
+             "test pairs never seen in training; 95 % Wilson intervals"]
+    lines += chain_lines(report) if "chains" in report else accuracy_lines(report)
+    lines.append("\n  block   answer                  operation word          "
+                 "symbol                  entropy    (mean probability, median rank)")
+    for layer in reversed(report["layers"]):
+        cells = "".join(f"{layer[name]['prob']:.4f}  #{layer[name]['rank']:<14.0f}"
+                        for name in report["strength"])
+        output = "   (the output itself)" if layer["last"] else ""
+        lines.append(f"  L{layer['layer']:<6} {cells}{layer['entropy']:.2f}{output}")
+    return "\n".join(lines)
+
+
+def columns_of(report: dict) -> tuple[str, list[dict]]:
+    """The head of a table: base, this model, another; and those that there are."""
+    reports = {"base": report.get("base"), "this": report, "other": report.get("compare")}
+    reports = {name: r for name, r in reports.items() if r}
+    names = [f"{name + ': ' + r['ckpt']:<34}" for name, r in reports.items()]
+    return " " * 36 + "".join(names), list(reports.values())
+
+
+def row(label: str, cells: list[str]) -> str:
+    return f"  {label:<34}" + "".join(f"{cell:<34}" for cell in cells)
+
+
+def accuracy_lines(report: dict) -> list[str]:
+    head, reports = columns_of(report)
+    keys = {"accuracy, all test problems": ("accuracy",),
+            "accuracy, add and subtract": ("accuracy_add_subtract",)}
+    keys |= {f"  {cell}": ("accuracy_by", cell) for cell in report["accuracy_by"]}
+    keys |= {f"  the prior work's {name} prompts": ("accuracy_named", name)
+             for name in report["accuracy_named"]}
+    keys[f"operation word top-1 at L{report['class']['layer']}"] = ("class", "top1")
+    keys |= {f"{name} emerged (> {EMERGED})": ("strength", name, "emerged")
+             for name in report["strength"]}
+    lines = [head]
+    for label, path in keys.items():
+        cells = reports
+        for key in path:
+            cells = [cell[key] for cell in cells]
+        lines.append(row(label, [percent(cell) for cell in cells]))
+    return lines + mcnemar_lines(report) + prompt_lines(report["prompts"])
+
+
+def chain_lines(report: dict) -> list[str]:
+    """What the chains carry, beside the base's and another run's, and the first three chains."""
+    head, reports = columns_of(report)
+    lines = [head]
+    for label, key in (("accuracy, greedy chain and answer", "correct"),
+                       ("  the same chains, frozen answerer", "correct_frozen"),
+                       ("  without a chain", "correct_empty"),
+                       ("  with another problem's chain", "correct_shuffled"),
+                       ("no answer to read (invalid)", "invalid"),
+                       ("chains ended by themselves", "chain_finished")):
+        lines.append(row(label, [percent(r["chains"][key]) for r in reports]))
+    nats = lambda m: f"{m['value']:.2f} [{m['low']:.2f}, {m['high']:.2f}]"
+    for label, key in (("log p(answer | chain), nats", "reward"),
+                       ("  by the frozen base", "reward_frozen"),
+                       ("  without a chain", "reward_empty"), ("tokens a chain", "chain_tokens")):
+        lines.append(row(label, [nats(r["chains"][key]) for r in reports]))
+    lines += mcnemar_lines(report)
+    for sample in report["prompts"][:3]:
+        # what tasks.chain_prompt put around it
+        question = sample["prompt"].partition("\nQuestion: ")[2].removesuffix("\nReasoning:")
+        lines.append(f"\n  {question[:200]!r}\n    chain  {sample['chain'][:300]!r}\n"
+                     f"    answer {sample['generated']!r}, expected {sample['expected'][:60]!r}")
+    return lines
+
+
+def mcnemar_lines(report: dict) -> list[str]:
+    if "compare" not in report:
+        return []
+    test = report["compare"]["mcnemar"]
+    return [f"  McNemar, exact: {test['only_first']} solved only by this, "
+            f"{test['only_second']} only by the other, p = {test['p']:.3g}"]
+
+
+def prompt_lines(prompts: list[dict]) -> list[str]:
+    """The prior work's table over its named prompts, with the classifier's layer and confidence."""
+    lines = [f"\n  {'prompt':<14}{'expected':>9}{'generated':>11}  right  "
+             f"{'answer before the last block':<30}operation word before the last block"]
+    for prompt in {p["prompt"]: p for p in prompts if p["set"] != "test"}.values():
+        answer, word = (f"L{prompt[name + '_layer']} {prompt[name + '_prob']:.3f} "
+                        f"(last block {prompt[name + '_prob_last']:.3f})"
+                        for name in ("answer", "operation"))
+        right = "yes" if prompt["correct"] else "no"
+        lines.append(f"  {prompt['prompt']:<14}{prompt['expected']:>9}"
+                     f"{prompt['generated'][:10]:>11}  {right:<7}{answer:<30}{word}")
+    return lines
+
+
+# --------------------------------------------------------------------------------------------------
+# a lens view
+
+
+def lens_table(view: dict, color: bool, width: int = 12) -> str:
+    """Blocks by positions, last on top: each cell's top token and per cent, darker when surer."""
+    def cell(token: str, prob: float) -> str:
+        text = f"{token[:width - 5]:<{width - 5}}{100 * prob:4.0f} "
+        shade = 255 - int(23 * prob ** 0.5)  # 256-colour greys run from 232 (black) to 255 (white)
+        return (f"\033[48;5;{shade}m\033[38;5;{16 if shade > 243 else 231}m{text}\033[0m"
+                if color else text)
+    lines = [" " * 7 + "".join(f"{token[:width - 1]:<{width}}" for token in view["tokens"])
+             + "entropy, KL to the end (nats, last position)"]
+    for tap in reversed(range(len(view["taps"]))):
+        lines.append(f"{view['taps'][tap]:<7}"
+                     + "".join(cell(*cells[0]) for cells in view["top"][tap])
+                     + f"{view['entropy'][tap][-1]:5.2f} {view['kl'][tap][-1]:6.2f}")
+    for word, series in view["words"].items():
+        steps = "  ".join(f"{name} {p:.2f} (#{r})" for name, p, r in
+                          zip(view["taps"], series["prob"], series["rank"]))
+        lines.append(f"{word!r} at the last position, probability (rank): {steps}; "
+                     f"onset {series['onset'] or 'none'}, peak {series['peak']}")
+    return "\n".join(lines)

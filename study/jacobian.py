@@ -1,0 +1,57 @@
+"""The Jacobian lens: U . N(J h), where J is the mean derivative of the last tap by this one.
+
+Nothing is trained, least of all on the words it reads, so it is a fair second opinion on a loss
+that trains the logit lens's own read-out (Gurnee et al. 2026). lens.read_taps takes the matrices;
+where the model is too wide for them, one backward pass a word gives that word's read-out vector.
+"""
+import mlx.core as mx
+
+from lens import pad_prompts
+from model import Llama
+
+
+def unembedding_rows(model: Llama, ids: mx.array) -> mx.array:
+    """Rows of the unembedding, float32 (N, D), whatever type or bits it has.
+
+    Pulled back through the unembedding itself, a linear map: quantised and tied ones need no case.
+    """
+    V, D = model.args.vocab_size, model.args.hidden_size
+    one_hot = (mx.arange(V) == ids[:, None]).astype(mx.float32)                     # (N, V)
+    zeros = mx.zeros((len(ids), D))
+    return mx.vjp(lambda x: model.unembed(x).astype(mx.float32), [zeros], [one_hot])[1][0]
+
+
+def word_directions(model: Llama, ids: mx.array) -> mx.array:
+    """gain * U_w: what N(h), before its division by the length, is multiplied with; (N, D)."""
+    return unembedding_rows(model, ids) * model.model.norm.weight.astype(mx.float32)
+
+
+def jacobian(model: Llama, prompts: list[list[int]], directions: mx.array) -> mx.array:
+    """Mean over positions and prompts of d<direction, last tap> / d(tap k): (L+1, N, D) float32.
+
+    prompts     any text, as ids; not the prompts to be read
+    directions  (N, D). With the identity the result is J itself, for `read_taps`; with
+                `word_directions` it is each word's read-out vector r, by one backward pass a word,
+                and argmax_w <r_w, h> is the Jacobian lens's choice among the words.
+    A position's effect is summed over itself and all later ones, so at tap L this is `directions`.
+    source      Gurnee et al. 2026, transformer-circuits.pub, adjoint form
+    """
+    tokens, last = pad_prompts(prompts)
+    real = (mx.arange(tokens.shape[1]) <= last).astype(mx.float32)[..., None]       # (B, T, 1)
+    L, D = model.args.num_hidden_layers, model.args.hidden_size
+
+    @mx.compile
+    def pull_back(direction):
+        # an array of zeros added at every tap: its gradient is the tap's
+        def final_resid(*added):
+            edit = {k: lambda resid, extra=extra: resid + extra for k, extra in enumerate(added)}
+            return model.final_resid(tokens, edit=edit).astype(mx.float32)
+        zeros = [mx.zeros((*tokens.shape, D)) for _ in range(L + 1)]
+        _, grads = mx.vjp(final_resid, zeros, [real * direction])
+        return mx.stack([(g * real).sum((0, 1)) for g in grads]) / real.sum()       # (L+1, D)
+
+    rows = []
+    for direction in directions:
+        rows.append(pull_back(direction))
+        mx.eval(rows[-1])
+    return mx.stack(rows, axis=1)
