@@ -28,14 +28,14 @@ import yaml
 
 from clean import provenance
 from config import BadInput, Config, load_overrides, run_main, write_text
-from data import Problem, held_out, matched_problems
+from data import Problem, held_out
 from eval import class_block, class_ids, measure_accuracy, series_ids, target_ids
 from findings import write_results
 from lens import contributions, depth, read_prompts
 from lora import load_base, load_checkpoint
 from model import Llama
 from plot import read_records
-from probe import fit_probe, four_claims
+from probe import fit_probe, four_claims, matched_problems
 from stats import auc_within
 from tokenizer import Tokenizer
 from train import train

@@ -39,7 +39,7 @@ import memory
 import parallel
 import plot
 from config import ON_POLICY, BadInput, Config, Stopped, load_config, resolved, run_main, write_text
-from data import Batch, Batches, evenly, tokenize
+from data import Batch, Batches, evenly, load_split, tokenize
 from eval import (
     class_block,
     class_ids,
@@ -78,7 +78,6 @@ from run_folder import (
     save_weights,
     state_arrays,
 )
-from tasks import load_split
 from tokenizer import Tokenizer
 
 BAR_KEYS = ("loss", "answer_loss", "class_loss", "class_accuracy", "reward", "entropy", "kl_k3",
@@ -329,7 +328,7 @@ def deferred_interrupts():
 
 def load_source(cfg: Config, model: Llama, tokenizer: Tokenizer) -> Batches | Rollouts:
     """Where batches come from: the training split, tokenised and checked, or rollouts over it."""
-    problems = load_split(cfg, "train", tokenizer)
+    problems = load_split(cfg, "train")
     if cfg.method in ON_POLICY:
         kind = Chains if cfg.method == "markovian" else Rollouts
         return kind(model, tokenizer, problems, cfg)
@@ -386,7 +385,7 @@ def train_run(cfg: Config, with_base: bool, held: ExitStack) -> dict:
         gate.require(cfg.require_gate, cfg.model)
     model, tokenizer = prepare_model(cfg)
     block, source = class_block(cfg, model), load_source(step_cfg, model, tokenizer)
-    valid = load_split(cfg, "valid", tokenizer)
+    valid = load_split(cfg, "valid")
     optimizer = optim.AdamW(cfg.lr, weight_decay=cfg.weight_decay, bias_correction=True)
     optimizer.init(model.trainable_parameters())
     needed = memory.prepare(cfg, model, memory.load_of(cfg, source))

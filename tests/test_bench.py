@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from conftest import ROOT, assert_one_clear_line, run
 
-import bench
-import growth
-from bench import Peer, minimal_flops, parse_args, summarise, write_random_model
+from bench import __main__ as bench
+from bench import growth
+from bench.__main__ import Peer, minimal_flops, parse_args, summarise, write_random_model
 from config import BadInput
 
 SHAPE = (12, 2, 3, 1, 20, 256)      # D, blocks, heads, key-value heads, MLP, vocabulary

@@ -72,13 +72,12 @@ def assert_same_run(one, two):
 METHODS = {
     "sft": {}, "dual_reward": {}, "accumulated": {"grad_accum_steps": 2},
     "grpo": {"grpo_group_size": 4, "grpo_epochs": 2, "grpo_kl_stop": 0},
-    "markovian": {"data": "sums", "data_terms": 3, "chain_tokens": 6, "grpo_group_size": 4,
-                  "max_completion_tokens": 3},
+    "markovian": {"chain_tokens": 6, "grpo_group_size": 4, "max_completion_tokens": 3},
 }
 
 
 @pytest.mark.parametrize("which", METHODS)
-def test_two_processes_equal_one_with_twice_the_batch(which, write_config, tmp_path):
+def test_two_processes_equal_one_with_twice_the_batch(which, write_config, sums_data, tmp_path):
     """Unequal target counts on the two; rollouts, advantages, guard and decisions of the whole."""
     keys = {"method": "sft" if which == "accumulated" else which, "batch_size": 8, "steps": 4,
             "lr": 1e-4, "eval_every_steps": 2, **METHODS[which]}
@@ -87,6 +86,7 @@ def test_two_processes_equal_one_with_twice_the_batch(which, write_config, tmp_p
         keys["grpo_reward"] = f"{tmp_path}/reward.py:by_length"
     if which == "markovian":
         keys["model"] = write_model(tmp_path / "cot", small_config(source=TINY_COT), TINY_COT)
+        keys["data"] = sums_data
     path, two = write_config("two", **keys)
     (out, _), (other_out, other_err) = finish(start(path, tmp_path))
     assert "wrote" in out and not other_out and not other_err.replace("\n", "").strip()

@@ -8,14 +8,14 @@ import pytest
 from conftest import ROOT
 
 FILES = sorted(p.name for p in ROOT.glob("*.py"))
-LEVELS = [("blas", "config", "stats", "answers"),
+LEVELS = [("blas", "config", "stats"),
           ("fastexp", "tokenizer", "plot", "hub", "distributed", "parallel"),
           ("losses", "quant", "data"),
-          ("model", "checks"), ("lora", "findings", "tasks", "drafts"),
+          ("model", "checks"), ("lora", "findings", "drafts"),
           ("generate", "conversations"), ("lens", "grpo", "memory", "clean", "converse"),
           ("markovian", "run_folder", "judge"), ("gate",),
           ("eval", "perturb"), ("train", "probe", "self_instruct"),
-          ("results", "study", "fullsize"), ("bench", "markovian_results"), ("growth",)]
+          ("results", "study"), ("markovian_results",)]
 
 
 def imports_of(name):

@@ -19,8 +19,8 @@ from mlx.utils import tree_flatten
 
 import memory
 import model as model_module
+from bench.fullsize import SHAPES
 from config import Config, load_config
-from fullsize import SHAPES
 from lora import apply_lora
 from model import ModelArgs, parse_args
 from tokenizer import load_tokenizer
@@ -29,18 +29,19 @@ from train import load_source, next_updates, prepare_model
 STEPS = {   # method: settings of one step
     "sft": {}, "dual_reward": {}, "mask_prompt": {"mask_prompt": False},
     "grpo": {"grpo_group_size": 4, "max_completion_tokens": 5, "grpo_entropy_weight": 0.1},
-    "markovian": {"data": "sums", "data_terms": 3, "grpo_group_size": 4, "chain_tokens": 6},
+    "markovian": {"grpo_group_size": 4, "chain_tokens": 6},
 }
 
 
-def one_step(which, full):
+def one_step(which, full, sums_data):
     """A model of three blocks, and the micro-batches of its first step."""
     source = TINY_COT if which == "markovian" else TINY
     tokenizer, model = load_tokenizer(source), small_model(blocks=3, source=source)
     method = "sft" if which == "mask_prompt" else which
     kl = {"grpo_kl_weight": 0.0} if full else {}
+    data = {"data": str(sums_data)} if which == "markovian" else {}
     cfg = config(method=method, batch_size=8, data_samples=50, full=full, grad_accum_steps=2,
-                 **STEPS[which], **(kl if which == "grpo" else {}))
+                 **STEPS[which], **data, **(kl if which == "grpo" else {}))
     if not full:
         apply_lora(model, 4, 8.0, ("q", "v", "o", "up"))
         mx.random.seed(1)
@@ -55,14 +56,14 @@ def one_step(which, full):
 @pytest.mark.parametrize("recompute", ["mlp", "block"])
 @pytest.mark.parametrize("which,full", [(w, f) for w in STEPS for f in (False, True)
                                         if not (f and w == "markovian")])
-def test_recomputing_changes_no_gradient(recompute, which, full, monkeypatch):
+def test_recomputing_changes_no_gradient(recompute, which, full, sums_data, monkeypatch):
     """Loss and every gradient, LoRA's or all weights', behind prefilled caches too.
 
     `mx.checkpoint` gives weights that its function closes over gradient 0, and a cache written
     twice would shift positions. The logits come in parts of 3 rows.
     """
     monkeypatch.setattr(model_module, "logit_rows", lambda *_: 3)
-    model, cfg, micro_batches = one_step(which, full)
+    model, cfg, micro_batches = one_step(which, full, sums_data)
     expected_loss, _, expected = grads_of(model, cfg, micro_batches)
     model.recompute = recompute
     loss, _, grads = grads_of(model, cfg, micro_batches)

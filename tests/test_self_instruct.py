@@ -24,9 +24,10 @@ from conftest import (
 
 import memory
 import self_instruct
+from bench.fullsize import SHAPES
 from clean import hash_file
 from config import BadInput, Config, load_config
-from fullsize import SHAPES
+from data import load_split
 from generate import Completion
 from model import parse_args
 from self_instruct import (
@@ -52,7 +53,6 @@ from self_instruct import (
     split_pairs,
     words_of,
 )
-from tasks import load_split
 from tokenizer import load_tokenizer
 
 

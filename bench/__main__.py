@@ -34,17 +34,17 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 import memory
+from bench.fullsize import write_model, write_word_tokenizer
+from bench.peers.clock import clock, random_prompts
 from clean import provenance
 from config import BadInput, Config, run_main, write_text
 from data import Batches, Problem, Row
 from eval import class_block
-from fullsize import write_model, write_word_tokenizer
 from generate import sample
 from grpo import Rollouts
 from hub import find_folder, read_json
 from lens import read_prompts
 from model import Llama, ModelArgs, init_weights, load, parse_args, save_safetensors
-from peers.clock import clock, random_prompts
 from plot import plt, save_figure
 from train import compile_step, make_loss, next_updates, prepare_model, take_updates
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench import SIZES, minimal_flops, own_command, run_other, write_random_model
+from bench.__main__ import SIZES, minimal_flops, own_command, run_other, write_random_model
 from config import BadInput, run_main, write_text
 from hub import read_json
 from model import parse_args
