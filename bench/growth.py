@@ -1,11 +1,11 @@
 """Does anything grow faster than its work? Time and memory of a small model against six sizes.
 
-    python growth.py --json growth.json --png docs/growth.png   # ten minutes on two cores
-    python growth.py --only tokens
+    python -m bench.growth --json growth.json --png docs/growth.png     # ten minutes, two cores
+    python -m bench.growth --only tokens
 
-Each point is bench.py's own side of a work in a process of its own. A curve's exponent is its slope
+Each point is bench's own side of a work in a process of its own. A curve's exponent is its slope
 by least squares in log-log: 1 is linear, 2 quadratic. Beside it stands the exponent of the work's
-own count of operations (bench.minimal_flops). Time may not grow faster than that, memory not faster
+own count of operations (limit.minimal_flops). Time may not grow faster than that, memory not faster
 than that or linearly. (Slower is no feat: what a call costs in any case flattens a curve.) Memory
 is the process' peak less what it held before the model was loaded.
 """
@@ -17,7 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.__main__ import SIZES, minimal_flops, own_command, run_other, write_random_model
+from bench.__main__ import SIZES
+from bench.limit import minimal_flops
+from bench.ours import llama_config, own_command, run_other, write_random_model
 from config import BadInput, run_main, write_text
 from hub import read_json
 from model import parse_args
@@ -50,7 +52,7 @@ def measure_point(name: str, value: int, shape: dict, count: int) -> dict:
     sizes, shape = dict(SIZES[work]), dict(shape)
     (shape if name in shape else sizes)[SIZE_KEYS.get(name, name)] = value
     with tempfile.TemporaryDirectory() as folder:
-        write_random_model(Path(folder), tuple(shape.values()))
+        write_random_model(Path(folder), llama_config(*shape.values()))
         args = parse_args(read_json(Path(folder) / "config.json"), folder)
         command = own_command(work, folder, sizes, count)
         found = json.loads(run_other([sys.executable, *command]).splitlines()[-1])
