@@ -78,7 +78,7 @@ same reward and learning rate and the right loss. Means over the first and the l
 
 {cells}
 
-## Speed, side by side (bench.py)
+## Speed, side by side (bench)
 
 {speed}
 """
@@ -207,7 +207,7 @@ def main(argv: list[str]) -> None:
                for name in CONDITIONS}
     everything = ["data_operations=add,subtract,multiply,divide", "data_wordings=symbolic,worded"]
     base = measured(["eval.py", "--ckpt", "models/tiny", *everything], "base.json")
-    bench = measured(["bench.py", "--only", "sft"], "bench.json")
+    bench = measured(["-m", "bench", "--only", "sft"], "bench.json")
     speed = [f"- `{b['work']}`: {p['ratio']:.1f} times as fast as {name}"
              for b in bench for name, p in b["peers"].items()]
     write_text(Path("docs/training.md"), TEXT.format(
@@ -221,7 +221,7 @@ def main(argv: list[str]) -> None:
 def measured(command: list[str], name: str) -> dict | list:
     """Run another script of the project with --json and return what it wrote."""
     path = Path("runs/results") / name
-    run_script([*command[:1], "--json", str(path), *command[1:]])
+    run_script([*command, "--json", str(path)])
     return json.loads(path.read_text())
 
 
