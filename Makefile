@@ -43,7 +43,7 @@ fullsize: .venv/ready  ## load, train, look into and sample models of 1B, 8B and
 	$(PY) -m bench.fullsize
 
 bench: .venv/ready  ## speed and memory beside peers, in turn, and the share of this machine's limit (a quarter of an hour; SHAPE=tiny or 1b)
-	$(PY) -m bench --json bench.json --png docs/bench.png $(if $(SHAPE),--shape $(SHAPE))
+	$(PY) -m bench --json bench.json $(if $(SHAPE),--shape $(SHAPE))
 
 bench-peers: .venv-bench/ready  ## the peers' own environment, which `make bench` then uses (4 GB with CUDA's torch)
 .venv-bench/ready: requirements-bench.txt requirements.lock
@@ -52,7 +52,7 @@ bench-peers: .venv-bench/ready  ## the peers' own environment, which `make bench
 	touch $@
 
 growth: .venv/ready  ## time and memory against length, batch, blocks, vocabulary, group and prompts (ten minutes on two cores)
-	$(PY) -m bench.growth --json growth.json --png docs/growth.png
+	$(PY) -m bench.growth --json growth.json
 
 tiny: .venv/ready  ## train the bundled base model from scratch again (40 minutes on two cores)
 	$(PY) -m tasks tiny runs/tiny_data --tokenizer models/tiny

@@ -1,7 +1,7 @@
 """How fast, beside what, and how far from the limit: each work timed in turn with its peers.
 
-    python -m bench --json bench.json --png docs/bench.png  # all works, 40 M random parameters
-    python -m bench --shape 1b --only sft                   # Llama-3.2-1B's; tiny: bundled
+    python -m bench --json bench.json           # all works, 40 M random parameters
+    python -m bench --shape 1b --only sft       # Llama-3.2-1B's; tiny: bundled
     python -m bench --only lens --model FOLDER --peer-python OTHER/bin/python
 
 Machines are shared and noisy: read the ratios, not the seconds. In every round all sides run in
@@ -27,7 +27,7 @@ from pathlib import Path
 
 import blas
 
-from bench.fullsize import write_model
+from bench.fullsize import ROWS, write_model
 from bench.limit import limit_seconds, measure_machine, minimal_flops, parameters
 from bench.ours import ROOT, llama_config, own_command, run_other, time_here, write_random_model
 from clean import provenance
@@ -35,12 +35,10 @@ from config import BadInput, Config, run_main, write_text
 from eval import class_block
 from hub import find_folder, read_json
 from model import Llama, ModelArgs, parse_args
-from plot import plt, save_figure
 
 ROUNDS, LENS_PEER_BATCH = 3, 64     # the peers' lens is fastest at 64 prompts
 SIZES = {   # what one call of each work is given
-    "sft": {"rows": 8, "tokens": 64, "answer": 8},
-    "dual_reward": {"rows": 8, "tokens": 64, "answer": 8},
+    "sft": ROWS, "dual_reward": ROWS,
     "grpo": {"rows": 4, "group": 8, "tokens": 32, "completion": 16},
     "generate": {"rows": 32, "group": 1, "tokens": 32, "completion": 16},
     "lens": {"rows": 256, "tokens": 16},
@@ -278,35 +276,6 @@ def times(side: dict) -> str:
     return f"{1000 * side['seconds']:9,.1f}  {low + ' - ' + high:>19}"
 
 
-def draw(results: list[dict], path: str) -> None:
-    """A bar for each work and peer: how many times as fast ours is; a black line is the goal."""
-    bars = [(f"{r['work']}: {name}", peer, goals_of(r).get(name), r["work"]) for r in results
-            for name, peer in r["peers"].items()]
-    if not bars:
-        return
-    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.32 * len(bars)), layout="constrained")
-    works = list(dict.fromkeys(work for *_, work in bars))
-    for y, (label, peer, goal, work) in enumerate(reversed(bars)):
-        axes.barh(y, peer["ratio"], color=f"C{works.index(work)}", height=0.7)
-        axes.plot(peer["ratio_spread"], [y, y], color="0.3", lw=1)
-        axes.text(max(peer["ratio_spread"]) * 1.05, y, f"{peer['ratio']:.2g}", va="center",
-                  fontsize=8)
-        if goal:
-            axes.plot([goal[0]] * 2, [y - 0.42, y + 0.42], color="black", lw=2.5)
-    reach = [x for _, peer, goal, _ in bars for x in (*peer["ratio_spread"], *(goal or ())[:1])]
-    low, high = 0.8 * min(1, *reach), 1.6 * max(reach)
-    ticks = [n * 10.0 ** e for e in range(-2, 4) for n in (1, 2, 5)]
-    axes.set_xscale("log")
-    axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
-    axes.minorticks_off()
-    axes.set_xlim(low, high)
-    axes.axvline(1, color="0.5", lw=1, ls="--")
-    axes.set_yticks(range(len(bars)), [label for label, *_ in reversed(bars)], fontsize=8)
-    axes.set(xlabel="peer's time over ours (log scale); black: goal; thin line: lowest to highest "
-             "round", title=f"times as fast, {results[0]['device']}")
-    save_figure(figure, path)
-
-
 # --------------------------------------------------------------------------------------------------
 
 
@@ -320,7 +289,6 @@ def find_model(shape: str, scratch: Path) -> Path:
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure speed and memory, ours and peers'.")
     parser.add_argument("--json", metavar="FILE", help="write the numbers")
-    parser.add_argument("--png", metavar="FILE", help="draw the ratios")
     parser.add_argument("--only", metavar="WORK", action="append",
                         help=f"of {', '.join(SIZES)}; may be given repeatedly")
     parser.add_argument("--shape", choices=SHAPES, default="40m", help="of the random weights")
@@ -367,8 +335,6 @@ def main(argv: list[str]) -> None:
         print(f"\n{table(results)}")
     if args.json:
         write_text(Path(args.json), json.dumps(results, indent=1) + "\n")
-    if args.png:
-        draw(results, args.png)
 
 
 if __name__ == "__main__":

@@ -15,27 +15,16 @@ import sys
 from pathlib import Path
 
 import memory
-from bench.ours import TRAINING, own_command, run_other, write_random_model
+from bench.ours import TRAINING, llama_config, own_command, run_other, write_random_model
 from config import BadInput, Config, run_main
 from model import parse_args
 
-COMMON = {"max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "hidden_act": "silu",
-          "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16"}
-LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "head_dim": 64,
-         "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
-         "rope_theta": 500000.0, **COMMON}
-SHAPES = {
-    "Llama-3.2-1B": LLAMA | {
-        "hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 8192,
-        "tie_word_embeddings": True},
-    "Llama-3.1-8B": LLAMA | {
-        "hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336, "head_dim": 128,
-        "tie_word_embeddings": False},
-    "Qwen2.5-32B": {
-        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 5120,
-        "num_hidden_layers": 64, "intermediate_size": 27648, "num_attention_heads": 40,
-        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 152064, "rope_theta": 1000000.0,
-        "tie_word_embeddings": False, **COMMON},
+UNTIED = {"tie_word_embeddings": False, "torch_dtype": "bfloat16"}
+SHAPES = {  # width, blocks, heads, key-value heads, MLP, vocabulary
+    "Llama-3.2-1B": llama_config(2048, 16, 32, 8, 8192, 128256) | {"torch_dtype": "bfloat16"},
+    "Llama-3.1-8B": llama_config(4096, 32, 32, 8, 14336, 128256) | UNTIED,
+    "Qwen2.5-32B": llama_config(5120, 64, 40, 8, 27648, 152064) | UNTIED | {
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "rope_theta": 1000000.0},
 }
 BLOCKS = {"Llama-3.2-1B": 16, "Llama-3.1-8B": 4, "Qwen2.5-32B": 2}  # on disk and in memory here
 ROWS = {"rows": 8, "tokens": 64, "answer": 8}

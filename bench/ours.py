@@ -39,8 +39,8 @@ def llama_config(D: int, L: int, H: int, K: int, F: int, V: int) -> dict:
     return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": V,
             "hidden_size": D, "num_hidden_layers": L, "num_attention_heads": H,
             "num_key_value_heads": K, "head_dim": D // H, "intermediate_size": F,
-            "tie_word_embeddings": True, "max_position_embeddings": 2048, "rope_theta": 500000.0,
-            "rms_norm_eps": 1e-6, "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2}
+            "tie_word_embeddings": True, "max_position_embeddings": 8192, "rope_theta": 500000.0,
+            "rms_norm_eps": 1e-5, "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2}
 
 
 def write_word_tokenizer(folder: Path, vocab_size: int) -> None:
