@@ -27,7 +27,7 @@ from pathlib import Path
 
 import blas
 
-from bench.fullsize import ROWS, write_model
+from bench import fullsize
 from bench.limit import limit_seconds, measure_machine, minimal_flops, parameters
 from bench.ours import ROOT, llama_config, own_command, run_other, time_here, write_random_model
 from clean import provenance
@@ -38,16 +38,16 @@ from model import Llama, ModelArgs, parse_args
 
 ROUNDS, LENS_PEER_BATCH = 3, 64     # the peers' lens is fastest at 64 prompts
 SIZES = {   # what one call of each work is given
-    "sft": ROWS, "dual_reward": ROWS,
+    "sft": fullsize.ROWS, "dual_reward": fullsize.ROWS,
     "grpo": {"rows": 4, "group": 8, "tokens": 32, "completion": 16},
     "generate": {"rows": 32, "group": 1, "tokens": 32, "completion": 16},
     "lens": {"rows": 256, "tokens": 16},
     "load": {}, "start": {},
 }
 START = ["train.py", "configs/dual_reward.yaml"]    # what `make run` runs
-SHAPES = {  # config.json of the random weights; 1b is Llama-3.2-1B's
-    "40m": llama_config(512, 8, 8, 4, 1408, 32000), "1b": None,
-    "tiny": llama_config(128, 8, 4, 4, 256, 1394)}
+SHAPES = {  # config.json of the random weights
+    "40m": llama_config(512, 8, 8, 4, 1408, 32000), "tiny": llama_config(128, 8, 4, 4, 256, 1394),
+    "1b": fullsize.SHAPES["Llama-3.2-1B"]}
 HF, MLX_LM = "bench/peers/hf.py", "bench/peers/mlxlm.py"
 PEFT, AS_INSTALLED, OWN_BUNDLED = ("transformers + peft", "mlx-lm as installed",
                                    "ours on mlx's bundled BLAS")
@@ -281,9 +281,8 @@ def times(side: dict) -> str:
 
 def find_model(shape: str, scratch: Path) -> Path:
     """The folder of a shape's random weights; the large one stays in runs/fullsize."""
-    if shape == "1b":
-        return write_model("Llama-3.2-1B", ROOT / "runs" / "fullsize")
-    return write_random_model(scratch, SHAPES[shape])
+    large = ROOT / "runs" / "fullsize" / "Llama-3.2-1B"
+    return write_random_model(large if shape == "1b" else scratch, SHAPES[shape])
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -35,11 +35,6 @@ WORKS = {   # and what one call of each is given
     "generate": {"rows": 2, "group": 1, "tokens": 4, "completion": 8}}
 
 
-def write_model(name: str, folder: Path) -> Path:
-    """A published model's shapes with so many blocks as fit here, in folder/name."""
-    return write_random_model(folder / name, SHAPES[name] | {"num_hidden_layers": BLOCKS[name]})
-
-
 def arithmetic() -> list[str]:
     """Estimated peaks at full depth: LoRA on q, k, v, o, 8 rows of 64 tokens."""
     lines = []
@@ -69,7 +64,8 @@ def main(argv: list[str]) -> None:
         raise BadInput(f"unknown work {', '.join(wrong)}; expected {', '.join(WORKS)}")
     small = ["bits=4", "recompute=block"]
     for name in [args.only] if args.only else SHAPES:
-        folder = write_model(name, args.folder).resolve()
+        folder = write_random_model((args.folder / name).resolve(),
+                                    SHAPES[name] | {"num_hidden_layers": BLOCKS[name]})
         variants = [[], ["recompute=mlp"], ["recompute=block"], small]
         for more in [keys] if keys else variants if name == "Llama-3.2-1B" else [small]:
             for work in works:
