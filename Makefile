@@ -40,13 +40,14 @@ results: .venv/ready  ## every number of docs/training.md: three seeds of each m
 	$(PY) -m study.results
 
 markovian: .venv/ready  ## every number of RESULTS.md's part on Markovian training (an hour on two cores)
+	$(PY) -m tasks sums runs/sums_data --terms 6 --largest 9
 	$(PY) -m study.results markovian
 
 fullsize: .venv/ready  ## load, train, look into and sample models of 1B, 8B and 32B shapes (random weights; half an hour, 12 GB of disk)
-	$(PY) fullsize.py
+	$(PY) -m bench.fullsize
 
 bench: .venv/ready  ## speed and memory beside peers, in turn, and the share of this machine's limit (a quarter of an hour; SHAPE=tiny or 1b)
-	$(PY) bench.py --json bench.json --png docs/bench.png $(if $(SHAPE),--shape $(SHAPE))
+	$(PY) -m bench --json bench.json $(if $(SHAPE),--shape $(SHAPE))
 
 bench-peers: .venv-bench/ready  ## the peers' own environment, which `make bench` then uses (4 GB with CUDA's torch)
 .venv-bench/ready: requirements-bench.txt requirements.lock
@@ -55,15 +56,15 @@ bench-peers: .venv-bench/ready  ## the peers' own environment, which `make bench
 	touch $@
 
 growth: .venv/ready  ## time and memory against length, batch, blocks, vocabulary, group and prompts (ten minutes on two cores)
-	$(PY) growth.py --json growth.json --png docs/growth.png
+	$(PY) -m bench.growth --json growth.json
 
 tiny: .venv/ready  ## train the bundled base model from scratch again (40 minutes on two cores)
-	$(PY) data.py tokenizer models/tiny
+	$(PY) -m tasks tiny runs/tiny_data --tokenizer models/tiny
 	$(PY) train.py configs/tiny_base.yaml
 	cp runs/tiny_base/model.safetensors models/tiny/
 
 tiny_cot: .venv/ready  ## the same for the one that can write chains (20 minutes on two cores)
-	$(PY) data.py tokenizer models/tiny_cot chains
+	$(PY) -m tasks tiny_cot runs/tiny_cot_data --tokenizer models/tiny_cot
 	$(PY) train.py configs/tiny_cot_base.yaml
 	cp runs/tiny_cot_base/model.safetensors models/tiny_cot/
 

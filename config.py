@@ -59,19 +59,12 @@ class Config:
     from_scratch: bool = False
 
     # --- data
-    # arithmetic | tiny_corpus | sums | sums_corpus | one of tasks.py's: gsm8k, mmlu, arc, ... | a
-    # folder of train/valid/test.jsonl
+    # arithmetic | a folder of train.jsonl, valid.jsonl, test.jsonl (`python -m tasks` writes some)
     data: str = "arithmetic"
-    data_samples: int = 5000        # training rows drawn; of a published data set at most so many
+    data_samples: int = 5000        # arithmetic: training rows drawn
     data_operations: tuple[str, ...] = ("add", "subtract", "multiply")
     # symbolic, worded; asked, asked_worded, masked: only to look at (data.py's top has examples)
     data_wordings: tuple[str, ...] = ("symbolic",)
-    data_folder: str = ""           # a published data set's files; empty: the Hub
-    data_skip_bad: bool = False     # leave bad rows of those files out instead of stopping
-    data_context_tokens: int = 200  # wiki: tokens of an article that are shown, and how many of
-    data_target_tokens: int = 100   # what follows are scored
-    data_terms: int = 15            # sums: how many numbers are added
-    data_largest: int = 99          # sums: numbers from 1 to this
     mask_prompt: bool = True        # loss on answer and EOS only; false: on every token
     # what rows are put in: none (as they are) | lines | plain | cued | chat (tokenizer.py's top);
     # the loss is then on every reply. Rows {"messages": [...]} of a data folder need one
@@ -179,8 +172,7 @@ CHOICES = {
     "markovian_average": ("mean", "softmax"),
     "chain_extraction": ("anchored", "simple", "anchor", "legacy", "word_boundary"),
 }
-AT_LEAST = {"data_samples": 0, "data_context_tokens": 1, "data_target_tokens": 1,
-            "data_terms": 2, "data_largest": 1, "steps": 1, "batch_size": 1,
+AT_LEAST = {"data_samples": 0, "steps": 1, "batch_size": 1,
             "grad_accum_steps": 1, "lr_warmup_steps": 0, "weight_decay": 0,
             "grad_clip": 0, "lora_rank": 1,
             "eval_every_steps": 0, "eval_prompts": 1, "lens_every_steps": 0, "lens_prompts": 1,

@@ -10,12 +10,11 @@ belongs to train, valid or test by a hash of its unordered numbers, so 3 * 4, 4 
 sum of three and four" are on one side, for every seed, every method and the bundled base model
 alike. The named evaluation prompts' pairs are test pairs.
 
-    python data.py tokenizer models/tiny             # the bundled models' tokenizer.model files
-    python data.py tokenizer models/tiny_cot chains
+Everything else is a folder of train.jsonl, valid.jsonl and test.jsonl (data=FOLDER), as `python -m
+tasks` writes them or by hand.
 """
 import functools
 import hashlib
-import io
 import json
 import random
 import re
@@ -25,9 +24,8 @@ from pathlib import Path
 import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
-import sentencepiece
 
-from config import BadInput, Config, run_main, write_bytes
+from config import BadInput, Config
 from tokenizer import Tokenizer, check_messages
 
 SYMBOLS = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/"}
@@ -68,9 +66,9 @@ TEST_PROBLEMS_PER_CELL = 300  # of each operation and wording, where there are s
 
 @dataclass(frozen=True)
 class Problem:
-    """One question. A row of a user's data has `wording` 'file', and may have `operation` ''.
+    """One question. `operation` may be ''; a row of a data folder that names no wording has 'file'.
 
-    hidden    of a question to reason about: the prompt without the question (tasks.py)
+    hidden    of a question to reason about: the prompt without the question (markovian.py)
     letters   its options, such as "ABCD"; "": the answer is a number
     messages  of a conversation: (role, content) of all of it; prompt and answer are its last two
     """
@@ -185,28 +183,6 @@ def held_out(cfg: Config, split: str, per_cell: int = TEST_PROBLEMS_PER_CELL) ->
     return problems
 
 
-def matched_problems(cfg: Config, split: str, pairs: int, wording: str) -> list[Problem]:
-    """The same operand pairs under every operation: the operands say nothing of the operation.
-
-    Elsewhere they do: products of numbers to 20, differences that are never negative, so that 81 %
-    of the labels follow from two bits of the operands alone. Pairs a >= b of 2..99; products beyond
-    the trained range are for asking which operation it is, not what it gives. A pair's problems
-    stand in a row, in the order of cfg.data_operations, without divide.
-    """
-    chosen = [(a, b) for a in range(2, 100) for b in range(2, a + 1) if split_of(a, b) == split]
-    rng = random.Random(f"matched {split}")
-    rng.shuffle(chosen)
-    operations = [o for o in cfg.data_operations if o != "divide"]
-    problems = []
-    for a, b in chosen[:pairs]:
-        which = rng.randrange(5)    # one phrase for all operations of a pair
-        for operation in operations:
-            phrases = phrases_of(operation, wording)
-            phrase = phrases[which % len(phrases)]
-            problems.append(make_problem(operation, a, b, phrase, wording))
-    return problems
-
-
 def named_problems(name: str) -> list[Problem]:
     """The prior work's nine or eight evaluation prompts."""
     return [make_problem(*item) for item in NAMED_PROMPTS[name]]
@@ -224,89 +200,13 @@ def grade(expected: str, completion: str, finished: bool) -> bool:
 
 
 # --------------------------------------------------------------------------------------------------
-# the bundled model's text
-
-
-def sample_tiny_corpus(cfg: Config) -> list[Problem]:
-    """The text the bundled base model is trained on, all of it over training pairs.
-
-    Half symbolic, a fifth worded, a tenth instructions ("compute 7 * 8 = 56"), a tenth sentences
-    that name the operation ("7 * 8 means multiply"), so that the operation words have a meaning for
-    the unembedding to share, and a tenth spelled numbers ("56 means fifty six"), from which tens
-    and ones are learnt early. Sums and differences reach 0..100, as the nine prompts do.
-    """
-    rng = random.Random(cfg.seed)
-    pairs = {
-        "add": [(a, b) for a in range(101) for b in range(101)],
-        "subtract": [(a, b) for a in range(101) for b in range(a + 1)],
-        "multiply": operand_pairs("multiply"),
-        "divide": operand_pairs("divide"),
-    }
-    pairs = {op: [p for p in all_pairs if split_of(*p) == "train"]
-             for op, all_pairs in pairs.items()}
-    problems = []
-    for _ in range(cfg.data_samples):
-        operation = rng.choices(tuple(SYMBOLS), weights=(40, 40, 14, 6))[0]
-        a, b = rng.choice(pairs[operation])
-        symbolic = make_problem(operation, a, b)
-        worded = make_problem(operation, a, b, rng.choice(PHRASES[operation]))
-        body = rng.choice((symbolic, worded)).prompt.removesuffix(" = ")
-        form = rng.random()
-        if form < 0.6:
-            problem = symbolic
-        elif form < 0.76:
-            problem = worded
-        elif form < 0.84:
-            problem = Problem(f"{rng.choice(('compute', 'calculate'))} {body} = ", symbolic.answer,
-                              operation, "instruction", a, b)
-        elif form < 0.92:
-            prompt = rng.choice(("{} means ", "which operation is {} ? "))
-            problem = Problem(prompt.format(body), operation, operation, "naming", a, b)
-        else:
-            n = rng.choice((rng.randrange(101), rng.randrange(400)))
-            spelled = rng.choice(((f"{number_words(n)} = ", str(n)),
-                                  (f"{n} means ", number_words(n))))
-            problem = Problem(*spelled, "", "spelling")
-        problems.append(problem)
-    return problems
-
-
-def write_tiny_tokenizer(folder: Path, chains: bool = False) -> None:
-    """Write tokenizer.model: a token per number 0..999 and corpus word, else letters, bytes.
-
-    chains   the words of tasks.sample_sums_corpus (models/tiny_cot), not of sample_tiny_corpus
-    """
-    letters = ("abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ 0123456789 "
-               ". , : ; ! ? ' ( ) + - * / =")
-    if chains:
-        words = ["Add", "the", "numbers.", "+", "=", "and", "about", "<redacted>"]
-        # these three follow a line break, which is a token of its own: no space before them
-        bare = ["Question:", "Reasoning:", "Answer:"]
-        letters += " < >"
-    else:
-        words = {word for phrases in PHRASES.values() for phrase in phrases
-                 for word in phrase.split() if "{" not in word}
-        words = sorted(words | {
-            *ONES, *TENS, "hundred", *SYMBOLS, *SYMBOLS.values(), "=", "?",
-            "compute", "calculate", "means", "which", "operation", "is", "answer"})
-        bare = []
-    symbols = [f"▁{n}" for n in range(1000)] + [f"▁{word}" for word in words] + bare
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([letters] * 20), model_writer=model, model_type="unigram",
-        vocab_size=4 + 256 + len(symbols) + (90 if chains else 80), hard_vocab_limit=False,
-        user_defined_symbols=symbols, byte_fallback=True,
-        normalization_rule_name="identity", minloglevel=2)
-    write_bytes(folder / "tokenizer.model", model.getvalue())
-
-
-# --------------------------------------------------------------------------------------------------
-# a user's own data
+# a folder of JSON lines
 
 
 def read_jsonl(path: Path) -> list[Problem]:
-    """Rows {"prompt", "response"} or {"messages"}, and perhaps {"operation"}.
+    """Rows {"prompt", "response"} or {"messages"}, and perhaps a Problem's other texts.
 
+    Those are "operation", "wording", "hidden" and "letters", by these names.
     raises   BadInput, which names the first bad lines
     """
     try:
@@ -325,16 +225,36 @@ def read_jsonl(path: Path) -> list[Problem]:
                 check_messages(row["messages"], reply_follows=False)
                 messages = tuple((m["role"], m["content"]) for m in row["messages"])
                 row = {"prompt": messages[-2][1], "response": messages[-1][1]} | row
-            texts = row["prompt"], row["response"], row.get("operation", "")
-            if not all(isinstance(t, str) for t in texts) or not texts[0] or not texts[1]:
+            texts = row["prompt"], row["response"], row.get("operation", ""), row.get(
+                "wording", "file")
+            more = {name: row.get(name, "") for name in ("hidden", "letters")}
+            if not all(isinstance(t, str) for t in (*texts, *more.values())):
+                raise ValueError("every value must be a string")
+            if not texts[0] or not texts[1]:
                 raise ValueError("prompt and response must be non-empty strings")
-            problems.append(Problem(*texts, wording="file", messages=messages))
+            problems.append(Problem(*texts, **more, messages=messages))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             bad.append(f"line {number} ({error!r})")
     if bad:
         raise BadInput(f'{path}: {len(bad)} bad rows: {", ".join(bad[:5])}; '
                        'expected {"prompt": "...", "response": "...", "operation": "..."} or '
                        '{"messages": [{"role": "user", "content": "..."}, ...]}')
+    return problems
+
+
+def load_split(cfg: Config, split: str) -> list[Problem]:
+    """The problems of train, valid or test; raises BadInput if there are none."""
+    if cfg.data == "arithmetic":
+        problems = sample_train(cfg) if split == "train" else held_out(cfg, split)
+    elif Path(cfg.data).is_dir():
+        problems = read_jsonl(Path(cfg.data) / f"{split}.jsonl")
+    else:
+        raise BadInput(f"data = {cfg.data!r}: expected arithmetic, or a folder that holds "
+                       "train.jsonl, valid.jsonl and test.jsonl; "
+                       f"`python -m tasks NAME {cfg.data}` writes one; alone it lists the names")
+    if not problems:
+        raise BadInput(f"the {split} split of data = {cfg.data!r} is empty "
+                       f"(data_samples = {cfg.data_samples}); nothing to do")
     return problems
 
 
@@ -492,13 +412,3 @@ class Batches:
         return [make_batch(self.rows, indices[i:i + part], T, min(self.A, T - 1), self.cfg)
                 for i in range(0, len(indices), part)]
 
-
-def main(argv: list[str]) -> None:
-    if len(argv) not in (2, 3) or argv[0] != "tokenizer" or argv[2:] not in ([], ["chains"]):
-        raise BadInput("expected `python data.py tokenizer FOLDER [chains]`, "
-                       f"got {' '.join(argv) or 'nothing'}")
-    write_tiny_tokenizer(Path(argv[1]), chains=len(argv) == 3)
-
-
-if __name__ == "__main__":
-    run_main(main)

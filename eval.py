@@ -30,6 +30,7 @@ from data import (
     encode_prompt_of,
     evenly,
     grade,
+    load_split,
     named_problems,
     stable_hash,
 )
@@ -40,7 +41,6 @@ from markovian import answer_prompt, encode_question, evaluate_chains, summarize
 from model import Llama
 from provenance import provenance
 from stats import bootstrap_mean, mcnemar, percent, wilson
-from tasks import load_split, question_of
 from tokenizer import STOPS, Tokenizer
 
 SERIES = ("answer", "operation", "symbol")
@@ -185,13 +185,12 @@ def measure_accuracy(model: Llama, tokenizer: Tokenizer, problems: list[Problem]
 
 def judge(model: Llama, tokenizer: Tokenizer, cfg: Config) -> dict:
     """Everything report.json says about one model, over test problems and named prompts."""
-    test = load_split(cfg, "test", tokenizer)
+    test = load_split(cfg, "test")
     if cfg.method == "markovian":
         return judge_chains(model, tokenizer, test, cfg)
     if any(p.hidden for p in test):
         raise BadInput(f"data {cfg.data} holds questions to reason about; give method=markovian")
-    named = {name: named_problems(name) for name in NAMED_PROMPTS
-             if cfg.data in ("arithmetic", "tiny_corpus")}
+    named = {name: named_problems(name) for name in NAMED_PROMPTS if cfg.data == "arithmetic"}
     problems = test + [p for group in named.values() for p in group]
     sets = ["test"] * len(test) + [name for name, group in named.items() for _ in group]
     reading, ids = read_series(model, tokenizer, problems, cfg.template)
@@ -438,7 +437,7 @@ def print_chains(report: dict) -> None:
         print(f"  {label:<34}" + "".join(f"{nats(r['chains'][key]):<34}" for r in reports))
     print_mcnemar(report)
     for row in report["prompts"][:3]:
-        print(f"\n  {question_of(row['prompt'])[:200]!r}\n    chain  {row['chain'][:300]!r}\n"
+        print(f"\n  {row['prompt'][-200:]!r}\n    chain  {row['chain'][:300]!r}\n"
               f"    answer {row['generated']!r}, expected {row['expected'][:60]!r}")
 
 

@@ -24,9 +24,9 @@ import mlx.core as mx
 import numpy as np
 
 import parallel
-from answers import LETTER_METHODS, NUMBER_METHODS, extract, is_right
 from config import BadInput, Config
 from data import Problem
+from files.answers import LETTER_METHODS, NUMBER_METHODS, extract, is_right
 from generate import Completion, check_context, left_pad, sample
 from grpo import Group, Rollouts
 from lora import adapters_off
@@ -36,6 +36,8 @@ from report.stats import bootstrap_mean, mcnemar, wilson
 from tasks import HEADER
 from tokenizer import Tokenizer
 
+# between chain and answer; it ends at the colon, since answers start with their space
+HEADER = "\nAnswer:"
 MAX_ADVANTAGE = 5   # one chain at -40 nats shall not own its group
 
 
@@ -53,7 +55,8 @@ def encode_question(problem: Problem, tokenizer: Tokenizer, markovian: bool) -> 
     """Encode the four parts; BadInput where a token spans the border of header and answer."""
     if not problem.hidden:
         raise BadInput(f"method markovian needs questions to reason about, and {problem.prompt!r} "
-                       "is none; expected data out of `python tasks.py`, or sums")
+                       "is none; expected a data folder that `python -m tasks` writes, such as "
+                       "sums, whose rows have `hidden`")
     prompt = tokenizer.encode_prompt(problem.prompt)
     header = tokenizer.encode_continuation(HEADER)
     ids = tokenizer.encode_continuation(f"{HEADER} {problem.answer}")

@@ -71,7 +71,6 @@ from run_folder import (
     save_weights,
     state_arrays,
 )
-from tasks import load_split
 from tokenizer import Tokenizer
 
 BAR_KEYS = ("loss", "answer_loss", "class_loss", "class_accuracy", "reward", "entropy", "kl_k3",
@@ -359,7 +358,7 @@ def deferred_interrupts():
 
 def load_source(cfg: Config, model: Llama, tokenizer: Tokenizer) -> Batches | Rollouts:
     """Where batches come from: the training split, tokenised and checked, or rollouts over it."""
-    problems = load_split(cfg, "train", tokenizer)
+    problems = load_split(cfg, "train")
     if cfg.method in ON_POLICY:
         kind = Chains if cfg.method == "markovian" else Rollouts
         return kind(model, tokenizer, problems, cfg)

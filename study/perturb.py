@@ -26,13 +26,12 @@ import blas  # noqa: F401  (before mlx)
 import numpy as np
 
 from config import BadInput, Config, run_main, write_text
-from data import Problem, evenly
+from data import Problem, evenly, load_split
 from lora import adapters_off, load_checkpoint
 from markovian import Question, encode_question, greedy_answers, greedy_chains, score_chains
 from model import Llama
 from report import plot
 from report.stats import bootstrap_mean, sign_flip
-from tasks import load_split
 from tokenizer import Tokenizer
 
 KINDS = ("delete", "truncate_back", "truncate_front", "digits", "letters")
@@ -80,7 +79,9 @@ def damage_run(ckpt: str | Path, problems_wanted: int) -> dict:
     """Every kind and severity on one run's own chains; `drops` by (kind, severity), (N,) each."""
     model, tokenizer, cfg = load_checkpoint(ckpt)
     check_run(ckpt, cfg)
-    problems = evenly(load_split(cfg, "test", tokenizer), problems_wanted)
+    problems = evenly(load_split(cfg, "test"), problems_wanted)
+    if problems[0].wording == "continuation":
+        raise BadInput(f"{ckpt} was trained on continuations of texts, which are not graded")
     questions = [encode_question(p, tokenizer, cfg.markovian) for p in problems]
     texts = chain_texts(model, tokenizer, questions, cfg)
     before, drops = measure(model, tokenizer, problems, questions, texts, cfg), {}
@@ -101,8 +102,6 @@ def check_run(ckpt: str | Path, cfg: Config | None) -> None:
     if cfg is None or cfg.method != "markovian":
         raise BadInput(f"{ckpt} is no run of method markovian; expected one that "
                        "`python train.py configs/markovian_sums.yaml` makes")
-    if cfg.data == "wiki":
-        raise BadInput(f"{ckpt} was trained on wiki, whose answers are not graded")
 
 
 def summarize_damage(run: dict, other: dict | None) -> list[dict]:
@@ -190,7 +189,7 @@ def main(argv: list[str]) -> None:
     other = damage_run(args.compare, args.problems) if args.compare else None
     if other and [p.prompt for p in other["problems"]] != [p.prompt for p in run["problems"]]:
         raise BadInput(f"{args.compare} was trained on other data than {args.ckpt}, so nothing can "
-                       "be paired; expected two runs of the same data and data_* keys")
+                       "be paired; expected two runs of the same data")
     report = {"ckpt": run["ckpt"], "n": len(run["problems"]),
               "correct": float(run["before"]["correct"].mean()),
               "reward": bootstrap_mean(run["before"]["reward"]),

@@ -25,6 +25,7 @@ ordinary prompts (Makelov et al. 2311.17030), hence the patch from a real prompt
 """
 import argparse
 import json
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ import numpy as np
 from scipy.optimize import minimize
 
 from config import BadInput, Config, load_config, load_overrides, run_main, write_text
-from data import Problem, matched_problems, sample_tiny_corpus
+from data import Problem, make_problem, phrases_of, read_jsonl, split_of
 from eval import target_ids
 from lens import ROWS_PER_BATCH, Reading, pad_prompts, read_prompts, taps_at
 from lora import load_checkpoint
@@ -46,7 +47,8 @@ from tokenizer import Tokenizer
 
 L2_GRID = (1e-3, 1e-2, 1e-1, 1.0)
 PERMUTATIONS = 199              # smallest p .005
-CORPUS_PROMPTS = 16             # lines of the base's own text that the Jacobian is averaged over
+# 16 lines of the bundled base's own text, over which the Jacobian is averaged
+CORPUS = Path(__file__).parent / "models" / "tiny" / "lines.jsonl"
 LARGEST_FULL_JACOBIAN = 256     # model width up to which the whole matrix is computed
 MARGIN = 0.10                   # what decodable and aligned must exceed their baselines by
 
@@ -188,6 +190,28 @@ class Matched:
         return np.asarray(values, np.float64).reshape(-1, self.classes).mean(1)
 
 
+def matched_problems(cfg: Config, split: str, pairs: int, wording: str) -> list[Problem]:
+    """The same operand pairs under every operation: the operands say nothing of the operation.
+
+    Elsewhere they do: products of numbers to 20, differences that are never negative, so that 81 %
+    of the labels follow from two bits of the operands alone. Pairs a >= b of 2..99; products beyond
+    the trained range are for asking which operation it is, not what it gives. A pair's problems
+    stand in a row, in the order of cfg.data_operations, without divide.
+    """
+    chosen = [(a, b) for a in range(2, 100) for b in range(2, a + 1) if split_of(a, b) == split]
+    rng = random.Random(f"matched {split}")
+    rng.shuffle(chosen)
+    operations = [o for o in cfg.data_operations if o != "divide"]
+    problems = []
+    for a, b in chosen[:pairs]:
+        which = rng.randrange(5)    # one phrase for all operations of a pair
+        for operation in operations:
+            phrases = phrases_of(operation, wording)
+            phrase = phrases[which % len(phrases)]
+            problems.append(make_problem(operation, a, b, phrase, wording))
+    return problems
+
+
 def make_matched(cfg: Config, tokenizer: Tokenizer, split: str, pairs: int,
                  wording: str = "symbolic") -> Matched:
     problems = matched_problems(cfg, split, pairs, wording)
@@ -285,7 +309,7 @@ def jacobian_taps(model: Llama, tokenizer: Tokenizer, test: Matched, neutral: Ma
     Wide models: one backward pass a word instead of one a feature, which ranks the words among
     themselves (aligned) and leaves rank and probability in the vocabulary open (None).
     """
-    text = sample_tiny_corpus(Config(data_samples=CORPUS_PROMPTS, seed=1))
+    text = read_jsonl(CORPUS)
     corpus = [tokenizer.encode_pair(p.prompt, p.answer)[0] for p in text]
     D = model.args.hidden_size
     if D <= LARGEST_FULL_JACOBIAN:

@@ -26,6 +26,7 @@ from mlx.utils import tree_flatten  # noqa: E402
 from config import Config  # noqa: E402
 from lora import adapter_arrays, apply_lora  # noqa: E402
 from model import Llama, parse_args  # noqa: E402
+from tasks.__main__ import write_task  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
 from train import make_loss  # noqa: E402
 
@@ -197,6 +198,14 @@ def write_config(tmp_path, small_folder):
         path.write_text("".join(f"{k}: {v}\n" for k, v in keys.items()))
         return path, Path(keys["run_dir"])
     return write
+
+
+@pytest.fixture(scope="session")
+def sums_data(tmp_path_factory):
+    """A data folder of sums of three numbers, and 24 to judge: for methods that reason."""
+    folder = tmp_path_factory.mktemp("data") / "sums"
+    write_task("sums", folder, samples=200, test=24, terms=3)
+    return folder
 
 
 def config(**keys) -> Config:

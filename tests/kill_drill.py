@@ -33,6 +33,7 @@ sys.path.insert(0, str(ROOT))
 
 from config import BadInput  # noqa: E402
 from lora import load_checkpoint  # noqa: E402
+from tasks.__main__ import write_task  # noqa: E402
 
 COMMON = {"model": ROOT / "models/tiny", "steps": 12, "batch_size": 16, "lora_rank": 4,
           "lora_alpha": 8, "save_every_steps": 2, "eval_every_steps": 4, "eval_prompts": 16,
@@ -45,8 +46,8 @@ METHODS = {
     "grpo": {"method": "grpo", "steps": 24, "batch_size": 32, "grpo_group_size": 4, "lr": "0.1",
              "lr_warmup_steps": 100, "lr_schedule": "constant", "grpo_epochs": 2,
              "grpo_minibatches": 2},
-    "markovian": {"method": "markovian", "model": ROOT / "models/tiny_cot", "data": "sums",
-                  "data_terms": 2, "data_largest": 9, "batch_size": 8, "grpo_group_size": 4,
+    "markovian": {"method": "markovian", "model": ROOT / "models/tiny_cot", "batch_size": 8,
+                  "grpo_group_size": 4,
                   "grpo_advantage": "group", "grpo_spread_floor": 0.1, "grpo_epochs": 2,
                   "grpo_minibatches": 2, "markovian_ramp_steps": 9, "chain_tokens": 8,
                   "max_completion_tokens": 3, "eval_prompts": 24, "lens_every_steps": 0},
@@ -55,15 +56,17 @@ CLOCKS = {"seconds", "tokens_per_s", "peak_gib", "completions_per_s", "rollout_s
           "update_s"}
 # of the report: what differs between two folders of one run, two commits, two machines
 PLACES = {"ckpt", "versions", "peak_gib", "estimated_peak_gib"}
-# 24 questions to judge instead of 600, which would take longer than the training
-SHORT_TEST = "import tasks, train\ntasks.TEST_SUMS = 24\ntrain.run_main(train.main)"
 AGAIN = 0.3     # how often a run that was killed is killed once more
 
 loading = threading.Lock()      # two models are not loaded at once
 
 
 def write_data(folder: Path) -> Path:
-    """Sums and differences in words, which the bundled model half knows; few are judged."""
+    """Sums and differences in words, which the bundled model half knows; few are judged.
+
+    Beside them, for Markovian training, sums of two terms to reason about.
+    """
+    write_task("sums", folder.parent / "sums", test=24, terms=2, largest=9)
     folder.mkdir(parents=True)
     for split, first, each in (("train", 50, 1), ("valid", 60, 3), ("test", 70, 3)):
         rows = [{"prompt": f"{a} {word} {b} = ", "response": str(answer), "operation": operation}
@@ -78,7 +81,8 @@ def write_data(folder: Path) -> Path:
 def write_config(work: Path, method: str, name: str, **keys) -> tuple[Path, Path]:
     """A config file of one run in the drill's folder, and the run's folder."""
     run = work / method / name
-    keys = COMMON | {"data": work / "data", "run_dir": run} | METHODS[method] | keys
+    data = work / ("sums" if method == "markovian" else "data")
+    keys = COMMON | {"data": data, "run_dir": run} | METHODS[method] | keys
     path = work / f"{method}_{name}.yaml"
     path.write_text("".join(f"{key}: {value}\n" for key, value in keys.items()))
     return path, run
@@ -86,9 +90,8 @@ def write_config(work: Path, method: str, name: str, **keys) -> tuple[Path, Path
 
 def start(config: Path) -> subprocess.Popen:
     """The command that trains, and that continues; its output goes beside the config."""
-    entry = ["-c", SHORT_TEST] if "data: sums" in config.read_text() else ["train.py"]
     with open(config.with_suffix(".log"), "a") as log:
-        return subprocess.Popen([sys.executable, *entry, str(config)], cwd=ROOT, stdout=log,
+        return subprocess.Popen([sys.executable, "train.py", str(config)], cwd=ROOT, stdout=log,
                                 stderr=log, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"})
 
 

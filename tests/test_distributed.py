@@ -86,13 +86,13 @@ def same_tokens(tmp_path, rows):
 METHODS = {
     "sft": {}, "dual_reward": {}, "accumulated": {"grad_accum_steps": 2},
     "grpo": {"grpo_group_size": 4, "grpo_epochs": 2, "grpo_kl_stop": 0},
-    "markovian": {"data": "sums", "data_terms": 3, "chain_tokens": 6, "grpo_group_size": 4,
-                  "max_completion_tokens": 3},
+    "markovian": {"chain_tokens": 6, "grpo_group_size": 4, "max_completion_tokens": 3},
 }
 
 
 @pytest.mark.parametrize("which", METHODS)
-def test_two_processes_equal_one_with_twice_the_batch(which, write_config, tmp_path):
+def test_two_processes_equal_one_with_twice_the_batch(which, write_config, sums_data,
+                                                      tmp_path):
     """Unequal target counts on the two; rollouts, advantages, guard and decisions of the whole.
 
     Gradients agree to float32's rounding, not to the bit. Where a draw falls that near to the
@@ -104,6 +104,7 @@ def test_two_processes_equal_one_with_twice_the_batch(which, write_config, tmp_p
             "lr": 1e-4, "eval_every_steps": 2, **METHODS[which]}
     if which == "markovian":
         keys["model"] = write_model(tmp_path / "cot", small_config(source=TINY_COT), TINY_COT)
+        keys["data"] = sums_data
     for seed in (0, 1):
         place = tmp_path / f"seed_{seed}"
         place.mkdir()

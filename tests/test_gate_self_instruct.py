@@ -24,7 +24,7 @@ from conftest import (
 
 import memory
 from config import BadInput, Config, load_config
-from fullsize import SHAPES
+from bench.fullsize import SHAPES
 from gate import self_instruct
 from gate.jsonl import append_rows
 from gate.self_instruct import (
@@ -52,7 +52,7 @@ from gate.self_instruct import (
 from generate import Completion
 from model import parse_args
 from provenance import hash_file
-from tasks import load_split
+from data import load_split
 from tokenizer import load_tokenizer
 
 SEEDS = read_seeds(self_instruct.SEEDS)

@@ -92,3 +92,27 @@ def test_readme_line_counts_and_files():
     assert not wrong, f"README's file table is out of date: {wrong}"
     for config in re.findall(r"`(\w+\.yaml)`", readme):
         assert (ROOT / "configs" / config).exists() or config == "config.yaml", config
+
+
+WINGS = ("tasks", "bench")
+
+
+def imported(path):
+    """The first names of all modules that a file imports, wherever in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            names.add(node.module.partition(".")[0])
+        elif isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+    return names
+
+
+def test_wings_are_imported_by_nobody_else():
+    """Training must run without them: what a wing makes goes through files."""
+    for name in FILES:
+        assert not imported(ROOT / name) & set(WINGS), name
+    for wing in WINGS:
+        for path in (ROOT / wing).rglob("*.py"):
+            assert not imported(path) & (set(WINGS) - {wing}), path
+            assert len((ast.get_docstring(ast.parse(path.read_text())) or "").split()) >= 12, path

@@ -29,6 +29,7 @@ from generate import Completion
 from lora import adapters_off
 from losses import token_logprobs
 from markovian import (
+    HEADER,
     Chains,
     answer_arrays,
     answer_prompt,
@@ -39,7 +40,8 @@ from markovian import (
     summarize_chains,
 )
 from study.perturb import KINDS, perturb
-from tasks import HEADER, make_question
+from tasks.__main__ import PUBLISHED_KEYS, write_task
+from tasks.published import make_question
 from tokenizer import load_tokenizer
 from train import train
 
@@ -374,15 +376,23 @@ def test_what_does_not_fit_is_an_error(cot):
 # --- whole commands
 
 
-KEYS = {"method": "markovian", "data": "sums", "data_terms": 3, "data_largest": 9, "steps": 4,
-        "batch_size": 16, "grpo_group_size": 4, "grpo_advantage": "group",
-        "grpo_spread_floor": 0.1, "chain_tokens": 6, "max_completion_tokens": 3,
-        "eval_every_steps": 2, "lens_every_steps": 0}
+KEYS = {"method": "markovian", "steps": 4, "batch_size": 16, "grpo_group_size": 4,
+        "grpo_advantage": "group", "grpo_spread_floor": 0.1, "chain_tokens": 6,
+        "max_completion_tokens": 3, "eval_every_steps": 2, "lens_every_steps": 0}
+
+
+@pytest.fixture(scope="module")
+def small_sums(tmp_path_factory):
+    """Sums of three numbers from 1 to 9, and 600 of them to judge."""
+    folder = tmp_path_factory.mktemp("data") / "small_sums"
+    write_task("sums", folder, samples=200, terms=3, largest=9)
+    return folder
 
 
 @pytest.mark.parametrize("keys", [{}, {"markovian": "false", "markovian_scorer": "frozen",
                                         "markovian_answer_weight": 0}])
-def test_a_run_reports_and_is_evaluated(keys, write_config, cot_folder, tmp_path):
+def test_a_run_reports_and_is_evaluated(keys, write_config, cot_folder, small_sums, tmp_path):
+    keys = keys | {"data": small_sums}
     path, folder = write_config("chains", model=cot_folder, **KEYS, **keys)
     done = run("train.py", path, check=0)
     assert "frozen judge" in done.stdout and "shuffled" in done.stdout
@@ -402,10 +412,10 @@ def test_a_run_reports_and_is_evaluated(keys, write_config, cot_folder, tmp_path
         report["prompts"][0].keys()
 
 
-def test_resume_to_the_same_bits(write_config, cot_folder):
+def test_resume_to_the_same_bits(write_config, cot_folder, small_sums):
     """Killed after a saved state, with inner epochs and a ramp: the same weights and records."""
-    keys = KEYS | {"steps": 12, "grpo_epochs": 2, "grpo_minibatches": 2, "markovian_ramp_steps": 9,
-                   "eval_every_steps": 6, "save_every_steps": 3}
+    keys = KEYS | {"data": small_sums, "steps": 12, "grpo_epochs": 2, "grpo_minibatches": 2,
+                   "markovian_ramp_steps": 9, "eval_every_steps": 6, "save_every_steps": 3}
     path, whole = write_config("whole", model=cot_folder, **keys)
     run("train.py", path, check=0)
     path, killed = write_config("killed", model=cot_folder, **keys)
@@ -427,20 +437,20 @@ def assert_same_rewards(*folders):
     ({"full": "true"}, ("full: true", "frozen")),
     ({"grpo_reward": "correct"}, ("grpo_reward", "method grpo")),
     ({"markovian_scorer": "critic"}, ("markovian_scorer", "actor, frozen")),
-    ({"data": "arithmetic"}, ("questions to reason about", "tasks.py")),
+    ({"data": "arithmetic"}, ("questions to reason about", "python -m tasks")),
     ({"chain_tokens": 200}, ("context of 128",)),
     ({"markovian_scorer": "frozen"}, ("frozen", "markovian_answer_weight: 0")),
     ({"grpo_spread_floor": 0}, ("grpo_spread_floor", "0.1")),
     ({"chain_extraction": "legacy"}, ("chain_extraction", "anchored, simple, anchor")),
 ])
-def test_bad_input(keys, words, write_config, cot_folder):
-    path, folder = write_config("bad", model=cot_folder, **(KEYS | keys))
+def test_bad_input(keys, words, write_config, cot_folder, small_sums):
+    path, folder = write_config("bad", model=cot_folder, **(KEYS | {"data": small_sums} | keys))
     assert_one_clear_line(run("train.py", path), *words)
     assert not folder.exists()
 
 
-def test_other_methods_refuse_questions(write_config, cot_folder):
-    path, folder = write_config("bad", model=cot_folder, data="sums")
+def test_other_methods_refuse_questions(write_config, cot_folder, small_sums):
+    path, folder = write_config("bad", model=cot_folder, data=small_sums)
     assert_one_clear_line(run("train.py", path), "questions to reason about", "method markovian")
     path, folder = write_config("keys", model=cot_folder, chain_tokens=5)
     assert_one_clear_line(run("train.py", path), "chain_tokens", "markovian")
@@ -459,34 +469,36 @@ def llama3_1_folder(llama3, tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("models") / "llama3_1", raw, llama3)
 
 
-CONFIGS = sorted(p.name for p in (ROOT / "configs").glob("llama3_1_8b_markovian_*.yaml"))
+PUBLISHED = ROOT / "configs" / "llama3_1_8b_markovian.yaml"
 
 
-# a number, letters, a text; the others (test_every_data_set_has_its_config) differ in the data set
+# a number, letters, a text; the others (test_every_data_set_has_its_keys) differ in the data set
 @pytest.mark.parametrize("data", ["gsm8k", "mmlu", "wiki"])
-def test_8b_configs_take_a_whole_step(data, llama3_1_folder, tmp_path, monkeypatch):
-    """Every key as published but the size: sample, score, update, evaluate, report."""
-    monkeypatch.setattr("tasks.TEST_SUMS", 4)
-    report = train(load_config(ROOT / "configs" / f"llama3_1_8b_markovian_{data}.yaml", [
-        f"model={llama3_1_folder}", "steps=1", f"run_dir={tmp_path / 'run'}", "eval_prompts=2",
-        f"data_folder={ROOT / 'tests' / 'fixtures' / data}"]))
+def test_8b_config_takes_a_whole_step(data, llama3_1_folder, tmp_path):
+    """Every key as published but the size: write, sample, score, update, evaluate, report."""
+    model = {"model": llama3_1_folder} if data == "wiki" else {}
+    write_task(data, tmp_path / "data", **model,
+               **{"from": str(ROOT / "tests" / "fixtures" / data)})
+    report = train(load_config(PUBLISHED, [
+        *PUBLISHED_KEYS[data].split(), f"data={tmp_path / 'data'}", f"model={llama3_1_folder}",
+        "steps=1", f"run_dir={tmp_path / 'run'}", "eval_prompts=2"]))
     record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[1])
     assert record["grad_norm"] > 0 and np.isfinite(record["reward"])
     assert report["chains"]["reward"]["n"] >= 2
     assert (report["chains"]["correct"]["value"] is None) == (data == "wiki")
 
 
-def test_every_data_set_has_its_config():
-    """At the published settings."""
-    expected = {"gsm8k": 100, "mmlu": 150, "arc": 50, "aqua": 50, "mathqa": 150, "svamp": 50,
-                "sums": 150, "wiki": 50}
+def test_every_data_set_has_its_keys():
+    """At the published settings, as the card gives them."""
+    expected = {"gsm8k": (100, 10), "mmlu": (150, 10), "arc": (50, 10), "aqua": (50, 10),
+                "mathqa": (150, 10), "svamp": (50, 16), "sums": (150, 16), "wiki": (50, 16)}
     found = {}
-    for name in CONFIGS:
-        cfg = load_config(ROOT / "configs" / name)
-        data = name.removeprefix("llama3_1_8b_markovian_").removesuffix(".yaml")
-        found[data] = cfg.chain_tokens
+    for data, keys in PUBLISHED_KEYS.items():
+        cfg = load_config(PUBLISHED, keys.split())
+        found[data] = cfg.chain_tokens, cfg.max_completion_tokens
         assert (cfg.lora_rank, cfg.lora_alpha, cfg.lr, cfg.grpo_kl_weight) == (8, 16.0, 1e-4, 0.1)
-        assert cfg.grpo_temperature == (1.5 if data == "wiki" else 1.0) and cfg.data == data
+        assert cfg.grpo_temperature == (1.5 if data == "wiki" else 1.0)
+        assert (cfg.batch_size, cfg.grpo_group_size) == ((64, 16) if data == "wiki" else (48, 12))
     assert found == expected
 
 
@@ -513,12 +525,14 @@ def test_perturbations():
                                                                     random.Random(3))
 
 
-def test_perturb_command(write_config, cot_folder, tmp_path, monkeypatch):
+def test_perturb_command(write_config, cot_folder, tmp_path):
     """Two runs paired, two judges, JSON and a picture; other data is refused."""
-    monkeypatch.setattr("tasks.TEST_SUMS", 8)   # of these runs' own reports
-    path, first = write_config("a", model=cot_folder, **KEYS)
+    data = {terms: tmp_path / f"sums{terms}" for terms in (2, 3)}
+    for terms, folder in data.items():
+        write_task("sums", folder, samples=200, test=24, terms=terms, largest=9)
+    path, first = write_config("a", model=cot_folder, data=data[3], **KEYS)
     train(load_config(path))
-    path, second = write_config("b", model=cot_folder, **KEYS, markovian="false")
+    path, second = write_config("b", model=cot_folder, data=data[3], **KEYS, markovian="false")
     train(load_config(path))
     out, picture = tmp_path / "damage.json", tmp_path / "damage.png"
     done = run("-m", "study.perturb", "--ckpt", first, "--compare", second, "--judge", second,
@@ -530,7 +544,7 @@ def test_perturb_command(write_config, cot_folder, tmp_path, monkeypatch):
     for row in report["damage"]:
         paired = row["reward_drop"]["value"] - row["other_reward_drop"]["value"]
         assert row["reward_fragility"]["value"] == pytest.approx(paired, abs=1e-6)
-    path, other = write_config("c", model=cot_folder, **(KEYS | {"data_terms": 2}))
+    path, other = write_config("c", model=cot_folder, data=data[2], **KEYS)
     train(load_config(path))
     done = run("-m", "study.perturb", "--ckpt", first, "--compare", other)
     assert_one_clear_line(done, "other data")

@@ -23,7 +23,7 @@ import memory
 import model as model_module
 import parallel
 from config import Config, load_config
-from fullsize import SHAPES
+from bench.fullsize import SHAPES
 from generate import choose, sample_batch
 from lens import read_prompts
 from lora import apply_lora
@@ -34,18 +34,19 @@ from train import load_source, make_optimizer, next_updates, prepare_model
 STEPS = {   # method: settings of one step
     "sft": {}, "dual_reward": {}, "mask_prompt": {"mask_prompt": False},
     "grpo": {"grpo_group_size": 4, "max_completion_tokens": 5, "grpo_entropy_weight": 0.1},
-    "markovian": {"data": "sums", "data_terms": 3, "grpo_group_size": 4, "chain_tokens": 6},
+    "markovian": {"grpo_group_size": 4, "chain_tokens": 6},
 }
 
 
-def one_step(which, full):
+def one_step(which, full, sums_data):
     """A model of three blocks, and the micro-batches of its first step."""
     source = TINY_COT if which == "markovian" else TINY
     tokenizer, model = load_tokenizer(source), small_model(blocks=3, source=source)
     method = "sft" if which == "mask_prompt" else which
     kl = {"grpo_kl_weight": 0.0} if full else {}
+    data = {"data": str(sums_data)} if which == "markovian" else {}
     cfg = config(method=method, batch_size=8, data_samples=50, full=full, grad_accum_steps=2,
-                 **STEPS[which], **(kl if which == "grpo" else {}))
+                 **STEPS[which], **data, **(kl if which == "grpo" else {}))
     if not full:
         apply_lora(model, 4, 8.0, ("q", "v", "o", "up"))
         mx.random.seed(1)
@@ -60,14 +61,14 @@ def one_step(which, full):
 @pytest.mark.parametrize("recompute", ["mlp", "block"])
 @pytest.mark.parametrize("which,full", [(w, f) for w in STEPS for f in (False, True)
                                         if not (f and w == "markovian")])
-def test_recomputing_changes_no_gradient(recompute, which, full, monkeypatch):
+def test_recomputing_changes_no_gradient(recompute, which, full, sums_data, monkeypatch):
     """Loss and every gradient, LoRA's or all weights', behind prefilled caches too.
 
     `mx.checkpoint` gives weights that its function closes over gradient 0, and a cache written
     twice would shift positions. The logits come in parts of 3 rows.
     """
     monkeypatch.setattr(model_module, "logit_rows", lambda *_: 3)
-    model, cfg, micro_batches = one_step(which, full)
+    model, cfg, micro_batches = one_step(which, full, sums_data)
     expected_loss, _, expected = grads_of(model, cfg, micro_batches)
     model.recompute = recompute
     loss, _, grads = grads_of(model, cfg, micro_batches)
@@ -149,7 +150,8 @@ def test_run_reports_estimate_and_peak(write_config):
     done = run("train.py", path, check=0)
     assert "estimated peak" in done.stdout and "peak memory" in done.stdout
     report = json.loads((folder / "report.json").read_text())
-    assert 0.1 < report["estimated_peak_gib"] < 2 and 0.1 < report["peak_gib"] < 2
+    # the libraries alone hold 0.07
+    assert 0.1 < report["estimated_peak_gib"] < 2 and 0.07 < report["peak_gib"] < 2
 
 
 def test_all_weights_on_top_of_an_adapter(write_config):

@@ -96,7 +96,7 @@ def test_blas_has_all_cores_again(two_cores):
     ("sft", {}), ("dual_reward", {"grad_accum_steps": 2}), ("sft", {"recompute": "block"}),
     ("grpo", {}), ("grpo", {"batch_size": 4, "recompute": "mlp"}), ("grpo", {
         "grad_accum_steps": 2, "grpo_entropy_weight": 0.1}), ("markovian", {})])
-def test_a_step_of_parts_is_the_step(method, more, tokenizer, two_cores, monkeypatch):
+def test_a_step_of_parts_is_the_step(method, more, tokenizer, sums_data, two_cores, monkeypatch):
     """Loss, every metric and the weights after two steps, of a batch cut in two and of the whole.
 
     The problems are the method's own data, so that lengths differ and GRPO's prompts are padded.
@@ -105,7 +105,7 @@ def test_a_step_of_parts_is_the_step(method, more, tokenizer, two_cores, monkeyp
             "max_completion_tokens": 4, "grpo_guard": False, "lr": 1e-3,
             "data_samples": 100} | more
     if method == "markovian":
-        keys |= {"data": "sums", "data_terms": 3, "chain_tokens": 6}
+        keys |= {"data": str(sums_data), "chain_tokens": 6}
         tokenizer = load_tokenizer(TINY_COT)
     source_folder = TINY_COT if method == "markovian" else TINY
     results = []

@@ -8,7 +8,7 @@ from conftest import TINY, assert_one_clear_line, config, run
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 
-from data import matched_problems, split_of
+from data import split_of
 from lora import load_base
 from study.jacobian import word_directions
 from study.probe import (
@@ -24,6 +24,7 @@ from study.probe import (
     last_token_stream,
     make_matched,
     make_swaps,
+    matched_problems,
     outcome,
     patch,
     permutation_p,

@@ -1,4 +1,8 @@
-"""The published data sets, read from small files in their exact schemas, awkward rows included."""
+"""The published data sets, read from small files in their exact schemas, awkward rows included.
+
+Everything is read back from the folder that `python -m tasks` writes, as training reads it.
+"""
+import hashlib
 import json
 from pathlib import Path
 
@@ -7,30 +11,39 @@ import pytest
 from conftest import ROOT, TINY_COT, assert_one_clear_line, config, run
 from pyarrow import parquet
 
-from answers import extract, is_right
 from config import BadInput
-from data import side_of
-from tasks import (
-    HEADER,
+from data import load_split, read_jsonl, side_of
+from files.answers import extract, is_right
+from markovian import HEADER
+from tasks.__main__ import DEFAULTS, NAMES, make_split, parse, write_task
+from tasks.published import (
     HIDDEN,
     SOURCES,
     chain_prompt,
     cut_article,
     identity,
-    load_split,
     make_question,
     read_rows,
-    write_chain,
 )
+from tasks.sums import write_chain
+from tasks.tiny import sample_tiny
 from tokenizer import load_tokenizer
 
 FIXTURES = ROOT / "tests" / "fixtures"
+SPLITS = ("train", "valid", "test")
 GRADED = [name for name in SOURCES if name != "wiki"]
 
 
-def load(name, split, folder=None, **keys):
-    keys = {"data_folder": str(folder or FIXTURES / name), "data_samples": 100000, **keys}
-    return load_split(config(method="markovian", data=name, **keys), split)
+def load(name, split, folder=None, **given):
+    """One split of a published data set, out of its fixture files."""
+    own = {"from": str(folder or FIXTURES / name)}
+    return make_split(name, split, DEFAULTS[name] | own | given)
+
+
+def written(name, folder, **given):
+    """All three splits, written and read back: {split: problems}."""
+    write_task(name, folder, **given)
+    return {split: load_split(config(data=str(folder)), split) for split in SPLITS}
 
 
 def asked(problem):
@@ -42,9 +55,11 @@ def find(problems, text):
 
 
 @pytest.mark.parametrize("name", GRADED)
-def test_prompts_and_splits(name):
+def test_prompts_and_splits(name, tmp_path):
     """Question shown in the one prompt and hidden in the other; no question in two splits."""
-    splits = {split: load(name, split) for split in ("train", "valid", "test")}
+    splits = written(name, tmp_path / "out", **{"from": str(FIXTURES / name)})
+    # nothing is lost on the way through the folder
+    assert splits == {split: load(name, split) for split in SPLITS}
     for problem in (p for problems in splits.values() for p in problems):
         instruction = problem.prompt.partition("\n")[0]
         assert problem.prompt == chain_prompt(instruction, asked(problem))
@@ -145,11 +160,8 @@ def test_parquet_in_the_hubs_layout_reads_the_same(name, tmp_path):
         if name == "svamp":     # a column has one type
             rows = [row | {"Answer": float(row["Answer"])} for row in rows]
         parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    tokenizer = load_tokenizer(TINY_COT)
-    keys = {"method": "markovian", "data": name, "data_context_tokens": 30,
-            "data_target_tokens": 10}
-    both = [load_split(config(data_folder=str(folder), **keys), "train", tokenizer)
-            for folder in (tmp_path, FIXTURES / name)]
+    keys = {"model": TINY_COT, "context": 30, "target": 10} if name == "wiki" else {}
+    both = [load(name, "train", folder, **keys) for folder in (tmp_path, FIXTURES / name)]
     assert both[0] == both[1]
 
 
@@ -178,18 +190,19 @@ def test_bad_rows_are_counted_and_shown(name, tmp_path):
     assert f"{2 * n} bad rows of {3 * n}" in str(error.value)
     assert str(error.value).count(f"{first}.jsonl row") == 5
     assert f"row {n + 1}" in str(error.value)
-    kept = load(name, "train", tmp_path, data_skip_bad=True)
+    kept = load(name, "train", tmp_path, skip_bad=True)
     assert [p.prompt for p in kept] == [p.prompt for p in load(name, "train")]
 
 
-def test_wiki_cuts_at_words_and_never_shares():
+def test_wiki_cuts_at_words_and_never_shares(tmp_path):
     tokenizer = load_tokenizer(TINY_COT)
-    keys = {"data": "wiki", "data_folder": str(FIXTURES / "wiki"), "method": "markovian",
-            "data_context_tokens": 60, "data_target_tokens": 30}
+    splits = written("wiki", tmp_path / "out", model=TINY_COT, context=60, target=30,
+                     **{"from": str(FIXTURES / "wiki")})
     articles = {row["text"] for row in read_rows(FIXTURES / "wiki" / "train.jsonl")}
     seen = []
-    for split in ("train", "valid", "test"):
-        for problem in load_split(config(**keys), split, tokenizer):
+    for problems in splits.values():
+        for problem in problems:
+            assert problem.wording == "continuation"
             text = next(t for t in articles if t.startswith(asked(problem)))
             rest = text[len(asked(problem)):]
             assert rest[0].isspace() and rest.strip().startswith(problem.answer)
@@ -202,17 +215,18 @@ def test_wiki_cuts_at_words_and_never_shares():
         cut_article("few words", tokenizer, 60, 30)
 
 
-def test_sums():
+def test_sums(tmp_path):
     """A sum's side does not depend on the order of its terms, nor on the seed."""
-    cfg = {"data": "sums", "data_terms": 4, "data_largest": 9, "method": "markovian"}
-    splits = {s: load_split(config(data_samples=800, **cfg), s) for s in ("train", "valid", "test")}
+    size = {"samples": 800, "terms": 4, "largest": 9}
+    splits = written("sums", tmp_path / "a", **size)
     bags = {s: {tuple(sorted(map(int, asked(p).split(" + ")))) for p in problems}
             for s, problems in splits.items()}
     assert not bags["train"] & bags["test"] and not bags["train"] & bags["valid"]
     assert all(sum(map(int, asked(p).split(" + "))) == int(p.answer) for p in splits["test"])
-    other = load_split(config(seed=1, data_samples=800, **cfg), "test")
-    assert other == splits["test"] and len(other) == 600
-    default = load_split(config(data="sums", method="markovian", data_samples=3), "train")
+    other = written("sums", tmp_path / "b", seed=1, **size)
+    assert other["test"] == splits["test"] and len(other["test"]) == 600
+    assert other["train"] != splits["train"] and len(other["train"]) == 800
+    default = make_split("sums", "train", DEFAULTS["sums"] | {"samples": 3})
     assert all(asked(p).count("+") == 14 for p in default)
 
 
@@ -225,37 +239,100 @@ def test_chain_styles():
 
 def test_corpus_never_shows_a_held_out_sum():
     """No row of the bundled model's text has the terms of a valid or test problem."""
-    cfg = config(data="sums_corpus", data_terms=6, data_largest=20, data_samples=3000)
-    sums = [asked(p).partition("\n")[0] for p in load_split(cfg, "train")]
+    given = DEFAULTS["tiny_cot"] | {"samples": 3000, "terms": 6, "largest": 20}
+    sums = [asked(p).partition("\n")[0] for p in make_split("tiny_cot", "train", given)]
     sums = [tuple(map(int, text.split(" + "))) for text in sums if text.count("+") == 5]
     assert len(sums) > 100
     for terms in sums:
         assert side_of(terms) == "train"
 
 
-def test_list_and_show():
-    listed = run("tasks.py", check=0).stdout
+@pytest.mark.parametrize("name, given, expected", [
+    ("tiny", {}, ["a432b43326daeaba", "fab9018b65472fc6", "32f19b6587e8e600"]),
+    ("tiny_cot", {}, ["5f7ca22bc4d8010e", "eed5da5572ca741b", "54a71bc8e434d772"]),
+    ("sums", {"terms": 6, "largest": 9},
+     ["e17b17b1306c2514", "1b61644a07a6042b", "633919c11c6519c9"]),
+])
+def test_the_bundled_models_texts_are_as_published(name, given, expected, tmp_path):
+    """The very rows that models/tiny and models/tiny_cot were trained and judged on."""
+    splits = written(name, tmp_path / "out", samples=2000, **given)
+    digest = lambda problems: hashlib.sha256("".join(
+        f"{p.prompt}\t{p.answer}\n" for p in problems).encode()).hexdigest()[:16]
+    assert [digest(problems) for problems in splits.values()] == expected
+
+
+def test_the_bundled_lines_are_its_text():
+    """models/tiny/lines.jsonl, over which the Jacobian lens averages."""
+    lines = read_jsonl(ROOT / "models" / "tiny" / "lines.jsonl")
+    assert [(p.prompt, p.answer) for p in lines] == [
+        (p.prompt, p.answer) for p in sample_tiny(16, seed=1)]
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny_cot"])
+def test_the_bundled_tokenizers_are_written_again(name, tmp_path):
+    """The same pieces with the same ids as the models that are shipped."""
+    run("-m", "tasks", name, tmp_path / "out", "--samples", 9, "--tokenizer", tmp_path, check=0)
+    ours, theirs = load_tokenizer(tmp_path), load_tokenizer(ROOT / "models" / name)
+    assert ours.vocab_size == theirs.vocab_size
+    assert all(ours.piece(i) == theirs.piece(i) for i in range(ours.vocab_size))
+
+
+def test_list_and_card(tmp_path):
+    listed = run("-m", "tasks", check=0).stdout
     assert all(source.repo in listed for source in SOURCES.values())
-    shown = run("tasks.py", "show", "data=arc", f"data_folder={FIXTURES / 'arc'}", check=0)
-    assert "train: 7 problems, 7 distinct" in shown.stdout
-    assert "note: arc train has 7 rows, the published one 1119" in shown.stderr
+    assert all(f"\n{name}" in f"\n{listed}" for name in NAMES)
+    done = run("-m", "tasks", "arc", tmp_path / "out", "--from", FIXTURES / "arc", check=0)
+    assert "train: 7 problems, 7 distinct" in done.stdout
+    assert "note: arc train has 7 rows, the published one 1119" in done.stderr
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| train | 7 | 7 |" in card and "allenai/ai2_arc" in card
+    assert f"data={tmp_path / 'out'} chain_tokens=50" in card
+
+
+def test_other_bytes_are_never_written_over(tmp_path):
+    """The same command again changes nothing; another one is refused, and so is a user's file."""
+    write_task("sums", tmp_path / "a", terms=3, samples=9)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
+    assert before.keys() == {"train.jsonl", "valid.jsonl", "test.jsonl", "README.md"}
+    write_task("sums", tmp_path / "a", terms=3, samples=9)
+    for more in ({"terms": 4, "samples": 9}, {"terms": 3, "samples": 8}):
+        with pytest.raises(BadInput, match="holds other data; give another folder"):
+            write_task("sums", tmp_path / "a", **more)
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(BadInput, match="README.md holds other data"):
+        write_task("sums", tmp_path, terms=3, samples=9)
+    assert not (tmp_path / "train.jsonl").exists()
 
 
 @pytest.mark.parametrize("words, expected", [
-    (("data=gsm9k",), ("gsm9k", "gsm8k, mmlu, arc")),
-    (("data=sums", "data_terms=2", "data_largest=1"), ("data_terms = 2", "valid split")),
-    (("data=gsm8k", "data_folder=no/such"), ("no/such", "hf download openai/gsm8k")),
-    (("data=arc", f"data_folder={FIXTURES / 'wiki' / 'none'}"), ("none",)),
+    (("gsm9k", "out"), ("gsm9k", "gsm8k, mmlu, arc")),
+    (("sums", "out", "--terms", 2, "--largest", 1), ("--terms 2", "valid split")),
+    (("gsm8k", "out", "--from", "no/such"), ("no/such", "hf download openai/gsm8k")),
+    (("arc", "out", "--from", FIXTURES / "wiki" / "none"), ("none",)),
+    (("sums", "out", "--context", 5), ("--context", "--terms, --largest")),
+    (("sums", "out", "--samples", 0), ("--samples 0", "at least 1")),
 ])
-def test_bad_input(words, expected):
-    assert_one_clear_line(run("tasks.py", "show", *words), *expected)
+def test_bad_input(words, expected, tmp_path):
+    assert_one_clear_line(run("-m", "tasks", *words), *expected)
+
+
+def test_every_option_is_some_data_sets():
+    """What the command line takes and what the data sets have are the same words."""
+    with pytest.raises(BadInput) as error:
+        parse(["tiny", "out", "--terms", "3"])
+    assert "whose options are --samples, --seed, --tokenizer" in str(error.value)
+    for name, options in DEFAULTS.items():
+        words = [word for key in options for word in
+                 [f"--{key}".replace("_", "-"), *([] if key == "skip_bad" else ["7"])]]
+        assert parse([name, "out", *words])[2].keys() == options.keys()
 
 
 def test_no_network(tmp_path):
     """What to download, and where to put it."""
-    done = run("tasks.py", "show", "data=svamp", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    done = run("-m", "tasks", "svamp", tmp_path / "out", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
     assert_one_clear_line(done, "hf download ChilleD/SVAMP --repo-type dataset",
-                          "--local-dir data/svamp", "data_folder=data/svamp")
+                          "--local-dir data/svamp_files", "--from data/svamp_files")
 
 
 def test_damaged_file(tmp_path):
@@ -268,10 +345,10 @@ def test_damaged_file(tmp_path):
 
 def test_a_download_must_be_whole(tmp_path, monkeypatch):
     """From the Hub the published number of rows is asserted; from one's own folder it is a note."""
-    monkeypatch.setattr("tasks.huggingface_hub.snapshot_download",
+    monkeypatch.setattr("tasks.published.huggingface_hub.snapshot_download",
                         lambda *_, **__: str(FIXTURES / "gsm8k"))
     with pytest.raises(BadInput, match="12 rows, the published one 7473"):
-        load_split(config(method="markovian", data="gsm8k"), "train")
+        make_split("gsm8k", "train", DEFAULTS["gsm8k"])
 
 
 def test_fixture_files_are_all_used():

@@ -19,16 +19,8 @@ from data import Batches, make_problem, sample_train, tokenize
 from eval import measure_accuracy
 from lora import load_checkpoint
 from model import load
-from train import (
-    batch_arrays,
-    compile_step,
-    lr_at,
-    make_loss,
-    make_optimizer,
-    prepare_model,
-    take_step,
-    train,
-)
+from tasks.__main__ import write_task
+from train import compile_step, lr_at, make_optimizer, prepare_model, train
 
 IDS = {"add": 1010, "subtract": 1011, "multiply": 1012}
 
@@ -178,14 +170,17 @@ def test_a_run_leaves_what_the_readme_names(write_config):
 
 
 @pytest.mark.parametrize("keys", [
-    {"full": "true"}, {"full": "true", "from_scratch": "true", "data": "tiny_corpus"},
+    {"full": "true"}, {"full": "true", "from_scratch": "true"},
     {"method": "dual_reward", "class_target": "symbol"},
     {"method": "dual_reward", "class_target": "random"},
     {"method": "dual_reward", "class_words": "answer,which,<0x01>"},
     {"data_operations": "divide", "data_wordings": "worded", "grad_clip": "0"},
     {"dtype": "bfloat16", "grad_accum_steps": 2},
 ])
-def test_other_settings_run(write_config, keys):
+def test_other_settings_run(write_config, keys, tmp_path):
+    if "from_scratch" in keys:      # as `make tiny` does
+        write_task("tiny", tmp_path / "tiny", samples=200)
+        keys = keys | {"data": tmp_path / "tiny"}
     path, folder = write_config(**keys)
     train(load_config(path))
     model, tokenizer, cfg = load_checkpoint(folder)

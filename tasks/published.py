@@ -1,4 +1,4 @@
-"""Questions to reason about: seven published data sets and sums, each with its prompt and checks.
+"""Questions to reason about, out of seven published data sets: prompts, checks, splits.
 
 A *question problem* has a prompt that ends where the reasoning begins, the same prompt with the
 question hidden, and a gold answer:
@@ -13,15 +13,11 @@ asked SVAMP without its question, split MathQA's options at the commas inside nu
 numbered options, and trained and evaluated MMLU on one split. Here a row is checked when it is
 read, and a question that stands in two splits is kept in the one that is judged.
 
-    python tasks.py                                   # the list
-    python tasks.py show data=gsm8k data_folder=...   # sizes, and a few problems of each split
-
-Files: parquet, JSON lines or JSON, from the Hub by name, or from data_folder=FOLDER.
+Files: parquet, JSON lines or JSON, from the Hub by name, or out of a folder.
 """
 import ast
 import functools
 import json
-import random
 import re
 import sys
 from collections.abc import Callable
@@ -32,26 +28,15 @@ import huggingface_hub
 import pyarrow
 from pyarrow import parquet
 
-from answers import parse_number
-from config import BadInput, Config, load_overrides, run_main
-from data import (
-    Problem,
-    held_out,
-    read_jsonl,
-    sample_tiny_corpus,
-    sample_train,
-    side_of,
-    stable_hash,
-)
+from config import BadInput
+from data import Problem, stable_hash
+from files.answers import parse_number
 from hub import one_line
-from tokenizer import Tokenizer, load_tokenizer
+from tokenizer import Tokenizer
 
 HIDDEN = "<redacted>"
-HEADER = "\nAnswer:"        # ends at the colon, and answers start with their space
 LETTERS = "ABCDE"
 SPLITS = ("train", "valid", "test")
-TEST_SUMS = 600             # problems of the valid and test splits of sums
-TEST_WIKI = 1024            # articles of those of wiki
 
 
 def chain_prompt(instruction: str, question: str) -> str:
@@ -196,29 +181,30 @@ SOURCES = {
         "Compress what matters in the text into a few words, from which its continuation can be "
         "told.", read_wiki),
 }
-SUMS = "Add the numbers."
-NAMES = ("arithmetic", "tiny_corpus", "sums", "sums_corpus", *SOURCES)
 OTHER_NAMES = {"valid": ("validation", "valid", "dev")}     # of a split, in people's own folders
 SHARES = {"valid": range(5), "test": range(5, 20)}          # buckets of what is carved from train
 
 
-def find_files(data: str, data_folder: str, split: str) -> list[Path]:
-    """The data files of one split, from data_folder or the Hub; BadInput says what to download."""
+def find_files(data: str, own: str, split: str) -> list[Path]:
+    """The data files of one split, out of the folder `own` or, where that is "", from the Hub.
+
+    raises   BadInput, which says what to download
+    """
     source = SOURCES[data]
     name = source.names[SPLITS.index(split)]
     fetch = (f"where there is a network run `.venv/bin/hf download {source.repo} --repo-type "
              f"dataset --revision {source.revision} --include '{source.files}' --local-dir "
-             f"data/{data}`, then give data_folder=data/{data}")
-    if data_folder:
-        folder = Path(data_folder).expanduser()
+             f"data/{data}_files`, then give --from data/{data}_files")
+    if own:
+        folder = Path(own).expanduser()
         if not folder.is_dir():
-            raise BadInput(f"data_folder = {data_folder!r} is no folder; {fetch}")
+            raise BadInput(f"--from {own!r} is no folder; {fetch}")
     else:
         try:
             folder = Path(huggingface_hub.snapshot_download(source.repo, repo_type="dataset",
                                             revision=source.revision, allow_patterns=source.files))
         except Exception as error:  # the Hub's, the HTTP library's, the disk's: all mean the same
-            raise BadInput(f"data = {data}: the Hub did not deliver {source.repo} "
+            raise BadInput(f"{data}: the Hub did not deliver {source.repo} "
                            f"({one_line(error)[:120]}); {fetch}") from None
     subset = folder / source.files.split("/")[0]
     folder = subset if subset.is_dir() else folder
@@ -230,7 +216,7 @@ def find_files(data: str, data_folder: str, split: str) -> list[Path]:
         if files := [path for path in found if wanted in names_of(path)]:
             break
     if not files:
-        raise BadInput(f"data = {data}: no {name or split}*.parquet, .jsonl or .json in {folder}; "
+        raise BadInput(f"{data}: no {name or split}*.parquet, .jsonl or .json in {folder}; "
                        f"{fetch}")
     return files
 
@@ -249,15 +235,11 @@ def read_rows(path: Path) -> list[dict]:
                        "fetch it again") from None
 
 
-def read_questions(cfg: Config, split: str) -> list[Problem]:
+@functools.cache    # of each split its own rows, and those of the splits judged later
+def read_questions(data: str, own: str, skip_bad: bool, split: str) -> list[Problem]:
     """Every row of one split's files, checked; BadInput with the first five bad rows."""
-    return read_once(cfg.data, cfg.data_folder, cfg.data_skip_bad, split)
-
-
-@functools.cache    # train asks for all three splits, to see what they share
-def read_once(data: str, folder: str, skip_bad: bool, split: str) -> list[Problem]:
     source, problems, bad, total = SOURCES[data], [], [], 0
-    for path in find_files(data, folder, split):
+    for path in find_files(data, own, split):
         for number, row in enumerate(read_rows(path), 1):
             total += 1
             try:
@@ -276,38 +258,38 @@ def read_once(data: str, folder: str, skip_bad: bool, split: str) -> list[Proble
                 problems.append(make_question(
                     source.instruction, "\n".join([question.strip(), *lines]), answer, letters))
     if bad and not skip_bad:
-        raise BadInput(f"data = {data}: {len(bad)} bad rows of {total}: {'; '.join(bad[:5])}; "
-                       "mend the file, or give data_skip_bad=true to leave them out")
+        raise BadInput(f"{data}: {len(bad)} bad rows of {total}: {'; '.join(bad[:5])}; "
+                       "mend the file, or give --skip-bad to leave them out")
     if bad:
         print(f"note: {data} {split}: {len(bad)} bad rows left out", file=sys.stderr)
     expected = source.sizes[SPLITS.index(split)]
     if expected and total != expected:
         text = f"{data} {split} has {total} rows, the published one {expected}"
-        if not folder:
+        if not own:
             raise BadInput(f"{text}; the download is incomplete or the data set has changed: fetch "
-                           "it again, or give your copy as data_folder")
+                           "it again, or give your copy as --from FOLDER")
         print(f"note: {text}", file=sys.stderr)
     return problems
 
 
-def load_questions(cfg: Config, split: str) -> list[Problem]:
+def load_questions(data: str, split: str, own: str = "", skip_bad: bool = False) -> list[Problem]:
     """One split of a published data set, no question of which stands in a split judged later.
 
     Where a data set has no valid or test split, 5 and 15 % of train are taken, by a hash of the
     question, so that they are the same for every seed.
     """
-    own_file = dict(zip(SPLITS, SOURCES[cfg.data].names))       # "": carved out of train
+    own_file = dict(zip(SPLITS, SOURCES[data].names))       # "": carved out of train
     side = lambda same: next((name for name, share in SHARES.items() if not own_file[name]
                               and stable_hash(same) % 100 in share), "train")
     file = split if own_file[split] else "train"
-    problems = [(identity(p), p) for p in read_questions(cfg, file)]
+    problems = [(identity(p), p) for p in read_questions(data, own, skip_bad, file)]
     if file == "train":
         problems = [(same, p) for same, p in problems if side(same) == split]
     judged = {identity(p) for name in SPLITS[SPLITS.index(split) + 1:] if own_file[name]
-              for p in read_questions(cfg, name)}
+              for p in read_questions(data, own, skip_bad, name)}
     kept = [p for same, p in problems if same not in judged]
     if len(kept) < len(problems):
-        print(f"note: {cfg.data} {split}: {len(problems) - len(kept)} questions that also stand in "
+        print(f"note: {data} {split}: {len(problems) - len(kept)} questions that also stand in "
               "a split judged later are left out", file=sys.stderr)
     return kept
 
@@ -342,162 +324,17 @@ def cut_article(text: str, tokenizer: Tokenizer, context: int, target: int) -> t
     return head, tokenizer.decode(ids[:end])[len(head):]
 
 
-def load_wiki(cfg: Config, split: str, tokenizer: Tokenizer) -> list[Problem]:
-    """Articles long enough, as (context, continuation) problems; scored by log-probability only."""
-    source, problems = SOURCES["wiki"], []
-    limit = cfg.data_samples if split == "train" else TEST_WIKI
-    for article in load_questions(cfg, split):
+def cut_articles(articles: list[Problem], tokenizer: Tokenizer, context: int, target: int,
+                 count: int) -> list[Problem]:
+    """The first `count` long enough, as (context, continuation) problems, scored by log p alone."""
+    problems = []
+    for article in articles:
         try:
-            context, target = cut_article(question_of(article.prompt), tokenizer,
-                                          cfg.data_context_tokens, cfg.data_target_tokens)
+            head, tail = cut_article(question_of(article.prompt), tokenizer, context, target)
         except ValueError:
             continue
-        problems.append(make_question(source.instruction, context, target.strip(),
+        problems.append(make_question(SOURCES["wiki"].instruction, head, tail.strip(),
                                       wording="continuation"))
-        if len(problems) == limit:
+        if len(problems) == count:
             break
     return problems
-
-
-# --------------------------------------------------------------------------------------------------
-# sums of many terms, and the text of the bundled model that can write chains about them
-
-
-def draw_terms(rng: random.Random, terms: int, largest: int, split: str) -> tuple[int, ...]:
-    """Numbers from 1 to `largest` that lie on one side of the split, whatever their order."""
-    for _ in range(10000):
-        drawn = tuple(rng.randint(1, largest) for _ in range(terms))
-        if side_of(drawn) == split:
-            return drawn
-    raise BadInput(f"data_terms = {terms} and data_largest = {largest} leave no sum for the "
-                   f"{split} split; give more terms, or larger ones")
-
-
-def sample_sums(cfg: Config, split: str) -> list[Problem]:
-    """Sums of cfg.data_terms numbers up to cfg.data_largest; valid and test are of no seed."""
-    rng = random.Random(cfg.seed if split == "train" else split)
-    count = cfg.data_samples if split == "train" else TEST_SUMS
-    drawn = [draw_terms(rng, cfg.data_terms, cfg.data_largest, split) for _ in range(count)]
-    return [make_question(SUMS, " + ".join(map(str, terms)), str(sum(terms))) for terms in drawn]
-
-
-def write_chain(terms: tuple[int, ...], style: str) -> str:
-    """A chain of thought in one of the bundled model's three styles.
-
-    running  " 12 + 7 = 19 + 30 = 49": the last number is the answer
-    list     " 12 and 7 and 30": all that is needed, the adding left to do
-    about    " about 50": the sum rounded to tens, from which it can be told one time in ten
-    """
-    if style == "list":
-        return " " + " and ".join(map(str, terms))
-    if style == "about":
-        return f" about {(sum(terms) + 5) // 10 * 10}"
-    text, total = f" {terms[0]}", terms[0]
-    for term in terms[1:]:
-        total += term
-        text += f" + {term} = {total}"
-    return text
-
-
-def sample_sums_corpus(cfg: Config) -> list[Problem]:
-    """The text of models/tiny_cot in four forms; sums of three and more have training terms only.
-
-    sums of two (25 %)      worked out, the first as large as a running sum gets: how to add
-    begun (30 %)            a running sum to carry on: how to, but not when to
-    chains (20 %)           behind a question of 3 to cfg.data_terms numbers: half of them
-                            roundings, three in ten lists, two in ten running sums, so that the
-                            base can do the right thing and mostly does not
-    answers (25 %)          behind a chain, the question shown or hidden
-    """
-    if cfg.data_terms < 3:
-        raise BadInput(f"data_terms = {cfg.data_terms}: sums_corpus needs at least 3")
-    rng, problems = random.Random(cfg.seed), []
-    styles = ("running", "list", "about")
-    for _ in range(cfg.data_samples):
-        k = cfg.data_terms if rng.random() < 0.5 else rng.randint(3, cfg.data_terms)
-        terms = draw_terms(rng, k, cfg.data_largest, "train")
-        form = rng.random()
-        if form < 0.25:
-            first = rng.randint(1, cfg.data_largest * (cfg.data_terms - 1))
-            terms = first, rng.randint(1, cfg.data_largest)
-        prompt = chain_prompt(SUMS, " + ".join(map(str, terms)))
-        if form < 0.25:
-            text = write_chain(terms, "running")
-        elif form < 0.55:
-            begun = write_chain(terms[:rng.randint(2, k - 1)], "running")
-            prompt, text = prompt + begun, write_chain(terms, "running").removeprefix(begun)
-        elif form < 0.75:
-            text = write_chain(terms, rng.choices(styles, weights=(2, 3, 5))[0])
-        else:
-            shown = prompt if form < 0.875 else chain_prompt(SUMS, HIDDEN)
-            style = rng.choices(styles, weights=(5, 2, 3))[0]
-            prompt, text = shown + write_chain(terms, style) + HEADER, f" {sum(terms)}"
-        problems.append(Problem(prompt, text, "", "corpus"))
-    return problems
-
-
-def held_out_corpus(cfg: Config, split: str) -> list[Problem]:
-    """Running sums begun, to be carried on: whether models/tiny_cot can add at all."""
-    rng, problems = random.Random(split), []
-    for _ in range(TEST_SUMS // 2):
-        terms = draw_terms(rng, cfg.data_terms, cfg.data_largest, split)
-        begun = write_chain(terms[:2], "running")
-        problems.append(Problem(chain_prompt(SUMS, " + ".join(map(str, terms))) + begun,
-                                write_chain(terms, "running").removeprefix(begun), "", "corpus"))
-    return problems
-
-
-# --------------------------------------------------------------------------------------------------
-
-
-def load_split(cfg: Config, split: str, tokenizer: Tokenizer | None = None) -> list[Problem]:
-    """The problems of train, valid or test of any data set; BadInput if there are none.
-
-    tokenizer   for wiki only, whose articles are cut by tokens
-    """
-    if cfg.data == "arithmetic":
-        problems = sample_train(cfg) if split == "train" else held_out(cfg, split)
-    elif cfg.data == "tiny_corpus":
-        problems = sample_tiny_corpus(cfg) if split == "train" else held_out(cfg, split)
-    elif cfg.data == "sums":
-        problems = sample_sums(cfg, split)
-    elif cfg.data == "sums_corpus":
-        problems = sample_sums_corpus(cfg) if split == "train" else held_out_corpus(cfg, split)
-    elif cfg.data == "wiki":
-        problems = load_wiki(cfg, split, tokenizer)
-    elif cfg.data in SOURCES:
-        problems = load_questions(cfg, split)
-        if split == "train" and len(problems) > cfg.data_samples:
-            problems = random.Random(cfg.seed).sample(problems, cfg.data_samples)
-    elif Path(cfg.data).is_dir():
-        problems = read_jsonl(Path(cfg.data) / f"{split}.jsonl")
-    else:
-        raise BadInput(f"data = {cfg.data!r}: expected one of {', '.join(NAMES)}, "
-                       "or a folder holding train.jsonl, valid.jsonl and test.jsonl")
-    if not problems:
-        raise BadInput(f"the {split} split of data = {cfg.data!r} is empty "
-                       f"(data_samples = {cfg.data_samples}); nothing to do")
-    return problems
-
-
-def main(argv: list[str]) -> None:
-    if not argv:
-        for name, source in SOURCES.items():
-            print(f"{name:<8}{source.repo:<26}{source.files:<28}"
-                  f"train, valid, test: {', '.join(n or 'carved' for n in source.names)}")
-        return
-    if argv[0] != "show":
-        raise BadInput("expected `python tasks.py` or `python tasks.py show [key=value ...]`, "
-                       f"got {' '.join(argv)}")
-    cfg = load_overrides(argv[1:])
-    tokenizer = load_tokenizer(Path(cfg.model)) if cfg.data == "wiki" else None
-    for split in SPLITS:
-        problems = load_split(cfg, split, tokenizer)
-        print(f"{split}: {len(problems)} problems, {len(set(problems))} distinct")
-        for problem in problems[:3] + problems[-3:]:
-            about = problem.letters or problem.operation
-            print(f"  {problem.prompt!r} -> {problem.answer!r}  ({about or problem.wording})")
-
-
-if __name__ == "__main__":
-    run_main(main)

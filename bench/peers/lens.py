@@ -1,7 +1,7 @@
 """The logit lens at the last position by transformers or TransformerLens, timed: what a user would
 otherwise run.
 
-    PYTHON peers/lens.py transformers|transformer_lens MODEL N T BATCH COUNT [all]
+    PYTHON bench/peers/lens.py transformers|transformer_lens MODEL N T BATCH COUNT [all]
 
 N prompts of T random tokens, BATCH at a time, float32: final norm and unembedding at the embedding
 and after every block, log-probabilities, the five most probable tokens; with `all` also every other

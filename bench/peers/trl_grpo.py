@@ -1,6 +1,6 @@
 """One GRPO step by TRL and peft, timed: what a user would otherwise run.
 
-    PYTHON peers/trl_grpo.py MODEL PROMPTS GROUP PROMPT_TOKENS COMPLETION_TOKENS COUNT
+    PYTHON bench/peers/trl_grpo.py MODEL PROMPTS GROUP PROMPT_TOKENS COMPLETION_TOKENS COUNT
 
 PYTHON needs torch, transformers, peft, trl and datasets. LoRA of rank 16 on q, k, v, o, KL weight
 0.04, random rewards, float32, gradients clipped at TRL's own 1.0. The tokenizer is made here, one

@@ -1,11 +1,11 @@
 """Does anything grow faster than its work? Time and memory of a small model against six sizes.
 
-    python growth.py --json growth.json --png docs/growth.png   # ten minutes on two cores
-    python growth.py --only tokens
+    python -m bench.growth --json growth.json       # ten minutes on two cores
+    python -m bench.growth --only tokens
 
-Each point is bench.py's own side of a work in a process of its own. A curve's exponent is its slope
+Each point is bench's own side of a work in a process of its own. A curve's exponent is its slope
 by least squares in log-log: 1 is linear, 2 quadratic. Beside it stands the exponent of the work's
-own count of operations (bench.minimal_flops). Time may not grow faster than that, memory not faster
+own count of operations (limit.minimal_flops). Time may not grow faster than that, memory not faster
 than that or linearly. (Slower is no feat: what a call costs in any case flattens a curve.) Memory
 is the process' peak less what it held before the model was loaded.
 """
@@ -17,11 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
-from bench import SIZES, minimal_flops, own_command, run_other, write_random_model
+from bench.__main__ import SIZES
+from bench.limit import minimal_flops
+from bench.ours import llama_config, own_command, run_other, write_random_model
 from config import BadInput, run_main, write_text
 from hub import read_json
 from model import parse_args
-from report.plot import plt, save_figure
 
 SHAPE = {"hidden": 256, "blocks": 4, "heads": 4, "kv_heads": 2, "mlp": 704, "vocabulary": 4096}
 COUNT, TOLERANCE = 5, 0.15      # calls of a point; what an exponent may lie above another by noise
@@ -50,7 +51,7 @@ def measure_point(name: str, value: int, shape: dict, count: int) -> dict:
     sizes, shape = dict(SIZES[work]), dict(shape)
     (shape if name in shape else sizes)[SIZE_KEYS.get(name, name)] = value
     with tempfile.TemporaryDirectory() as folder:
-        write_random_model(Path(folder), tuple(shape.values()))
+        write_random_model(Path(folder), llama_config(*shape.values()))
         args = parse_args(read_json(Path(folder) / "config.json"), folder)
         command = own_command(work, folder, sizes, count)
         found = json.loads(run_other([sys.executable, *command]).splitlines()[-1])
@@ -80,38 +81,9 @@ def line(curve: dict) -> str:
             f"operations {curve['work_exponent']:5.2f}   {verdict}")
 
 
-def draw(curves: list[dict], path: str) -> None:
-    """Time, memory and operations over each size, each in units of its first point."""
-    columns = min(3, len(curves))
-    figure, axes = plt.subplots(-(-len(curves) // columns), columns, squeeze=False,
-                                figsize=(4.2 * columns, 3.4 * -(-len(curves) // columns)),
-                                layout="constrained")
-    for axis in axes.flat[len(curves):]:
-        axis.remove()
-    kinds = (("seconds", "time", "o-"), ("memory_gib", "memory", "s-"), ("flops", "work", "k--"))
-    for axis, curve in zip(axes.flat, curves):
-        x = [p["value"] for p in curve["points"]]
-        for key, label, style in kinds:
-            y = [p[key] / curve["points"][0][key] for p in curve["points"]]
-            shown = "operations" if label == "work" else label
-            axis.loglog(x, y, style, ms=4, lw=1.2,
-                        label=f"{shown}: exponent {curve[f'{label}_exponent']:.2f}")
-        axis.set_xticks(x, x)
-        ticks = [n * 10 ** e for e in range(4) for n in (1, 2, 5)]
-        axis.set_yticks([t for t in ticks if t <= axis.get_ylim()[1]], [
-            str(t) for t in ticks if t <= axis.get_ylim()[1]])
-        axis.minorticks_off()
-        axis.set(title=f"{curve['work']} by {curve['name']}", xlabel=curve["name"],
-                 ylabel="times the first point")
-        axis.legend(fontsize=7)
-        axis.grid(alpha=0.3)
-    save_figure(figure, path)
-
-
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description="How time and memory grow with each size.")
     parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--png", metavar="FILE")
     parser.add_argument("--only", action="append", metavar="SIZE", help=", ".join(SWEEPS))
     args = parser.parse_args(argv)
     if wrong := [name for name in args.only or () if name not in SWEEPS]:
@@ -123,8 +95,6 @@ def main(argv: list[str]) -> None:
         print(line(curves[-1]), flush=True)
     if args.json:
         write_text(Path(args.json), json.dumps({"shape": SHAPE, "curves": curves}, indent=1) + "\n")
-    if args.png:
-        draw(curves, args.png)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What every side of bench.py shares, ours and the peers': one clock, one gauge, the same prompts.
+"""What every side of bench shares, ours and the peers': one clock, one gauge, the same prompts.
 
 A call is repeated in one process; the first two, which compile and fill caches, do not count. Runs
 in any Python: of the project nothing is imported here, and no framework either.

@@ -1,0 +1,176 @@
+"""Our own side of each work, on random weights of any shape: what a process of its own is given.
+
+Training takes the very steps of train.train, without its evaluations and files, on rows that are
+there as ids, so that any model's tokenizer will do.
+"""
+import itertools
+import json
+import os
+import random
+import statistics
+import subprocess
+from pathlib import Path
+
+import blas  # noqa: F401  (before mlx)
+import mlx.core as mx
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+import memory
+from bench.limit import RANK
+from bench.peers.clock import clock, random_prompts
+from config import BadInput, Config, load_overrides, write_bytes, write_text
+from data import Batches, Problem, Row
+from eval import class_block
+from generate import sample
+from grpo import Rollouts
+from lens import read_prompts
+from model import Llama, load, parse_args, save_safetensors
+from train import compile_step, make_loss, next_updates, prepare_model, take_updates
+
+ROOT = Path(__file__).parent.parent
+TOP = 5     # tokens that the lens returns for each tap
+TRAINING = ("sft", "dual_reward", "grpo")
+
+
+def llama_config(D: int, L: int, H: int, K: int, F: int, V: int) -> dict:
+    """config.json of a small Llama: width, blocks, heads, key-value heads, MLP, vocabulary."""
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": V,
+            "hidden_size": D, "num_hidden_layers": L, "num_attention_heads": H,
+            "num_key_value_heads": K, "head_dim": D // H, "intermediate_size": F,
+            "tie_word_embeddings": True, "max_position_embeddings": 8192, "rope_theta": 500000.0,
+            "rms_norm_eps": 1e-5, "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2}
+
+
+def write_word_tokenizer(folder: Path, vocab_size: int) -> None:
+    """A tokenizer whose tokens are words: special ones, the operations' names, then w0, w1, ..."""
+    words = ["<unk>", "<s>", "</s>", "add", "subtract", "multiply"]
+    words += [f"w{i}" for i in range(vocab_size - len(words))]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    write_bytes(folder / "tokenizer.json", tokenizer.to_str().encode())
+    write_text(folder / "tokenizer_config.json", json.dumps(
+        {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>",
+         "unk_token": "<unk>", "pad_token": "</s>"}))
+
+
+def write_random_model(folder: Path, raw: dict) -> Path:
+    """A checkpoint of random weights of config.json `raw`, a shard a block, and a word tokenizer.
+
+    Blocks share one set of random numbers: shapes, types and files are what is tried, and drawing
+    billions of numbers would take longer than all the rest. A folder that is there is left alone.
+    """
+    if (folder / "config.json").exists():
+        return folder
+    one = Llama(parse_args(raw | {"num_hidden_layers": 1}, str(folder)))
+    dtype = getattr(mx, raw.get("torch_dtype", "float32"))
+    mx.random.seed(0)
+    weights = {}
+    for key, value in tree_flatten(one.parameters()):
+        drawn = mx.ones(value.shape) if value.ndim == 1 else 0.02 * mx.random.normal(value.shape)
+        weights[key] = drawn.astype(dtype)
+        mx.eval(weights[key])   # one at a time: never two copies of all
+    rest = {key: value for key, value in weights.items() if ".layers." not in key}
+    shards = {"model-rest.safetensors": rest}
+    for i in range(raw["num_hidden_layers"]):
+        shards[f"model-block{i}.safetensors"] = {
+            key.replace(".layers.0.", f".layers.{i}."): value
+            for key, value in weights.items() if key not in rest}
+    for file, arrays in shards.items():
+        save_safetensors(folder / file, arrays)
+    write_text(folder / "model.safetensors.index.json", json.dumps({"metadata": {}, "weight_map": {
+        key: file for file, arrays in shards.items() for key in arrays}}))
+    write_word_tokenizer(folder, raw["vocab_size"])
+    write_text(folder / "config.json", json.dumps(raw))     # last: a folder that has it is whole
+    return folder
+
+
+class IdRollouts(Rollouts):
+    """Rollouts whose prompts are written as ids: nothing is tokenised."""
+
+    def encode(self, problem: Problem) -> list[int]:
+        return [int(word) for word in problem.prompt.split()]
+
+
+def make_source(cfg: Config, model: Llama, tokenizer, sizes: dict) -> Batches | Rollouts:
+    """Rows or prompts of random ids; rewards are random, so that every group has an advantage."""
+    prompts = random_prompts(cfg.model, max(256, sizes["rows"]), sizes["tokens"])
+    if cfg.method != "grpo":
+        return Batches([Row(ids, len(ids) - sizes["answer"], 5) for ids in prompts], cfg)
+    tokenizer.stop_ids = set()      # every completion has the same length on every side
+    source = IdRollouts(model, tokenizer, [
+        Problem(" ".join(map(str, ids)), "0", "", "") for ids in prompts], cfg)
+    rewards = random.Random(0)
+    source.reward = lambda problem, completion: rewards.random()
+    return source
+
+
+def training_call(work: str, folder: str, sizes: dict, keys: list[str], about: dict):
+    """A function that takes the next whole step: batch, loss, gradients, clipping, AdamW."""
+    group = sizes.get("group", 1)
+    more = [f"grpo_group_size={group}", "grpo_kl_weight=0.04", "grpo_guard=false",
+            f"max_completion_tokens={sizes['completion']}"] if work == "grpo" else []
+    cfg = load_overrides([
+        f"method={work}", f"model={folder}", f"batch_size={sizes['rows'] * group}", "lr=1e-5",
+        f"lora_rank={RANK}", f"lora_alpha={2 * RANK}", "lora_targets=q,k,v,o", *more, *keys])
+    model, tokenizer = prepare_model(cfg)
+    source = make_source(cfg, model, tokenizer, sizes)
+    optimizer = optim.AdamW(cfg.lr)
+    optimizer.init(model.trainable_parameters())
+    # the limits of a real run
+    about["estimated_gib"] = memory.prepare(cfg, model, memory.load_of(cfg, source))["peak"]
+    compiled = compile_step(model, optimizer, make_loss(cfg, class_block(cfg, model)))
+    steps, about["losses"] = itertools.count(), []
+
+    def step():
+        i = next(steps)
+        updates, rows = next_updates(source, i, cfg)
+        record = take_updates(None, i, updates, rows["rows"], compiled, optimizer, cfg.lr, cfg)
+        about["losses"].append(round(record["loss"], 3))
+    return step
+
+
+def make_call(work: str, folder: str, sizes: dict, keys: list[str], about: dict):
+    """A function that does a work once; keys: of Config; about: what there is to say besides."""
+    if work in TRAINING:
+        return training_call(work, folder, sizes, keys, about)
+    cfg = load_overrides([f"model={folder}", *keys])
+    read = lambda: load(folder, cfg.dtype, cfg.bits, group_size=cfg.bits_group_size)
+    if work == "load":
+        return lambda: mx.eval(read()[0].parameters())
+    model, tokenizer = read()
+    mx.eval(model.parameters())
+    prompts = random_prompts(folder, sizes["rows"], sizes["tokens"])
+    if work == "lens":
+        targets = [ids[:1] for ids in prompts]
+        return lambda: read_prompts(model, prompts, targets, TOP)
+    tokenizer.stop_ids = set()
+    return lambda: sample(model, tokenizer, prompts, sizes["completion"])
+
+
+def time_here(work: str, folder: str, sizes: dict, count: int, keys: list[str] = ()) -> dict:
+    """Our side of a work in this process: median seconds, peak GiB, and GiB before the model."""
+    about, before = {}, memory.peak_gib()
+    seconds = clock(make_call(work, folder, sizes, keys, about), count)
+    return {"seconds": statistics.median(seconds), "peak_gib": memory.peak_gib(),
+            "before_gib": before, **about}
+
+
+def own_command(work: str, folder: str | Path, sizes: dict, count: int,
+                keys: list[str] = ()) -> list:
+    """`time_here` as a command behind a Python, for a process of its own."""
+    return ["-m", "bench", "--here", folder, "--only", work, "--sizes", json.dumps(sizes),
+            "--count", count, *keys]
+
+
+def run_other(command: list, **env) -> str:
+    """Run a command in the project's folder; its standard output, BadInput where it fails."""
+    # without the order of operations that blas.py has set for this process: peers have their own
+    own = {k: v for k, v in os.environ.items() if k != "MLX_BFS_MAX_WIDTH"}
+    done = subprocess.run([*map(str, command)], cwd=ROOT, env=own | env, capture_output=True,
+                          text=True)
+    if done.returncode:
+        why = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise BadInput(f"{' '.join(map(str, command[1:3]))} failed: {why}")
+    return done.stdout
