@@ -2,43 +2,29 @@
 
     python train.py configs/sft.yaml lr=1e-3 steps=100
 
-Precedence: dataclass < file < command line. Values are parsed by the field's type, by the same
-function for file and command line, because plain YAML would read 1e-5 as a string, `on` as true and
-010 as 8. Every mistake is collected and reported at once. `BadInput` is what all files raise for
-something the user can mend; `run_main` turns it into one line and exit code 2.
+Precedence: dataclass < file < command line. Every mistake is collected and reported at once.
+`BadInput` is what all files raise for something the user can mend; `run_main` turns it into one
+line and exit code 2.
 """
 import dataclasses
-import difflib
-import json
-import math
 import os
 import sys
-import types
 import typing
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
+from files.keys import BadInput, Stopped, read_keys, write_keys
 
 METHODS = ("sft", "dual_reward", "grpo", "markovian")
 ON_POLICY = ("grpo", "markovian")     # methods that train on their own samples
-BITS, GROUP_SIZES = (2, 3, 4, 5, 6, 8), (32, 64, 128)    # what MLX's affine quantisation has
+BITS = (2, 3, 4, 5, 6, 8)             # what MLX's affine quantisation has
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
-# keys that only some methods read; in another method's config they would do nothing,
-# so they are refused
-METHOD_KEYS = {"class_": ("dual_reward",), "answer_": ("dual_reward",),
-               "mask_": ("sft", "dual_reward"), "template": ("sft", "dual_reward"),
-               "grpo_reward": ("grpo",), "grpo_": ON_POLICY,
-               "markovian": ("markovian",), "chain_": ("markovian",)}
-
-
-class BadInput(ValueError):
-    """Something the user can mend: says what was given, what was expected, where, and the fix."""
-
-
-class Stopped(RuntimeError):
-    """A guard stopped the run (exit code 3): the message names step and reason."""
+# keys that only some methods read, by prefix, the longer first: in another method's config they
+# would do nothing, so they are refused
+METHOD_KEYS = (("class_", ("dual_reward",)), ("answer_", ("dual_reward",)),
+               ("mask_", ("sft", "dual_reward")), ("template", ("sft", "dual_reward")),
+               ("grpo_reward", ("grpo",)), ("grpo_", ON_POLICY),
+               ("markovian", ("markovian",)), ("chain_", ("markovian",)))
 
 
 @dataclass
@@ -54,14 +40,13 @@ class Config:
     # float32 | bfloat16 | float16; null: float32 on CPU, the checkpoint's on GPU
     dtype: str | None = None
     bits: int | None = None         # 2, 3, 4, 5, 6 or 8: quantise the frozen base (QLoRA)
-    bits_group_size: int = 64       # weights that share a scale: 32, 64 or 128
     # random weights of model's config.json instead of its checkpoint
     from_scratch: bool = False
 
     # --- data
-    # arithmetic | a folder of train.jsonl, valid.jsonl, test.jsonl (`python -m tasks` writes some)
+    # arithmetic | a folder of train.jsonl, valid.jsonl and test.jsonl (python -m tasks writes such)
     data: str = "arithmetic"
-    data_samples: int = 5000        # arithmetic: training rows drawn
+    data_samples: int = 5000        # training rows drawn of arithmetic
     data_operations: tuple[str, ...] = ("add", "subtract", "multiply")
     # symbolic, worded; asked, asked_worded, masked: only to look at (data.py's top has examples)
     data_wordings: tuple[str, ...] = ("symbolic",)
@@ -104,18 +89,16 @@ class Config:
     # --- GRPO and Markovian training: batch_size completions a step, in groups of one prompt each
     grpo_group_size: int = 8
     grpo_temperature: float = 1.0
-    # correct | self (the drill's) | FILE.py:FUNCTION of (problem, completion)
+    # correct | FILE.py:FUNCTION of (problem, completion); files/user_reward.py
     grpo_reward: str = "correct"
-    grpo_advantage: str = "none"    # what divides R - mean: none | batch | group (their spread)
-    grpo_spread_floor: float = 0.0  # the least that a spread divides by
+    grpo_advantage: str = "none"    # what divides R - mean: none | batch | group (their std)
+    grpo_std_floor: float = 0.0     # the least that an std divides by
     grpo_norm: str = "constant"     # constant | token | sequence; see grpo.token_weights
     grpo_clip_low: float = 0.2      # the ratio to the old policy is clipped to 1 - low, 1 + high
     grpo_clip_high: float = 0.28
     grpo_dual_clip: float = 3.0     # bound of the loss where the advantage is negative; 0: none
     grpo_kl_weight: float = 0.02    # of KL(policy || adapters off), k2; 0: no reference is scored
-    grpo_entropy_weight: float = 0.0
-    grpo_epochs: int = 1            # passes over one step's rollouts
-    grpo_minibatches: int = 1       # optimizer steps in a pass
+    grpo_epochs: int = 1            # updates from one step's samples
     grpo_kl_stop: float = 0.02      # KL(old || policy) that ends a step's passes; 0: never
     grpo_guard: bool = True         # on collapse: best weights back, half the learning rate
     # sampler | base: the published error, ratio against the frozen base and no other leash
@@ -126,9 +109,6 @@ class Config:
     markovian_scorer: str = "actor"     # whose log p it is: actor | frozen (adapters off)
     markovian_answer_weight: float = 1.0    # of the reward's own gradient; 0: the policy term alone
     markovian_ramp_steps: int = 0   # that weight grows from 0 over so many steps
-    # how the group's chains share it: mean (unbiased) | softmax (of their rewards: no lesson in
-    # guessing behind bad chains)
-    markovian_average: str = "mean"
     chain_tokens: int = 100         # longest chain; EOS may end it earlier
     # how a test answer is read: anchored, or a prior work's simple | anchor (numbers) | legacy |
     # word_boundary (letters)
@@ -139,16 +119,12 @@ class Config:
     # (a third more); both also bound the logits that exist at once
     recompute: str = "none"
     memory_limit_gib: float | None = None   # what a run may take; null: what the machine has
-    # several processes (mlx.launch): how long one may stay silent; the first looks inside meanwhile
-    worker_timeout_s: int = 1800
-    cache_limit_gib: float | None = None    # of freed memory that MLX keeps; null: MLX's own
 
     # --- looking inside, and saving
     eval_every_steps: int = 50      # validation accuracy; 0: never
-    eval_prompts: int = 200         # validation prompts for the accuracy on the way
+    eval_prompts: int = 200         # validation prompts for that; the lens reads at most 64
     # the lens on validation prompts, for the emergence curve; 0: never
     lens_every_steps: int = 50
-    lens_prompts: int = 64
     save_every_steps: int = 100     # resumable state; 0: only at the end
     max_completion_tokens: int = 8
 
@@ -160,7 +136,7 @@ class Config:
 
 CHOICES = {
     "method": METHODS, "dtype": ("float32", "bfloat16", "float16"), "bits": BITS,
-    "bits_group_size": GROUP_SIZES, "recompute": ("none", "mlp", "block"),
+    "recompute": ("none", "mlp", "block"),
     "lr_schedule": ("cosine", "constant"), "template": ("none", "lines", "plain", "cued", "chat"),
     "data_operations": ("add", "subtract", "multiply", "divide"),
     "data_wordings": ("symbolic", "worded", "asked", "asked_worded", "masked"),
@@ -169,108 +145,16 @@ CHOICES = {
     "class_position": ("prompt", "answer"),
     "grpo_advantage": ("none", "batch", "group"), "grpo_norm": ("constant", "token", "sequence"),
     "grpo_ratio": ("sampler", "base"), "markovian_scorer": ("actor", "frozen"),
-    "markovian_average": ("mean", "softmax"),
     "chain_extraction": ("anchored", "simple", "anchor", "legacy", "word_boundary"),
 }
 AT_LEAST = {"data_samples": 0, "steps": 1, "batch_size": 1,
             "grad_accum_steps": 1, "lr_warmup_steps": 0, "weight_decay": 0,
             "grad_clip": 0, "lora_rank": 1,
-            "eval_every_steps": 0, "eval_prompts": 1, "lens_every_steps": 0, "lens_prompts": 1,
-            "save_every_steps": 0, "grpo_group_size": 2, "grpo_clip_low": 0, "grpo_clip_high": 0,
-            "grpo_dual_clip": 0, "grpo_kl_weight": 0, "grpo_entropy_weight": 0, "grpo_epochs": 1,
-            "grpo_minibatches": 1, "grpo_kl_stop": 0, "grpo_spread_floor": 0,
+            "eval_every_steps": 0, "eval_prompts": 1, "lens_every_steps": 0, "save_every_steps": 0, "grpo_group_size": 2, "grpo_clip_low": 0, "grpo_clip_high": 0,
+            "grpo_dual_clip": 0, "grpo_kl_weight": 0, "grpo_epochs": 1,
+            "grpo_kl_stop": 0, "grpo_std_floor": 0,
             "markovian_answer_weight": 0, "markovian_ramp_steps": 0, "chain_tokens": 1,
-            "max_completion_tokens": 1, "worker_timeout_s": 1,
-            "seed": 0, "lr": 0}
-
-
-def parse_value(text, kind) -> object:
-    """Parse one scalar or comma list by the field's type; raises ValueError with what was expected.
-
-    example  ("1e-5", float) -> 1e-05;  ("q,v", tuple[str, ...]) -> ("q", "v");
-             ("null", int | None) -> None
-    """
-    if typing.get_origin(kind) is types.UnionType:
-        inner = next(k for k in typing.get_args(kind) if k is not type(None))
-        return None if text in ("null", "none", "") else parse_value(text, inner)
-    if typing.get_origin(kind) is tuple:
-        items = text if isinstance(text, list) else text.strip("[]").split(",")
-        return tuple(str(item).strip() for item in items if str(item).strip())
-    if not isinstance(text, str):
-        raise ValueError(f"a single {kind.__name__}")
-    if kind is bool:
-        if text not in ("true", "false"):
-            raise ValueError("true or false")
-        return text == "true"
-    try:
-        value = kind(text)
-        if kind is float and not math.isfinite(value):
-            raise ValueError    # nan would pass every check of a range
-        return value
-    except ValueError:
-        raise ValueError({"int": "a whole number", "float": "a number"}[kind.__name__]) from None
-
-
-def read_yaml(path: Path) -> list[tuple[str, object, int]]:
-    """The file's (key, text, line) triples: scalars stay text, `parse_value` alone types them."""
-    try:
-        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except FileNotFoundError:
-        raise BadInput(f"no config file {path}; see configs/ for examples") from None
-    except IsADirectoryError:
-        raise BadInput(f"{path} is a folder; a config file (YAML) was expected") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if node is None:
-        return []
-    if not isinstance(node, yaml.MappingNode):
-        raise BadInput(f"{path}: expected `key: value` lines, got a {node.id}")
-    triples = []
-    for key, value in node.value:
-        line = key.start_mark.line + 1
-        if isinstance(value, yaml.MappingNode):
-            raise BadInput(f"{path}:{line}: {key.value} holds keys of its own; "
-                           "all keys are flat, such as lora_rank: 16")
-        items = isinstance(value, yaml.SequenceNode)
-        text = [item.value for item in value.value] if items else value.value
-        triples.append((key.value, text, line))
-    return triples
-
-
-def explain_unknown(key: str, names: list[str]) -> str:
-    """Say which key was probably meant, or which share its prefix."""
-    near = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
-    family = [n for n in names if n.split("_")[0] == key.split("_")[0]]
-    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(family or names)}"
-    return f"unknown key {key!r}; {hint}"
-
-
-def read_keys(path: str | Path, overrides: list[str], kinds: dict[str, type],
-              ) -> tuple[dict[str, object], list[str]]:
-    """A YAML file's keys, `key=value` words on top, typed by kinds; and the mistakes in them."""
-    path = Path(path)
-    given = [(key, text, f"{path}:{line}") for key, text, line in read_yaml(path)]
-    mistakes, seen = [], {}
-    for word in overrides:
-        key, equals, text = word.partition("=")  # at the first '=': values may hold others
-        if not equals:
-            mistakes.append(f"command line: expected key=value, got {word!r}")
-        else:
-            given.append((key, text, f"command line {word!r}"))
-    values = {}
-    for key, text, where in given:
-        source = "command line" if where.startswith("command") else "file"
-        if key not in kinds:
-            mistakes.append(f"{where}: {explain_unknown(key, list(kinds))}")
-        elif (key, source) in seen:
-            mistakes.append(f"{where}: key {key!r} given twice (first at {seen[key, source]})")
-        else:
-            seen[key, source] = where
-            try:
-                values[key] = parse_value(text, kinds[key])
-            except ValueError as error:
-                mistakes.append(f"{where}: {key} = {text!r}: expected {error}")
-    return values, mistakes
+            "max_completion_tokens": 1, "seed": 0, "lr": 0}
 
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
@@ -292,7 +176,10 @@ def load_overrides(overrides: list[str]) -> Config:
 
 def owners_of(key: str) -> tuple[str, ...]:
     """The methods that read a key."""
-    return next((m for prefix, m in METHOD_KEYS.items() if key.startswith(prefix)), METHODS)
+    for prefix, methods in METHOD_KEYS:
+        if key.startswith(prefix):
+            return methods
+    return METHODS
 
 
 def validate(cfg: Config, given: set[str]) -> list[str]:
@@ -316,10 +203,8 @@ def validate(cfg: Config, given: set[str]) -> list[str]:
         if cfg.method in METHODS and cfg.method not in owners:
             mistakes.append(f"{key} belongs to method {' or '.join(owners)}, "
                             f"and this config has method {cfg.method}; remove one")
-    for key in ("memory_limit_gib", "cache_limit_gib"):
-        value = getattr(cfg, key)
-        if value is not None and not 0 < value < 2 ** 20:
-            mistakes.append(f"{key} = {value}: expected GiB, a number above 0")
+    if cfg.memory_limit_gib is not None and not 0 < cfg.memory_limit_gib < 2 ** 20:
+        mistakes.append(f"memory_limit_gib = {cfg.memory_limit_gib}: expected a number above 0")
     if cfg.lora_alpha <= 0:
         mistakes.append(f"lora_alpha = {cfg.lora_alpha}: expected a number above 0; the update is "
                         "scaled by lora_alpha / lora_rank")
@@ -345,12 +230,11 @@ def validate(cfg: Config, given: set[str]) -> list[str]:
 
 def validate_on_policy(cfg: Config) -> list[str]:
     """Cross-checks of GRPO and Markovian training."""
-    mistakes, parts = [], cfg.grpo_minibatches * cfg.grad_accum_steps
-    if cfg.batch_size % cfg.grpo_group_size or cfg.batch_size // cfg.grpo_group_size % parts:
+    mistakes, multiple = [], cfg.grpo_group_size * cfg.grad_accum_steps
+    if cfg.batch_size % multiple:
         mistakes.append(
             f"batch_size = {cfg.batch_size}: expected whole groups of completions, a multiple of "
-            "grpo_group_size * grpo_minibatches * grad_accum_steps = "
-            f"{cfg.grpo_group_size * parts}")
+            f"grpo_group_size * grad_accum_steps = {multiple}")
     if cfg.grpo_temperature <= 0:
         mistakes.append(f"grpo_temperature = {cfg.grpo_temperature}: expected a number above 0")
     if cfg.grpo_clip_low >= 1:
@@ -373,9 +257,9 @@ def validate_on_policy(cfg: Config) -> list[str]:
         if cfg.markovian_scorer == "frozen":
             mistakes.append("markovian_scorer: frozen is a reward without a gradient of its own; "
                             "set markovian_answer_weight: 0")
-        if cfg.grpo_advantage != "none" and not cfg.grpo_spread_floor:
+        if cfg.grpo_advantage != "none" and not cfg.grpo_std_floor:
             mistakes.append(f"grpo_advantage = {cfg.grpo_advantage} divides the answer term by "
-                            "spreads that may be all but 0; give grpo_spread_floor, such as 0.1")
+                            "deviations that may be all but 0; give grpo_std_floor, such as 0.1")
     return mistakes
 
 
@@ -391,114 +275,7 @@ def resolved(cfg: Config) -> dict:
 
 def dump(cfg: Config) -> str:
     """The resolved config as YAML text that `load_config` reads back to an equal Config."""
-    def text(value):
-        if isinstance(value, bool) or value is None:
-            return {True: "true", False: "false", None: "null"}[value]
-        return (f"[{', '.join(value)}]" if isinstance(value, tuple)
-                else yaml.safe_dump(value).split("\n")[0])
-    return "".join(f"{key}: {text(value)}\n" for key, value in resolved(cfg).items())
-
-
-def replace_file(temporary: Path, path: Path) -> None:
-    """Make the bytes durable before the name points at them, or a power cut can empty the file."""
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a temporary file, then rename: a reader sees the old or the new. Raises BadInput."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
-        replace_file(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise BadInput(f"could not write {path} ({error.strerror}); free some disk space: "
-                       "what was saved before is intact") from None
-
-
-def write_text(path: Path, text: str) -> None:
-    write_bytes(path, text.encode())
-
-
-def append_text(path: Path, text: str, sync: bool = False) -> None:
-    """Add text to a file; sync: on the disk before this returns. Raises BadInput."""
-    try:
-        with open(path, "ab") as file:
-            file.write(text.encode())
-            file.flush()
-            if sync:
-                os.fsync(file.fileno())
-    except OSError as error:
-        raise BadInput(f"could not write {path} ({error.strerror}); free some disk space, then run "
-                       "the same command again, which drops a torn last line") from None
-
-
-def json_lines(rows: Iterable[dict]) -> str:
-    """One JSON object a line, other languages' letters as they are."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def read_json_lines(path: Path) -> list[dict]:
-    """The rows of a file up to where a kill has torn it; [] if there is none."""
-    rows = []
-    # bytes: it may be torn within a letter
-    for line in path.read_bytes().split(b"\n") if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-        if not isinstance(rows[-1], dict):
-            return rows[:-1]
-    return rows
-
-
-# --------------------------------------------------------------------------------------------------
-# what a JSON file from outside may hold
-
-
-class Kind(typing.NamedTuple):
-    """What one value must be: in words for the message, and as a test.
-
-    The tests ask type(), not isinstance: to Python true is a whole number.
-    """
-    expected: str
-    fits: Callable[[object], bool]
-
-
-def one_of(*choices) -> Kind:
-    return Kind(" or ".join(map(json.dumps, choices)),
-                lambda v: any(type(v) is type(c) and v == c for c in choices))
-
-
-REQUIRED = object()     # as a default: the value must be there
-COUNT = Kind("a whole number of at least 1", lambda v: type(v) is int and 1 <= v < 2 ** 31)
-# float32's range; json reads NaN and Infinity
-POSITIVE = Kind("a finite number above 0", lambda v: type(v) in (int, float) and 1e-38 < v < 1e38)
-SWITCH = Kind("true or false", lambda v: type(v) is bool)
-OBJECT = Kind("an object {...}", lambda v: type(v) is dict)
-NAMES = Kind("a list of names, not empty",
-             lambda v: type(v) is list and v and all(type(name) is str for name in v))
-
-
-def read_fields(raw: dict, fields: dict[str, tuple[Kind, object]], where: str) -> dict:
-    """The declared values of a JSON object, {name: value}; other names are not looked at.
-
-    fields   {name: (kind, default)}; null counts as absent
-    raises   BadInput with every mistake: what was given, what was expected
-    """
-    values = {name: default if raw.get(name) is None else raw[name]
-              for name, (_, default) in fields.items()}
-    mistakes = [f"missing {name}, expected {kind.expected}"
-                for name, (kind, _) in fields.items() if values[name] is REQUIRED]
-    mistakes += [f"{name} = {json.dumps(raw[name])[:80]}, expected {kind.expected}"
-                 for name, (kind, _) in fields.items()
-                 if raw.get(name) is not None and not kind.fits(raw[name])]
-    if mistakes:
-        raise BadInput(f"{where}: {'; '.join(mistakes)}")
-    return values
+    return write_keys(resolved(cfg))
 
 
 def run_main(main) -> None:

@@ -4,53 +4,33 @@
     asked     "what is 7 * 8 = "      asked_worded  "what is the product of seven and eight = "
     masked    "7 ? 8 = ": nobody can know
 
-Ranges follow the prior work (multiply 2..20, add and subtract 1..99, divide up to 12 * 12). Unlike
-there (study/prior_work.md) the *operand pairs* are partitioned before anything is drawn. A pair
-belongs to train, valid or test by a hash of its unordered numbers, so 3 * 4, 4 * 3, 4 - 3 and "the
-sum of three and four" are on one side, for every seed, every method and the bundled base model
-alike. The named evaluation prompts' pairs are test pairs.
+Ranges follow the prior work (multiply 2..20, add and subtract 1..99, divide up to 12 * 12). Where
+we differ: it drew train and validation rows from one pool, so half of its validation rows were
+training rows, and four of its nine evaluation prompts too. Here the *operand pairs* are partitioned
+before anything is drawn. A pair belongs to train, valid or test by a hash of its unordered numbers,
+so 3 * 4, 4 * 3, 4 - 3 and "the sum of three and four" are on one side, for every seed, every method
+and the bundled base model alike. The named evaluation prompts' pairs are test pairs.
 
 Everything else is a folder of train.jsonl, valid.jsonl and test.jsonl (data=FOLDER), as `python -m
 tasks` writes them or by hand.
 """
 import functools
 import hashlib
-import json
 import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import blas  # noqa: F401  (before mlx)
+import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
 
 from config import BadInput, Config
-from tokenizer import Tokenizer, check_messages
-
-SYMBOLS = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/"}
-# each phrase names one (operation, a, b) and no other;
-# "{a} and {b}" is safe as no operand here is "x hundred and y"
-PHRASES = {
-    "multiply": ("{a} times {b}", "{a} multiplied by {b}", "the product of {a} and {b}",
-                 "multiply {a} by {b}", "what is {a} times {b}"),
-    "add": ("{a} plus {b}", "{a} and {b}", "the sum of {a} and {b}",
-            "add {a} and {b}", "what is {a} plus {b}"),
-    "subtract": ("{a} minus {b}", "{a} take away {b}", "the difference between {a} and {b}",
-                 "subtract {b} from {a}", "what is {a} minus {b}"),
-    "divide": ("{a} divided by {b}", "{a} over {b}", "the quotient of {a} and {b}",
-               "divide {a} by {b}", "what is {a} divided by {b}"),
-}
-# new to every model here: no training text of any method, nor the base's, has these two forms
-ASKED = "what is {a} SYMBOL {b}"
-ASKED_WORDED = {
-    "multiply": "what is the product of {a} and {b}", "add": "what is the sum of {a} and {b}",
-    "subtract": "what is the difference between {a} and {b}",
-    "divide": "what is the quotient of {a} and {b}",
-}
-ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
-        "fifteen sixteen seventeen eighteen nineteen").split()
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+from engine import workers
+from engine.memory import Load
+from files.jsonl import read_rows
+from files.wordings import PHRASES, number_words, phrases_of
+from tokenizer import Tokenizer
 
 # the prior work's evaluation prompts, as (operation, a, b)
 NAMED_PROMPTS = {
@@ -81,13 +61,6 @@ class Problem:
     hidden: str = ""
     letters: str = ""
     messages: tuple[tuple[str, str], ...] = ()
-
-
-def number_words(n: int) -> str:
-    """example  23 -> "twenty three";  100 -> "one hundred" """
-    if n >= 100:
-        return ONES[n // 100] + " hundred" + (f" {number_words(n % 100)}" if n % 100 else "")
-    return ONES[n] if n < 20 else TENS[n // 10 - 2] + (f" {ONES[n % 10]}" if n % 10 else "")
 
 
 def stable_hash(text: str) -> int:
@@ -127,14 +100,6 @@ def operand_pairs(operation: str) -> list[tuple[int, int]]:
 
 def compute(operation: str, a: int, b: int) -> int:
     return {"add": a + b, "subtract": a - b, "multiply": a * b, "divide": a // max(b, 1)}[operation]
-
-
-def phrases_of(operation: str, wording: str) -> tuple[str, ...]:
-    """The templates of an operation in one wording (one of config's data_wordings)."""
-    symbol = SYMBOLS[operation]
-    return {"symbolic": (f"{{a}} {symbol} {{b}}",), "worded": PHRASES[operation],
-            "asked": (ASKED.replace("SYMBOL", symbol),),
-            "asked_worded": (ASKED_WORDED[operation],), "masked": ("{a} ? {b}",)}[wording]
 
 
 def make_problem(operation: str, a: int, b: int, phrase: str | None = None,
@@ -200,46 +165,12 @@ def grade(expected: str, completion: str, finished: bool) -> bool:
 
 
 # --------------------------------------------------------------------------------------------------
-# a folder of JSON lines
+# from a config to problems, and to token ids
 
 
-def read_jsonl(path: Path) -> list[Problem]:
-    """Rows {"prompt", "response"} or {"messages"}, and perhaps a Problem's other texts.
-
-    Those are "operation", "wording", "hidden" and "letters", by these names.
-    raises   BadInput, which names the first bad lines
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines cuts at U+2028 too
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"could not read {path} ({error}); "
-                       "a data folder holds train.jsonl, valid.jsonl and test.jsonl") from None
-    problems, bad = [], []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            messages = ()
-            if "messages" in row:
-                check_messages(row["messages"], reply_follows=False)
-                messages = tuple((m["role"], m["content"]) for m in row["messages"])
-                row = {"prompt": messages[-2][1], "response": messages[-1][1]} | row
-            texts = row["prompt"], row["response"], row.get("operation", ""), row.get(
-                "wording", "file")
-            more = {name: row.get(name, "") for name in ("hidden", "letters")}
-            if not all(isinstance(t, str) for t in (*texts, *more.values())):
-                raise ValueError("every value must be a string")
-            if not texts[0] or not texts[1]:
-                raise ValueError("prompt and response must be non-empty strings")
-            problems.append(Problem(*texts, **more, messages=messages))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            bad.append(f"line {number} ({error!r})")
-    if bad:
-        raise BadInput(f'{path}: {len(bad)} bad rows: {", ".join(bad[:5])}; '
-                       'expected {"prompt": "...", "response": "...", "operation": "..."} or '
-                       '{"messages": [{"role": "user", "content": "..."}, ...]}')
-    return problems
+def read_problems(path: Path) -> list[Problem]:
+    """The rows of a JSONL file; raises BadInput, which names the first bad lines."""
+    return [Problem(**row) for row in read_rows(path)]
 
 
 def load_split(cfg: Config, split: str) -> list[Problem]:
@@ -247,7 +178,7 @@ def load_split(cfg: Config, split: str) -> list[Problem]:
     if cfg.data == "arithmetic":
         problems = sample_train(cfg) if split == "train" else held_out(cfg, split)
     elif Path(cfg.data).is_dir():
-        problems = read_jsonl(Path(cfg.data) / f"{split}.jsonl")
+        problems = read_problems(Path(cfg.data) / f"{split}.jsonl")
     else:
         raise BadInput(f"data = {cfg.data!r}: expected arithmetic, or a folder that holds "
                        "train.jsonl, valid.jsonl and test.jsonl; "
@@ -256,10 +187,6 @@ def load_split(cfg: Config, split: str) -> list[Problem]:
         raise BadInput(f"the {split} split of data = {cfg.data!r} is empty "
                        f"(data_samples = {cfg.data_samples}); nothing to do")
     return problems
-
-
-# --------------------------------------------------------------------------------------------------
-# from problems to batches
 
 
 @dataclass
@@ -276,22 +203,9 @@ class Row:
 
     def targets(self, cfg: Config) -> tuple[tuple[int, int], ...]:
         """(start, stop) of the tokens that the loss counts."""
-        whole = len(self.ids)
-        return self.spans or ((self.P, whole),) if cfg.mask_prompt else ((1, whole),)
-
-
-@dataclass
-class Batch:
-    """What one forward pass needs. A is the largest number of targets in a row of the data set."""
-    tokens: mx.array            # (B, T) int32, right-padded
-    loss_mask: mx.array         # (B, T-1) float32: 1 where token t+1 is a target
-    target_positions: mx.array  # (B, A) int32: t of the mask's ones; only these are unembedded
-    targets: mx.array           # (B, A) int32: the tokens t+1 there
-    target_mask: mx.array       # (B, A) float32: 1 for a target, 0 for filling
-    class_positions: mx.array   # (B,) int32: last prompt token, or last answer token
-    class_ids: mx.array         # (B,) int32: what the class loss wants, mostly a word
-    row_mask: mx.array          # (B,) float32: 0 for rows that only fill the batch up
-    rows: list[int]             # which rows of the data set, to name a batch that fails
+        if not cfg.mask_prompt:
+            return ((1, len(self.ids)),)
+        return self.spans or ((self.P, len(self.ids)),)
 
 
 def messages_of(problem: Problem) -> list[dict[str, str]]:
@@ -339,36 +253,44 @@ def tokenize(problems: list[Problem], tokenizer: Tokenizer, context: int,
     return rows
 
 
-def make_batch(rows: list[Row], indices: list[int], T: int, A: int, cfg: Config) -> Batch:
-    """Pad the rows to T tokens and mark their targets.
+# --------------------------------------------------------------------------------------------------
+# batches
+
+
+def make_batch(rows: list[Row], indices: list[int], T: int, A: int,
+               cfg: Config) -> dict[str, np.ndarray]:
+    """Pad the rows to T tokens and say where their targets are.
 
     targets  answer and EOS, of a conversation every reply and what ends it, or all tokens after
-             the first (mask_prompt false)
+             the first (mask_prompt false); A is the largest number of them in a row of the data
     indices  rows to take; -1 fills the batch up with a row of zeros that counts for nothing
-    example  ids [1, 7, *, 8, =, 56, 2], P 5: loss_mask [0, 0, 0, 0, 1, 1],
-             target_positions [4, 5], targets [56, 2]
+    example  ids [1, 7, *, 8, =, 56, 2], P 5, A 3: target_positions [4, 5, 0],
+             targets [56, 2, 7], target_mask [1, 1, 0]
     """
     B = len(indices)
-    tokens, loss_mask = np.zeros((B, T), np.int32), np.zeros((B, T - 1), np.float32)
+    tokens, is_before_target = np.zeros((B, T), np.int32), np.zeros((B, T - 1), np.float32)
     class_positions, class_ids = np.zeros(B, np.int32), np.zeros(B, np.int32)
     for i, index in enumerate(indices):
         if index < 0:
             continue
         row = rows[index]
-        tokens[i, :len(row.ids)] = row.ids
+        tokens[i, :len(row.ids)] = row.ids      # right padding: no real token looks to its right
         for start, stop in row.targets(cfg):
-            loss_mask[i, start - 1:stop - 1] = 1
+            is_before_target[i, start - 1:stop - 1] = 1     # position t predicts token t + 1
         last = row.spans[-1][1] if row.spans else len(row.ids)
         class_positions[i] = row.P - 1 if cfg.class_position == "prompt" else last - 2
         class_ids[i] = row.class_id
-    positions = np.argsort(-loss_mask, axis=1, kind="stable")[:, :A]  # the ones first, in order
-    return Batch(
-        tokens=mx.array(tokens), loss_mask=mx.array(loss_mask),
-        target_positions=mx.array(positions.astype(np.int32)),
-        targets=mx.array(np.take_along_axis(tokens, positions + 1, 1)),
-        target_mask=mx.array(np.take_along_axis(loss_mask, positions, 1)),
-        class_positions=mx.array(class_positions), class_ids=mx.array(class_ids),
-        row_mask=mx.array(np.array([i >= 0 for i in indices], np.float32)), rows=list(indices))
+    # the ones first, in order; what fills up to A has mask 0
+    positions = np.argsort(-is_before_target, axis=1, kind="stable")[:, :A]
+    return {
+        "tokens": tokens,                                                           # (B, T)
+        "target_positions": positions.astype(np.int32),                             # (B, A)
+        "targets": np.take_along_axis(tokens, positions + 1, 1),                    # (B, A)
+        "target_mask": np.take_along_axis(is_before_target, positions, 1),          # (B, A)
+        "class_positions": class_positions,     # (B,): last prompt token, or last answer token
+        "class_ids": class_ids,                 # (B,): what the class loss wants, mostly a word
+        "row_mask": np.array([i >= 0 for i in indices], np.float32),                # (B,)
+    }
 
 
 class Batches:
@@ -379,8 +301,6 @@ class Batches:
     and few distinct shapes, since `mx.compile` keeps one trace for each. Each epoch shuffles rows
     within lengths and the order of batches.
     """
-    lr_scale = 1.0  # factor of the learning rate; grpo.Rollouts has one that its guard lowers
-    guard, position = None, 0   # grpo.Rollouts counts the problems it has drawn
 
     def __init__(self, rows: list[Row], cfg: Config):
         self.rows, self.cfg = rows, cfg
@@ -402,13 +322,34 @@ class Batches:
             plan += [(n, order[i:i + B].tolist()) for i in range(0, len(order), B)]
         return [plan[i] for i in rng.permutation(len(plan))]
 
-    def at(self, step: int) -> list[Batch]:
-        """The micro-batches of a 0-based step: cfg.grad_accum_steps equal parts of its rows."""
+    def at(self, step: int) -> tuple[list[list[dict[str, mx.array]]], dict]:
+        """One update of a 0-based step: cfg.grad_accum_steps equal parts of its rows, and metrics.
+
+        n_targets and n_rows count the whole step, so that its micro-batches' losses add up.
+        """
         epoch, k = divmod(step, self.per_epoch)
         if epoch != self._epoch:
             self._epoch, self._plan = epoch, self._shuffle(epoch)
         T, indices = self._plan[k]
         part = len(indices) // self.cfg.grad_accum_steps
-        return [make_batch(self.rows, indices[i:i + part], T, min(self.A, T - 1), self.cfg)
-                for i in range(0, len(indices), part)]
+        batches = [make_batch(self.rows, indices[i:i + part], T, min(self.A, T - 1), self.cfg)
+                   for i in range(0, len(indices), part)]
+        counts = {"n_targets": np.float32(sum(b["target_mask"].sum() for b in batches)),
+                  "n_rows": np.float32(sum(b["row_mask"].sum() for b in batches))}
+        update = [{name: mx.array(value) for name, value in (batch | counts).items()}
+                  for batch in workers.mine(batches)]
+        rows = [i for i in indices if i >= 0]
+        return [update], {"rows": rows, "n_tokens": sum(len(self.rows[i].ids) for i in rows)}
 
+    def state(self) -> tuple[dict, dict]:
+        """What `at` depends on beside rows, config and step: nothing."""
+        return {}, {}
+
+    def restore(self, arrays: dict, about: dict) -> None:
+        pass
+
+    def load(self) -> Load:
+        """What one micro-batch asks of the model, for the memory estimate."""
+        B, T = self.cfg.batch_size // self.cfg.grad_accum_steps, max(self.lengths)
+        logit_rows = B * self.A + (B if self.cfg.method == "dual_reward" else 0)
+        return Load(B * T, T, logit_rows, prompt=max(row.P for row in self.rows))

@@ -6,8 +6,7 @@ three series that are never mixed: the answer's first token, the operation's wor
 symbol. Words are compared in one form, with a space before them or without (Tokenizer.word_ids),
 and an answer has emerged only where its first token is all of it. Strength is the largest
 probability before the last block; the last block's own is the model's output and stands beside it,
-not in it. (The prior code took the maximum over all blocks, and counted any of twenty top tokens
-that contained any of the words or answers as a substring.)
+not in it (what prior code counted instead: study/prior_work.md).
 
     python eval.py --ckpt runs/dual_reward --base                    # beside its base model
     python eval.py --ckpt runs/dual_reward --compare runs/sft        # exact McNemar, same problems
@@ -18,13 +17,12 @@ import json
 from collections import Counter
 from pathlib import Path
 
-import blas  # noqa: F401  (before mlx)
+import engine.blas  # noqa: F401  (before mlx)
 import numpy as np
 
-from config import BadInput, Config, load_config, load_overrides, resolved, run_main, write_text
+from config import BadInput, Config, load_config, load_overrides, resolved, run_main
 from data import (
     NAMED_PROMPTS,
-    SYMBOLS,
     Problem,
     encode_problem,
     encode_prompt_of,
@@ -34,16 +32,28 @@ from data import (
     named_problems,
     stable_hash,
 )
+from engine.memory import LENS_PROMPTS
+from files.disk import write_text
+from files.provenance import provenance
+from files.wordings import SYMBOLS
 from generate import sample
 from lens import Reading, read_prompts
 from lora import load_base, load_checkpoint
-from markovian import answer_prompt, encode_question, evaluate_chains, summarize_chains
 from model import Llama
-from provenance import provenance
-from stats import bootstrap_mean, mcnemar, percent, wilson
-from tokenizer import STOPS, Tokenizer
+from report.stats import mcnemar
+from report.summary import (
+    SERIES,
+    peak_of_prompt,
+    summarize_accuracy,
+    summarize_chains,
+    summarize_classifier,
+    summarize_lens,
+)
+from report.terminal import report_text
+from tokenizer import Tokenizer
 
-SERIES = ("answer", "operation", "symbol")
+# --------------------------------------------------------------------------------------------------
+# which tokens are looked for
 
 
 def last_token(tokenizer: Tokenizer, problems: list[Problem], template: str = "none") -> int:
@@ -64,16 +74,16 @@ def target_ids(tokenizer: Tokenizer, problems: list[Problem], target: str,
     operations = sorted({p.operation for p in problems} - {""})
     if not operations:
         return {}
-    name = lambda op: SYMBOLS.get(op, op) if target == "symbol" else op
+    named = SYMBOLS if target == "symbol" else {}
     before = [last_token(tokenizer, problems, template)]
     # the form that suits all four operations, or problems without subtraction could be read in
     # another than the one that was trained
     others = [op for op in SYMBOLS if op not in operations]
     others = others if set(operations) <= set(SYMBOLS) else []
     try:
-        ids = tokenizer.word_ids([name(op) for op in operations + others], before)
+        ids = tokenizer.word_ids([named.get(op, op) for op in operations + others], before)
     except BadInput:        # one that no problem asks for may be in the way
-        ids = tokenizer.word_ids([name(op) for op in operations], before)
+        ids = tokenizer.word_ids([named.get(op, op) for op in operations], before)
     return dict(zip(operations, ids))
 
 
@@ -98,13 +108,12 @@ def class_ids(cfg: Config, tokenizer: Tokenizer, problems: list[Problem]) -> lis
     if cfg.class_target == "answer":
         rows = [encode_problem(p, tokenizer, cfg.template) for p in problems]
         return [row.ids[row.P] for row in rows]
-    draw = lambda p, n: stable_hash(p.prompt) % n
     if cfg.class_target == "random":
-        return [draw(p, tokenizer.vocab_size) for p in problems]
+        return [stable_hash(p.prompt) % tokenizer.vocab_size for p in problems]
     ids = class_word_ids(cfg, tokenizer, problems)
     if cfg.class_target == "shuffled":
         words = [ids[op] for op in cfg.data_operations if op in ids]
-        return [words[draw(p, len(words))] for p in problems]
+        return [words[stable_hash(p.prompt) % len(words)] for p in problems]
     return [ids[p.operation] for p in problems]
 
 
@@ -149,6 +158,10 @@ def answer_lengths(tokenizer: Tokenizer, problems: list[Problem],
     return np.array(lengths)
 
 
+# --------------------------------------------------------------------------------------------------
+# one model
+
+
 def read_series(model: Llama, tokenizer: Tokenizer, problems: list[Problem],
                 template: str = "none") -> tuple[Reading, np.ndarray]:
     """The lens at each prompt's last token: a Reading (A = 1, N = 3) of SERIES, and series_ids."""
@@ -156,41 +169,63 @@ def read_series(model: Llama, tokenizer: Tokenizer, problems: list[Problem],
     return read_prompts(model, prompts, ids.tolist()), ids
 
 
-def summarize_lens(reading: Reading, ids: np.ndarray, block: int) -> dict:
-    """Means over prompts for metrics.jsonl: per tap each series' probability and top-1 share."""
-    summary = {"class_top1": float((reading.top_ids[block + 1, :, 0, 0] == ids[:, 1]).mean())}
-    for n, name in enumerate(SERIES):
-        summary[name] = {
-            "prob": reading.probs[:, :, 0, n].mean(1).round(5).tolist(),
-            "top1": (reading.top_ids[:, :, 0, 0] == ids[:, n]).mean(1).round(5).tolist()}
-    return summary
-
-
 def measure_accuracy(model: Llama, tokenizer: Tokenizer, problems: list[Problem],
                      max_completion_tokens: int, template: str = "none") -> list[dict]:
     """Complete and grade problems: [{prompt, expected, generated, correct, operation, wording}].
 
-    Of a conversation the last reply, given all before it as it is in the data. It ends as it was
-    trained to: at EOS, and where all replies are of one line at a line break, but for a chat.
+    For a conversation, complete its last reply, given the earlier turns. Stop at EOS; where all
+    replies are single-line and the template is not chat, also at a line break.
     """
     prompts = [encode_prompt_of(p, tokenizer, template) for p in problems]
     many_lines = template != "none" and (
         template == "chat" or any("\n" in p.answer for p in problems))
+    stops = ()
+    if many_lines:
+        from files.chat import STOPS  # conversations alone need it
+        stops = STOPS[template]
     done = sample(model, tokenizer, prompts, max_completion_tokens, many_lines=many_lines,
-                  stops=STOPS[template] if many_lines else ())
+                  stops=stops)
     return [{"prompt": p.prompt, "expected": p.answer, "generated": c.text.strip(),
              "correct": grade(p.answer, c.text, c.finished),
              "operation": p.operation, "wording": p.wording} for p, c in zip(problems, done)]
 
 
-def judge(model: Llama, tokenizer: Tokenizer, cfg: Config) -> dict:
+def inspect(model: Llama, tokenizer: Tokenizer, valid: list, done: int, cfg: Config) -> dict:
+    """Validation accuracy and the lens, where due after `done` steps; always at start and end.
+
+    Of chains also the controls: without a chain, with another's, answered by the frozen base.
+    returns  {step, ...} for metrics.jsonl, or {} where nothing is due
+    """
+    def is_due(every):
+        return every and (done % every == 0 or done == cfg.steps)
+
+    record = {}
+    if is_due(cfg.eval_every_steps):
+        chosen = evenly(valid, cfg.eval_prompts)
+        if cfg.method == "markovian":
+            from markovian import evaluate_chains  # no other method writes chains
+            record["valid"] = summarize_chains(evaluate_chains(model, tokenizer, chosen, cfg))
+            record["valid_accuracy"] = record["valid"]["correct"]["value"]
+        else:
+            rows = measure_accuracy(model, tokenizer, chosen, cfg.max_completion_tokens,
+                                    cfg.template)
+            record["valid_accuracy"] = float(np.mean([r["correct"] for r in rows]))
+    if is_due(cfg.lens_every_steps) and cfg.method != "markovian":
+        chosen = evenly(valid, min(cfg.eval_prompts, LENS_PROMPTS))
+        reading, ids = read_series(model, tokenizer, chosen, cfg.template)
+        record["lens"] = summarize_lens(reading, ids, class_block(cfg, model))
+    return {"step": done} | record if record else {}
+
+
+def evaluate(model: Llama, tokenizer: Tokenizer, cfg: Config) -> dict:
     """Everything report.json says about one model, over test problems and named prompts."""
     test = load_split(cfg, "test")
     if cfg.method == "markovian":
-        return judge_chains(model, tokenizer, test, cfg)
+        return evaluate_on_chains(model, tokenizer, test, cfg)
     if any(p.hidden for p in test):
         raise BadInput(f"data {cfg.data} holds questions to reason about; give method=markovian")
-    named = {name: named_problems(name) for name in NAMED_PROMPTS if cfg.data == "arithmetic"}
+    named = {name: named_problems(name) for name in NAMED_PROMPTS
+             if cfg.data == "arithmetic"}
     problems = test + [p for group in named.values() for p in group]
     sets = ["test"] * len(test) + [name for name, group in named.items() for _ in group]
     reading, ids = read_series(model, tokenizer, problems, cfg.template)
@@ -200,8 +235,7 @@ def judge(model: Llama, tokenizer: Tokenizer, cfg: Config) -> dict:
     lengths = answer_lengths(tokenizer, test, cfg.template)
     return {
         **summarize_accuracy(rows),
-        **summarize_classifier(reading.first(len(test)), ids[:len(test)], lengths,
-                               class_block(cfg, model)),
+        **summarize_classifier(reading, ids[:len(test)], lengths, class_block(cfg, model)),
         **name_targets(tokenizer, problems, test, cfg),
         "prompts": rows,
     }
@@ -226,11 +260,13 @@ def name_targets(tokenizer: Tokenizer, problems: list[Problem], test: list[Probl
     }
 
 
-def judge_chains(model: Llama, tokenizer: Tokenizer, test: list[Problem], cfg: Config) -> dict:
+def evaluate_on_chains(model: Llama, tokenizer: Tokenizer, test: list[Problem], cfg: Config) -> dict:
     """The same for questions with a chain: the lens looks behind "Answer:", with the chain in view.
 
     All three series are the answer's first token: there is no operation to name.
     """
+    # imported here: no other method writes chains
+    from markovian import answer_prompt, encode_question, evaluate_chains
     rows = evaluate_chains(model, tokenizer, test, cfg)
     questions = [encode_question(p, tokenizer, cfg.markovian) for p in test]
     prompts = [answer_prompt(q, row["chain_ids"], tokenizer) for q, row in zip(questions, rows)]
@@ -245,92 +281,13 @@ def judge_chains(model: Llama, tokenizer: Tokenizer, test: list[Problem], cfg: C
             "class_targets": {}, "prompts": rows}
 
 
-def peak_of_prompt(probs: np.ndarray) -> dict:
-    """Where each series peaks before the last block, and the last block's own; probs (L+1, 3)."""
-    row = {}
-    for n, name in enumerate(SERIES):
-        inner = probs[1:-1, n]  # blocks 0 .. L-2: the last is the output itself
-        row |= {f"{name}_layer": int(inner.argmax()), f"{name}_prob": float(inner.max()),
-                f"{name}_prob_last": float(probs[-1, n])}
-    return row
-
-
-def summarize_accuracy(rows: list[dict]) -> dict:
-    """Wilson intervals: all test problems, each operation and wording, + and -; named prompts."""
-    def share(keep) -> dict:
-        correct = [row["correct"] for row in rows if keep(row)]
-        return wilson(sum(correct), len(correct))
-    test = [row for row in rows if row["set"] == "test"]
-    cells = {}
-    for row in test:
-        cells.setdefault(f"{row['operation']} {row['wording']}".strip(), []).append(row["correct"])
-    return {
-        "accuracy": share(lambda row: row["set"] == "test"),
-        "accuracy_by": {cell: wilson(sum(correct), len(correct))
-                        for cell, correct in sorted(cells.items())},
-        "accuracy_add_subtract": share(
-            lambda row: row["set"] == "test" and row["operation"] in ("add", "subtract")),
-        "accuracy_named": {name: share(lambda row, name=name: row["set"] == name)
-                           for name in dict.fromkeys(r["set"] for r in rows) if name != "test"},
-    }
-
-
-def summarize_classifier(reading: Reading, ids: np.ndarray, lengths: np.ndarray,
-                         block: int) -> dict:
-    """The classifier's figures over B prompts: at the trained block, per series, per block.
-
-    ids, lengths  series_ids and answer_lengths. The answer's series is its first token's. Where
-                  digits are tokens many answers share one, and a model that knows no answer may
-                  have it. "Emerged" is therefore said of answers of one token alone; what all
-                  first tokens do stands apart, under first_token
-    """
-    probs, ranks = reading.probs[:, :, 0], reading.ranks[:, :, 0]                   # (L+1, B, 3)
-    is_top = reading.top_ids[:, :, 0, :1] == ids                                    # (L+1, B, 3)
-    word = SERIES.index("operation")
-    layers = []
-    for tap in range(1, len(probs)):
-        series = {name: {"prob": float(probs[tap, :, n].mean()),
-                         "rank": float(np.median(ranks[tap, :, n])),
-                         "top1": float(is_top[tap, :, n].mean())} for n, name in enumerate(SERIES)}
-        layers.append({"layer": tap - 1, "last": tap == len(probs) - 1,
-                       "entropy": float(reading.entropy[tap].mean()), **series})
-    right = is_top[block + 1, :, word]
-    strength = {name: summarize_strength(probs[:, :, n], is_top[:, :, n])
-                for n, name in enumerate(SERIES)}
-    whole = lengths == 1
-    strength["answer"]["first_token"] = summarize_emergence(probs[:, :, 0], is_top[:, :, 0])
-    strength["answer"] |= summarize_emergence(probs[:, whole, 0], is_top[:, whole, 0])
-    return {
-        "class": {"layer": block, "top1": wilson(int(right.sum()), len(right)),
-                  "prob": bootstrap_mean(probs[block + 1, :, word])},
-        "one_token_answers": wilson(int(whole.sum()), len(whole)),
-        "strength": strength,
-        "layers": layers,
-    }
-
-
-def summarize_strength(probs: np.ndarray, is_top: np.ndarray) -> dict:
-    """A series' mean peak before the last block, and how many emerged; probs, is_top (L+1, B)."""
-    inner = probs[1:-1]
-    return {
-        "before_last": bootstrap_mean(inner.max(0)), "last": bootstrap_mean(probs[-1]),
-        "peak_layer": int(inner.mean(1).argmax()),
-        **summarize_emergence(probs, is_top),
-    }
-
-
-def summarize_emergence(probs: np.ndarray, is_top: np.ndarray) -> dict:
-    """How many peak above EMERGED, how many are top-1, before the last block; both (L+1, B)."""
-    inner = probs[1:-1]
-    return {
-        "emerged": wilson(int((inner.max(0) > EMERGED).sum()), inner.shape[1]),
-        "top1_before_last": wilson(int(is_top[1:-1].any(0).sum()), inner.shape[1]),
-    }
+# --------------------------------------------------------------------------------------------------
+# a report
 
 
 def make_report(ckpt: str | Path, with_base: bool, compare: str | None = None,
                 overrides: list[str] = (), adapter: str | None = None) -> dict:
-    """Judge a run or a model, its base, another run on the same problems: report.json's content.
+    """Evaluate a run or a model, its base, another run on the same problems: report.json's content.
 
     adapter  a folder, on top of ckpt, which is then the base
     """
@@ -340,135 +297,31 @@ def make_report(ckpt: str | Path, with_base: bool, compare: str | None = None,
     cfg = cfg or load_overrides(overrides)
     report = {"ckpt": f"{ckpt} + {adapter}" if adapter else str(ckpt),
               "method": cfg.method if (Path(ckpt) / "config.yaml").exists() else "none",
-              "seed": cfg.seed, **judge(model, tokenizer, cfg),
+              "seed": cfg.seed, **evaluate(model, tokenizer, cfg),
               "config": resolved(cfg), "versions": provenance()}
     if with_base and adapter:
         base_model, base_tokenizer, _ = load_checkpoint(ckpt)
-        report["base"] = {"ckpt": str(ckpt), **judge(base_model, base_tokenizer, cfg)}
+        report["base"] = {"ckpt": str(ckpt), **evaluate(base_model, base_tokenizer, cfg)}
     elif with_base and report["method"] != "none" and not cfg.from_scratch:
-        base_model, base_tokenizer = load_base(cfg.model, cfg.dtype, cfg.bits,
-                                               group_size=cfg.bits_group_size)
-        report["base"] = {"ckpt": cfg.model, **judge(base_model, base_tokenizer, cfg)}
+        base_model, base_tokenizer = load_base(cfg.model, cfg.dtype, cfg.bits)
+        report["base"] = {"ckpt": cfg.model, **evaluate(base_model, base_tokenizer, cfg)}
     if compare:
         other_model, other_tokenizer, _ = load_checkpoint(compare)
-        other = {"ckpt": str(compare), **judge(other_model, other_tokenizer, cfg)}
-        of_test = lambda r: [row["correct"] for row in r["prompts"] if row["set"] == "test"]
-        report["compare"] = {**other, "mcnemar": mcnemar(of_test(report), of_test(other))}
+        other = {"ckpt": str(compare), **evaluate(other_model, other_tokenizer, cfg)}
+        pair = [[row["correct"] for row in r["prompts"] if row["set"] == "test"]
+                for r in (report, other)]
+        report["compare"] = {**other, "mcnemar": mcnemar(*pair)}
     return report
-
-
-def print_report(report: dict) -> None:
-    """Tables for a person: accuracy beside the base, the prior work's prompt table, the layers."""
-    print(f"\n{report['ckpt']} ({report['method']}, seed {report['seed']}); "
-          "test pairs never seen in training; 95 % Wilson intervals")
-    if "chains" in report:
-        print_chains(report)
-    else:
-        print_accuracy(report)
-        print_prompts(report["prompts"])
-    print_targets(report)
-    print("\n  block   answer                  operation word          "
-          "symbol                  entropy    (mean probability, median rank)")
-    for layer in reversed(report["layers"]):
-        cells = "".join(f"{layer[s]['prob']:.4f}  #{layer[s]['rank']:<14.0f}" for s in SERIES)
-        print(f"  L{layer['layer']:<6} {cells}{layer['entropy']:.2f}"
-              f"{'   (the output itself)' if layer['last'] else ''}")
-
-
-def print_targets(report: dict) -> None:
-    """Which tokens the series are, and where the answer's is only its first."""
-    name = lambda piece, token: f"{piece} ({token})"
-    lines = {"operation word": [name(t["word_piece"], t["word"])
-                                for t in report["targets"].values()],
-             "symbol": [name(t["symbol_piece"], t["symbol"]) for t in report["targets"].values()],
-             "class loss": [f"{op} {name(t['piece'], t['id'])}"
-                            for op, t in report["class_targets"].items()]}
-    notes = [f"{label + ':':<16}{', '.join(tokens)}" for label, tokens in lines.items() if tokens]
-    counted = report["one_token_answers"]
-    if counted["value"] != 1:
-        notes.append(f"{'answer:':<16}its first token; {100 * counted['value']:.1f} % of the "
-                     "test answers are one token, and emerged is said of those alone")
-    if notes:
-        print("\n  tokens read as  " + "\n                  ".join(notes))
-
-
-def print_columns(report: dict) -> list[dict]:
-    """The head of a table: base, this model, another; returns those there are."""
-    reports = {"base": report.get("base"), "this": report, "other": report.get("compare")}
-    reports = {name: r for name, r in reports.items() if r}
-    print(" " * 36 + "".join(f"{name + ': ' + r['ckpt']:<34}" for name, r in reports.items()))
-    return list(reports.values())
-
-
-def print_accuracy(report: dict) -> None:
-    reports = print_columns(report)
-    lines = {"accuracy, all test problems": lambda r: r["accuracy"],
-             "accuracy, add and subtract": lambda r: r["accuracy_add_subtract"]}
-    lines |= {f"  {cell}": lambda r, cell=cell: r["accuracy_by"][cell]
-              for cell in report["accuracy_by"]}
-    lines |= {f"  the prior work's {name} prompts": lambda r, name=name: r["accuracy_named"][name]
-              for name in report["accuracy_named"]}
-    lines[f"operation word top-1 at L{report['class']['layer']}"] = lambda r: r["class"]["top1"]
-    lines["answers of one token"] = lambda r: r["one_token_answers"]
-    lines |= {f"{name} emerged (> {EMERGED})": lambda r, name=name: r["strength"][name]["emerged"]
-              for name in SERIES}
-    if any(r["one_token_answers"]["value"] != 1 for r in reports):
-        lines["first token emerged, all answers"] = (
-            lambda r: r["strength"]["answer"]["first_token"]["emerged"])
-    for label, get in lines.items():
-        print(f"  {label:<34}" + "".join(f"{percent(get(r)):<34}" for r in reports))
-    print_mcnemar(report)
-
-
-def print_chains(report: dict) -> None:
-    """What the chains carry, beside the base's and another run's, and the first three chains."""
-    reports = print_columns(report)
-    for label, key in (("accuracy, greedy chain and answer", "correct"),
-                       ("  the same chains, frozen answerer", "correct_frozen"),
-                       ("  without a chain", "correct_empty"),
-                       ("  with another problem's chain", "correct_shuffled"),
-                       ("no answer to read (invalid)", "invalid"),
-                       ("chains ended by themselves", "chain_finished")):
-        print(f"  {label:<34}" + "".join(f"{percent(r['chains'][key]):<34}" for r in reports))
-    nats = lambda m: f"{m['value']:.2f} [{m['low']:.2f}, {m['high']:.2f}]"
-    for label, key in (("log p(answer | chain), nats", "reward"),
-                       ("  by the frozen base", "reward_frozen"),
-                       ("  without a chain", "reward_empty"), ("tokens a chain", "chain_tokens")):
-        print(f"  {label:<34}" + "".join(f"{nats(r['chains'][key]):<34}" for r in reports))
-    print_mcnemar(report)
-    for row in report["prompts"][:3]:
-        print(f"\n  {row['prompt'][-200:]!r}\n    chain  {row['chain'][:300]!r}\n"
-              f"    answer {row['generated']!r}, expected {row['expected'][:60]!r}")
-
-
-def print_mcnemar(report: dict) -> None:
-    if "compare" in report:
-        test = report["compare"]["mcnemar"]
-        print(f"  McNemar, exact: {test['only_first']} solved only by this, "
-              f"{test['only_second']} only by the other, p = {test['p']:.3g}")
-
-
-def print_prompts(rows: list[dict]) -> None:
-    """The prior work's table over its named prompts, with the classifier's layer and confidence."""
-    print(f"\n  {'prompt':<14}{'expected':>9}{'generated':>11}  right  "
-          f"{'answer before the last block':<30}operation word before the last block")
-    for row in {r["prompt"]: r for r in rows if r["set"] != "test"}.values():
-        answer, word = (
-            f"L{row[s + '_layer']} {row[s + '_prob']:.3f} (last block {row[s + '_prob_last']:.3f})"
-            for s in ("answer", "operation"))
-        right = "yes" if row["correct"] else "no"
-        print(f"  {row['prompt']:<14}{row['expected']:>9}{row['generated'][:10]:>11}  "
-              f"{right:<7}{answer:<30}{word}")
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description="Accuracy and classifier report of a run or model.")
-    parser.add_argument("--ckpt", help="run folder, model folder or Hub name")
+    parser.add_argument("--ckpt", required=True, help="run folder, model folder or Hub name")
     parser.add_argument("--adapter", metavar="FOLDER",
                         help="take this adapter, ours, mlx-lm's or peft's, on top of --ckpt")
     parser.add_argument("--base", action="store_true",
-                        help="judge the model it was trained from as well")
+                        help="evaluate the model it was trained from as well")
     parser.add_argument("--compare", metavar="RUN2",
                         help="another run or model, on the same problems")
     parser.add_argument("--json", metavar="FILE", help="where to write the report; "
@@ -476,10 +329,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value",
                         help="config keys, such as data_wordings=worded")
     args = parser.parse_args(argv)
-    if not args.ckpt:
-        raise BadInput("nothing to judge; give --ckpt RUN_OR_MODEL, --gate CONFIG or --paired")
     report = make_report(args.ckpt, args.base, args.compare, args.overrides, args.adapter)
-    print_report(report)
+    print(report_text(report))
     if args.json:
         write_text(Path(args.json), json.dumps(report, indent=1) + "\n")
 

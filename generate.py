@@ -9,22 +9,21 @@ no draw. (The usual Gumbel trick needs two logarithms for every entry of the voc
     python generate.py --ckpt runs/sft --prompt "7 * 8 = " --temperature 0.8 --top-p 0.95 --seed 1
 """
 import argparse
-from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import blas  # noqa: F401  (before mlx)
+import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
 
 from config import BadInput, run_main
-from fastexp import exp, fold
+from engine.cache import KVCache
+from engine.memory import CACHED_TOKENS, DECODED_ROWS
+from engine.ops import blocked_reduction, exp
+from engine.parallel import map_rows
 from lora import load_checkpoint
-from model import KVCache, Llama
-from parallel import cut, side_by_side
+from model import Llama
 from tokenizer import Tokenizer
-
-ROWS_PER_BATCH, TOKENS_PER_BATCH = 512, 2 ** 16     # of one KV cache: 8 GiB of an 8B model's
 
 
 @dataclass
@@ -64,9 +63,9 @@ def choose(logits: mx.array, uniform: mx.array | None, temperature: float, top_k
     if temperature == 0:
         tokens = mx.argmax(logits, axis=-1)
         return tokens, mx.zeros(tokens.shape), mx.zeros(tokens.shape)
-    shifted = (logits - fold(mx.max, logits)[:, None]) / temperature
+    shifted = (logits - blocked_reduction(mx.max, logits)[:, None]) / temperature
     mass = exp(shifted)                                                 # (B, V), not normalised
-    total = fold(mx.sum, mass)[:, None]
+    total = blocked_reduction(mx.sum, mass)[:, None]
     kept = mass
     if 0 < top_k < logits.shape[-1]:
         kept = mx.where(mass >= mx.topk(mass, top_k).min(-1, keepdims=True), kept, 0)
@@ -79,7 +78,7 @@ def choose(logits: mx.array, uniform: mx.array | None, temperature: float, top_k
     level = (1e-7 + (1 - 1e-6) * uniform[:, None]) * cdf[:, -1:]
     tokens = mx.argmax(cdf > level, axis=-1)
     logprobs = mx.take_along_axis(shifted, tokens[:, None], axis=-1) - mx.log(total)
-    entropy = mx.log(total[:, 0]) - fold(mx.sum, mass * shifted) / total[:, 0]
+    entropy = mx.log(total[:, 0]) - blocked_reduction(mx.sum, mass * shifted) / total[:, 0]
     return tokens, logprobs[:, 0], entropy
 
 
@@ -111,8 +110,8 @@ def sample(model: Llama, tokenizer: Tokenizer, prompts: list[list[int]],
     uniforms = uniforms[before * group:(before + len(prompts)) * group]
     pick = lambda logits, u: choose(logits, u, temperature, top_k, top_p)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    room = TOKENS_PER_BATCH // (max(map(len, prompts)) + max_completion_tokens)
-    per_batch, completions = max(1, min(ROWS_PER_BATCH, room) // group), {}
+    room = CACHED_TOKENS // (max(map(len, prompts)) + max_completion_tokens)
+    per_batch, completions = max(1, min(DECODED_ROWS, room) // group), {}
     for i in range(0, len(prompts), per_batch):
         part = by_length[i:i + per_batch]
         rows = np.array([j * group + g for j in part for g in range(group)])
@@ -125,8 +124,7 @@ def sample(model: Llama, tokenizer: Tokenizer, prompts: list[list[int]],
             text = text if many_lines else text.partition("\n")[0]
             if stop := first_stop(text, stops):
                 text = text[:text.index(stop)]
-                n = 1 + bisect_left(range(1, n), True, key=lambda k: first_stop(
-                    tokenizer.decode(ids[:k]), stops) != "")
+                n = tokens_until_stop(tokenizer, ids[:n], stops)
             kept = n if temperature else 0
             completions[row] = Completion(ids[:n].tolist(), text, len(ended) > 0 or stop != "",
                                           logprobs[:kept], entropies[:kept], stop)
@@ -138,19 +136,33 @@ def first_stop(text: str, stops: tuple[str, ...]) -> str:
     return min((s for s in stops if s in text), key=text.index, default="")
 
 
+def tokens_until_stop(tokenizer: Tokenizer, ids: list[int], stops: tuple[str, ...]) -> int:
+    """How many of the ids it takes until their text holds a stop; all if it never does."""
+    for n in range(1, len(ids)):
+        if first_stop(tokenizer.decode(ids[:n]), stops):
+            return n
+    return len(ids)
+
+
 def prefill(model: Llama, tokens: mx.array, start: mx.array | None, group: int,
             room: int) -> tuple[mx.array, list[KVCache]]:
-    """Read P prompts for `group` rows each: logits of the next token (R, V), caches with room."""
+    """Read P prompts (P, T) for `group` rows each: next token's logits (R, V), caches with room."""
+    P, T = tokens.shape
+
     def read(part):
-        cache = model.make_cache(tokens.shape[1], part["start"])
+        cache = model.make_cache(T, part["start"])
         # slice the residual stream, not the logits: the unembedding runs for one position only
         logits = model.head(model.last_resid(part["tokens"], cache))
-        yield logits, [(c.keys, c.values) for c in cache]
-        return logits, cache
+        return logits, [(c.keys, c.values) for c in cache]
 
-    logits, caches = zip(*side_by_side(read, cut({"tokens": tokens, "start": start})))
-    return (mx.repeat(mx.concatenate(logits), group, axis=0),
-            [KVCache.join(parts).repeat(group, room) for parts in zip(*caches)])
+    parts = map_rows(read, {"tokens": tokens, "start": start}, model.parts)
+    owner = mx.repeat(mx.arange(P), group)                              # (R,): each row's prompt
+    caches = model.make_cache(T, start)
+    for block, cache in enumerate(caches):
+        cache.update(mx.concatenate([kv[block][0] for _, kv in parts]),
+                     mx.concatenate([kv[block][1] for _, kv in parts]))
+    logits = mx.concatenate([logits for logits, _ in parts])[owner]
+    return logits, [cache.rows(owner, T + room) for cache in caches]
 
 
 def sample_batch(model: Llama, prompts: list[list[int]], group: int, pick, uniforms: mx.array,
@@ -182,7 +194,7 @@ def sample_batch(model: Llama, prompts: list[list[int]], group: int, pick, unifo
                 rows, alive = mx.array(going), alive[going]
                 drawn = [x[rows] for x in drawn]
                 stopped, uniforms = stopped[rows], uniforms[rows]
-                cache = [c.take(rows) for c in cache]
+                cache = [c.rows(rows, c.capacity) for c in cache]
         logits = model.head(model.last_resid(drawn[0][:, None], cache))
     return out
 
@@ -193,7 +205,8 @@ def stream_text(model: Llama, tokenizer: Tokenizer, prompt: list[int], max_compl
     """Yield one completion's text as it grows; the same tokens as `sample` with the same key."""
     check_context([prompt], max_completion_tokens, model)
     uniforms = mx.random.uniform(shape=(1, max_completion_tokens), key=key)
-    cache, tokens = model.make_cache(len(prompt) + max_completion_tokens), mx.array([prompt])
+    cache = model.make_cache(len(prompt) + max_completion_tokens)
+    tokens = mx.array([prompt])
     ids, shown = [], ""
     for t in range(max_completion_tokens):
         logits = model.head(model.last_resid(tokens, cache))

@@ -1,151 +1,164 @@
-"""GRPO's batches: sample a group of completions for every prompt, reward them, compare within it.
+"""GRPO: sample a group of completions for every prompt, reward them, compare within the group.
 
 A completion's advantage is its reward minus the mean of its group's others, so no value network is
-needed (DeepSeekMath 2402.03300). This file makes the batches; losses.policy_loss reads them, and
-the optimizer stays in train.py. Where we differ from the paper: the mean leaves the completion
-itself out (RLOO 2402.14740) and is not divided by the group's spread, and the loss is divided by a
-constant, not by each completion's length (Dr. GRPO 2503.20783); both are options. Tests hold this
-against three mistakes of public code (study/prior_work.md).
+needed (DeepSeekMath 2402.03300). This file makes the batches and the loss; the optimizer stays in
+train.py. Where we differ from the paper: the mean leaves the completion itself out (RLOO
+2402.14740) and is not divided by the group's standard deviation, and the loss is divided by a
+constant, not by each completion's length (Dr. GRPO 2503.20783); both are options. Mistakes of
+public code that tests hold against this one: study/prior_work.md.
 
-    old policy        the weights that sampled; its log-probabilities are kept while sampling
+    old policy        the weights that sampled; its log-probabilities come with the samples
     reference policy  the base model: this model with its adapters off; only the KL term reads it
 
 Level blindness: advantages compare inside a group, so a policy that gets worse everywhere sees
-nothing wrong. The KL term and CollapseGuard are what does.
+nothing wrong. The KL term and guard.py are what does.
+Shapes: P prompts, G completions of each, N = P * G, C tokens of the longest completion.
 """
-import importlib.util
-import math
 import time
-from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
+from dataclasses import dataclass
 
-import blas  # noqa: F401  (before mlx)
+import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
 
-import parallel
 from config import BadInput, Config
 from data import Problem, encode_prompt_of, grade
-from distributed import rank, share, size
+from engine import workers
+from engine.fuse import fused_for_decoding
+from engine.memory import CACHED_TOKENS, DECODED_ROWS, Load
+from engine.parallel import map_rows
+from files.user_reward import call_reward, load_reward
 from generate import Completion, check_context, left_pad, sample
-from lora import adapters_off, fused_for_decoding
-from losses import token_logprobs
+from guard import repetition
+from lora import adapters_off
+from losses import answer_reward_loss, kl_estimates, policy_loss, token_logprobs
 from model import Llama
 from tokenizer import Tokenizer
 
-FLAT = 1e-6      # a group whose rewards differ by less carries no signal
-REDRAWS = 3      # fresh prompts, where every group of a step is flat
-PAD_GROUPS = 8   # updates hold a multiple of so many groups: few shapes, few traces of mx.compile
+ZERO_VARIANCE = 1e-6    # a group whose rewards differ by less carries no signal
+REDRAWS = 3             # fresh prompts, where no group of a step carries one
+PAD_GROUPS = 8          # updates hold a multiple of so many groups: few shapes, few compiled traces
 
 
 # --------------------------------------------------------------------------------------------------
-# rewards: pure functions of a problem and a completion
+# the loss
 
 
-def reward_correct(problem: Problem, completion: Completion) -> tuple[float, dict[str, float]]:
-    """1 where the whole completion is the answer and it stopped by itself, else 0. No part marks.
+def completion_resid(model: Llama, prompts: mx.array, start: mx.array | None,
+                     completions: mx.array) -> mx.array:
+    """The final residual stream that scores each completion token, (N, C, D).
 
-    Substrings, lists of numbers, cut completions: nothing. Each was exploited somewhere.
+    prompts      (P, T) int32, left-padded up to start (P,), or None where none is padded
+    completions  (N, C) int32, a prompt's G in a row. The prompt is computed once for all of them,
+                 gradients included: P (T + G C) tokens instead of P G (T + C)
     """
-    right = float(grade(problem.answer, completion.text, completion.finished))
-    return right, {"correct": right}
+    P, N, C = len(prompts), *completions.shape
+    cache = model.make_cache(prompts.shape[1], start)
+    first = model.last_resid(prompts, cache)[:, None]                   # (P, 1, D): scores token 0
+    owner = mx.repeat(mx.arange(P), N // P)                             # (N,): each row's prompt
+    first = first[owner]
+    if C == 1:
+        return first
+    # token t is scored by the position before it: the last completion token is read by nobody
+    cache = [c.rows(owner, prompts.shape[1] + C - 1) for c in cache]
+    return mx.concatenate([first, model.final_resid(completions[:, :-1], cache)], axis=1)
 
 
-def load_reward(name: str):
-    """`correct`, or FILE.py:FUNCTION of (problem, completion) -> float or (float, parts).
+def completion_logprobs(model: Llama, batch: dict[str, mx.array], temperature: float,
+                        with_grad: bool) -> mx.array:
+    """log p of each completion token at the temperature it was sampled with, (N, C) nats."""
+    resid = completion_resid(model, batch["prompts"], batch.get("start"), batch["completions"])
 
-    raises   BadInput
+    def read(logits, tokens):
+        return token_logprobs(logits / temperature, tokens)
+
+    return model.read_logits(read, resid, batch["completions"], with_grad)
+
+
+def rollout_loss(cfg: Config, answer_rewards, model: Llama,
+                 batch: dict[str, mx.array]) -> tuple[mx.array, dict, dict]:
+    """GRPO and Markovian training: the scalar, its parts to add up, and maxima, of a micro-batch.
+
+    answer_rewards  markovian.answer_rewards, whose gradient that method adds; None for GRPO
+    batch           Rollouts.make_arrays; its weights hold the denominators of the whole update
     """
-    if name == "correct":
-        return reward_correct
-    path, colon, function = name.rpartition(":")
-    if not colon or not path.endswith(".py"):
-        raise BadInput(f"grpo_reward = {name!r}: expected correct, self, or FILE.py:FUNCTION")
-    try:
-        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return getattr(module, function)
-    except Exception as error:  # a user's file may raise anything
-        raise BadInput(f"grpo_reward = {name!r} does not load ({error!r})") from None
-
-
-def score_completion(reward, problem: Problem, completion: Completion) -> tuple[float, dict]:
-    """Call a reward function; raises BadInput where it raises or returns what is no number."""
-    where = f"grpo_reward on prompt {problem.prompt!r}, completion {completion.text[:40]!r}"
-    try:
-        result = reward(problem, completion)
-        value, parts = result if isinstance(result, tuple) else (result, {})
-        value = float(value)
-    except Exception as error:  # a user's function may raise anything
-        raise BadInput(f"{where} raised {error!r}; mend the function") from None
-    if not math.isfinite(value):
-        raise BadInput(f"{where} returned {value}; expected a finite number")
-    return value, {name: float(part) for name, part in parts.items()}
-
-
-def self_reward(model: Llama, tokenizer: Tokenizer, problems: list[Problem],
-                completions: list[Completion]) -> np.ndarray:
-    """log p(answer, EOS | BOS, completion, "=") under the model itself, nats per token, (N,).
-
-    The judge is the patient: if the weights drift, every completion of a group sinks together, and
-    advantages do not see it. The reward of the published collapse; configs/collapse.yaml uses it.
-    """
-    bos, rows, answers = len(tokenizer.encode_prompt("=")) - len(tokenizer.encode("=")), [], []
-    for problem, completion in zip(problems, completions):
-        ids, P = tokenizer.encode_pair("= ", problem.answer)
-        thought = [i for i in completion.ids if i not in tokenizer.stop_ids]
-        rows.append(ids[:bos] + thought + ids[bos:])
-        answers.append(len(ids) - P)
-    T, A = max(map(len, rows)), max(answers)
-    tokens = np.array([row + [0] * (T - len(row)) for row in rows])                     # (N, T)
-    # the A positions up to the row's last; those before its answer are masked out
-    targets = np.array([len(row) for row in rows])[:, None] - A + np.arange(A)          # (N, A)
-    mask = np.arange(A) >= A - np.array(answers)[:, None]
-    before = mx.array(np.maximum(targets - 1, 0))
-    logits = model.head(model.final_resid(mx.array(tokens), positions=before))
-    chosen = mx.array(np.take_along_axis(tokens, np.maximum(targets, 0), axis=1))
-    logprobs = np.array(token_logprobs(logits, chosen))
-    return (logprobs * mask).sum(1) / mask.sum(1)
+    weights, mean_weights = batch["weights"], batch["mean_weights"]             # (N, C)
+    logprobs = completion_logprobs(model, batch, cfg.grpo_temperature, with_grad=True)
+    # the first update of a step trains the very policy that sampled: the ratio is exactly 1, and
+    # only its gradient counts. Afterwards the samples' own log-probabilities are the old ones
+    now = mx.stop_gradient(logprobs)
+    old = mx.where(batch["off_policy"], batch["old_logprobs"], now)
+    policy, old_policy = logprobs, old
+    if cfg.grpo_ratio == "base":    # the published error: means over tokens, against the base
+        n = mx.maximum(mean_weights.sum(1, keepdims=True), 1e-12)
+        policy = (logprobs * mean_weights).sum(1, keepdims=True) / n            # (N, 1)
+        old_policy = (batch["ref_logprobs"] * mean_weights).sum(1, keepdims=True) / n
+    loss, means = policy_loss(policy, old_policy, batch["advantages"], weights,
+                              cfg.grpo_clip_low, cfg.grpo_clip_high, cfg.grpo_dual_clip)
+    is_real = mean_weights > 0
+    maxima = {"ratio_max": mx.where(is_real, means["ratio"], 0).max(),
+              "sampler_diff_max": mx.where(is_real & ~batch["off_policy"],
+                                           mx.abs(now - batch["old_logprobs"]), 0).max()}
+    sums = {"policy_loss": loss}
+    # KL(old || policy) in this order: the samples are the old policy's
+    means["kl_old"] = kl_estimates(old, now)["kl_k3"]
+    # terms are only ever added: the published Markovian code replaced the sum by the clipped term
+    if "ref_logprobs" in batch:
+        # an expectation over the policy's next token, which the old policy sampled: hence the ratio
+        ratio = mx.exp(mx.clip(now - old, -20, 20))
+        for name, value in kl_estimates(logprobs, batch["ref_logprobs"]).items():
+            means[name] = ratio * value
+        if cfg.grpo_kl_weight:
+            loss = loss + cfg.grpo_kl_weight * (weights * means["kl_k2"]).sum()
+    if "answer_weights" in batch:
+        # Markovian: the half of the gradient that the policy term lacks. Without a ratio: as in all
+        # of PPO what was sampled before, here the chain, stays the old policy's, and the answer
+        # behind it is given. Only the product of a chain's ratios would make it the present
+        # policy's: at 0.02 nats a token, 64 chains of 100 tokens would then count as 8
+        rewards = answer_rewards(model, batch, with_grad=True)                  # (N,)
+        sums["answer_loss"] = answer_reward_loss(rewards, batch["answer_weights"])
+        loss = loss + sums["answer_loss"]
+    sums |= {name: (value * mean_weights).sum() for name, value in means.items()}
+    return loss, sums, maxima
 
 
 # --------------------------------------------------------------------------------------------------
 # advantages
 
 
-def spreads(rewards: np.ndarray, scale: str = "none", floor: float = 0.0) -> np.ndarray:
+def zero_variance(rewards: np.ndarray) -> np.ndarray:
+    """Which of P groups carry no signal: (P, G) -> (P,) bool.
+
+    Tested on the range itself: dividing by (std + 1e-8) turns twelve float32 rewards of 1.35, whose
+    std is 2e-7 by rounding, into advantages near 1.
+    """
+    return np.ptp(rewards, axis=1) < ZERO_VARIANCE
+
+
+def advantage_divisors(rewards: np.ndarray, scale: str = "none", floor: float = 0.0) -> np.ndarray:
     """What the advantages of (P, G) rewards are divided by, (P, 1).
 
     scale    none | batch (the standard deviation of all rewards) | group (the group's own, as
              DeepSeekMath: it weighs a prompt of success rate p by 1 / sqrt(p (1 - p)))
-    floor    the least divisor: groups that hardly differ are not blown up to unit spread. Flat
-             groups are no exception: Markovian training divides its answer term by the same, which
-             would jump where a group becomes flat
+    floor    the least divisor: groups that hardly differ are not blown up to unit deviation.
+             Zero-variance groups are no exception: Markovian training divides its answer term by
+             the same, which would jump where a group's variance becomes zero
     """
-    P = rewards.shape[0]
+    P = len(rewards)
     own = {"none": np.ones(P), "batch": np.full(P, rewards.std()), "group": rewards.std(1)}[scale]
     return np.maximum(own, floor)[:, None]
 
 
-def flat_groups(rewards: np.ndarray) -> np.ndarray:
-    """Which of P groups carry no signal: (P, G) -> (P,) bool.
-
-    The zero test is on the spread itself: dividing by (std + 1e-8) turns twelve float32 rewards of
-    1.35, whose std is 2e-7 by rounding, into advantages near 1.
-    """
-    return np.ptp(rewards, axis=1) < FLAT
-
-
 def group_advantages(rewards: np.ndarray, scale: str = "none", floor: float = 0.0) -> np.ndarray:
-    """Leave-one-out advantages of (P, G) rewards over `spreads`; a flat group's are exactly 0.
+    """Leave-one-out advantages of (P, G) rewards; a zero-variance group's are exactly 0.
 
     example  [[1, 0, 0, 0]] -> [[1, -1/3, -1/3, -1/3]]: R_i minus the mean of the other three
     """
-    G, flat = rewards.shape[1], flat_groups(rewards)
+    G, no_signal = rewards.shape[1], zero_variance(rewards)
+    # R_i minus the mean of the others is G / (G - 1) times R_i minus the mean of all
     advantages = (rewards - rewards.mean(1, keepdims=True)) * G / (G - 1)
-    advantages[flat] = 0
-    advantages[~flat] /= spreads(rewards, scale, floor)[~flat]
+    advantages[no_signal] = 0
+    advantages[~no_signal] /= advantage_divisors(rewards, scale, floor)[~no_signal]
     return advantages
 
 
@@ -167,70 +180,22 @@ def token_weights(mask: np.ndarray, norm: str, n_rows: float, n_tokens: float,
 
 
 # --------------------------------------------------------------------------------------------------
-# the collapse guard
-
-
-def repetition(ids: list[int]) -> float:
-    """Share of a completion's trigrams that are repeats; 0 where it has fewer than two.
-
-    example  [4, 4, 4, 4, 4] -> 2/3: three trigrams, one distinct
-    """
-    trigrams = list(zip(ids, ids[1:], ids[2:]))
-    return 1 - len(set(trigrams)) / len(trigrams) if len(trigrams) > 1 else 0.0
+# the batch source
 
 
 @dataclass
-class CollapseGuard:
-    """Say when a policy has collapsed, from each step's rollouts. Plain numbers: saved as JSON.
-
-    Everything is a running mean over WINDOW steps. It is alarming if the reward lies below its best
-    by half of the spread that single rewards had at the start, plus four standard errors; or by a
-    tenth of that, if entropy has fallen under a tenth of its start or repetition has doubled to
-    above 0.3. (Entropy alone says nothing: a policy that has learnt the answers is as sure.) Three
-    alarming steps of five are a collapse. The thresholds are judgement; tests hold them against the
-    published collapse, a healthy run and completions of 4444.
-    """
-    recent: list[list[float]] = field(default_factory=list)  # last WINDOW of (reward, entropy, ...)
-    alarms: list[bool] = field(default_factory=list)         # of the last five steps
-    start: list[float] = field(default_factory=list)         # entropy, repetition, margin at start
-    best: float = -math.inf                                  # highest running mean of reward
-    reverts: int = 0
-
-    WINDOW, MAX_REVERTS = 10, 3     # no annotation: constants, not fields
-
-    def observe(self, reward: float, spread: float, entropy: float, repeated: float) -> str:
-        """Take one step's means in; returns "", "best" (worth keeping) or the collapse's reason."""
-        self.recent = (self.recent + [[reward, spread, entropy, repeated]])[-self.WINDOW:]
-        if len(self.recent) < self.WINDOW:
-            return ""
-        reward, spread, entropy, repeated = np.mean(self.recent, axis=0).tolist()
-        if not self.start:
-            noise = float(np.std([row[0] for row in self.recent])) / self.WINDOW ** 0.5
-            self.start = [entropy, repeated, 0.5 * spread + 4 * noise]
-        entropy_then, repeated_then, margin = self.start
-        drop, reason = self.best - reward, ""
-        if drop > margin:
-            reason = f"reward {reward:.3g} fell from {self.best:.3g}"
-        elif drop > 0.1 * margin and entropy < 0.1 * entropy_then:
-            reason = f"entropy {entropy:.3g} fell from {entropy_then:.3g}, and reward with it"
-        elif drop > 0.1 * margin and repeated > max(2 * repeated_then, 0.3):
-            reason = f"repetition {repeated:.2f} rose from {repeated_then:.2f}, and reward fell"
-        self.alarms = (self.alarms + [bool(reason)])[-5:]
-        if sum(self.alarms) >= 3:
-            return reason or "alarms in three of five steps"
-        if reward > self.best:
-            self.best = reward
-            return "best"
-        return ""
-
-    def reverted(self) -> None:
-        """Note that the best weights are back: the window starts anew, best and start stay."""
-        self.reverts += 1
-        self.recent, self.alarms = [], []
+class Group:
+    """One problem's prompt and its G completions, rewarded and compared."""
+    problem: Problem
+    prompt: list[int]
+    completions: list[Completion]
+    rewards: np.ndarray         # (G,)
+    advantages: np.ndarray      # (G,)
+    divisor: float              # what the advantages were divided by
 
 
-# --------------------------------------------------------------------------------------------------
-# the batch source
+def count_tokens(groups: list[Group]) -> int:
+    return sum(len(c.ids) for g in groups for c in g.completions)
 
 
 def draw_problems(problems: list, seed: int, start: int, count: int) -> list:
@@ -243,214 +208,201 @@ def draw_problems(problems: list, seed: int, start: int, count: int) -> list:
     return drawn
 
 
-@dataclass
-class Group:
-    """One problem's prompt and its G completions, rewarded and compared."""
-    problem: Problem
-    prompt: list[int]
-    completions: list[Completion]
-    rewards: np.ndarray         # (G,)
-    advantages: np.ndarray      # (G,)
-    spread: float               # what the advantages were divided by
+class Answers:
+    """What GRPO samples and how it is judged: answers, by a reward function.
 
+    markovian.Chains has the same members, for chains of thought.
+    """
+    many_lines = False          # a completion ends at a line break
+    max_advantage = np.inf
+    needs_variance = True       # a group whose rewards are all alike teaches nothing
 
-def exchange(done: list[Completion], judged: dict[str, np.ndarray]
-             ) -> tuple[list[Completion], dict[str, np.ndarray]]:
-    """All processes' completions and what was judged of them, in the order of the prompts."""
-    if size() == 1:
-        return done, judged
-    parts = share([[[c.ids, c.text, c.finished, c.logprobs.tolist(), c.entropies.tolist()]
-                    for c in done], {name: values.tolist() for name, values in judged.items()}])
-    done = [Completion(ids, text, finished, *(np.array(x, np.float32) for x in kept))
-            for rows, _ in parts for ids, text, finished, *kept in rows]
-    return done, {name: np.concatenate([np.array(part[name]) for _, part in parts])
-                  for name in judged}
+    def __init__(self, model: Llama, tokenizer: Tokenizer, problems: list[Problem], cfg: Config):
+        self.model, self.tokenizer = model, tokenizer
+        self.reward = load_reward(cfg.grpo_reward)
+        self.prompts = [encode_prompt_of(p, tokenizer) for p in problems]
+
+    def judge(self, asked: list[Problem], done: list[Completion]) -> dict[str, np.ndarray]:
+        """N completions' `reward`, its parts as reward_NAME, and `right`; (N,) each."""
+        right = np.array([grade(p.answer, c.text, c.finished) for p, c in zip(asked, done)], float)
+        # 1 where the whole completion is the answer and it stopped by itself, else 0. No part
+        # marks: substrings, lists of numbers and cut completions were each exploited somewhere
+        if self.reward is None:
+            return {"reward": right, "right": right}
+        rewards = call_reward(self.reward, self.model, self.tokenizer, asked, done)
+        return rewards | {"right": right}
+
+    def summarize(self, judged: dict[str, np.ndarray], done: list[Completion]) -> dict:
+        """What metrics.jsonl says of N judged completions."""
+        right, lengths = judged["right"] > 0, np.array([len(c.ids) for c in done])
+        parts = {name: float(v.mean()) for name, v in judged.items() if name.startswith("reward_")}
+        return parts | {"accuracy": float(right.mean()),
+                        "length_right": float(lengths[right].mean()) if right.any() else None,
+                        "length_wrong": float(lengths[~right].mean()) if not right.all() else None}
+
+    def arrays(self, groups: list[Group], row_weights: mx.array, step: int) -> dict[str, mx.array]:
+        """What a micro-batch holds beside the completions: nothing."""
+        return {}
 
 
 class Rollouts:
     """Batches sampled from the model as it is now.
 
     `at` is a function of the weights, the seed and `position`, the number of problems drawn so far,
-    so that a resumed run draws and samples what the uninterrupted one would have. Another kind of
-    reward, such as markovian.Chains, replaces `judge` and adds to `make_arrays`.
+    so that a resumed run draws and samples what the uninterrupted one would have.
+    judge   Answers or markovian.Chains
     """
-    many_lines = False      # a completion ends at a line break
 
-    def __init__(self, model: Llama, tokenizer: Tokenizer, problems: list[Problem], cfg: Config):
-        self.model, self.tokenizer, self.cfg = model, tokenizer, cfg
+    def __init__(self, model: Llama, problems: list[Problem], cfg: Config, judge):
+        self.model, self.cfg, self.judge = model, cfg, judge
         self.P, self.limit = cfg.batch_size // cfg.grpo_group_size, cfg.rollout_tokens
-        self.position, self.guard, self.best = 0, CollapseGuard(), {}
-        self.reward = None if cfg.grpo_reward == "self" else load_reward(cfg.grpo_reward)
-        self.needs_reference = cfg.grpo_kl_weight > 0 or cfg.grpo_ratio == "base"
-        prompts = [self.encode(p) for p in problems]
-        self.problems = list(zip(problems, prompts))
-        check_context(prompts, self.limit, model)
+        self.rows, self.position = list(zip(problems, judge.prompts)), 0
+        check_context(judge.prompts, self.limit, model)
+
+        def score(batch):
+            return completion_logprobs(model, batch, cfg.grpo_temperature, with_grad=False)
+
         # the state is an input, or the compiled function would keep today's weights for ever
-        self.score = partial(mx.compile, inputs=[model.state])(self._score)
+        self.score = mx.compile(score, inputs=[model.state])
 
-    def encode(self, problem: Problem) -> list[int]:
-        return encode_prompt_of(problem, self.tokenizer)
+    def state(self) -> tuple[dict, dict]:
+        """What `at` depends on beside weights and seed: arrays, none here, and plain JSON."""
+        return {}, {"position": self.position}
 
-    @property
-    def lr_scale(self) -> float:
-        """What the guard has made of the learning rate: half for each revert."""
-        return 0.5 ** self.guard.reverts
-
-    def _score(self, arrays: dict[str, mx.array]) -> mx.array:
-        resid = self.model.completion_resid(arrays["prompts"], arrays.get("start"),
-                                            arrays["completions"])
-        return self.model.read_logits(                                  # (N, C)
-            lambda logits, tokens: token_logprobs(logits / self.cfg.grpo_temperature, tokens),
-            resid, arrays["completions"], slopes=False)
+    def restore(self, arrays: dict, about: dict) -> None:
+        self.position = about["position"]
 
     def at(self, step: int) -> tuple[list[list[dict[str, mx.array]]], dict]:
-        """Sample, reward and compare; returns (updates, metrics), an update being micro-batches.
+        """Sample, reward and compare: (updates, metrics), an update being its micro-batches.
 
-        No updates where all groups are flat, or where the guard sees a collapse: `collapsed` in the
-        metrics then says why; `best` says that the weights are the best so far.
-        raises   BadInput, for flat groups at step 0: then the data is at fault
+        No updates where no group carries a signal.
+        raises   BadInput, if that happens at step 0: then the data is at fault
         """
-        start, self.step = time.perf_counter(), step
+        start = time.perf_counter()
         for redraw in range(1 + REDRAWS):
             groups, metrics = self.rollout()
-            live = [g for g in groups if self.is_live(g)]
+            live = [g for g in groups if g.advantages.any() or not self.judge.needs_variance]
             if live:
                 break
-        metrics["redraws"] = redraw
         if not live and step == 0:
             raise BadInput(
-                f"every group of {1 + REDRAWS} batches is flat: all {self.cfg.grpo_group_size} "
-                f"completions of a prompt earn the same reward (mean {metrics['reward']:.3g}), so "
-                "there is nothing to compare; use problems of middling difficulty, another "
-                "grpo_reward, a larger grpo_group_size, or train with SFT first")
-        verdict = self.guard.observe(metrics["reward"], metrics["reward_std"], metrics["entropy"],
-                                     metrics["repetition"]) if self.cfg.grpo_guard else ""
-        if verdict == "best":
-            metrics["best"] = True
-        elif verdict:
-            live, metrics["collapsed"] = [], verdict
-        metrics["reverts"] = self.guard.reverts
+                f"in {1 + REDRAWS} batches all {self.cfg.grpo_group_size} completions of every "
+                f"prompt earn the same reward (mean {metrics['reward']:.3g}), so there is nothing "
+                "to compare; use problems of middling difficulty, another grpo_reward, a larger "
+                "grpo_group_size, or train with SFT first")
         sampled = time.perf_counter()
-        updates = self.make_updates(live) if live else []
-        metrics["rollout_s"], metrics["score_s"] = sampled - start, time.perf_counter() - sampled
-        return updates, metrics
+        updates = self.make_updates(groups, live, step) if live else []
+        return updates, metrics | {"redraws": redraw, "rollout_s": sampled - start,
+                                   "score_s": time.perf_counter() - sampled}
 
-    def is_live(self, group: Group) -> bool:
-        """Whether an update can learn anything from a group."""
-        return bool(group.advantages.any())
-
-    def judge(self, asked: list[Problem], done: list[Completion]) -> dict[str, np.ndarray]:
-        """N completions' `reward`, its parts as reward_NAME, and `right`; (N,) each."""
-        if self.reward is None:
-            rewards, parts = self_reward(self.model, self.tokenizer, asked, done), []
-        else:
-            scored = [score_completion(self.reward, p, c) for p, c in zip(asked, done)]
-            rewards, parts = np.array([r for r, _ in scored]), [p for _, p in scored]
-        right = np.array([grade(p.answer, c.text, c.finished) for p, c in zip(asked, done)])
-        return {"reward": rewards, "right": right, **{
-            f"reward_{n}": np.array([p[n] for p in parts]) for n in (parts[0] if parts else {})}}
-
-    def summarize(self, judged: dict[str, np.ndarray], done: list[Completion]) -> dict:
-        """What to report of N judged completions."""
-        right, lengths = judged["right"], np.array([len(c.ids) for c in done])
-        of = lambda which: float(lengths[which].mean()) if which.any() else None
-        return {**{n: float(v.mean()) for n, v in judged.items() if n.startswith("reward_")},
-                "accuracy": float(right.mean()), "length_right": of(right),
-                "length_wrong": of(~right)}
+    def load(self) -> Load:
+        """What one micro-batch asks of the model, for the memory estimate."""
+        cfg, limit = self.cfg, self.limit
+        groups, T = -(-self.P // cfg.grad_accum_steps), max(len(ids) for _, ids in self.rows)
+        N = groups * cfg.grpo_group_size
+        # no completion's last token is read; a chain is, and a second time, by its scorer
+        tokens = groups * T + N * (limit - 1)
+        tokens += (groups * T + N * limit) * (cfg.method == "markovian")
+        sampled = min(cfg.batch_size // workers.size(), DECODED_ROWS) * (T + limit)
+        return Load(tokens, T + limit, N * limit, min(sampled, CACHED_TOKENS),
+                    repeated=N * (T + limit - 1), prompt=T)
 
     def rollout(self) -> tuple[list[Group], dict]:
-        """Draw P problems, sample G completions of each, reward them; (groups, metrics).
+        """Draw P problems, sample G completions of each, reward and compare them.
 
-        Of several processes each takes P / size() problems, and all get all completions.
+        Of several processes each completes its own prompts, and all get all completions.
         """
         cfg, G = self.cfg, self.cfg.grpo_group_size
-        drawn = draw_problems(self.problems, cfg.seed, self.position, self.P)
-        each = self.P // size()
-        before, own = rank() * each, drawn[rank() * each:(rank() + 1) * each]
+        drawn = draw_problems(self.rows, cfg.seed, self.position, self.P)
+        first, last = workers.my_range(self.P)
         key = mx.random.key((cfg.seed << 32) + self.position)
         with fused_for_decoding(self.model):
-            done = sample(self.model, self.tokenizer, [ids for _, ids in own], self.limit, G,
-                          cfg.grpo_temperature, key=key, many_lines=self.many_lines,
-                          before=before, after=self.P - before - each)
-        done, judged = exchange(done, self.judge([p for p, _ in own for _ in range(G)], done))
+            done = sample(self.model, self.judge.tokenizer, [ids for _, ids in drawn[first:last]],
+                          self.limit, G, cfg.grpo_temperature, key=key,
+                          many_lines=self.judge.many_lines, before=first, after=self.P - last)
+        asked = [problem for problem, _ in drawn[first:last] for _ in range(G)]
+        done, judged = workers.gather_rows(done, self.judge.judge(asked, done))
         self.position += self.P     # not before: a reward that raised is asked again after resuming
-        rewards = judged["reward"]
-        table = rewards.reshape(-1, G)
-        groups = self.compare(drawn, done, table)
+        rewards = judged["reward"].reshape(self.P, G)
+        advantages = group_advantages(rewards, cfg.grpo_advantage, cfg.grpo_std_floor)
+        advantages = np.clip(advantages, -self.judge.max_advantage, self.judge.max_advantage)
+        divisors = advantage_divisors(rewards, cfg.grpo_advantage, cfg.grpo_std_floor)[:, 0]
+        groups = [Group(problem, ids, done[i * G:(i + 1) * G], rewards[i], advantages[i],
+                        float(divisors[i])) for i, (problem, ids) in enumerate(drawn)]
+        return groups, self.summarize(judged, done, rewards)
+
+    def summarize(self, judged: dict[str, np.ndarray], done: list[Completion],
+                  rewards: np.ndarray) -> dict:
+        """What metrics.jsonl says of a step's samples; lengths in tokens, entropy in nats."""
         lengths = np.array([len(c.ids) for c in done])
-        # rows and tokens of an update, flat groups included
-        self.totals = len(done) / cfg.grpo_minibatches, lengths.sum() / cfg.grpo_minibatches
-        metrics = {
+        return {
             "reward": float(rewards.mean()), "reward_std": float(rewards.std()),
             "reward_min": float(rewards.min()), "reward_max": float(rewards.max()),
-            **self.summarize(judged, done),
-            "flat_groups": float(flat_groups(table).mean()), "length": float(lengths.mean()),
+            **self.judge.summarize(judged, done),
+            "zero_variance_groups": float(zero_variance(rewards).mean()),
+            "length": float(lengths.mean()),
             "truncated": float(np.mean([not c.finished for c in done])),
             "entropy": float(np.mean(np.concatenate([c.entropies for c in done]))),
             "logprob": float(np.mean(np.concatenate([c.logprobs for c in done]))),
             "repetition": float(np.mean([repetition(c.ids) for c in done])),
             "n_tokens": int(lengths.sum()), "rows": [self.position - self.P, self.position],
         }
-        return groups, metrics
 
-    def compare(self, drawn: list[tuple[Problem, list[int]]], done: list[Completion],
-                rewards: np.ndarray) -> list[Group]:
-        """Put P problems, their P * G completions and (P, G) rewards together, with advantages."""
-        cfg, G = self.cfg, rewards.shape[1]
-        advantages = group_advantages(rewards, cfg.grpo_advantage, cfg.grpo_spread_floor)
-        divisors = spreads(rewards, cfg.grpo_advantage, cfg.grpo_spread_floor)[:, 0]
-        return [Group(problem, prompt, done[i * G:(i + 1) * G], rewards[i], advantages[i],
-                      float(divisors[i])) for i, (problem, prompt) in enumerate(drawn)]
+    def make_updates(self, groups: list[Group], live: list[Group],
+                     step: int) -> list[list[dict[str, mx.array]]]:
+        """One update for each pass over the step's samples, each cut into micro-batches.
 
-    def make_updates(self, live: list[Group]) -> list[list[dict[str, mx.array]]]:
-        """Cut the groups with a signal into updates, epochs outside, and those into micro-batches.
-
-        Flat groups are left out, of the KL term too, but count in the denominators.
+        Zero-variance groups are left out, of the KL term too, but count in the denominators.
         """
-        cfg, rng = self.cfg, np.random.default_rng((self.cfg.seed, self.position))
-        n_updates, n_parts = cfg.grpo_minibatches, cfg.grad_accum_steps
+        cfg = self.cfg
+        parts = [p.tolist() for p in np.array_split(np.arange(len(live)), cfg.grad_accum_steps)]
+        parts = [p for p in parts if p or workers.size() > 1]       # as many for every process
+        n_groups = -(-max(map(len, parts)) // PAD_GROUPS) * PAD_GROUPS
+        n_groups = min(n_groups, -(-self.P // cfg.grad_accum_steps))
         updates = []
         for epoch in range(cfg.grpo_epochs):
-            order = rng.permutation(len(live)) if n_updates > 1 else np.arange(len(live))
-            for chosen in np.array_split(order, n_updates):
-                if not len(chosen):
-                    continue
-                parts = [p.tolist() for p in np.array_split(chosen, n_parts)]
-                parts = [p for p in parts if p or size() > 1]   # as many for every process
-                n_groups = -(-max(map(len, parts)) // PAD_GROUPS) * PAD_GROUPS
-                n_groups = min(n_groups, -(-self.P // n_parts))
-                tokens = sum(len(c.ids) for i in chosen for c in live[i].completions)
-                stale = epoch > 0 or len(updates) > 0
-                updates.append([self.make_arrays([live[i] for i in part], live[chosen[0]], n_groups,
-                                                 tokens, stale) for part in parts[rank()::size()]])
+            micro_batches = []
+            for part in workers.mine(parts):
+                chosen = [live[i] for i in part]
+                fillers = [live[0]] * (n_groups - len(chosen))
+                micro_batches.append(self.make_arrays(chosen, fillers, groups, live, step, epoch))
+            updates.append(micro_batches)
         return updates
 
-    def make_arrays(self, groups: list[Group], filler: Group, n_groups: int, update_tokens: int,
-                    stale: bool) -> dict[str, mx.array]:
-        """One micro-batch, filled up to n_groups with copies of `filler` that weigh nothing."""
-        cfg, n = self.cfg, len(groups)
-        groups = groups + [filler] * (n_groups - n)
-        done = [c for g in groups for c in g.completions]
-        longest = max(len(c.ids) for c in done)
-        C = min(-(-longest // 4) * 4, self.limit)
-        table = lambda rows, kind: np.array(
-            [list(row) + [0] * (C - len(row)) for row in rows], kind)           # (N, C)
-        mask = table([[1] * len(c.ids) for c in done], np.float32)
-        mask[n * cfg.grpo_group_size:] = 0
-        prompts, start = left_pad([g.prompt for g in groups])
+    def make_arrays(self, chosen: list[Group], fillers: list[Group], groups: list[Group],
+                    live: list[Group], step: int, epoch: int) -> dict[str, mx.array]:
+        """One micro-batch: the chosen groups, and fillers that weigh nothing.
+
+        groups, live   all of the step, and those with a signal: the denominators
+        """
+        cfg, limit = self.cfg, self.limit
+        done = [c for g in chosen + fillers for c in g.completions]
+        N, n_real = len(done), len(chosen) * cfg.grpo_group_size
+        C = min(-(-max(len(c.ids) for c in done) // 4) * 4, limit)
+        completions, mask = np.zeros((N, C), np.int32), np.zeros((N, C), np.float32)
+        old_logprobs = np.zeros((N, C), np.float32)
+        for i, completion in enumerate(done):
+            length = len(completion.ids)
+            completions[i, :length] = completion.ids
+            old_logprobs[i, :length] = completion.logprobs
+            mask[i, :length] = i < n_real       # EOS counts, what stands behind it does not
+        weights = token_weights(mask, cfg.grpo_norm, self.P * cfg.grpo_group_size,
+                                count_tokens(groups), limit)
+        prompts, start = left_pad([g.prompt for g in chosen + fillers])
+        advantages = np.concatenate([g.advantages for g in chosen + fillers])[:, None]
         arrays = {
-            "prompts": prompts, "completions": mx.array(table([c.ids for c in done], np.int32)),
-            "kept_logprobs": mx.array(table([c.logprobs for c in done], np.float32)),
-            "advantages": mx.array(np.concatenate([g.advantages for g in groups])[:, None]
-                                   .astype(np.float32)),                        # (N, 1)
-            "weights": mx.array(token_weights(mask, cfg.grpo_norm, *self.totals, self.limit)),
-            "shares": mx.array(mask / update_tokens), "stale": mx.array(stale),
+            "prompts": prompts, "completions": mx.array(completions),
+            "old_logprobs": mx.array(old_logprobs), "weights": mx.array(weights),
+            "advantages": mx.array(advantages.astype(np.float32)),              # (N, 1)
+            "mean_weights": mx.array(mask / count_tokens(live)),
+            "off_policy": mx.array(epoch > 0),      # whether weights moved since the sampling
         }
         if start is not None:
             arrays["start"] = start
-        if self.needs_reference:
-            # the graph is traced, if it has to be, while the adapters are off
+        if cfg.grpo_kl_weight > 0 or cfg.grpo_ratio == "base":
+            # evaluated here: lazily it would be computed, and timed, within the update. The graph
+            # is traced, if it has to be, while the adapters are off
             with adapters_off(self.model):
-                # now: lazily it would be scored, and timed, within the update
-                arrays["ref_logprobs"] = mx.concatenate(parallel.evaluate(self.score, arrays))
-        return arrays
+                scores = map_rows(self.score, arrays, self.model.parts)
+            arrays["ref_logprobs"] = mx.concatenate(scores)                     # (N, C)
+        return arrays | self.judge.arrays(chosen + fillers, arrays["weights"][:, 0], step)

@@ -13,35 +13,34 @@ Memory: of a (rows, V) array of logits a few numbers per row are kept. Never (ta
                    [--png FILE] [--html FILE] [--json FILE]
 
 Its relatives stand in study/: the Jacobian lens, direct logit attribution, probes, edits.
+Shapes: A positions of a row, N targets at each, R = B * A rows to read, k top tokens.
 """
 import argparse
 import json
 import os
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import blas  # noqa: F401  (before mlx)
+import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
 
-from config import BadInput, run_main, write_text
-from fastexp import exp, fold, linux_cpu, logsumexp
+from config import BadInput, run_main
+from engine.memory import LENS_ROWS, LOGITS_PER_CALL
+from engine.ops import LINUX_CPU, blocked_reduction, exp, logsumexp
+from engine.parallel import map_rows
+from files.disk import write_text
 from generate import check_context
 from lora import load_checkpoint
 from model import Llama, gather_positions
-from parallel import cut, side_by_side
-from report.page import lens_page
-from report.plot import lens_heatmap
 from report.stats import EMERGED, depth
 from report.terminal import lens_table
 from tokenizer import Tokenizer
 
-ROWS_PER_BATCH = 128
 GROUP = 128     # tokens; see top_tokens
-# of so many logits a part's call of the head is made: fewer, and its matrix product runs slowly
-LOGITS_PER_CALL = 2 ** 24
-# and so many are reduced at once on a CPU: with what is computed of them they fit its L2 cache
+# so many logits are reduced at once on a CPU: with what is computed of them they fit its L2 cache
 LOGITS_IN_CACHE = 2 ** 18
 
 
@@ -58,42 +57,45 @@ class Reading:
     top_ids: np.ndarray     # (L+1, B, A, k) most probable first
     top_probs: np.ndarray   # (L+1, B, A, k)
 
-    def first(self, n: int) -> "Reading":
-        """The reading of the first n rows alone."""
-        return Reading(*(getattr(self, name)[:, :n] for name in Reading.__dataclass_fields__))
+
+# --------------------------------------------------------------------------------------------------
+# the statistics of one tap
 
 
 def final_distribution(logits: mx.array) -> tuple[mx.array, ...]:
-    """What the last tap (B, A, V) says: probabilities (B, A, V), entropy, top token (B, A, 1)."""
+    """What the last tap (R, V) says: probabilities (R, V), entropy, top token (R, 1)."""
     logprobs = logits - logsumexp(logits)[..., None]
     probs = exp(logprobs)
-    return probs, -fold(mx.sum, probs * logprobs), top_tokens(logits, 1)
+    return probs, -blocked_reduction(mx.sum, probs * logprobs), top_tokens(logits, 1)
 
 
-def read_logits(logits: mx.array, targets: mx.array, k: int, final_probs: mx.array,
-                final_entropy: mx.array, final_top: mx.array) -> tuple[mx.array, ...]:
-    """Reduce float32 logits (B, A, V) to one tap's arrays of a Reading.
+def tap_statistics(logits: mx.array, targets: mx.array, k: int, final_probs: mx.array,
+                   final_entropy: mx.array, final_top: mx.array) -> tuple[mx.array, ...]:
+    """Reduce float32 logits (R, V) of one tap to the arrays of a Reading, R rows each.
 
-    targets (B, A, N) int32; the rest is final_distribution's
+    targets (R, N) int32; the rest is final_distribution's: KL compares with the last tap
     """
-    logits = logits - fold(mx.max, logits)[..., None]                               # (B, A, V)
+    logits = logits - blocked_reduction(mx.max, logits)[:, None]                    # (R, V)
     weights = exp(logits)           # once: on a CPU it costs more than all else here
-    total = fold(mx.sum, weights)
+    total = blocked_reduction(mx.sum, weights)                                      # (R,)
     log_total = mx.log(total)
-    entropy = log_total - fold(mx.sum, weights * logits) / total
-    # sum q (log q - log p), with log p = logits - log_total
-    kl = log_total - fold(mx.sum, final_probs * logits) - final_entropy
-    chosen = mx.take_along_axis(logits, targets, axis=-1)                           # (B, A, N)
-    # no sort: two reductions a target; float32, since bfloat16 logits tie by the hundred
-    count = lambda compare: mx.stack([compare(logits, chosen[..., n:n + 1]).sum(-1)
-                                      for n in range(targets.shape[-1])], -1)
-    ranks, ties = count(mx.greater) + 1, count(mx.equal) - 1
-    logprobs = chosen - log_total[..., None]
-    prob_of = lambda ids: mx.exp(
-        mx.take_along_axis(logits, ids, axis=-1) - log_total[..., None])
-    top = top_tokens(logits, k)
-    return (mx.exp(logprobs), ranks, ties, logprobs, entropy, kl,
-            prob_of(final_top)[..., 0], top, prob_of(top))
+    entropy = log_total - blocked_reduction(mx.sum, weights * logits) / total
+    # KL(q || p) = sum q (log q - log p), with log p = logits - log_total
+    kl = log_total - blocked_reduction(mx.sum, final_probs * logits) - final_entropy
+    chosen = mx.take_along_axis(logits, targets, axis=-1)                           # (R, N)
+    ranks, ties = [], []
+    for n in range(targets.shape[1]):
+        # no sort: two reductions a target. float32, since bfloat16 logits tie by the hundred
+        ranks.append((logits > chosen[:, n:n + 1]).sum(-1) + 1)
+        ties.append((logits == chosen[:, n:n + 1]).sum(-1) - 1)
+    logprobs = chosen - log_total[:, None]
+
+    def prob_of(ids):
+        return mx.exp(mx.take_along_axis(logits, ids, axis=-1) - log_total[:, None])
+
+    top = top_tokens(logits, k)                                                     # (R, k)
+    return (mx.exp(logprobs), mx.stack(ranks, -1), mx.stack(ties, -1), logprobs, entropy, kl,
+            prob_of(final_top)[:, 0], top, prob_of(top))
 
 
 def top_tokens(logits: mx.array, k: int) -> mx.array:
@@ -104,7 +106,10 @@ def top_tokens(logits: mx.array, k: int) -> mx.array:
     """
     if k == 1:
         return mx.argmax(logits, axis=-1, keepdims=True)
-    largest = lambda x: mx.argpartition(-x, kth=k - 1, axis=-1)[..., :k]
+
+    def largest(x):
+        return mx.argpartition(-x, kth=k - 1, axis=-1)[..., :k]
+
     *lead, V = logits.shape
     if V % GROUP or V // GROUP <= k:
         top = largest(logits)
@@ -118,64 +123,76 @@ def top_tokens(logits: mx.array, k: int) -> mx.array:
     return mx.take_along_axis(top, order, axis=-1)
 
 
-def pick_taps(model: Llama, tokens: mx.array, positions: mx.array):
-    """taps_at for a part of a batch: a generator, see side_by_side."""
-    picked = []
-    for tap, resid in enumerate(model.stream(tokens, positions=positions)):
-        at_last = tap == model.args.num_hidden_layers
-        picked.append(resid if at_last else gather_positions(resid, positions))
-        # here, or the lazy graph would hold the whole stream of all taps until the end
-        yield picked[-1], resid
-    return picked
+# --------------------------------------------------------------------------------------------------
+# from tokens to a Reading
 
 
 def taps_at(model: Llama, tokens: mx.array, positions: mx.array) -> list[mx.array]:
     """The residual stream at some positions (B, A) of tokens (B, T): L+1 arrays (B, A, D)."""
-    parts = side_by_side(lambda part: pick_taps(model, **part),
-                         cut({"tokens": tokens, "positions": positions}))
+    L = model.args.num_hidden_layers
+
+    def read(part):
+        taps = []
+        for tap, resid in enumerate(model.stream(part["tokens"], positions=part["positions"])):
+            # tap L comes at the positions alone: nobody reads the last block's other rows
+            taps.append(resid if tap == L else gather_positions(resid, part["positions"]))
+        return taps
+
+    parts = map_rows(read, {"tokens": tokens, "positions": positions}, model.parts)
     return [mx.concatenate(taps) for taps in zip(*parts)]
 
 
+def read_part(model: Llama, k: int, part: dict[str, mx.array]) -> list[mx.array]:
+    """A Reading's arrays, (R, L+1, ...), of some rows: resids (R, L+1, D), targets (R, N).
+
+    A few taps' logits are made by one product, from the last tap on, which all are compared with,
+    and reduced in pieces that fit a CPU's cache. `mx.depends` chains the pieces: without it the
+    lazy graph would hold all logits at once.
+    """
+    resids, targets = part["resids"].transpose(1, 0, 2), part["targets"]        # (L+1, R, D)
+    (taps, R, _), V = resids.shape, model.args.vocab_size
+    at_once = max(1, LOGITS_PER_CALL // (R * V))
+    rows = max(1, LOGITS_IN_CACHE // V) if LINUX_CPU else R
+    final, last, done = None, [], []
+    for end in range(taps, 0, -at_once):
+        group = resids[max(0, end - at_once):end]
+        logits = model.head(mx.depends(group, last) if last else group)         # (g, R, V)
+        final = final or final_distribution(logits[-1])
+        for tap_logits in logits[::-1]:
+            pieces = []
+            for i in range(0, R, rows):
+                few = slice(i, i + rows)
+                piece = mx.depends(tap_logits[few], last) if last else tap_logits[few]
+                last = list(tap_statistics(piece, targets[few], k, *(x[few] for x in final)))
+                pieces.append(last)
+            done.append([mx.concatenate(arrays) for arrays in zip(*pieces)])
+    return [mx.stack(arrays[::-1], axis=1) for arrays in zip(*done)]
+
+
+def read_resids(model: Llama, resids: list[mx.array], targets: mx.array, k: int = 1) -> Reading:
+    """Read L+1 taps (B, A, D), or what a relative of the lens makes of them; targets (B, A, N)."""
+    B, A, N = targets.shape
+    batch = {"resids": mx.stack(resids, axis=2).reshape(B * A, len(resids), -1),
+             "targets": targets.reshape(B * A, N)}
+    parts = map_rows(partial(read_part, model, k), batch, model.parts,
+                     rows=max(1, LOGITS_PER_CALL // model.args.vocab_size))
+    arrays = []
+    for pieces in zip(*parts):
+        values = np.concatenate(pieces)                                         # (R, L+1, ...)
+        arrays.append(np.moveaxis(values.reshape(B, A, *values.shape[1:]), 2, 0))
+    return Reading(*arrays)
+
+
 def read_taps(model: Llama, tokens: mx.array, positions: mx.array, targets: mx.array,
-              k: int = 1, jacobians: mx.array | None = None) -> Reading:
+              k: int = 1) -> Reading:
     """Read all taps at some positions.
 
     tokens     (B, T) int32, right-padded if rows differ (beyond every position asked for)
     positions  (B, A) int32: position p predicts token p+1
     targets    (B, A, N) int32 token ids to follow, N at least 1
-    jacobians  (L+1, D, D) from study.jacobian: read J h instead of h; none: the logit lens
     source     logit lens; at tap L the probabilities are the model's own (tested)
     """
-    parts = side_by_side(lambda part: read_part(model, **part, k=k, jacobians=jacobians), cut(
-        {"tokens": tokens, "positions": positions, "targets": targets}))
-    return Reading(*(np.concatenate(arrays, axis=1) for arrays in zip(*parts)))
-
-
-def read_part(model: Llama, tokens: mx.array, positions: mx.array, targets: mx.array, k: int,
-              jacobians: mx.array | None):
-    """read_taps for a part of a batch: a generator of a Reading's arrays."""
-    resids = yield from pick_taps(model, tokens, positions)
-    if jacobians is not None:
-        resids = [resid.astype(mx.float32) @ J.T for resid, J in zip(resids, jacobians)]
-    at_once = max(1, LOGITS_PER_CALL // (targets.shape[0] * targets.shape[1]
-                                        * model.args.vocab_size))
-    rows = max(1, LOGITS_IN_CACHE // (targets.shape[1] * model.args.vocab_size))
-    rows = rows if linux_cpu() else len(targets)
-    taps, final = [], None
-    for end in range(len(resids), 0, -at_once):     # from the last tap, which all are compared with
-        logits = model.head(mx.stack(resids[max(0, end - at_once):end]))            # (g, B, A, V)
-        yield logits
-        final = final or final_distribution(logits[-1])
-        yield final
-        for tap in reversed(range(len(logits))):
-            pieces = []
-            for i in range(0, len(targets), rows):
-                few = slice(i, i + rows)
-                reading = read_logits(logits[tap, few], targets[few], k, *(x[few] for x in final))
-                yield reading       # here, or the graph would hold the temporaries of all taps
-                pieces.append([np.array(a) for a in reading])
-            taps.append([np.concatenate(arrays) for arrays in zip(*pieces)])
-    return [np.stack(arrays[::-1]) for arrays in zip(*taps)]
+    return read_resids(model, taps_at(model, tokens, positions), targets, k)
 
 
 def pad_prompts(prompts: list[list[int]]) -> tuple[mx.array, mx.array]:
@@ -186,176 +203,13 @@ def pad_prompts(prompts: list[list[int]]) -> tuple[mx.array, mx.array]:
 
 
 def read_prompts(model: Llama, prompts: list[list[int]], targets: list[list[int]],
-                 k: int = 1, jacobians: mx.array | None = None) -> Reading:
+                 k: int = 1) -> Reading:
     """Read all taps at the last token of each prompt: A = 1. prompts: ids; targets: N ids each."""
-    parts = []
-    for i in range(0, len(prompts), ROWS_PER_BATCH):
-        tokens, positions = pad_prompts(prompts[i:i + ROWS_PER_BATCH])
-        chosen = mx.array(targets[i:i + ROWS_PER_BATCH])[:, None]
-        parts.append(read_taps(model, tokens, positions, chosen, k, jacobians))
-    return Reading(*(np.concatenate([getattr(p, name) for p in parts], axis=1)
-                     for name in Reading.__dataclass_fields__))
-
-
-# --------------------------------------------------------------------------------------------------
-# at which depth
-
-
-def depth(score: np.ndarray, threshold: float, hold: int = 3) -> dict[str, int]:
-    """Where a curve over taps rises, peaks and stays; taps, -1 for never.
-
-    score    (L+1,) of one quantity. Looked at before the last block only, taps 1 to L-1: tap 0 is
-             the input token, tap L the output.
-    first    the first tap at the threshold or above: counts blips
-    onset    the first such tap after a lower one that keeps it for `hold` taps (fewer at the end):
-             what can be read from tap 0 on has no onset, since it never rose
-    sustained  the first tap from which it stays; right for answers, wrong for words that fade again
-    peak     where it is largest
-    example  [0, .1, .6, .2, .7, .8, .9, 1] at .5 -> first 2, onset 4, sustained 4, peak 6
-    """
-    last = len(score) - 2
-    above = np.asarray(score) >= threshold
-    inner = range(1, last + 1)
-    find = lambda rule: next((k for k in inner if rule(k)), -1)
-    return {"first": find(lambda k: above[k]),
-            "onset": find(lambda k: not above[k - 1] and above[k:min(k + hold, last + 1)].all()),
-            "sustained": find(lambda k: above[k:last + 1].all()),
-            "peak": 1 + int(np.argmax(score[1:last + 1]))}
-
-
-def saturation(top_ids: np.ndarray) -> np.ndarray:
-    """The first tap from which the top token is the model's own to the end: (L+1, ...) -> (...).
-
-    source   Geva et al. 2203.14680: "saturation event"
-    """
-    same = top_ids == top_ids[-1]
-    # from the end: how long the run of equal top tokens is
-    return len(top_ids) - np.cumprod(same[::-1], axis=0).sum(0)
-
-
-# --------------------------------------------------------------------------------------------------
-# the Jacobian lens
-
-
-def unembedding_rows(model: Llama, ids: mx.array) -> mx.array:
-    """Rows of the unembedding, float32 (N, D), whatever type or bits it has.
-
-    Pulled back through the unembedding itself, a linear map: quantised and tied ones need no case.
-    """
-    V, D = model.args.vocab_size, model.args.hidden_size
-    one_hot = (mx.arange(V) == ids[:, None]).astype(mx.float32)                     # (N, V)
-    zeros = mx.zeros((len(ids), D))
-    return mx.vjp(lambda x: model.unembed(x).astype(mx.float32), [zeros], [one_hot])[1][0]
-
-
-def word_directions(model: Llama, ids: mx.array) -> mx.array:
-    """gain * U_w: what N(h), before its division by the length, is multiplied with; (N, D)."""
-    return unembedding_rows(model, ids) * model.model.norm.weight.astype(mx.float32)
-
-
-def jacobian(model: Llama, prompts: list[list[int]], directions: mx.array) -> mx.array:
-    """Mean over positions and prompts of d<direction, last tap> / d(tap k): (L+1, N, D) float32.
-
-    prompts     any text, as ids; not the prompts to be read
-    directions  (N, D). With the identity the result is J itself, for `read_taps`; with
-                `word_directions` it is each word's read-out vector r, by one backward pass a word,
-                and argmax_w <r_w, h> is the Jacobian lens's choice among the words.
-    A position's effect is summed over itself and all later ones, so at tap L this is `directions`.
-    source      Gurnee et al. 2026, transformer-circuits.pub, adjoint form
-    """
-    tokens, last = pad_prompts(prompts)
-    real = (mx.arange(tokens.shape[1]) <= last).astype(mx.float32)[..., None]       # (B, T, 1)
-    L, D = model.args.num_hidden_layers, model.args.hidden_size
-
-    @mx.compile
-    def pull_back(direction):
-        # an array of zeros added at every tap: its gradient is the tap's
-        def final_resid(*added):
-            edit = {k: lambda resid, extra=extra: resid + extra for k, extra in enumerate(added)}
-            return model.final_resid(tokens, edit=edit).astype(mx.float32)
-        zeros = [mx.zeros((*tokens.shape, D)) for _ in range(L + 1)]
-        _, grads = mx.vjp(final_resid, zeros, [real * direction])
-        return mx.stack([(g * real).sum((0, 1)) for g in grads]) / real.sum()       # (L+1, D)
-
-    rows = []
-    for direction in directions:
-        rows.append(pull_back(direction))
-        mx.eval(rows[-1])
-    return mx.stack(rows, axis=1)
-
-
-# --------------------------------------------------------------------------------------------------
-# direct logit attribution
-
-
-def contributions(model: Llama, prompts: list[list[int]], targets: list[int],
-                  foils: list[int] | None = None,
-                  heads: bool = False) -> tuple[list[str], np.ndarray]:
-    """Each component's share of a logit at the last prompt token: N names, and (N, B) in logits.
-
-    With foils, of the difference of two logits, target minus foil: what all logits share cancels.
-    Components are the embedding, every block's attention (or its heads one by one) and its MLP.
-    They sum to the logit, since the stream is a sum and the scale is the clean run's: contribution
-    of c is <gain * U_target, c> / rms(h_L). A later norm or block would react to a missing
-    component, so this is not the effect of removing it.
-    """
-    tokens, last = pad_prompts(prompts)
-    rows = word_directions(model, mx.array(targets))                                # (B, D)
-    if foils is not None:
-        rows = rows - word_directions(model, mx.array(foils))
-    pick = lambda resid: gather_positions(resid, last)[:, 0].astype(mx.float32)     # (B, D)
-    names, parts, before = ["embed"], [], None
-    for tap, resid in enumerate(model.stream(tokens)):
-        if tap == 0:
-            parts.append(pick(resid))
-        else:
-            block, name = model.model.layers[tap - 1], f"L{tap - 1}"
-            middle = pick(block.attend(before))
-            if heads:
-                parts += split_heads(block.self_attn, block.input_layernorm(before), last)
-                names += [f"{name} head {i}" for i in range(model.args.num_attention_heads)]
-                bias = middle - pick(before) - sum(parts[-model.args.num_attention_heads:])
-                parts[-1] = parts[-1] + bias    # o_proj's bias, where there is one, and rounding
-            else:
-                parts.append(middle - pick(before))
-                names.append(f"{name} attn")
-            parts.append(pick(resid) - middle)
-            names.append(f"{name} mlp")
-        mx.eval(parts[-1], resid)
-        before = resid
-    scale = mx.sqrt((pick(before) ** 2).mean(-1) + model.args.rms_norm_eps)         # (B,)
-    return names, np.array(mx.stack([(part * rows).sum(-1) / scale for part in parts]))
-
-
-def split_heads(attention, x: mx.array, last: mx.array) -> list[mx.array]:
-    """What each head adds to the stream at one position: H arrays (B, D). x (B, T, D), normed.
-
-    o_proj is linear up to its bias, whether plain, quantised or LoRA: fed with one head's slice
-    and zeros elsewhere it gives that head's share.
-    """
-    y = gather_positions(attention.heads(x), last)[:, 0]                            # (B, H * d)
-    owner = mx.arange(y.shape[-1]) // attention.head_dim
-    nothing = attention.o_proj(mx.zeros_like(y))
-    return [(attention.o_proj(mx.where(owner == i, y, 0)) - nothing).astype(mx.float32)
-            for i in range(y.shape[-1] // attention.head_dim)]
-
-
-def attribution_table(model: Llama, tokenizer: Tokenizer, prompt: str, words: list[str]) -> str:
-    """Who wrote the word's logit (or its difference to a second word's), block by block."""
-    ids = tokenizer.encode_prompt(prompt)
-    target, *foil = chosen = tokenizer.word_ids(words, ids)
-    names, shares = contributions(model, [ids], [target], foil or None, heads=True)
-    named = dict(zip(names, shares[:, 0]))
-    lines = [f"direct logit attribution of {words[0]!r}" + (f" minus {words[1]!r}" if foil else "")
-             + f" (tokens {tokenizer.show(chosen)}): {shares.sum():.2f} logits, "
-               "final norm's scale held",
-             f"  embed {named['embed']:7.2f}",
-             "  block     MLP   heads"]
-    for block in reversed(range(model.args.num_hidden_layers)):
-        heads = [named[f"L{block} head {i}"] for i in range(model.args.num_attention_heads)]
-        lines.append(f"  L{block:<5}{named[f'L{block} mlp']:7.2f}   "
-                     + " ".join(f"{share:6.2f}" for share in heads))
-    return "\n".join(lines)
+    batches = []
+    for i in range(0, len(prompts), LENS_ROWS):
+        batches.append(taps_at(model, *pad_prompts(prompts[i:i + LENS_ROWS])))
+    resids = [mx.concatenate(taps) for taps in zip(*batches)]                           # (B, 1, D)
+    return read_resids(model, resids, mx.array(targets)[:, None], k)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -377,14 +231,17 @@ def view_prompt(model: Llama, tokenizer: Tokenizer, prompt: str, words: list[str
     targets = mx.broadcast_to(mx.array(chosen or [0]), (1, T, max(len(chosen), 1)))
     reading = read_taps(model, mx.array([ids]), mx.arange(T)[None], targets,
                         min(k, model.args.vocab_size))
-    cell = lambda tap, t: [[tokenizer.piece(i), round(float(p), 6)] for i, p in
-                           zip(reading.top_ids[tap, 0, t], reading.top_probs[tap, 0, t])]
+
+    def cell(tap, t):
+        top = zip(reading.top_ids[tap, 0, t], reading.top_probs[tap, 0, t])
+        return [[tokenizer.piece(i), round(float(p), 6)] for i, p in top]
+
     taps = range(len(reading.entropy))
     names = ["embed"] + [f"L{l}" for l in range(len(taps) - 1)]
     series = {}
     for n, word in enumerate(words):
         prob = reading.probs[:, 0, -1, n]
-        where = depth(prob, 0.10)
+        where = depth(prob, EMERGED)
         series[word] = {"id": chosen[n], "piece": tokenizer.piece(chosen[n]),
                         "prob": prob.round(6).tolist(),
                         "rank": reading.ranks[:, 0, -1, n].tolist(),
@@ -398,28 +255,6 @@ def view_prompt(model: Llama, tokenizer: Tokenizer, prompt: str, words: list[str
     }
 
 
-def terminal_table(view: dict, color: bool, width: int = 12) -> str:
-    """Blocks by positions, last on top: each cell's top token and per cent, darker when surer."""
-    def cell(token: str, prob: float) -> str:
-        text = f"{token[:width - 5]:<{width - 5}}{100 * prob:4.0f} "
-        shade = 255 - int(23 * prob ** 0.5)  # 256-colour greys run from 232 (black) to 255 (white)
-        return (f"\033[48;5;{shade}m\033[38;5;{16 if shade > 243 else 231}m{text}\033[0m"
-                if color else text)
-    lines = [" " * 7 + "".join(f"{token[:width - 1]:<{width}}" for token in view["tokens"])
-             + "entropy, KL to the end (nats, last position)"]
-    for tap in reversed(range(len(view["taps"]))):
-        lines.append(f"{view['taps'][tap]:<7}"
-                     + "".join(cell(*cells[0]) for cells in view["top"][tap])
-                     + f"{view['entropy'][tap][-1]:5.2f} {view['kl'][tap][-1]:6.2f}")
-    for word, series in view["words"].items():
-        steps = "  ".join(f"{name} {p:.2f} (#{r})" for name, p, r in
-                          zip(view["taps"], series["prob"], series["rank"]))
-        lines.append(f"{word!r}, token {series['piece']} ({series['id']}), at the last position, "
-                     f"probability (rank): {steps}; "
-                     f"onset {series['onset'] or 'none'}, peak {series['peak']}")
-    return "\n".join(lines)
-
-
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description="Show what every block would answer, by the logit lens.")
@@ -430,8 +265,6 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--words", nargs="*", default=[],
                         help="words to follow at the last position, one token each; a set in one "
                         "form, with a space before them or without, as the prompt's end asks")
-    parser.add_argument("--attribute", nargs="+", default=[], metavar="WORD",
-                        help="who wrote WORD's logit, or its difference to a second WORD's")
     parser.add_argument("--png", metavar="FILE")
     parser.add_argument("--html", metavar="FILE",
                         help="one self-contained page; a cell shows its ten top tokens on hover")
@@ -439,8 +272,6 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if not args.prompt:
         raise BadInput("--prompt is empty; give a text such as '7 * 8 = '")
-    if len(args.attribute) > 2:
-        raise BadInput(f"--attribute takes one word or two, got {len(args.attribute)}")
     model, tokenizer, _ = load_checkpoint(args.ckpt, args.adapter)
     view = view_prompt(model, tokenizer, args.prompt, args.words)
     name = f"{args.ckpt} + {args.adapter}" if args.adapter else args.ckpt
@@ -449,6 +280,9 @@ def main(argv: list[str]) -> None:
     print(lens_table(view, color=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
     if args.json:
         write_text(Path(args.json), json.dumps(view) + "\n")
+    # imported here: whoever trains, and reads taps on the way, draws no page
+    from report.page import lens_page
+    from report.plot import lens_heatmap
     if args.png:
         lens_heatmap(view, args.png)
     if args.html:

@@ -3,7 +3,7 @@
 Source: LoRA 2106.09685. Where packages differ: PEFT users set alpha, mlx-lm takes the scale itself;
 we set alpha and print both. A ~ U(-1/sqrt(in), 1/sqrt(in)) as in mlx-lm. Adapters are saved in
 mlx-lm's format, PEFT's is written and read too; in both places they give the same logits. Loading
-is strict (why: study/prior_work.md).
+is strict (files/adapters.py).
 
     python lora.py --ckpt runs/sft --out fused                  # fuse: a folder in the Hub's layout
     python lora.py --ckpt runs/sft --out adapter --format peft  # the adapter alone; mlx: for mlx-lm
@@ -11,45 +11,28 @@ is strict (why: study/prior_work.md).
 """
 import argparse
 import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import blas  # noqa: F401  (before mlx)
+import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from config import (
-    COUNT,
-    NAMES,
-    OBJECT,
-    POSITIVE,
-    REQUIRED,
-    BadInput,
-    Config,
-    Kind,
-    load_config,
-    one_of,
-    read_fields,
-    run_main,
-    write_text,
+from config import BadInput, Config, load_config, run_main
+from files.adapters import MODULES, layer_names, mlx_files, peft_files, read_adapter
+from files.model_folder import (
+    check_numbers,
+    check_tensors,
+    find_folder,
+    model_files,
+    root_model,
+    write_files,
 )
-from hub import is_file, read_json, read_safetensors
-from model import Llama, check_numbers, check_tensors, load, save_model, save_safetensors
-from quant import QuantizedLinear, packed_settings, plain_layer, quantize, unquantize
+from model import Llama, load, save_model
 from tokenizer import Tokenizer
-
-MODULES = {**{t: f"self_attn.{t}_proj" for t in "qkvo"},
-           **{t: f"mlp.{t}_proj" for t in ("gate", "up", "down")}}
-MLX_FILES = ("adapters.safetensors", "adapter_config.json")
-PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")
-PEFT_TARGETS = {name.split(".")[1]: t for t, name in MODULES.items()}    # q_proj: q, ...
-# a PEFT config's settings that do not change what a trained adapter computes
-PEFT_NEUTRAL = {"auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout",
-                "megatron_core", "peft_version", "qalora_group_size", "revision", "task_type"}
 
 
 class LoRALinear(nn.Module):
@@ -62,17 +45,16 @@ class LoRALinear(nn.Module):
     def __init__(self, linear: nn.Module, rank: int, scale: float):
         super().__init__()
         out_dims, in_dims = linear.weight.shape
-        if isinstance(linear, QuantizedLinear):     # its weight is packed
-            in_dims = linear.scales.shape[1] * linear.group_size
+        in_dims = getattr(linear, "in_dims", in_dims)       # a quantised layer's weight is packed
         self.linear = linear
-        self.lora_a = mx.random.uniform(-1, 1, (in_dims, rank)) * in_dims ** -0.5
-        self.lora_b = mx.zeros((rank, out_dims))
+        self.lora_a = mx.random.uniform(-1, 1, (in_dims, rank)) * in_dims ** -0.5    # (in, r)
+        self.lora_b = mx.zeros((rank, out_dims))        # (r, out); 0: the update starts at nothing
         self.scale, self.enabled = scale, True
 
     def __call__(self, x: mx.array) -> mx.array:
         if not self.enabled:
             return self.linear(x)
-        update = (x @ self.lora_a.astype(x.dtype)) @ self.lora_b.astype(x.dtype)
+        update = (x @ self.lora_a.astype(x.dtype)) @ self.lora_b.astype(x.dtype)    # (..., out)
         # cast back: a float32 scale would turn a bfloat16 model's whole residual stream to float32
         return self.linear(x) + (self.scale * update).astype(x.dtype)
 
@@ -81,8 +63,8 @@ class LoRALinear(nn.Module):
 
         A quantised weight is unpacked and stays so: rounding it again would eat the update.
         """
-        if isinstance(self.linear, QuantizedLinear):
-            self.linear = plain_layer(self.linear, self.linear.unpacked().astype(self.linear.dtype))
+        if hasattr(self.linear, "dense"):
+            self.linear = self.linear.dense()
         self.linear.weight = self.fused_weight()
         mx.eval(self.linear.parameters())   # one by one: no second model beside the first
         return self.linear
@@ -99,9 +81,9 @@ def apply_lora(model: Llama, rank: int, alpha: float, targets: tuple[str, ...]) 
 
     The model computes the same as before, since B = 0. Only lora_a and lora_b stay trainable.
     """
-    wrap(model, [f"model.layers.{block}.{MODULES[t]}"
-                 for block in range(model.args.num_hidden_layers) for t in targets],
-         rank, alpha / rank)
+    paths = [f"model.layers.{block}.{MODULES[t]}"
+             for block in range(model.args.num_hidden_layers) for t in targets]
+    wrap(model, paths, rank, alpha / rank)
 
 
 def wrap(model: Llama, paths: list[str], rank: int, scale: float) -> None:
@@ -114,12 +96,6 @@ def wrap(model: Llama, paths: list[str], rank: int, scale: float) -> None:
     for _, module in model.named_modules():
         if isinstance(module, LoRALinear):
             module.unfreeze(recurse=False, keys=["lora_a", "lora_b"])
-
-
-def linear_paths(model: Llama) -> list[str]:
-    """What an adapter may change: model.layers.0.self_attn.q_proj, ..., block by block."""
-    return [f"model.layers.{block}.{name}"
-            for block in range(model.args.num_hidden_layers) for name in MODULES.values()]
 
 
 def merge(model: Llama) -> None:
@@ -143,26 +119,6 @@ def adapters_off(model: Llama) -> Iterator[None]:
             layer.enabled = True
 
 
-@contextmanager
-def fused_for_decoding(model: Llama) -> Iterator[None]:
-    """Within, each float32 LoRALinear is one matrix: decoding is spared two small products.
-
-    Other types stay as they are: bfloat16 would round the update away, and what samples would no
-    longer be what is trained.
-    """
-    layers = [m for _, m in model.named_modules()
-              if isinstance(m, LoRALinear) and m.linear.weight.dtype == mx.float32]
-    weights = [layer.linear.weight for layer in layers]
-    try:
-        for layer in layers:
-            layer.linear.weight, layer.enabled = layer.fused_weight(), False
-        mx.eval([layer.linear.weight for layer in layers])
-        yield
-    finally:
-        for layer, weight in zip(layers, weights):
-            layer.linear.weight, layer.enabled = weight, True
-
-
 def fingerprint(model: Llama) -> str:
     """Tell bases of one shape apart by the final norm's gains, rounded alike for any load type."""
     gains = np.array(model.model.norm.weight.astype(mx.bfloat16).astype(mx.float32))
@@ -175,36 +131,22 @@ def adapter_arrays(model: Llama) -> dict[str, mx.array]:
             if k.rsplit(".", 1)[-1] in ("lora_a", "lora_b")}
 
 
-def save_adapters(model: Llama, cfg: Config, folder: Path) -> None:
-    """Write a run's adapters.safetensors and adapter_config.json, which mlx-lm reads too."""
-    export_mlx(model, folder, cfg.model)
-
-
-def export_mlx(model: Llama, folder: Path, base_name: str | Path) -> None:
-    """Write the adapter as mlx-lm and `load_adapters` read it; base_name as in `export_peft`."""
-    rank, scale, keys = wrapped_layers(model)
-    settings = {
-        "fine_tune_type": "lora", "num_layers": -1,     # all
-        "lora_parameters": {"rank": rank, "alpha": scale * rank, "scale": scale, "dropout": 0.0,
-                            "keys": keys},
-        "model": str(base_name), "base_fingerprint": fingerprint(model),
-    }
-    write_text(folder / "adapter_config.json", json.dumps(settings, indent=2) + "\n")
-    save_safetensors(folder / "adapters.safetensors", adapter_arrays(model))
-
-
-def wrapped_layers(model: Llama) -> tuple[int, float, list[str]]:
-    """The adapter's rank, scale, and which layers it wraps.
-
-    Their names in a block (mlp.up_proj) where every block has the same, else their whole paths.
-    """
+def about_adapter(model: Llama, base: str | Path) -> dict:
+    """What an adapter's folder says of it; base: the model that it belongs on."""
     wrapped = {path: m for path, m in model.named_modules() if isinstance(m, LoRALinear)}
     layer = next(iter(wrapped.values()))
-    in_block = lambda path: path.split(".", 3)[3]       # model.layers.0.mlp.up_proj: mlp.up_proj
-    names = [name for name in MODULES.values() if name in set(map(in_block, wrapped))]
-    everywhere = len(wrapped) == len(names) * model.args.num_hidden_layers
-    paths = [path for path in linear_paths(model) if path in wrapped]
-    return layer.lora_a.shape[1], layer.scale, names if everywhere else paths
+    return {"rank": layer.lora_a.shape[1], "scale": layer.scale, "base": base,
+            "layers": layer_names(list(wrapped), model.args.num_hidden_layers),
+            "fingerprint": fingerprint(model)}
+
+
+def checkpoint_files(model: Llama, cfg: Config) -> dict:
+    """What a run saves for eval.py and others, {file name: content}: the adapter, or all weights."""
+    if not cfg.full:
+        return mlx_files(adapter_arrays(model), about_adapter(model, cfg.model))
+    origin = find_folder(root_model(cfg.model), weights=False)
+    return model_files(origin, dict(tree_flatten(model.parameters())), model.args.rope_theta,
+                       model.args.rope_scaling)
 
 
 def load_adapters(model: Llama, folder: str | Path) -> None:
@@ -213,144 +155,25 @@ def load_adapters(model: Llama, folder: str | Path) -> None:
     The adapter may be on any of the blocks' linear layers, in any blocks. A PEFT adapter does not
     store its base's identity, nor does one of mlx-lm's; ours does, and it is checked.
     """
-    folder = Path(folder)
-    where = folder / "adapter_config.json"
-    if not is_file(where):
-        raise BadInput(f"{folder} holds no adapter (no adapter_config.json); expected a run's "
-                       "folder, or an adapter's as mlx-lm or peft writes it")
-    settings = read_json(where)
-    is_peft = "peft_type" in settings
-    read_config, base_key = ((read_peft_config, "base_model_name_or_path") if is_peft
-                             else (read_mlx_config, "model"))
-    rank, scale, paths = read_config(settings, linear_paths(model), str(where))
-    file = folder / (PEFT_FILES if is_peft else MLX_FILES)[0]
-    found, base = read_safetensors(file), settings.get("base_fingerprint")
-    wrap(model, paths, rank, scale)
-    ours = adapter_arrays(model)
-    names = {peft_name(k) if is_peft else k: k for k in ours}
-    expected = {name: ours[k].T if is_peft else ours[k] for name, k in names.items()}
-    check_tensors(found, expected, f"adapter {folder} on this model "
-                  f"(it was trained on {settings.get(base_key, 'an unknown one')})")
-    check_numbers(found, str(file))
-    if base and base != fingerprint(model):
+    about, found, file = read_adapter(Path(folder), model.args.num_hidden_layers)
+    wrap(model, about["paths"], about["rank"], about["scale"])
+    check_tensors(found, adapter_arrays(model), f"adapter {folder} on this model "
+                  f"(it was trained on {about['base']})")
+    check_numbers(found, file)
+    if about["fingerprint"] not in (None, fingerprint(model)):
         raise BadInput(f"adapter {folder} was trained on another model of the same shape "
-                       f"({settings.get('model')}); load it on that one")
-    arrays = [(names[k], (v.T if is_peft else v).astype(mx.float32)) for k, v in found.items()]
+                       f"({about['base']}); load it on that one")
+    arrays = [(name, array.astype(mx.float32)) for name, array in found.items()]
     model.load_weights(arrays, strict=False)    # all of them fit: just checked
     mx.eval(model.parameters())
 
 
-# adapter_config.json of mlx-lm, and of it lora_parameters; without keys all linear layers are meant
-MLX_FIELDS = {"fine_tune_type": (one_of("lora"), "lora"), "lora_parameters": (OBJECT, REQUIRED),
-              "num_layers": (Kind("a whole number", lambda v: type(v) is int), -1)}
-MLX_LORA = {"rank": (COUNT, REQUIRED), "scale": (POSITIVE, REQUIRED), "keys": (NAMES, None)}
-
-
-def read_mlx_config(settings: dict, layers: list[str],
-                    where: str) -> tuple[int, float, list[str]]:
-    """An mlx-lm config's rank, scale, and the paths out of `layers` that it wraps.
-
-    mlx-lm's keys are names in a block, which go for the last num_layers blocks (-1: for all), or
-    whole paths. raises  BadInput
-    """
-    fields = read_fields(settings, MLX_FIELDS, where)
-    lora = read_fields(fields["lora_parameters"], MLX_LORA, f"{where}: lora_parameters")
-    last = layers[-max(fields["num_layers"], 0) * len(MODULES):]
-    keys = lora["keys"] or list(MODULES.values())
-    unknown = [k for k in keys if k not in MODULES.values() and k not in layers]
-    if unknown:
-        raise BadInput(f"{where}: lora_parameters keys {json.dumps(unknown)[:200]} are no layers "
-                       f"that can be adapted here; expected some out of "
-                       f"{', '.join(MODULES.values())}, or {layers[0]} to {layers[-1]}")
-    paths = [p for p in layers if p in keys or (p in last and p.split(".", 3)[3] in keys)]
-    return lora["rank"], lora["scale"], paths
-
-
-def peft_name(name: str) -> str:
-    """PEFT's name of one of our tensors, which is there the other way round.
-
-    example  model.layers.0.mlp.up_proj.lora_a, (in, r)
-             -> base_model.model.model.layers.0.mlp.up_proj.lora_A.weight, (r, in)
-    """
-    return f"base_model.model.{name[:-1]}{name[-1].upper()}.weight"
-
-
-def export_peft(model: Llama, folder: Path, base_name: str | Path) -> None:
-    """Write the adapter as `peft.PeftModel.from_pretrained(base, folder)` reads it.
-
-    base_name   a folder, or the Hub's NAME or NAME@REVISION: what the adapter belongs on
-    """
-    rank, scale, layers = wrapped_layers(model)
-    targets = [layer.removeprefix("self_attn.").removeprefix("mlp.") for layer in layers]
-    name, _, revision = str(base_name).partition("@")
-    if Path(base_name).expanduser().is_dir():
-        name, revision = str(base_name), None
-    settings = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": name,
-        "revision": revision or None, "r": rank, "lora_alpha": scale * rank,
-        "lora_dropout": 0.0, "target_modules": targets,
-        "bias": "none", "fan_in_fan_out": False, "use_rslora": False, "inference_mode": True,
-    }
-    save_safetensors(folder / PEFT_FILES[0],
-                     {peft_name(k): v.T for k, v in adapter_arrays(model).items()})
-    # last: its presence says that all is there
-    write_text(folder / PEFT_FILES[1], json.dumps(settings, indent=2) + "\n")
-
-
-def read_peft_config(settings: dict, layers: list[str],
-                     where: str) -> tuple[int, float, list[str]]:
-    """A PEFT config's rank, scale, and the paths out of `layers` that it wraps.
-
-    target_modules ends their paths (q_proj, or a whole path); layers_to_transform says in which
-    blocks, which PEFT takes for all where it is not set.
-    raises   BadInput, naming every setting that asks for more than two matrices to a linear layer
-    """
-    rank, alpha, targets = (settings.get(k) for k in ("r", "lora_alpha", "target_modules"))
-    L, blocks = len(layers) // len(MODULES), settings.get("layers_to_transform")
-    blocks = list(range(L)) if blocks is None or blocks == [] else blocks
-    blocks = blocks if isinstance(blocks, list) else [blocks]
-    ends = lambda path, target: f".{path}".endswith(f".{target}")
-    read = {  # setting: is it one we compute, and what it should be
-        "peft_type": (settings["peft_type"] == "LORA", "LORA"),
-        "r": (COUNT.fits(rank), COUNT.expected),
-        "lora_alpha": (POSITIVE.fits(alpha), POSITIVE.expected),
-        "target_modules": (NAMES.fits(targets) and all(
-            any(ends(path, target) for path in layers) for target in targets),
-            f"a list out of {', '.join(PEFT_TARGETS)}, or paths of such layers"),
-        "layers_to_transform": (all(type(b) is int and 0 <= b < L for b in blocks),
-                                f"blocks out of 0 to {L - 1}"),
-        "layers_pattern": (settings.get("layers_pattern") in (None, "", [], "layers", ["layers"]),
-                           "layers"),
-        "bias": (settings.get("bias", "none") == "none", "none"),
-        "use_rslora": (settings.get("use_rslora") in (None, False, True), "true or false"),
-        # the others change the base's own weights as well
-        "init_lora_weights": (settings.get("init_lora_weights", True) in (True, False, "gaussian"),
-                              "true, false or gaussian"),
-    }
-    empty = lambda value: value is None or value is False or value in ("", [], {})
-    mistakes = [(k, expected) for k, (fits, expected) in read.items() if not fits]
-    # whatever else is set, by this PEFT or a later one, may change what is computed
-    mistakes += [(k, "unset") for k, v in settings.items()
-                 if k not in read.keys() | PEFT_NEUTRAL and not empty(v)]
-    if mistakes:
-        raise BadInput(f"{where}: not a PEFT adapter that can be read here: " + "; ".join(
-            f"{k} = {json.dumps(settings.get(k))[:80]}, expected {expected}"
-            for k, expected in mistakes))
-    scale = alpha / (rank ** 0.5 if settings.get("use_rslora") else rank)
-    paths = [path for path in layers if any(ends(path, target) for target in targets)
-             and int(path.split(".")[2]) in blocks]
-    return rank, scale, paths
-
-
-def root_model(name: str | Path) -> str | Path:
-    """The model under a run's adapter, under whatever runs it was itself trained on."""
-    while (Path(name) / "adapter_config.json").exists() and (Path(name) / "config.yaml").exists():
-        name = load_config(Path(name) / "config.yaml").model
-    return name
+# --------------------------------------------------------------------------------------------------
+# from a run to its model
 
 
 def load_base(name: str | Path, dtype: str | None = None, bits: int | None = None,
-              from_scratch: bool = False, group_size: int = 64) -> tuple[Llama, Tokenizer | None]:
+              from_scratch: bool = False, group_size: int | None = None) -> tuple[Llama, Tokenizer | None]:
     """`model.load`, where name may also be a run: its adapter is merged first.
 
     So that an adapter trained on top is all that separates the policy from where it started, and
@@ -364,10 +187,13 @@ def load_base(name: str | Path, dtype: str | None = None, bits: int | None = Non
     if root_model(name) == name or from_scratch:
         return load(root_model(name), dtype, bits, from_scratch, group_size)
     model, tokenizer, _ = load_checkpoint(name, dtype=dtype)
+    if not bits:
+        merge(model)
+        return model, tokenizer
+    from engine.quant import packed_settings, quantize  # QLoRA alone needs it
     stored = packed_settings(model)
     merge(model)
-    if bits and stored != {(bits, group_size)}:
-        blas.keep_batches_whole()
+    if {b for b, _ in stored} != {bits}:
         quantize(model, bits, group_size)
     return model, tokenizer
 
@@ -394,9 +220,10 @@ def load_checkpoint(ckpt: str | Path, adapter: str | Path | None = None,
                        f"unknown; give --ckpt BASE --adapter {folder} (load_adapters does it on a "
                        "model you loaded)")
     base, top = (cfg.model, folder) if own and adapter is None else (ckpt, adapter)
-    bits, group_size = (cfg.bits, cfg.bits_group_size) if cfg else (None, 64)
-    dtype = dtype or (cfg.dtype if cfg else None)
-    model, tokenizer = load_base(base, dtype, bits, group_size=group_size)
+    if cfg:
+        model, tokenizer = load_base(base, dtype or cfg.dtype, cfg.bits)
+    else:
+        model, tokenizer = load_base(base, dtype)
     if top is not None:
         load_adapters(model, top)
     if tokenizer is None:
@@ -414,16 +241,6 @@ def check_new(folder: Path) -> None:
         taken = True
     if taken:
         raise BadInput(f"{folder} already holds a model or other files; name a new folder")
-
-
-def export(model: Llama, ckpt: str | Path, base: str | Path, folder: Path, kind: str) -> None:
-    """Write an adapter alone, for peft or mlx-lm, and say which base it belongs on."""
-    write = export_peft if kind == "peft" else export_mlx
-    write(model, folder, base)
-    print(f"wrote the adapter of {ckpt} to {folder}; its base is {base}")
-    if root_model(base) != base:
-        print(f"{base} is a run itself, and the base is that run fused: "
-              f"`python lora.py --ckpt {base} --out FOLDER`")
 
 
 def main(argv: list[str]) -> None:
@@ -445,9 +262,15 @@ def main(argv: list[str]) -> None:
                        "adapter with --adapter FOLDER")
     name, base = (args.adapter, args.ckpt) if args.adapter else (args.ckpt, cfg.model)
     if args.format != "hub":
-        export(model, name, base, args.out, args.format)
+        make_files = peft_files if args.format == "peft" else mlx_files
+        write_files(args.out, make_files(adapter_arrays(model), about_adapter(model, base)))
+        print(f"wrote the adapter of {name} to {args.out}; its base is {base}")
+        if root_model(base) != base:
+            print(f"{base} is a run itself, and the base is that run fused: "
+                  f"`python lora.py --ckpt {base} --out FOLDER`")
         return
     merge(model)
+    from engine.quant import unquantize  # as above
     unquantize(model, model.model.norm.weight.dtype)
     save_model(model, args.out, root_model(base))
     print(f"fused {name} into {args.out}")

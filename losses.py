@@ -1,30 +1,38 @@
-"""The objectives: arrays in, a scalar and its parts out. No model is called here.
+"""The objectives: what training makes small.
 
 SFT is the mean next-token cross-entropy over the answer and EOS. Dual-reward adds a second one: at
 block c, at the last prompt token, the logit lens shall already say the operation's name,
 
     L = w * CE(lens at block c, operation word) + (1 - w) * CE(answer and EOS).
 
-It is supervised, no reward is involved; the name is historical. The prior code's two errors are
-options, off: `answer_shift: false`, `class_position: answer` (study/prior_work.md).
+It is supervised, no reward is involved; the name is historical. Two switches reproduce published
+errors (study/prior_work.md): `answer_shift: false` compares the logits at position t with the token
+*at* t, not t+1; `class_position: answer` trains the class where nobody reads it.
 
-GRPO's terms stand below: the clipped policy loss, estimates of the KL to the reference, entropy;
-and the answer term of Markovian training.
+GRPO's and Markovian training's terms stand below; grpo.py puts them together.
 """
-import blas  # noqa: F401  (before mlx)
+import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 
-from fastexp import exp, log_softmax_at, logsumexp
+from config import Config
+from model import Llama, gather_positions
 
 
 def token_logprobs(logits: mx.array, tokens: mx.array) -> mx.array:
-    """Log-probability of one token per position, in nats.
+    """Log-probability of one token per position, in nats: log softmax(logits)[token].
 
     logits   (..., V), any float type;  tokens  (...) int32
-    returns  (...) float32, by logsumexp: log(softmax + eps) would floor at log(eps) and lose the
-             gradient there
+    returns  (...) float32
     """
-    return log_softmax_at(logits.astype(mx.float32), tokens)
+    logits = logits.astype(mx.float32)      # bfloat16 tells neighbours apart at 1/128 only
+    chosen = mx.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    # logsumexp: log(softmax + eps) would floor at log(eps) and lose the gradient there
+    return chosen - mx.logsumexp(logits, axis=-1)
+
+
+# The same with two arrays of the logits' size held for the gradient instead of six; tested equal
+FORMULAS = {"token_logprobs": token_logprobs}
+from engine.ops import token_logprobs  # noqa: E402, F811
 
 
 def masked_cross_entropy(logprobs: mx.array, mask: mx.array, denominator: mx.array) -> mx.array:
@@ -44,6 +52,48 @@ def dual_reward_loss(class_loss: mx.array, answer_loss: mx.array, weight: mx.arr
     return weight * class_loss + (1 - weight) * answer_loss
 
 
+def supervised_loss(cfg: Config, block: int, model: Llama,
+                    batch: dict[str, mx.array]) -> tuple[mx.array, dict, dict]:
+    """SFT and dual-reward: the scalar, its parts to add up, and no maxima, of a micro-batch.
+
+    block   c, whose output the class loss reads
+    batch   data.Batches' arrays; n_targets and n_rows count the whole step, so that micro-batches
+            add up to the step's mean
+    """
+    tokens, positions = batch["tokens"], batch["target_positions"]      # (B, T), (B, A)
+    if cfg.answer_shift:
+        tokens = tokens[:, :-1]     # the last token predicts nothing
+    else:
+        positions = positions + 1   # the published error A: read at the target itself
+    # only positions that the loss reads leave the last block, and only they are unembedded
+    class_at_last = cfg.method == "dual_reward" and block + 1 == model.args.num_hidden_layers
+    stream = model.stream(tokens, positions=None if class_at_last else positions)
+    for tap, resid in enumerate(stream):                                # (B, T, D)
+        if tap == block + 1:
+            class_resid = resid
+    answer_resid = gather_positions(resid, positions) if class_at_last else resid  # (B, A, D)
+    answer_logprobs = model.read_logits(token_logprobs, answer_resid, batch["targets"])  # (B, A)
+    answer_loss = masked_cross_entropy(answer_logprobs, batch["target_mask"], batch["n_targets"])
+    if cfg.method == "sft":
+        return answer_loss, {"answer_loss": answer_loss}, {}
+
+    # the lens at block c, one position a row. A head call of its own, not one for both: with
+    # class_weight 0 the answer's arithmetic is then SFT's to the bit
+    at_class = gather_positions(class_resid, batch["class_positions"][:, None])
+    class_logits = model.head(at_class)[:, 0]                           # (B, V)
+    class_logprobs = token_logprobs(class_logits, batch["class_ids"])   # (B,)
+    class_loss = masked_cross_entropy(class_logprobs, batch["row_mask"], batch["n_rows"])
+    is_right = mx.argmax(class_logits, axis=-1) == batch["class_ids"]
+    # an array, since mx.compile would bake a Python number into the trace
+    loss = dual_reward_loss(class_loss, answer_loss, mx.array(cfg.class_weight))
+    return loss, {"answer_loss": answer_loss, "class_loss": class_loss,
+                  "class_accuracy": (is_right * batch["row_mask"]).sum() / batch["n_rows"]}, {}
+
+
+# --------------------------------------------------------------------------------------------------
+# from samples and rewards
+
+
 def policy_loss(logprobs: mx.array, old_logprobs: mx.array, advantages: mx.array,
                 weights: mx.array, clip_low: float, clip_high: float,
                 dual_clip: float) -> tuple[mx.array, dict[str, mx.array]]:
@@ -61,6 +111,7 @@ def policy_loss(logprobs: mx.array, old_logprobs: mx.array, advantages: mx.array
     # beyond e^20 the gradient is clipped away in any case, and e^89 would be inf
     ratio = mx.exp(mx.clip(logprobs - old_logprobs, -20, 20))
     clipped = mx.clip(ratio, 1 - clip_low, 1 + clip_high)
+    # the smaller of the two: an update never gains from leaving the clip range
     surrogate = mx.minimum(ratio * advantages, clipped * advantages)
     bounded = mx.zeros(surrogate.shape, mx.bool_)
     if dual_clip:
@@ -90,9 +141,3 @@ def answer_reward_loss(rewards: mx.array, weights: mx.array) -> mx.array:
     sum is 0: the published term. example  rewards [-1, -3], weights [.5, .5] -> 2.0
     """
     return -(rewards * weights).sum()
-
-
-def token_entropy(logits: mx.array) -> mx.array:
-    """Entropy of softmax(logits) in nats: (..., V) -> (...)."""
-    logprobs = logits - logsumexp(logits)[..., None]
-    return -(exp(logprobs) * logprobs).sum(-1)

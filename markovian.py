@@ -8,37 +8,36 @@ weights too, the gradient of E[r] has two halves, and both are taken:
 
     grad E[r] = E[ (r - baseline) grad log p(c | question)  +  grad log p(answer | c) ]
 
-The first is GRPO's policy term with r as reward. The second stands on the raw r, divided by what
-the advantages are divided by, so that both halves have one unit. (2404.18988; what its public code
-did instead: study/prior_work.md.)
+The first is GRPO's policy term with r as reward. In the public code (2404.18988) the second was
+computed without gradients, and would have vanished even with them, since the loss was the mean of
+*standardised* rewards, whose sum is 0 whatever the weights; here it stands on the raw r, divided by
+what the advantages are divided by, so that both halves have one unit. That code also took its "PPO"
+ratio against the frozen base and dropped the KL term with it (configs/markovian_collapse.yaml).
 
 Hiding is by construction: the scored ids are put together from the hidden prompt's, the chain's as
 sampled, the header's and the answer's. Nothing is decoded and encoded again, and where the answer
 stands is known, not searched.
 """
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
-import blas  # noqa: F401  (before mlx)
+import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
 
-import parallel
 from config import BadInput, Config
 from data import Problem
+from engine.parallel import map_rows
 from files.answers import LETTER_METHODS, NUMBER_METHODS, extract, is_right
 from generate import Completion, check_context, left_pad, sample
-from grpo import Group, Rollouts
+from grpo import Group, completion_resid
 from lora import adapters_off
 from losses import token_logprobs
 from model import Llama, gather_positions
-from report.stats import bootstrap_mean, mcnemar, wilson
-from tasks import HEADER
 from tokenizer import Tokenizer
 
 # between chain and answer; it ends at the colon, since answers start with their space
 HEADER = "\nAnswer:"
-MAX_ADVANTAGE = 5   # one chain at -40 nats shall not own its group
 
 
 @dataclass
@@ -116,92 +115,77 @@ def answer_arrays(questions: list[Question], chains: list[list[int]],
     return arrays if start is None else arrays | {"shown_start": start}
 
 
-def answer_rewards(model: Llama, arrays: dict[str, mx.array], slopes: bool = False) -> mx.array:
+def answer_rewards(model: Llama, arrays: dict[str, mx.array], with_grad: bool = False) -> mx.array:
     """log p(answer | what is shown, chain) of each row in nats, (N,): a sum, or a mean by `share`.
 
-    At temperature 1 and float32 whatever the chains were sampled with. slopes: to be trained on
+    At temperature 1 and float32 whatever the chains were sampled with. with_grad: to be trained on
     """
-    resid = model.completion_resid(arrays["shown"], arrays.get("shown_start"), arrays["tails"])
+    resid = completion_resid(model, arrays["shown"], arrays.get("shown_start"), arrays["tails"])
     logprobs = model.read_logits(token_logprobs, gather_positions(resid, arrays["positions"]),
-                                 arrays["answers"], slopes)                     # (N, A)
+                                 arrays["answers"], with_grad)                     # (N, A)
     return (logprobs * arrays["share"]).sum(1)
 
 
-def share_of_answers(rewards: np.ndarray, average: str) -> np.ndarray:
-    """How much each of a group's chains counts in the answer term, (G,), mean 1.
+class Chains:
+    """What Markovian training samples and how it is judged: chains, by log p(answer | chain).
 
-    mean      1: the gradient of the mean of log p(answer | c), unbiased
-    softmax   by p(answer | c): the gradient of log mean p(answer | c) (2503.19618), in which a
-              chain that tells nothing does not teach the answerer to guess
+    The same members as grpo.Answers.
     """
-    if average == "mean":
-        return np.ones(len(rewards))
-    mass = np.exp(rewards - rewards.max())
-    return len(rewards) * mass / mass.sum()
-
-
-class Chains(Rollouts):
-    """GRPO's rollouts with chains as completions and log p(answer | chain) as reward."""
     many_lines = True       # a chain may have lines; EOS ends it
+    max_advantage = 5       # one chain at -40 nats shall not own its group
 
     def __init__(self, model: Llama, tokenizer: Tokenizer, problems: list[Problem], cfg: Config):
         check_extraction(problems, cfg.chain_extraction)
+        self.model, self.tokenizer, self.cfg = model, tokenizer, cfg
         self.questions = {p: encode_question(p, tokenizer, cfg.markovian) for p in problems}
+        self.prompts = [self.questions[p].prompt for p in problems]
         scored = [q.shown + q.header + q.answer for q in self.questions.values()]
         check_context(scored, cfg.chain_tokens, model)
-        super().__init__(model, tokenizer, problems, cfg)
+        # the answer term teaches the reader even where all chains of a group are worth the same
+        self.needs_variance = cfg.markovian_answer_weight == 0
         # two functions: a trace keeps the adapters as they were while it was made
         compiled = partial(mx.compile, inputs=[model.state])
-        self.actor = compiled(lambda arrays: answer_rewards(model, arrays))
-        self.frozen = compiled(lambda arrays: answer_rewards(model, arrays))
-
-    def encode(self, problem: Problem) -> list[int]:
-        return self.questions[problem].prompt
-
-    def is_live(self, group: Group) -> bool:
-        return self.cfg.markovian_answer_weight > 0 or super().is_live(group)
+        self.actor = compiled(partial(answer_rewards, model))
+        self.frozen = compiled(partial(answer_rewards, model))
 
     def judge(self, asked: list[Problem], done: list[Completion]) -> dict[str, np.ndarray]:
         """Rewards by the scorer; the other's beside them: the frozen judge cannot be bent."""
-        G, rewards = self.cfg.grpo_group_size, {"actor": [], "frozen": []}
-        rows = G * -(-self.P // (self.cfg.grpo_minibatches * self.cfg.grad_accum_steps))
+        cfg, rewards = self.cfg, {"actor": [], "frozen": []}
+        G = cfg.grpo_group_size
+        rows = G * -(-cfg.batch_size // G // cfg.grad_accum_steps)
         for i in range(0, len(done), rows):
             arrays = answer_arrays([self.questions[p] for p in asked[i:i + rows:G]],
                                    [c.ids for c in done[i:i + rows]], self.tokenizer)
-            rewards["actor"] += parallel.evaluate(self.actor, arrays)
+            rewards["actor"] += map_rows(self.actor, arrays, self.model.parts)
             with adapters_off(self.model):
-                rewards["frozen"] += parallel.evaluate(self.frozen, arrays)
+                rewards["frozen"] += map_rows(self.frozen, arrays, self.model.parts)
         judged = {name: np.concatenate(parts) for name, parts in rewards.items()}
-        return judged | {"reward": judged[self.cfg.markovian_scorer]}
+        return judged | {"reward": judged[cfg.markovian_scorer]}
 
     def summarize(self, judged: dict[str, np.ndarray], done: list[Completion]) -> dict:
-        return {name: value for judge in ("actor", "frozen") for name, value in
-                ((f"{judge}_reward", float(judged[judge].mean())),
-                 (f"{judge}_reward_p10", float(np.quantile(judged[judge], 0.1))))}
+        """What metrics.jsonl says of N judged chains; nats."""
+        summary = {}
+        for scorer in ("actor", "frozen"):
+            summary[f"{scorer}_reward"] = float(judged[scorer].mean())
+            summary[f"{scorer}_reward_p10"] = float(np.quantile(judged[scorer], 0.1))
+        return summary
 
-    def compare(self, drawn: list[tuple[Problem, list[int]]], done: list[Completion],
-                rewards: np.ndarray) -> list[Group]:
-        """GRPO's groups, their advantages bounded."""
-        return [replace(g, advantages=np.clip(g.advantages, -MAX_ADVANTAGE, MAX_ADVANTAGE))
-                for g in super().compare(drawn, done, rewards)]
+    def arrays(self, groups: list[Group], row_weights: mx.array, step: int) -> dict[str, mx.array]:
+        """For the answer term of N chains: their scoring rows, and what each counts.
 
-    def make_arrays(self, groups: list[Group], filler: Group, n_groups: int, update_tokens: int,
-                    stale: bool) -> dict[str, mx.array]:
-        """GRPO's micro-batch, and for the answer term its scoring rows and what each counts."""
-        cfg = self.cfg
-        arrays = super().make_arrays(groups, filler, n_groups, update_tokens, stale)
-        if weight := cfg.markovian_answer_weight:
-            if cfg.markovian_ramp_steps:
-                weight *= min(1.0, self.step / cfg.markovian_ramp_steps)
-            filled = groups + [filler] * (n_groups - len(groups))
-            counts = np.concatenate([share_of_answers(g.rewards, cfg.markovian_average) / g.spread
-                                     for g in filled]).astype(np.float32)
-            arrays |= answer_arrays([self.questions[g.problem] for g in filled],
-                                    [c.ids for g in filled for c in g.completions], self.tokenizer)
-            # a chain token's weight in the policy term, so that w = 1 is the gradient of E[r]
-            # (a frozen scorer's has no second half, and config.py refuses one);
-            # 0 for the rows that only fill up
-            arrays["answer_weights"] = weight * mx.array(counts) * arrays["weights"][:, 0]
+        row_weights  (N,): a chain token's weight in the policy term, 0 for rows that only fill up
+        """
+        weight = self.cfg.markovian_answer_weight
+        if not weight:
+            return {}
+        if self.cfg.markovian_ramp_steps:
+            weight *= min(1.0, step / self.cfg.markovian_ramp_steps)
+        # divided as the advantages are, so that w = 1 is the gradient of E[r] (a frozen scorer's
+        # has no second half, and config.py refuses one)
+        counts = np.repeat([1 / g.divisor for g in groups], self.cfg.grpo_group_size)
+        arrays = answer_arrays([self.questions[g.problem] for g in groups],
+                               [c.ids for g in groups for c in g.completions], self.tokenizer)
+        arrays["answer_weights"] = weight * mx.array(counts.astype(np.float32)) * row_weights
         return arrays
 
 
@@ -277,19 +261,3 @@ def evaluate_chains(model: Llama, tokenizer: Tokenizer, problems: list[Problem],
     with adapters_off(model):
         answer("_frozen", chains)
     return rows
-
-
-def summarize_chains(rows: list[dict]) -> dict:
-    """Wilson intervals of the accuracies and the invalid share; bootstrap means of the rewards."""
-    def share(key: str) -> dict:
-        found = [row[key] for row in rows if row[key] is not None]
-        return wilson(sum(found), len(found))
-    graded = ("correct", "correct_frozen", "correct_empty", "correct_shuffled", "invalid",
-              "chain_finished")
-    scored = ("reward", "reward_frozen", "reward_empty", "reward_shuffled", "chain_tokens")
-    summary = {key: share(key) for key in graded}
-    summary |= {key: bootstrap_mean([row[key] for row in rows]) for key in scored}
-    if rows[0]["correct"] is not None:
-        summary["own_against_shuffled"] = mcnemar([row["correct"] for row in rows],
-                                                  [row["correct_shuffled"] for row in rows])
-    return summary

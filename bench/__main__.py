@@ -25,15 +25,17 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import blas
+import engine.blas
+from clean import provenance
 
 from bench import fullsize
 from bench.limit import limit_seconds, measure_machine, minimal_flops, parameters
 from bench.ours import ROOT, llama_config, own_command, run_other, time_here, write_random_model
-from clean import provenance
-from config import BadInput, Config, run_main, write_text
+from config import Config, run_main
 from eval import class_block
-from hub import find_folder, read_json
+from files.disk import read_json, write_text
+from files.keys import BadInput
+from files.model_folder import find_folder
 from model import Llama, ModelArgs, parse_args
 
 ROUNDS, LENS_PEER_BATCH = 3, 64     # the peers' lens is fastest at 64 prompts
@@ -89,7 +91,7 @@ class Peer:
     """Another way to do a work: the packages it needs, its command behind the Python."""
     packages: tuple[str, ...]
     command: list
-    env: dict = field(default_factory=lambda: {"NANOLENS_BLAS": blas.LOADED or "none"})
+    env: dict = field(default_factory=lambda: {"NANOLENS_BLAS": engine.blas.LOADED or "none"})
     once: bool = False      # too slow for more than one call in one round
 
 
@@ -121,7 +123,7 @@ def peers_of(work: str, folder: str, args: ModelArgs, sizes: dict, count: int) -
         return {}
     found = {PEFT: Peer((*hf, "peft"), [HF, "sft", folder, count, *n]),
              "mlx-lm": Peer(lm, [MLX_LM, "sft", folder, count, *n])}
-    if blas.LOADED and parameters(args) < 2e8:
+    if engine.blas.LOADED and parameters(args) < 2e8:
         found[AS_INSTALLED] = Peer(lm, [MLX_LM, "sft", folder, 1, *n], bundled, once=True)
         found[OWN_BUNDLED] = Peer((), own_command(work, folder, sizes, 1), bundled, once=True)
     return found

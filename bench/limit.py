@@ -8,12 +8,12 @@ import os
 import threading
 from dataclasses import dataclass
 
-import blas
+import engine.blas
 import mlx.core as mx
 import numpy as np
 
 from bench.peers.clock import clock
-from memory import matrix_shapes
+from engine.memory import matrix_shapes
 from model import ModelArgs
 
 RANK = 16   # of the adapters, ours and the peers'
@@ -175,7 +175,7 @@ def measure_machine(D: int, F: int) -> dict:
     mx.eval(x, w)
     product = min(clock(lambda: mx.eval(x @ w.T), 20))
     size, parts = 2 ** 28, os.cpu_count()
-    if blas.CPU_WHEEL:
+    if engine.blas.CPU_WHEEL:
         source, target = np.ones(size, np.uint8), np.zeros(size, np.uint8)
         cuts = [slice(i * size // parts, (i + 1) * size // parts) for i in range(parts)]
 

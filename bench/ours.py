@@ -11,22 +11,25 @@ import statistics
 import subprocess
 from pathlib import Path
 
-import blas  # noqa: F401  (before mlx)
+import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-import memory
 from bench.limit import RANK
 from bench.peers.clock import clock, random_prompts
-from config import BadInput, Config, load_overrides, write_bytes, write_text
+from config import Config, load_overrides
 from data import Batches, Problem, Row
+from engine import memory
 from eval import class_block
+from files.disk import write_bytes, write_text
+from files.keys import BadInput
+from files.model_folder import save_safetensors
 from generate import sample
 from grpo import Rollouts
 from lens import read_prompts
-from model import Llama, load, parse_args, save_safetensors
+from model import Llama, load, parse_args
 from train import compile_step, make_loss, next_updates, prepare_model, take_updates
 
 ROOT = Path(__file__).parent.parent
@@ -166,7 +169,7 @@ def own_command(work: str, folder: str | Path, sizes: dict, count: int,
 
 def run_other(command: list, **env) -> str:
     """Run a command in the project's folder; its standard output, BadInput where it fails."""
-    # without the order of operations that blas.py has set for this process: peers have their own
+    # without the order of operations that engine.blas.py has set for this process: peers have their own
     own = {k: v for k, v in os.environ.items() if k != "MLX_BFS_MAX_WIDTH"}
     done = subprocess.run([*map(str, command)], cwd=ROOT, env=own | env, capture_output=True,
                           text=True)

@@ -20,13 +20,15 @@ self_instruct writes training data.
 import argparse
 from pathlib import Path
 
-from config import BadInput, Stopped, read_json_lines, run_main
+from config import run_main
+from files.disk import read_json_lines
+from files.keys import BadInput, Stopped
+from files.provenance import read_report
 from gate.evaluate import run_gate
 from gate.judge import LEAST_KAPPA, LEAST_LABELS, LEAST_LOW
 from gate.settings import GateConfig
 from gate.verdict import compare, number
-from provenance import read_report
-from stats import percent
+from report.stats import percent
 
 
 def print_gate(report: dict) -> None:

@@ -23,7 +23,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from data import ONES, TENS
+from files.wordings import ONES, TENS
 
 PASS = "pass"
 

@@ -12,15 +12,15 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-import blas  # noqa: F401  (before mlx)
+import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
 import sentencepiece
 import tokenizers
 
-from config import BadInput
+from files.keys import BadInput
+from files.model_folder import root_model
 from generate import sample
-from lora import root_model
 from losses import token_logprobs
 from model import Llama
 from tokenizer import Tokenizer

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from config import BadInput, append_text, json_lines, read_json_lines, write_text
+from files.disk import append_text, json_lines, read_json_lines, write_text
+from files.keys import BadInput
+from files.provenance import hash_model, provenance
 from gate import judge
 from gate.clean import check_base
 from gate.conversations import Conversation, read_benchmark
@@ -19,7 +21,6 @@ from gate.replies import answer_all, read_replies, score, summarize_scores, tran
 from gate.settings import ROLES, GateConfig, load_gate
 from gate.verdict import comparisons, decide, length_warnings
 from lora import load_base, load_checkpoint
-from provenance import hash_model, provenance
 
 # what replies depend on: other values of these are another evaluation
 GENERATION = ("limit", "max_reply_tokens", "history", "dtype", "bits", "bits_group_size")

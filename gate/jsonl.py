@@ -8,7 +8,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from config import BadInput, append_text, json_lines, read_json_lines, write_text
+from files.disk import append_text, json_lines, read_json_lines, write_text
+from files.keys import BadInput
 
 
 def read_text(path: str | Path, expected: str) -> str:

@@ -23,11 +23,13 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-import blas  # noqa: F401  (before mlx)
+import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
 
-from config import BadInput, json_lines, run_main, write_text
+from config import run_main
+from files.disk import json_lines, write_text
+from files.keys import BadInput
 from gate.conversations import Conversation
 from gate.jsonl import read_text
 from lens import pad_prompts

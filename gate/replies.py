@@ -15,14 +15,15 @@ prior work's score was "between 5 and 500 characters" (here `length`, kept to sh
 import statistics
 from pathlib import Path
 
-from config import BadInput
+from files.chat import STOPS
+from files.keys import BadInput
 from gate.checks import check_turn, normalise
 from gate.conversations import Conversation
 from gate.jsonl import append_rows, read_parts
 from generate import sample
 from model import Llama
 from report.stats import auc, wilson
-from tokenizer import STOPS, Tokenizer
+from tokenizer import Tokenizer
 
 SCORERS = ("checks", "judge", "exact", "length")
 PART = 32       # conversations answered at once and written together

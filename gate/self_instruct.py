@@ -32,19 +32,21 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import blas  # noqa: F401  (before mlx)
+import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
 
-from config import BadInput, json_lines, read_keys, run_main, write_text
+from config import run_main
 from data import stable_hash
+from files.disk import json_lines, write_text
+from files.keys import BadInput, read_keys
+from files.provenance import hash_file, hash_model, provenance
 from gate.clean import check_base
 from gate.jsonl import append_rows, begin_folder, read_parts, read_rows
 from gate.judge import MIN_MASS, letter_margins
 from generate import sample
 from lora import load_base
 from model import Llama
-from provenance import hash_file, hash_model, provenance
 from tokenizer import Tokenizer
 
 PART = 16       # rows that are generated and written together

@@ -6,9 +6,11 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import BITS, GROUP_SIZES, BadInput, read_keys
+from config import BITS
+from engine.quant import GROUP_SIZES
+from files.chat import TEMPLATES
+from files.keys import BadInput, read_keys
 from gate.replies import SCORERS
-from tokenizer import TEMPLATES
 
 ROLES = ("base", "instruct", "alternative")
 

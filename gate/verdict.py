@@ -7,10 +7,10 @@ undecided, or too little is there to say.
 import itertools
 from operator import ge, gt, le, lt
 
-import stats
-from config import BadInput
+from files.keys import BadInput
 from gate.replies import SUSPICIOUS, reply_length
 from gate.settings import ROLES, GateConfig
+from report import stats
 
 MARGIN = 0.10   # how far beyond its threshold a rate's Wilson interval may reach
 # the rules that refute a gap; the others say that too little is known

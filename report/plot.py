@@ -11,7 +11,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from config import write_bytes
+from files.disk import write_bytes
 from report.stats import mean_interval
 
 
@@ -198,3 +198,12 @@ def band_panels(panels: dict[str, dict[str, tuple]], path: str | Path, size: tup
     if title:
         figure.suptitle(f"{title}; band: 95 % interval across seeds")
     save_figure(figure, path)
+
+
+def plot_run(records: list[dict], folder: Path, title: str) -> list[str]:
+    """A finished run's pictures from metrics.jsonl; returns their names."""
+    emergence(records, folder / "emergence.png", title)
+    if not any("reward" in record for record in records):
+        return ["emergence.png"]
+    rollout_curves(records, folder / "curves.png", title.partition(", ")[2])
+    return ["emergence.png", "curves.png"]

@@ -75,6 +75,7 @@ def report_text(report: dict) -> str:
     lines = [f"\n{report['ckpt']} ({report['method']}, seed {report['seed']}); "
              "test pairs never seen in training; 95 % Wilson intervals"]
     lines += chain_lines(report) if "chains" in report else accuracy_lines(report)
+    lines += target_lines(report)
     lines.append("\n  block   answer                  operation word          "
                  "symbol                  entropy    (mean probability, median rank)")
     for layer in reversed(report["layers"]):
@@ -83,6 +84,21 @@ def report_text(report: dict) -> str:
         output = "   (the output itself)" if layer["last"] else ""
         lines.append(f"  L{layer['layer']:<6} {cells}{layer['entropy']:.2f}{output}")
     return "\n".join(lines)
+
+
+def target_lines(report: dict) -> list[str]:
+    """Which tokens the series are, and where the answer's is only its first."""
+    targets = report["targets"].values()
+    named = {"operation word": [f"{t['word_piece']} ({t['word']})" for t in targets],
+             "symbol": [f"{t['symbol_piece']} ({t['symbol']})" for t in targets],
+             "class loss": [f"{operation} {t['piece']} ({t['id']})"
+                            for operation, t in report["class_targets"].items()]}
+    notes = [f"{label + ':':<16}{', '.join(tokens)}" for label, tokens in named.items() if tokens]
+    counted = report["one_token_answers"]
+    if counted["value"] != 1:
+        notes.append(f"{'answer:':<16}its first token; {100 * counted['value']:.1f} % of the "
+                     "test answers are one token, and emerged is said of those alone")
+    return ["\n  tokens read as  " + "\n                  ".join(notes)] if notes else []
 
 
 def columns_of(report: dict) -> tuple[str, list[dict]]:
@@ -105,8 +121,11 @@ def accuracy_lines(report: dict) -> list[str]:
     keys |= {f"  the prior work's {name} prompts": ("accuracy_named", name)
              for name in report["accuracy_named"]}
     keys[f"operation word top-1 at L{report['class']['layer']}"] = ("class", "top1")
+    keys["answers of one token"] = ("one_token_answers",)
     keys |= {f"{name} emerged (> {EMERGED})": ("strength", name, "emerged")
              for name in report["strength"]}
+    if any(r["one_token_answers"]["value"] != 1 for r in reports):
+        keys["first token emerged, all answers"] = ("strength", "answer", "first_token", "emerged")
     lines = [head]
     for label, path in keys.items():
         cells = reports
@@ -183,6 +202,7 @@ def lens_table(view: dict, color: bool, width: int = 12) -> str:
     for word, series in view["words"].items():
         steps = "  ".join(f"{name} {p:.2f} (#{r})" for name, p, r in
                           zip(view["taps"], series["prob"], series["rank"]))
-        lines.append(f"{word!r} at the last position, probability (rank): {steps}; "
+        lines.append(f"{word!r}, token {series['piece']} ({series['id']}), at the last position, "
+                     f"probability (rank): {steps}; "
                      f"onset {series['onset'] or 'none'}, peak {series['peak']}")
     return "\n".join(lines)

@@ -20,11 +20,13 @@ from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 
-import blas  # noqa: F401  (before mlx)
+import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
-
 from clean import provenance
-from config import BadInput, load_overrides, run_main, write_text
+
+from config import load_overrides, run_main
+from files.disk import write_text
+from files.keys import BadInput
 from lora import load_base, load_checkpoint
 from study.findings import write_study
 from study.measure import measure, trajectory

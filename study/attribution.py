@@ -8,11 +8,12 @@ happen without them.
 """
 import argparse
 
-import blas  # noqa: F401  (before mlx)
+import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
 
-from config import BadInput, run_main
+from config import run_main
+from files.keys import BadInput
 from generate import check_context
 from lens import pad_prompts
 from lora import load_checkpoint

@@ -7,7 +7,7 @@ import platform
 import statistics
 from pathlib import Path
 
-from config import write_text
+from files.disk import write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
 CHAINS_HEADING = "# Results: Markovian training"    # where RESULTS.md's second part begins

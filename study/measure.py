@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from config import Config, read_json_lines
+from config import Config
 from data import Problem, held_out, matched_problems
 from eval import class_block, class_ids, measure_accuracy, series_ids, target_ids
+from files.disk import read_json_lines
 from lens import read_prompts
 from model import Llama
 from report.stats import EMERGED, auc_within, depth

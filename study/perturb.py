@@ -22,11 +22,13 @@ import random
 import string
 from pathlib import Path
 
-import blas  # noqa: F401  (before mlx)
+import engine.blas  # noqa: F401  (before mlx)
 import numpy as np
 
-from config import BadInput, Config, run_main, write_text
+from config import Config, run_main
 from data import Problem, evenly, load_split
+from files.disk import write_text
+from files.keys import BadInput
 from lora import adapters_off, load_checkpoint
 from markovian import Question, encode_question, greedy_answers, greedy_chains, score_chains
 from model import Llama

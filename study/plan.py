@@ -8,7 +8,8 @@ from pathlib import Path
 
 import yaml
 
-from config import BadInput, load_overrides
+from config import load_overrides
+from files.keys import BadInput
 
 GIVEN_TO_STUDY = ("seeds", "sweep_seeds", "run_dir")    # words that are not config keys of runs
 

@@ -30,14 +30,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import blas  # noqa: F401  (before mlx)
+import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
 from scipy.optimize import minimize
 
-from config import BadInput, Config, load_config, load_overrides, run_main, write_text
-from data import Problem, make_problem, phrases_of, read_jsonl, split_of
+from config import Config, load_config, load_overrides, run_main
+from data import Problem, make_problem, read_problems, split_of
 from eval import target_ids
+from files.disk import write_text
+from files.keys import BadInput
+from files.wordings import phrases_of
 from lens import ROWS_PER_BATCH, Reading, pad_prompts, read_prompts, taps_at
 from lora import load_checkpoint
 from model import Edit, Llama, gather_positions
@@ -309,7 +312,7 @@ def jacobian_taps(model: Llama, tokenizer: Tokenizer, test: Matched, neutral: Ma
     Wide models: one backward pass a word instead of one a feature, which ranks the words among
     themselves (aligned) and leaves rank and probability in the vocabulary open (None).
     """
-    text = read_jsonl(CORPUS)
+    text = read_problems(CORPUS)
     corpus = [tokenizer.encode_pair(p.prompt, p.answer)[0] for p in text]
     D = model.args.hidden_size
     if D <= LARGEST_FULL_JACOBIAN:

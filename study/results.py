@@ -14,7 +14,9 @@ import sys
 import time
 from pathlib import Path
 
-from config import BadInput, read_json_lines, run_main, write_text
+from config import run_main
+from files.disk import read_json_lines, write_text
+from files.keys import BadInput
 from report.plot import collapse_curves
 from report.stats import interval_text, mcnemar, wilson
 from study.document import CHAINS_HEADING, cores_text, fill, seeds_text, table, write_results

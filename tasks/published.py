@@ -28,10 +28,10 @@ import huggingface_hub
 import pyarrow
 from pyarrow import parquet
 
-from config import BadInput
 from data import Problem, stable_hash
 from files.answers import parse_number
-from hub import one_line
+from files.disk import one_line
+from files.keys import BadInput
 from tokenizer import Tokenizer
 
 HIDDEN = "<redacted>"

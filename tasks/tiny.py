@@ -10,18 +10,9 @@ from pathlib import Path
 
 import sentencepiece
 
-from config import write_bytes
-from data import (
-    ONES,
-    PHRASES,
-    SYMBOLS,
-    TENS,
-    Problem,
-    make_problem,
-    number_words,
-    operand_pairs,
-    split_of,
-)
+from data import Problem, make_problem, operand_pairs, split_of
+from files.disk import write_bytes
+from files.wordings import ONES, PHRASES, SYMBOLS, TENS, number_words
 
 
 def sample_tiny(count: int, seed: int) -> list[Problem]:

@@ -15,7 +15,7 @@ os.environ["MLX_ENABLE_TF32"] = "0"
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import blas  # noqa: E402, F401, I001  (before mlx)
+import engine.blas  # noqa: E402, F401, I001  (before mlx)
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 import numpy as np  # noqa: E402
@@ -76,9 +76,9 @@ def assert_one_clear_line(done, *words):
 @pytest.fixture(autouse=True)
 def parts_as_before(monkeypatch):
     """A quantised or fully trained model keeps its process' batches whole; not the next test's."""
-    monkeypatch.setattr(blas, "PARTS", blas.PARTS)
-    if blas.ORDER in os.environ:
-        monkeypatch.setenv(blas.ORDER, os.environ[blas.ORDER])
+    monkeypatch.setattr(engine.blas, "PARTS", engine.blas.PARTS)
+    if engine.blas.ORDER in os.environ:
+        monkeypatch.setenv(engine.blas.ORDER, os.environ[engine.blas.ORDER])
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,7 @@ from safetensors import deserialize, safe_open
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from config import BadInput  # noqa: E402
+from files.keys import BadInput  # noqa: E402
 from lora import load_checkpoint  # noqa: E402
 from tasks.__main__ import write_task  # noqa: E402
 

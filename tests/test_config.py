@@ -5,7 +5,8 @@ import re
 import pytest
 from conftest import ROOT, assert_one_clear_line, run
 
-from config import BadInput, Config, dump, load_config, parse_value, resolved
+from config import Config, dump, load_config, resolved
+from files.keys import BadInput, parse_value
 
 
 @pytest.fixture

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 from conftest import TINY, config, small_config, write_model
 
-from config import BadInput, load_config
+from config import load_config
 from data import (
     NAMED_PROMPTS,
-    SYMBOLS,
     Batches,
     Row,
     compute,
@@ -26,14 +25,14 @@ from data import (
     load_split,
     make_batch,
     make_problem,
-    number_words,
     operand_pairs,
-    phrases_of,
     sample_train,
     split_of,
     tokenize,
 )
 from eval import make_report
+from files.keys import BadInput
+from files.wordings import SYMBOLS, number_words, phrases_of
 from grpo import Rollouts
 from tasks.tiny import sample_tiny
 from tokenizer import load_tokenizer

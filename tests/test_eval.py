@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from conftest import TINY, assert_one_clear_line, config, random_model, run, small_config
 
-from config import BadInput
 from data import Problem, held_out, make_problem, named_problems
 from eval import class_block, class_ids, evaluate, make_report, measure_accuracy, target_ids
+from files.keys import BadInput
 from lens import Reading
 from report.stats import wilson
 from report.summary import summarize_classifier

@@ -25,7 +25,7 @@ from conftest import (
 import eval as eval_script
 import generate as generate_script
 import lens as lens_script
-from config import BadInput
+from files.keys import BadInput
 from lora import (
     adapter_arrays,
     export,

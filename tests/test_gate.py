@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY, assert_one_clear_line, run, small_config, write_model
 
-from config import BadInput, Config, Stopped, load_config
+from config import Config, load_config
 from data import held_out
+from files.keys import BadInput, Stopped
+from files.provenance import hash_model
 from gate import replies as replying
 from gate.__main__ import compare_folders, main, print_gate
 from gate.conversations import Conversation, Turn, write_benchmark
@@ -16,7 +18,6 @@ from gate.evaluate import run_gate
 from gate.settings import GateConfig, load_gate
 from gate.verdict import agreement_of, decide, length_warnings, paired
 from generate import Completion
-from provenance import hash_model
 from train import train
 
 OPEN = {"base_at_most": 1, "instruct_at_least": 0, "h_at_least": 0}     # only the test decides

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from data import number_words
+from files.wordings import number_words
 from gate.checks import CHECKS, check_turn, mistake_in, normalise
 
 MEAT = {"type": "forbid", "lexicon": ["chicken", "ham", "anchovy", "egg", "milk"],

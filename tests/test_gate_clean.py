@@ -6,7 +6,9 @@ import tokenizers
 from conftest import GOLDEN, lora_model, small_model
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from config import BadInput, Config, dump, write_text
+from config import Config, dump
+from files.disk import write_text
+from files.keys import BadInput
 from gate.clean import (
     INJECTION,
     SENTINELS,

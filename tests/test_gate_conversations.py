@@ -11,8 +11,8 @@ import time
 import pytest
 from conftest import ROOT, assert_one_clear_line, run
 
-from config import BadInput
 from data import split_of
+from files.keys import BadInput
 from gate.checks import find, normalise
 from gate.conversations import (
     KINDS,

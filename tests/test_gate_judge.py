@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, small_model
 
-from config import BadInput
+from files.keys import BadInput
 from gate import judge as judging
 from gate.conversations import Conversation, Turn
 from gate.judge import (

@@ -22,9 +22,12 @@ from conftest import (
     write_model,
 )
 
-import memory
-from config import BadInput, Config, load_config
 from bench.fullsize import SHAPES
+from config import Config, load_config
+from data import load_split
+from engine import memory
+from files.keys import BadInput
+from files.provenance import hash_file
 from gate import self_instruct
 from gate.jsonl import append_rows
 from gate.self_instruct import (
@@ -51,8 +54,6 @@ from gate.self_instruct import (
 )
 from generate import Completion
 from model import parse_args
-from provenance import hash_file
-from data import load_split
 from tokenizer import load_tokenizer
 
 SEEDS = read_seeds(self_instruct.SEEDS)

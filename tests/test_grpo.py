@@ -20,23 +20,23 @@ from conftest import (
 )
 from mlx.utils import tree_flatten
 
-from config import BadInput
 from data import make_problem, sample_train
+from engine.fuse import fused_for_decoding
+from files.keys import BadInput
+from files.run_folder import training_arrays
+from files.user_reward import load_reward
 from generate import Completion, sample
 from grpo import (
-    CollapseGuard,
     Rollouts,
     draw_problems,
     group_advantages,
-    load_reward,
-    repetition,
     reward_correct,
     score_completion,
     token_weights,
 )
-from lora import adapters_off, apply_lora, fused_for_decoding, load_base
+from guard import CollapseGuard, repetition
+from lora import adapters_off, apply_lora, load_base
 from losses import kl_estimates, policy_loss, token_entropy, token_logprobs
-from run_folder import state_arrays
 from train import compile_step, make_loss, take_step
 
 PROBLEMS = [make_problem("add", 3, 4), make_problem("multiply", 12, 11, "what is {a} times {b}"),

@@ -15,9 +15,10 @@ import mlx.core as mx
 import pytest
 from conftest import GOLDEN, assert_one_clear_line, run
 
-import hub
-from config import BadInput
-from hub import INDEX, find_folder, open_weights, read_index, read_json, weight_files
+from files import hub
+from files.disk import read_json
+from files.keys import BadInput
+from files.model_folder import INDEX, find_folder, open_weights, read_index, weight_files
 
 TOKEN = "hf_secret" + "0123456789" * 3
 OLD, NEW = "a" * 40, "b" * 40       # commits

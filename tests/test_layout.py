@@ -1,118 +1,179 @@
-"""The repository's own rules: who imports whom, what an import does, a README that stays true."""
+"""The house: who imports whom, how long a file may be, what an import does, a README that is true."""
 import ast
+import io
+import json
 import re
 import subprocess
 import sys
+import tokenize
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TINY, run
 
-FILES = sorted(p.name for p in ROOT.glob("*.py"))
-LEVELS = [("blas", "config", "answers"),
-          ("fastexp", "tokenizer", "hub", "distributed", "parallel"),
-          ("losses", "quant", "data"),
-          ("model", "checks"), ("lora", "tasks", "drafts"),
-          ("generate", "conversations"), ("lens", "grpo", "memory", "clean", "converse"),
-          ("markovian", "run_folder", "judge"), ("gate",),
-          ("eval",), ("train", "self_instruct"), ("fullsize",), ("bench",), ("growth",)]
+SPINE = ("model", "lens", "lora", "losses", "data", "grpo", "train")
+GROUND, WINGS = ("engine", "files", "report"), ("tasks", "study", "gate", "bench")
+FILES = sorted(str(p.relative_to(ROOT)) for folder in ("", *GROUND, *WINGS)
+               for p in (ROOT / folder).glob("**/*.py" if folder else "*.py"))
+SOURCES = {name: (ROOT / name).read_text() for name in FILES}
+TREES = {name: ast.parse(source) for name, source in SOURCES.items()}
+
+
+def lines_of(names):
+    return sum(len(SOURCES[name].splitlines()) for name in names)
+
+
+def file_of(module):
+    """The project's file that an import names, or None."""
+    path = module.replace(".", "/")
+    return next((n for n in (f"{path}.py", f"{path}/__init__.py", f"{path}/__main__.py")
+                 if n in SOURCES), None)
 
 
 def imports_of(name):
-    tree = ast.parse((ROOT / name).read_text())
-    modules = {n.module for n in tree.body if isinstance(n, ast.ImportFrom)}
-    modules |= {alias.name for n in tree.body if isinstance(n, ast.Import) for alias in n.names}
-    return {m.replace(".", "/") for m in modules} & {name[:-3] for name in [*FILES, *GATE]}
+    """The project's files that a file imports, at its top or in a function."""
+    found = set()
+    for node in ast.walk(TREES[name]):
+        modules = []
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            modules = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        found |= {file_of(module) for module in modules}
+    return found - {None, name} - {n for n in SOURCES if n.endswith("__init__.py")}
+
+
+def part_of(name):
+    return name.split("/")[0] if "/" in name else "root"
 
 
 def test_arrows_point_one_way():
-    level = {name: i for i, names in enumerate(LEVELS + GATE_LEVELS) for name in names}
-    assert {f"{name}.py" for name in level} == {*FILES, *GATE}
-    wrong = [(a, b) for a in level for b in imports_of(f"{a}.py") if level[b] >= level[a]]
+    """engine, files, report -> root -> tasks, study, gate, bench; a wing knows no other wing."""
+    wrong = []
+    for name in FILES:
+        for other in imports_of(name):
+            here, there = part_of(name), part_of(other)
+            allowed = (there in GROUND or other == "config.py") if here in GROUND else (
+                there in (*GROUND, "root") or here == there)
+            wrong += [] if allowed else [f"{name} -> {other}"]
     assert not wrong
 
 
-def test_a_wing_stands_alone():
-    """Training loads nothing of the gate, and the gate nothing of the studies or benchmarks."""
-    others = {"study", "findings", "results", "markovian_results", "probe", "perturb", "tasks",
-              "bench", "growth", "fullsize"}
-    assert not [(name, other) for name in GATE for other in imports_of(name) & others]
-    code = "import sys, train; sys.exit(any(m.split('.')[0] == 'gate' for m in sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+def test_no_cycles():
+    def visit(name, path):
+        assert name not in path, " -> ".join([*path, name])
+        if name not in done:
+            for other in imports_of(name):
+                visit(other, [*path, name])
+            done.add(name)
+
+    done = set()
+    for name in FILES:
+        visit(name, [])
 
 
-@pytest.mark.parametrize("name", [*FILES, *GATE])
+@pytest.mark.parametrize("name", FILES)
 def test_file_rules(name):
-    """An opening that teaches, no project import inside a function, `import blas` before mlx."""
-    source = (ROOT / name).read_text()
-    tree = ast.parse(source)
-    assert len((ast.get_docstring(tree) or "").split()) >= 12
-    inner = [n for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)
-             if isinstance(n, ast.Import | ast.ImportFrom)]
-    assert not inner
-    if name != "blas.py" and "import mlx" in source:
-        assert 0 < source.index("\nimport blas") < source.index("import mlx")
+    """An opening that teaches; a project import inside a function says why; BLAS before mlx."""
+    if name.endswith("__init__.py") and not SOURCES[name].strip():
+        return
+    assert len((ast.get_docstring(TREES[name]) or "").split()) >= 12
+    lines = SOURCES[name].splitlines()
+    inner = {node.lineno for f in ast.walk(TREES[name]) if isinstance(f, ast.FunctionDef)
+             for node in ast.walk(f) if isinstance(node, ast.Import | ast.ImportFrom)}
+    silent = [n for n in inner if "#" not in lines[n - 1] + lines[n - 2] and n - 1 not in inner]
+    assert not silent, f"imports in functions without a reason, lines {silent}"
+    long = [f"{f.name} ({f.end_lineno - f.lineno + 1})" for f in ast.walk(TREES[name])
+            if isinstance(f, ast.FunctionDef) and f.end_lineno - f.lineno >= 65]
+    assert not long, f"functions of more than 65 lines: {long}"
 
 
-def test_report_is_ground_and_the_root_imports_no_study():
-    """report/ imports ground alone, study/ no other wing, and no file of the root study/."""
-    def top(path):
-        nodes = [n for n in ast.walk(ast.parse(path.read_text()))
-                 if isinstance(n, ast.Import | ast.ImportFrom)]
-        names = [alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names]
-        return {m.split(".")[0] for m in [*names, *(n.module for n in nodes
-                                                    if isinstance(n, ast.ImportFrom))]}
-    ours = {p.stem for p in ROOT.glob("*.py")} | {"engine", "files", "report", "study", "gate",
-                                                  "bench", "tasks"}
-    for path in (ROOT / "report").glob("*.py"):
-        assert top(path) & ours <= {"config", "engine", "files", "report"}, path
-        assert len(path.read_text().splitlines()) <= 400
-    for path in (ROOT / "study").glob("*.py"):
-        assert not top(path) & {"gate", "bench"}, path
-        assert len((ast.get_docstring(ast.parse(path.read_text())) or "").split()) >= 12, path
-    assert not [p for p in ROOT.glob("*.py") if "study" in top(p)]
+def comments_and_code(name):
+    """Comments, and lines of code without docstrings, comments and blanks."""
+    kinds = [t.type for t in tokenize.generate_tokens(io.StringIO(SOURCES[name]).readline)]
+    docs = sum(n.body[0].end_lineno - n.body[0].lineno + 1 for n in ast.walk(TREES[name])
+               if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)
+               and ast.get_docstring(n))
+    code = sum(bool(line.strip()) and not line.strip().startswith("#")
+               for line in SOURCES[name].splitlines())
+    return kinds.count(tokenize.COMMENT), code - docs
+
+
+def house():
+    """What the caps below are about, printed by `python tests/test_layout.py`."""
+    root, spine = [n for n in FILES if "/" not in n], [f"{n}.py" for n in SPINE]
+    nodes = [node for name in spine for node in ast.walk(TREES[name])]
+    calls = [n for n in nodes if isinstance(n, ast.Call)]
+    comments, code = map(sum, zip(*map(comments_and_code, spine)))
+    config = next(n for n in TREES["config.py"].body
+                  if isinstance(n, ast.ClassDef) and n.name == "Config")
+    return {
+        "lines of the spine": (lines_of(spine), 1600),
+        "lines of its longest file": (max(lines_of([n]) for n in spine), 400),
+        "modules in the root": (len(root), 13), "lines in the root": (lines_of(root), 2600),
+        "lines of all Python without tests": (lines_of(FILES), 12000),
+        "lambdas in the spine": (sum(isinstance(n, ast.Lambda) for n in nodes), 10),
+        "walrus inside calls": (sum(isinstance(a, ast.NamedExpr) for c in calls
+                                    for a in c.args), 0),
+        "code lines for 20 comments, spine": (round(20 * code / comments), 100),
+        "config keys": (sum(isinstance(n, ast.AnnAssign) for n in config.body), 60),
+    }
+
+
+@pytest.mark.parametrize("what", house())
+def test_caps(what):
+    measured, cap = house()[what]
+    assert measured <= cap
+
+
+def test_every_key_is_used():
+    """Each config key is set by a shipped config or named in README or docs."""
+    texts = [p.read_text() for p in [*ROOT.glob("configs/*.yaml"), ROOT / "README.md",
+                                     *ROOT.glob("docs/*.md"), *ROOT.glob("study/*.yaml")]]
+    config = next(n for n in TREES["config.py"].body
+                  if isinstance(n, ast.ClassDef) and n.name == "Config")
+    keys = [n.target.id for n in config.body if isinstance(n, ast.AnnAssign)]
+    assert not [k for k in keys if not any(re.search(rf"\b{k}\b", text) for text in texts)]
+
+
+def test_what_a_training_run_loads(write_config):
+    """At most 18 of the project's files for an SFT run, and nothing of a wing."""
+    path, _ = write_config(method="sft", model=TINY, steps=1, eval_prompts=4, batch_size=4)
+    code = ("import sys, json, train, config\n"
+            f"sys.argv = ['train.py', {str(path)!r}]\n"
+            "try: config.run_main(train.main)\n"
+            "except SystemExit: pass\n"
+            "print(json.dumps([getattr(m, '__file__', None) or '' for m in "
+            "list(sys.modules.values())]))")
+    done = run("-c", code, check=0)
+    loaded = [f.removeprefix(f"{ROOT}/") for f in json.loads(done.stdout.splitlines()[-1])]
+    ours = sorted(name for name in loaded if name in SOURCES and not name.endswith("__init__.py"))
+    assert "model.py" in ours and not [n for n in ours if part_of(n) in WINGS]
+    assert len(ours) <= 18, ours
 
 
 def test_importing_has_no_effect():
     """No output, no seed, no file: all files imported in a process of their own."""
-    modules = [name[:-3] for name in FILES]
-    modules += [f"{p.parent.name}.{p.stem}" for folder in ("report", "study")
-                for p in (ROOT / folder).glob("*.py")]
+    modules = [name[:-3].replace("/", ".") for name in FILES
+               if not name.endswith(("__init__.py", "__main__.py")) and "peers" not in name]
     code = f"import {', '.join(modules)}"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout == ""
+    assert done.returncode == 0 and done.stdout == "", done.stderr
     assert all(line.startswith("note: ") for line in done.stderr.splitlines())
 
 
 def test_readme_line_counts_and_files():
     readme = (ROOT / "README.md").read_text()
     table = dict(re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", readme, re.M))
-    assert table.keys() == {*FILES, *GATE}
-    wrong = {n: len((ROOT / n).read_text().splitlines()) for n, lines in table.items()
-             if int(lines) != len((ROOT / n).read_text().splitlines())}
+    assert table.keys() == {name for name in FILES if "/" not in name}
+    wrong = {n: lines_of([n]) for n, lines in table.items() if int(lines) != lines_of([n])}
     assert not wrong, f"README's file table is out of date: {wrong}"
+    folders = dict(re.findall(r"^\| `(\w+)/` \| (\d+) \|", readme, re.M))
+    parts = {part: lines_of([n for n in FILES if part_of(n) == part]) for part in (*GROUND, *WINGS)}
+    assert {part: int(lines) for part, lines in folders.items()} == parts
     for config in re.findall(r"`(\w+\.yaml)`", readme):
-        assert (ROOT / "configs" / config).exists() or config == "config.yaml", config
+        assert (ROOT / "configs" / config).exists() or config in ("config.yaml", "plan.yaml"), config
 
 
-WINGS = ("tasks", "bench")
-
-
-def imported(path):
-    """The first names of all modules that a file imports, wherever in it."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            names.add(node.module.partition(".")[0])
-        elif isinstance(node, ast.Import):
-            names |= {alias.name.partition(".")[0] for alias in node.names}
-    return names
-
-
-def test_wings_are_imported_by_nobody_else():
-    """Training must run without them: what a wing makes goes through files."""
-    for name in FILES:
-        assert not imported(ROOT / name) & set(WINGS), name
-    for wing in WINGS:
-        for path in (ROOT / wing).rglob("*.py"):
-            assert not imported(path) & (set(WINGS) - {wing}), path
-            assert len((ast.get_docstring(ast.parse(path.read_text())) or "").split()) >= 12, path
+if __name__ == "__main__":
+    for what, (measured, cap) in house().items():
+        print(f"{what:<40}{measured:>8}  (at most {cap})")

@@ -18,7 +18,8 @@ from conftest import (
 
 import lens
 import model as model_file
-from lens import final_distribution, read_logits, read_prompts, read_taps, view_prompt
+from engine.recompute import read_logits
+from lens import final_distribution, read_prompts, read_taps, view_prompt
 from model import Llama, gather_positions, load
 from report.page import lens_page
 from report.terminal import lens_table

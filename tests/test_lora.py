@@ -8,7 +8,7 @@ import pytest
 from conftest import GOLDEN, adapted, config, small_model
 from mlx.utils import tree_flatten
 
-from config import BadInput
+from files.keys import BadInput
 from lora import LoRALinear, adapter_arrays, apply_lora, load_adapters, merge, save_adapters
 from model import load
 

@@ -24,7 +24,8 @@ from conftest import (
 )
 from mlx.utils import tree_flatten
 
-from config import BadInput, load_config
+from config import load_config
+from files.keys import BadInput
 from generate import Completion
 from lora import adapters_off
 from losses import token_logprobs
@@ -37,8 +38,8 @@ from markovian import (
     encode_question,
     evaluate_chains,
     share_of_answers,
-    summarize_chains,
 )
+from report.summary import summarize_chains
 from study.perturb import KINDS, perturb
 from tasks.__main__ import PUBLISHED_KEYS, write_task
 from tasks.published import make_question

@@ -19,11 +19,10 @@ from conftest import (
 )
 from mlx.utils import tree_flatten
 
-import memory
 import model as model_module
-import parallel
-from config import Config, load_config
 from bench.fullsize import SHAPES
+from config import Config, load_config
+from engine import memory, parallel
 from generate import choose, sample_batch
 from lens import read_prompts
 from lora import apply_lora

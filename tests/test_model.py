@@ -13,8 +13,8 @@ from conftest import FAMILIES, GOLDEN, lora_model, small_model
 from mlx.utils import tree_flatten
 
 import model as model_module
-from config import BadInput
-from hub import INDEX, read_safetensors
+from files.keys import BadInput
+from files.model_folder import INDEX, read_safetensors
 from losses import token_entropy, token_logprobs
 from model import gather_positions, load, parse_args, rope_periods
 

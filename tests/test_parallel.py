@@ -1,7 +1,7 @@
 """A batch cut in parts gives what the whole gives; BLAS has its cores back afterwards."""
 import ctypes
 
-import blas
+import engine.blas
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
@@ -9,32 +9,32 @@ import pytest
 from conftest import TINY, TINY_COT, config, lora_model, small_config, write_model
 from mlx.utils import tree_flatten
 
-import parallel
+from engine import parallel
+from engine.parallel import cut, side_by_side
 from generate import sample
 from lens import Reading, read_prompts
 from model import load
-from parallel import cut, side_by_side
 from tokenizer import load_tokenizer
 from train import compile_step, load_source, make_loss, next_updates, take_step
 
-OPENBLAS = ctypes.CDLL(blas.LOADED) if blas.LOADED else None
+OPENBLAS = ctypes.CDLL(engine.blas.LOADED) if engine.blas.LOADED else None
 
 
 @pytest.fixture
 def two_cores(monkeypatch):
     """As on a machine with two cores, whatever OPENBLAS_NUM_THREADS says to the tests."""
-    if not blas.CPU_WHEEL:
+    if not engine.blas.CPU_WHEEL:
         pytest.skip("cut on the Linux CPU alone")
-    before = blas.CORES
-    monkeypatch.setattr(blas, "CORES", 2)
-    monkeypatch.setattr(blas, "PARTS", 2)
+    before = engine.blas.CORES
+    monkeypatch.setattr(engine.blas, "CORES", 2)
+    monkeypatch.setattr(engine.blas, "PARTS", 2)
     yield
     if OPENBLAS:
         OPENBLAS.openblas_set_num_threads(before)
 
 
 def whole(monkeypatch):
-    monkeypatch.setattr(blas, "PARTS", 1)
+    monkeypatch.setattr(engine.blas, "PARTS", 1)
 
 
 def test_rows_are_cut_scalars_are_not(two_cores):
@@ -50,11 +50,11 @@ def test_rows_are_cut_scalars_are_not(two_cores):
 
 
 def test_more_cores_than_python_can_feed(two_cores, monkeypatch):
-    for cores in (2, blas.MOST):
-        monkeypatch.setattr(blas, "CORES", cores)
-        assert blas.count_parts() in (cores, 1)     # 1 with an OpenMP build
-    monkeypatch.setattr(blas, "CORES", blas.MOST + 1)
-    assert blas.count_parts() == 1
+    for cores in (2, engine.blas.MOST):
+        monkeypatch.setattr(engine.blas, "CORES", cores)
+        assert engine.blas.count_parts() in (cores, 1)     # 1 with an OpenMP build
+    monkeypatch.setattr(engine.blas, "CORES", engine.blas.MOST + 1)
+    assert engine.blas.count_parts() == 1
 
 
 def test_parts_have_streams_of_their_own(two_cores):
@@ -110,7 +110,7 @@ def test_a_step_of_parts_is_the_step(method, more, tokenizer, sums_data, two_cor
     source_folder = TINY_COT if method == "markovian" else TINY
     results = []
     for parts in (1, 2):
-        monkeypatch.setattr(blas, "PARTS", parts)
+        monkeypatch.setattr(engine.blas, "PARTS", parts)
         cfg, model = config(**keys), lora_model(source=source_folder)
         model.recompute = cfg.recompute
         source = load_source(cfg, model, tokenizer)

@@ -4,9 +4,10 @@ import shutil
 
 from conftest import TINY, lora_model
 
-from config import Config, dump, write_text
+from config import Config, dump
+from files.disk import write_text
+from files.provenance import hash_model, provenance
 from lora import save_adapters
-from provenance import hash_model, provenance
 
 
 def test_hashes_follow_the_files(tmp_path):

@@ -18,8 +18,12 @@ from conftest import (
 )
 from mlx.utils import tree_flatten
 
-import quant
-from config import BadInput, dump, write_text
+from config import dump
+from engine import quant
+from engine.quant import HalfEmbedding, HalfLinear, QuantizedLinear, is_quantized, unquantize
+from files.disk import write_text
+from files.keys import BadInput
+from files.model_folder import save_safetensors
 from lora import (
     adapter_arrays,
     apply_lora,
@@ -29,8 +33,7 @@ from lora import (
     merge,
     save_adapters,
 )
-from model import load, save_safetensors
-from quant import HalfEmbedding, HalfLinear, QuantizedLinear, is_quantized, unquantize
+from model import load
 
 mlx_lm = pytest.importorskip("mlx_lm.utils")
 TOKENS = mx.array([[1, 7, 20, 300, 5, 9, 11, 2]])

@@ -19,9 +19,10 @@ from kill_drill import METHODS, differences, run_killed, run_whole, tensors, wri
 
 import lora
 import model
-import run_folder
 import train as training
-from config import BadInput, Stopped, load_config
+from config import load_config
+from files import run_folder
+from files.keys import BadInput, Stopped
 from grpo import Rollouts
 from train import train
 

@@ -11,9 +11,9 @@ import pytest
 from conftest import ROOT, TINY_COT, assert_one_clear_line, config, run
 from pyarrow import parquet
 
-from config import BadInput
-from data import load_split, read_jsonl, side_of
+from data import load_split, read_problems, side_of
 from files.answers import extract, is_right
+from files.keys import BadInput
 from markovian import HEADER
 from tasks.__main__ import DEFAULTS, NAMES, make_split, parse, write_task
 from tasks.published import (
@@ -263,7 +263,7 @@ def test_the_bundled_models_texts_are_as_published(name, given, expected, tmp_pa
 
 def test_the_bundled_lines_are_its_text():
     """models/tiny/lines.jsonl, over which the Jacobian lens averages."""
-    lines = read_jsonl(ROOT / "models" / "tiny" / "lines.jsonl")
+    lines = read_problems(ROOT / "models" / "tiny" / "lines.jsonl")
     assert [(p.prompt, p.answer) for p in lines] == [
         (p.prompt, p.answer) for p in sample_tiny(16, seed=1)]
 

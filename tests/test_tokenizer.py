@@ -13,8 +13,8 @@ import sentencepiece
 import tokenizers
 from conftest import GOLDEN, TINY, assert_one_clear_line, config, run, small_config, write_model
 
-from config import BadInput
 from data import Problem, encode_problem, make_batch
+from files.keys import BadInput
 from model import load
 from tokenizer import load_tokenizer
 

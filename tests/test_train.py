@@ -13,10 +13,11 @@ import pytest
 from conftest import ROOT, assert_one_clear_line, config, run, small_model
 from mlx.utils import tree_flatten
 
-import parallel
-from config import BadInput, Stopped, load_config
+from config import load_config
 from data import Batches, make_problem, sample_train, tokenize
+from engine import parallel
 from eval import measure_accuracy
+from files.keys import BadInput, Stopped
 from lora import load_checkpoint
 from model import load
 from tasks.__main__ import write_task

@@ -9,13 +9,12 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
-import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
 
 from config import BadInput, load_config
-from hub import find_folder, weight_files
-from lora import root_model
+from engine import blas
+from files.model_folder import find_folder, root_model, weight_files
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
                    "chat_template.jinja")
@@ -37,16 +36,21 @@ def hash_model(name: str) -> dict[str, str]:
         place = str(load_config(Path(place) / "config.yaml").model)
     folder = find_folder(place)
     weights += weight_files(folder)
-    digest = lambda paths: hashlib.sha256(repr(
-        [(p.name, hash_file(p)) for p in paths]).encode()).hexdigest()
+
+    def digest(paths):
+        return hashlib.sha256(repr([(p.name, hash_file(p)) for p in paths]).encode()).hexdigest()
+
     texts = [folder / file for file in TOKENIZER_FILES if (folder / file).exists()]
     return {"weights": digest(weights), "tokenizer": digest(texts)}
 
 
 def provenance() -> dict:
     """What produced a number: package versions, device, commit."""
-    root = str(Path(__file__).parent)
-    git = lambda *words: subprocess.run(["git", "-C", root, *words], capture_output=True, text=True)
+    root = str(Path(__file__).parent.parent)
+
+    def git(*words):
+        return subprocess.run(["git", "-C", root, *words], capture_output=True, text=True)
+
     commit, status = git("rev-parse", "HEAD"), git("status", "--porcelain")
     return {"mlx": version("mlx"), "numpy": np.__version__, "device": str(mx.default_device()),
             "blas": blas.LOADED or "bundled", "commit": commit.stdout.strip() or "unknown",

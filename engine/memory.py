@@ -1,6 +1,6 @@
 """What a run needs: an estimate before it starts, limits while it runs, the truth at its end.
 
-    peak = process + weights + trained (gradient, two Adam moments)
+    peak = process + weights + trained (gradient, Adam's state)
            + the largest of: a step, sampling its rollouts, an inspection on the way
 
 A step needs kept activations, by tokens of a micro-batch and blocks; one block's working set; and
@@ -17,26 +17,28 @@ import resource
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
-import blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-import parallel
 from config import ON_POLICY, BadInput, Config
-from generate import ROWS_PER_BATCH, TOKENS_PER_BATCH
-from hub import find_folder, read_json
-from lens import LOGITS_PER_CALL
-from lens import ROWS_PER_BATCH as LENS_ROWS
-from lora import root_model
-from model import DTYPES, Llama, ModelArgs, default_dtype, logit_rows, parse_args
-from quant import PIECE, settings_of, stored_settings
+from engine import blas, parallel
+from engine.recompute import logit_rows
+from files.model_folder import DTYPES, default_dtype, read_model_config
 
 GIB = 2 ** 30
-# arrays of the logits' size that are there at once. An exp written out is six of them (fastexp)
+# how much is done at once: generate.py's rows and KV cache, lens.py's rows and logits
+DECODED_ROWS, CACHED_TOKENS = 512, 2 ** 16      # that many tokens are 8 GiB of an 8B model's
+LENS_ROWS, LENS_PROMPTS = 128, 64      # LENS_PROMPTS: of those that an inspection reads
+# of so many logits a call of the head is made: fewer, and its matrix product runs slowly
+LOGITS_PER_CALL = 2 ** 24
+# arrays of the logits' size that are there at once. An exp written out is six of them (ops.exp)
 DRAWN = 9           # to draw a token: logits, shifted, exp, sum so far, ... (generate.choose)
 FINAL = 14          # two exps and what is between (lens.final_distribution)
+# pieces and products that wait in line where weights are packed (quant.PIECE)
+UNPACKED = 36 * 2 ** 21 * 4
 
 
 @dataclass
@@ -73,31 +75,27 @@ def available_gib() -> float:
 
 def weight_bytes(raw: dict, cfg: Config) -> int:
     """A model's weights once loaded as cfg says, from its config.json: nothing is allocated."""
+    args = SimpleNamespace(**read_model_config(raw, "config.json"))
     on_cpu = default_dtype() is not None
     own = DTYPES.get(raw.get("dtype") or raw.get("torch_dtype"), mx.bfloat16)
     kind = DTYPES[cfg.dtype] if cfg.dtype else default_dtype() or own
-    stored = stored_settings(raw, "config.json") if "quant_method" not in raw else None
-    total = 0
-    for path, layer in layers_of(Llama(parse_args(raw, "config.json"))):
-        is_linear = isinstance(layer, nn.Linear) and path != "lm_head"
-        is_table = path == "lm_head" or isinstance(layer, nn.Embedding)
-        size = sum(v.size for _, v in tree_flatten(layer.parameters()))
-        if (is_linear or (stored and is_table)) and (stored or cfg.bits):
-            bits, group = settings_of(path, stored or {"bits": cfg.bits,
-                                                       "group_size": cfg.bits_group_size})
-            total += size * bits // 8 + 2 * (size // group) * (4 if on_cpu else kind.size)
-        elif is_table and cfg.bits and on_cpu and not cfg.dtype:
-            total += size * own.size    # model.load keeps these as they come
-        else:
-            total += size * kind.size
-    return total
+    stored = raw.get("quantization") or raw.get("quantization_config") or {}
+    packed = stored if "bits" in stored else {"bits": cfg.bits, "group_size": 64}
+    D, L, shapes = args.hidden_size, args.num_hidden_layers, matrix_shapes(args)
+    linear = L * sum(i * o for i, o in shapes.values())
+    biases = L * (args.qkv_bias * sum(shapes[t][1] for t in "qkv") + args.o_bias * D
+                  + args.mlp_bias * sum(shapes[t][1] for t in ("gate", "up", "down")))
+    tables = (1 if args.tie_word_embeddings else 2) * args.vocab_size * D
+    total = (biases + L * 2 * D + D) * kind.size
+    if not packed["bits"]:
+        return total + (linear + tables) * kind.size
+    each = packed["bits"] / 8 + 2 * (4 if on_cpu else kind.size) / packed["group_size"]
+    # a checkpoint that is packed has packed tables; else those stay, on a CPU as they come
+    table = each if stored else own.size if on_cpu and not cfg.dtype else kind.size
+    return int(total + linear * each + tables * table)
 
 
-def layers_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    return tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
-
-
-def matrix_shapes(args: ModelArgs) -> dict[str, tuple[int, int]]:
+def matrix_shapes(args) -> dict[str, tuple[int, int]]:
     """A block's seven matrices: {"q": (in, out), ...}."""
     D, F = args.hidden_size, args.intermediate_size
     q, kv = args.num_attention_heads * args.head_dim, args.num_key_value_heads * args.head_dim
@@ -105,7 +103,7 @@ def matrix_shapes(args: ModelArgs) -> dict[str, tuple[int, int]]:
             "gate": (D, F), "up": (D, F), "down": (F, D)}
 
 
-def trained_numbers(args: ModelArgs, cfg: Config) -> int:
+def trained_numbers(args, cfg: Config) -> int:
     """How many weights the optimizer moves."""
     D, L, shapes = args.hidden_size, args.num_hidden_layers, matrix_shapes(args)
     if not cfg.full:
@@ -114,7 +112,7 @@ def trained_numbers(args: ModelArgs, cfg: Config) -> int:
     return L * (sum(a * b for a, b in shapes.values()) + 2 * D) + tables * args.vocab_size * D + D
 
 
-def per_token(args: ModelArgs, cfg: Config, length: int) -> tuple[int, int, int]:
+def per_token(args, cfg: Config, length: int) -> tuple[int, int, int]:
     """Numbers that a block's backward pass reads for one token: (attention, softmax, mlp).
 
     The stream before and between its halves, both normed, q, k, v, what the heads say in two
@@ -126,7 +124,7 @@ def per_token(args: ModelArgs, cfg: Config, length: int) -> tuple[int, int, int]
             2 * F + F * (cfg.full or "down" in cfg.lora_targets))
 
 
-def decoding_bytes(args: ModelArgs, rows: int, cached: int, width: int, copies: int) -> int:
+def decoding_bytes(args, rows: int, cached: int, width: int, copies: int) -> int:
     """Keys and values of all `cached` tokens, one position's results of each row, its logits."""
     kv = args.num_key_value_heads * args.head_dim
     block = sum(per_token(args, Config(), cached // max(rows, 1))) + 4 * args.intermediate_size
@@ -134,7 +132,7 @@ def decoding_bytes(args: ModelArgs, rows: int, cached: int, width: int, copies: 
         copies * rows * args.vocab_size * 4)
 
 
-def inspection_bytes(args: ModelArgs, cfg: Config, load: Load, width: int = 4) -> int:
+def inspection_bytes(args, cfg: Config, load: Load, width: int = 4) -> int:
     """What train.inspect needs: validation prompts decoded greedily, then the lens at their ends.
 
     Both read all prompts of a batch in one pass without gradients: a block's results are there at
@@ -145,21 +143,21 @@ def inspection_bytes(args: ModelArgs, cfg: Config, load: Load, width: int = 4) -
     block = sum(per_token(args, Config(), T)) + 4 * args.intermediate_size
     decode = lens = 0
     if cfg.eval_every_steps:
-        rows = min(load.valid, cfg.eval_prompts, ROWS_PER_BATCH)
+        rows = min(load.valid, cfg.eval_prompts, DECODED_ROWS)
         limit = cfg.max_completion_tokens + (cfg.chain_tokens if cfg.method == "markovian" else 0)
         decode = max((L * 2 * kv + block) * rows * T * width,
                      decoding_bytes(args, rows, rows * (T + limit), width, copies=1))
     if cfg.lens_every_steps and cfg.method != "markovian":
-        rows = min(load.valid, cfg.lens_prompts, LENS_ROWS)
-        parts, at_tap = parallel.count(rows), rows * args.vocab_size
-        taps = min(L + 1, max(1, LOGITS_PER_CALL * parts // max(at_tap, 1)))
+        rows = min(load.valid, cfg.eval_prompts, LENS_PROMPTS)
+        at_tap = rows * args.vocab_size
+        taps = min(L + 1, max(1, LOGITS_PER_CALL * parallel.count() // max(at_tap, 1)))
         # the first logits beside the last tap's distribution, then each beside those before
         numbers = taps * at_tap + max(FINAL * at_tap, (taps <= L) * (taps + 1) * at_tap)
         lens = max(4 * numbers, rows * T * block * width)
     return max(decode, lens)
 
 
-def step_bytes(args: ModelArgs, cfg: Config, load: Load, width: int = 4) -> dict[str, int]:
+def step_bytes(args, cfg: Config, load: Load, width: int = 4) -> dict[str, int]:
     """What a step needs beside the weights, in bytes; width bytes a number.
 
     A block keeps what `per_token` lists. Its working set is once more that, with four gradients of
@@ -171,17 +169,15 @@ def step_bytes(args: ModelArgs, cfg: Config, load: Load, width: int = 4) -> dict
     if default_dtype():     # a GPU's own attention keeps none
         attention, softmax = attention + softmax, 0
     kept = {"none": attention + mlp, "mlp": attention, "block": D + 2 * kv}[cfg.recompute]
-    # sampling reads each adapted float32 matrix with its update added (lora.fused_for_decoding)
+    # sampling reads each adapted float32 matrix with its update added (engine.fuse)
     fused = 0 if cfg.full or cfg.bits or width < 4 or not load.cached else sum(
         a * b for a, b in map(matrix_shapes(args).get, cfg.lora_targets))
-    # pieces and products that wait in line (quant.PIECE)
-    unpacked = 36 * PIECE * 4 + 20 * load.tokens * F * width if cfg.bits and default_dtype() else 0
+    unpacked = UNPACKED + 20 * load.tokens * F * width if cfg.bits and default_dtype() else 0
     rows = load.logit_rows
     if not cfg.full:
         rows = min(rows, parallel.count() * logit_rows(args, cfg.recompute))
-        # the class's logits are all there; those of the entropy term are a second part
+        # the class's logits are all there
         rows += cfg.batch_size // cfg.grad_accum_steps if cfg.method == "dual_reward" else 0
-        rows *= 2 if cfg.grpo_entropy_weight else 1
     elif cfg.recompute != "none":
         rows = -(-rows // 2)    # their parts go back in any order
     block = load.tokens * width
@@ -203,7 +199,7 @@ def step_bytes(args: ModelArgs, cfg: Config, load: Load, width: int = 4) -> dict
     }
 
 
-def estimate(args: ModelArgs, cfg: Config, load: Load, weights: int) -> dict[str, float]:
+def estimate(args, cfg: Config, load: Load, weights: int) -> dict[str, float]:
     """The parts and the peak, in GiB. A step, sampling and an inspection never coexist."""
     width = 4 if default_dtype() else 2
     parts = step_bytes(args, cfg, load, width)
@@ -222,24 +218,7 @@ def process_bytes(passing: int) -> int:
     return int(0.15 * GIB) + passing // 8 if default_dtype() else 0
 
 
-def load_of(cfg: Config, source, n_valid: int = 0) -> Load:
-    """A micro-batch of a data.Batches, or of a grpo.Rollouts; n_valid problems to inspect."""
-    if cfg.method not in ON_POLICY:
-        rows, T = cfg.batch_size // cfg.grad_accum_steps, max(source.lengths)
-        return Load(rows * T, T, rows * source.A + (cfg.method == "dual_reward") * rows,
-                    prompt=max(row.P for row in source.rows), valid=n_valid)
-    # the source plans the step of all processes
-    groups = -(-source.P // (cfg.grpo_minibatches * source.cfg.grad_accum_steps))
-    T, rows = max(len(ids) for _, ids in source.problems), groups * cfg.grpo_group_size
-    # no completion's last token is read; a chain is, and a second time, by its scorer
-    tokens = groups * T + rows * (source.limit - 1)
-    tokens += (groups * T + rows * source.limit) * (cfg.method == "markovian")
-    return Load(tokens, T + source.limit, rows * source.limit,
-                min(min(cfg.batch_size, ROWS_PER_BATCH) * (T + source.limit), TOKENS_PER_BATCH),
-                repeated=rows * (T + source.limit - 1), prompt=T, valid=n_valid)
-
-
-def advice(args: ModelArgs, cfg: Config, load: Load, raw: dict, limit: float) -> str:
+def advice(args, cfg: Config, load: Load, raw: dict, limit: float) -> str:
     """What would make a run fit, each with the peak that it leads to."""
     def peak(changed: Config) -> float:
         share = cfg.grad_accum_steps / changed.grad_accum_steps
@@ -249,21 +228,21 @@ def advice(args: ModelArgs, cfg: Config, load: Load, raw: dict, limit: float) ->
 
     rows = cfg.batch_size
     if cfg.method in ON_POLICY:
-        rows //= cfg.grpo_group_size * cfg.grpo_minibatches
+        rows //= cfg.grpo_group_size
     plain = not (cfg.bits or cfg.full or cfg.from_scratch
                  or raw.get("quantization") or raw.get("quantization_config"))
     options = [("recompute=block", replace(cfg, recompute="block")),
                (f"grad_accum_steps={rows}", replace(cfg, grad_accum_steps=rows))]
-    few = {"eval_prompts": min(cfg.eval_prompts, 16), "lens_prompts": min(cfg.lens_prompts, 16)}
+    few = min(cfg.eval_prompts, 16)
     if load.valid:
-        options.append((" ".join(f"{key}={n}" for key, n in few.items()), replace(cfg, **few)))
+        options.append((f"eval_prompts={few}", replace(cfg, eval_prompts=few)))
     if cfg.full:
         if not cfg.from_scratch:
             options.append(("full=false (LoRA)", replace(cfg, full=False)))
     elif plain:
         options.append(("bits=4", replace(cfg, bits=4)))
     changed = [(name, peak(c)) for name, c in options if c != cfg]
-    all_of = replace(cfg, recompute="block", grad_accum_steps=rows, **few,
+    all_of = replace(cfg, recompute="block", grad_accum_steps=rows, eval_prompts=few,
                      full=cfg.full and cfg.from_scratch, bits=4 if plain else cfg.bits)
     changed.append(("all of them", peak(all_of)))
     text = ", ".join(f"{name}: {gib:.1f} GiB" for name, gib in changed)
@@ -286,13 +265,15 @@ def check_weights(cfg: Config, raw: dict) -> None:
                        f"there; try {smaller}")
 
 
-def prepare(cfg: Config, model: Llama, load: Load) -> dict[str, float]:
-    """Before step 1: the estimate of a loaded model's run, and MLX's limits. raises  BadInput"""
+def prepare(cfg: Config, model: nn.Module, raw: dict, load: Load) -> dict[str, float]:
+    """Before step 1: the estimate of a loaded model's run, and MLX's limits. raises  BadInput
+
+    raw   the model's config.json
+    """
     weights = sum(v.nbytes for _, v in tree_flatten(model.parameters()))
     found = estimate(model.args, cfg, load, weights)
     limit = cfg.memory_limit_gib or available_gib()
     if found["peak"] > limit:
-        raw = read_json(find_folder(root_model(cfg.model), weights=False) / "config.json")
         raise BadInput(f"{describe(found)} and {limit:.1f} are there; estimates with "
                        f"{advice(model.args, cfg, load, raw, limit)}")
     set_limits(cfg, found)
@@ -309,5 +290,3 @@ def set_limits(cfg: Config, found: dict[str, float]) -> None:
         mx.set_wired_limit(mx.device_info()["max_recommended_working_set_size"])
     if cfg.memory_limit_gib:
         mx.set_memory_limit(int(cfg.memory_limit_gib * GIB))
-    if cfg.cache_limit_gib is not None:
-        mx.set_cache_limit(int(cfg.cache_limit_gib * GIB))

@@ -14,18 +14,20 @@ be the float32 model that quantising was to avoid.
 """
 import functools
 
-import blas  # noqa: F401  (before mlx)
+import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import mlx.nn as nn
+from engine.blas import linux_cpu
 from mlx.utils import tree_flatten, tree_unflatten
 
-from config import BITS, GROUP_SIZES, BadInput
-from fastexp import linux_cpu
+from config import BITS, BadInput
+from files.model_folder import default_dtype
 
 FEW_ROWS = 2            # of x, for which the scalar loop is the faster one
 # weights that are unpacked together: 8 MiB of float32. MLX's CPU backend allocates for dozens of
 # operations ahead, so that much more is taken at a time (128 MiB pieces: 2 GiB)
 PIECE = 2 ** 21
+GROUP_SIZES = (32, 64, 128)    # what MLX's affine quantisation has
 
 
 @functools.cache
@@ -100,6 +102,15 @@ class QuantizedLinear(nn.Module):
         return make_unpack(self.bits, self.group_size)(
             self.weight[rows], self.scales[rows], self.biases[rows])
 
+    @property
+    def in_dims(self) -> int:
+        """I, which the packed weight's shape does not show."""
+        return self.scales.shape[1] * self.group_size
+
+    def dense(self) -> nn.Module:
+        """The plain layer of these weights."""
+        return plain_layer(self, self.unpacked().astype(self.dtype))
+
     def product(self, x: mx.array) -> mx.array:
         if linux_cpu() and x.size > FEW_ROWS * x.shape[-1]:
             return packed_product(x.astype(mx.float32), [self.weight, self.scales, self.biases],
@@ -154,7 +165,7 @@ def check_settings(bits: int, group_size: int, width: int, where: str) -> None:
     if width % group_size:
         fits = [str(g) for g in GROUP_SIZES if width % g == 0]
         raise BadInput(f"{where}: groups of {group_size} do not divide the input width {width}; "
-                       + (f"set bits_group_size to {' or '.join(fits)}" if fits else
+                       + (f"take groups of {' or '.join(fits)}" if fits else
                           "no group size does: train without bits"))
 
 
@@ -180,6 +191,41 @@ def settings_of(path: str, settings: dict) -> tuple[int, int]:
     own = settings.get(path)
     own = own if isinstance(own, dict) else settings
     return own.get("bits", settings["bits"]), own.get("group_size", settings["group_size"])
+
+
+def layer_maker(model: nn.Module, found: dict[str, mx.array], raw: dict, bits: int | None,
+                group_size: int, dtype: mx.Dtype | None, where: str):
+    """The function that packs layers while a checkpoint is read: (path, layer, own, cast) -> layer.
+
+    own, cast   the layer's tensors as they are stored, and in the type that is asked for
+    Layers that the checkpoint has packed already are put into the model, still empty, at once.
+    raises      BadInput
+    """
+    model.parts = 1     # each part of a batch would unpack all matrices again
+    kind = dtype or default_dtype()
+    stored = stored_settings(raw, f"{where}/config.json")
+    if stored and bits and (bits, group_size) != settings_of("", stored):
+        raise BadInput(f"bits = {bits} in groups of {group_size}: {where} is already quantised to "
+                       f"{stored['bits']} bits in groups of {stored['group_size']}; leave bits "
+                       "out, or load the unquantised model")
+    if stored:
+        make_room(model, found, stored, kind, f"{where}/config.json")
+    # where memory is scarce, a float32 model's tables stay in the 16 bits they come in
+    keep_half = dtype is None and kind == mx.float32
+
+    def make_layer(path, layer, own, cast):
+        is_half = own["weight"].dtype in (mx.bfloat16, mx.float16)
+        if bits and not stored and isinstance(layer, nn.Linear) and path != "lm_head":
+            check_settings(bits, group_size, own["weight"].shape[1], f"{where}: {path}")
+            return QuantizedLinear.pack(cast["weight"], cast.get("bias"), bits, group_size)
+        if keep_half and is_half and isinstance(layer, nn.Embedding):
+            return HalfEmbedding(own["weight"])
+        if keep_half and is_half and path == "lm_head":
+            return HalfLinear(own["weight"])
+        layer.update(cast)
+        return layer
+
+    return make_layer
 
 
 def make_room(model: nn.Module, found: dict[str, mx.array], settings: dict,

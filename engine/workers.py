@@ -22,27 +22,27 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
-import blas  # noqa: F401  (before mlx)
+import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
 
-from config import BadInput, Config
+from config import BadInput, Stopped
 
 CONNECT_S = 60      # MLX's ring itself gives up connecting after half of it
 group = None        # made by `connect`; until then, and without a launcher, there is one process
-timeout_s = 1800
+# how long another process may be silent; the first one looks inside meanwhile
+timeout_s = float(os.environ.get("NANOLENS_TIMEOUT_S", 1800))
 
 
-def connect(cfg: Config) -> None:
+def connect() -> None:
     """Meet the other processes that the launcher has started; raises BadInput where one is not."""
-    global group, timeout_s
-    timeout_s = cfg.worker_timeout_s
+    global group
     if group is not None or "MLX_RANK" not in os.environ:
         return
     rank = os.environ["MLX_RANK"]
@@ -77,17 +77,21 @@ def size() -> int:
     return group.size() if group else 1
 
 
-def whole(cfg: Config) -> Config:
-    """The step that all processes take together, as one process's config."""
-    return replace(cfg, batch_size=cfg.batch_size * size(),
-                   grad_accum_steps=cfg.grad_accum_steps * size())
+def my_range(n: int) -> tuple[int, int]:
+    """Which of n things in a row are this process's: (first, last + 1); all of them when alone."""
+    return rank() * n // size(), (rank() + 1) * n // size()
+
+
+def mine(micro_batches: list) -> list:
+    """This process's micro-batches of a step; all of them when alone."""
+    return micro_batches[rank()::size()]
 
 
 @contextmanager
 def waiting():
     """Around a wait for the others: BadInput where one is gone, exit code 2 where one is silent."""
     def give_up():
-        print(f"error: process {rank()} of this run heard nothing from another for {timeout_s} s; "
+        print(f"error: process {rank()} of this run heard nothing from another for {timeout_s:g} s; "
               "what was saved is intact: the same command continues", file=sys.stderr, flush=True)
         os._exit(2)     # the main thread waits inside MLX and cannot be woken
 
@@ -103,29 +107,34 @@ def waiting():
         timer.cancel()
 
 
-def sum_up(grads: dict, metrics: dict[str, mx.array]) -> tuple[dict, dict[str, mx.array]]:
-    """Add up evaluated gradients and metrics over all processes; of metrics named _max the maximum.
+def sum(grads: dict, sums: dict[str, mx.array], maxima: dict[str, mx.array]) -> tuple:
+    """Gradients and metrics of all processes: added up, of maxima the largest. Alone: unchanged.
 
-    Evaluated before: communication interleaved with a GPU's work can dead-lock (mlx#4475).
+    They are evaluated before: communication interleaved with a GPU's work can dead-lock (mlx#4475).
     """
     if size() == 1:
-        return grads, metrics
-    names = sorted(metrics)
-    values = mx.stack([metrics[name].astype(mx.float32) for name in names])
+        return grads, sums, maxima
     with waiting():
         # it sends pieces of 32 MiB; the mean times N is the sum, in float32 as of micro-batches
         grads = nn.average_gradients(tree_map(lambda g: g.astype(mx.float32), grads), group)
         grads = tree_map(lambda g: g * size(), grads)
         mx.eval(grads)
-        total = mx.distributed.all_sum(values, group=group)
-        mx.eval(total)
-        largest = mx.distributed.all_max(values, group=group)
-        mx.eval(largest)
-    return grads, {name: (largest if name.endswith("_max") else total)[i]
-                   for i, name in enumerate(names)}
+        sums = reduce(mx.distributed.all_sum, sums)
+        maxima = reduce(mx.distributed.all_max, maxima)
+    return grads, sums, maxima
 
 
-def share(value) -> list:
+def reduce(operation, values: dict[str, mx.array]) -> dict[str, mx.array]:
+    """One message for all values, in an order that is everyone's."""
+    if not values:
+        return {}
+    names = sorted(values)
+    total = operation(mx.stack([values[name].astype(mx.float32) for name in names]), group=group)
+    mx.eval(total)
+    return {name: total[i] for i, name in enumerate(names)}
+
+
+def all_gather(value) -> list:
     """Everyone's value, in the order of ranks. Anything JSON can hold; floats arrive exactly."""
     if size() == 1:
         return [value]
@@ -138,14 +147,77 @@ def share(value) -> list:
     return [json.loads(row[:n].tobytes()) for row, n in zip(rows, lengths)]
 
 
-def from_first(arrays: dict[str, mx.array]) -> dict[str, mx.array]:
-    """The first process's arrays, on all; names, shapes and types are everyone's own."""
+def gather_rows(rows: list, arrays: dict[str, np.ndarray]) -> tuple[list, dict[str, np.ndarray]]:
+    """Everyone's rows and (N,) arrays, in the order of ranks.
+
+    rows   objects of one dataclass, whose fields are plain or float32 numpy arrays
+    """
     if size() == 1:
-        return arrays
+        return rows, arrays
+    kind, numeric = type(rows[0]), [k for k, v in vars(rows[0]).items() if hasattr(v, "tolist")]
+    plain = [{k: v.tolist() if k in numeric else v for k, v in vars(row).items()} for row in rows]
+    parts = all_gather([plain, {name: values.tolist() for name, values in arrays.items()}])
+    everyones = [kind(**{k: np.array(v, np.float32) if k in numeric else v for k, v in row.items()})
+                 for part, _ in parts for row in part]
+    return everyones, {name: np.concatenate([np.array(part[name]) for _, part in parts])
+                       for name in arrays}
+
+
+def from_first(saved: tuple[int, dict[str, mx.array], dict]) -> tuple:
+    """The first process's (steps done, arrays, plain JSON), on all: the others have no run folder.
+
+    Where the first one fails it says None, and the others end without a word.
+    """
+    if size() == 1:
+        return saved
+    shapes = None
+    if saved is not None:
+        shapes = {name: [list(a.shape), str(a.dtype).removeprefix("mlx.core.")]
+                  for name, a in saved[1].items()}
+    news = all_gather([saved and saved[0], shapes, saved and saved[2]])[0]
+    if news[0] is None:
+        raise SystemExit(2)
     received = {}
-    with waiting():
-        for name, array in sorted(arrays.items()):
-            own = array if rank() == 0 else mx.zeros(array.shape, array.dtype)
+    for name, (shape, dtype) in sorted(news[1].items()):
+        with waiting():
+            own = saved[1][name] if rank() == 0 else mx.zeros(shape, getattr(mx, dtype))
             received[name] = mx.distributed.all_sum(own, group=group)
             mx.eval(received[name])     # one after the other, in one order everywhere
-    return received
+    return news[0], received, news[2]
+
+
+def differences(mine: dict) -> None:
+    """Raises BadInput where processes of one run were given different things."""
+    for other, theirs in enumerate(all_gather(mine)):
+        if unlike := [name for name in theirs if theirs[name] != mine.get(name)]:
+            raise BadInput(f"process {rank()} and process {other} of this run differ in "
+                           f"{', '.join(unlike)}; give all the same config, model and data")
+
+
+def any_of(interrupted: list) -> bool:
+    """Whether any process was interrupted: all end together."""
+    return any(all_gather(bool(interrupted)))
+
+
+@contextmanager
+def deferred_interrupts():
+    """Yield a list that collects Ctrl-C and SIGTERM, so that the loop can end its step and save."""
+    seen, previous = [], {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, lambda n, frame: seen.append(n))
+    try:
+        yield seen
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def first_speaks():
+    """A mistake that all processes see is told by the first; the launcher then ends the others."""
+    try:
+        yield
+    except (BadInput, Stopped):
+        if os.environ.get("MLX_RANK", "0") != "0":
+            time.sleep(3)       # one that this process alone has is told a little later
+        raise

@@ -1,4 +1,4 @@
-"""Make MLX's Linux CPU backend fast; `import blas` goes before `import mlx.core`.
+"""Make MLX's Linux CPU backend fast; `import engine.blas` goes before `import mlx.core`.
 
 Three repairs. (1) The Linux wheel of MLX calls `cblas_sgemm` and bundles the reference BLAS, about
 thirty times slower than OpenBLAS. The dynamic loader binds the symbol once, when libmlx is loaded:
@@ -12,7 +12,7 @@ uses one core for everything but BLAS: PARTS says in how many parts parallel.py 
 macOS (Accelerate, Metal) and CUDA need none of it.
 
 NANOLENS_PLAIN=1 gives a Linux CPU the arithmetic of Metal and CUDA, for tests: MLX's own functions
-(fastexp.linux_cpu is false), batches in one part.
+(`linux_cpu` is false), batches in one part.
 """
 import ctypes
 import ctypes.util
@@ -100,16 +100,12 @@ def map_large_blocks() -> None:
     mallopt(-4, 65536)
 
 
-def keep_batches_whole() -> None:
-    """Where memory is dear: batches are not cut, and operations run in MLX's own order.
+def operations_in_own_order() -> None:
+    """Where memory is dear, MLX hands operations out in its own order, not in turn.
 
-    Parts of a quantised model would each unpack all matrices, many at a time: twice the time and
-    the memory, measured on Llama-3.2-1B's shapes. Of a model trained in full, the operations taken
-    in turn put off the weights' gradients, which hold activations until then. The order counts for
-    what is loaded first in a process; MLX reads it once.
+    Of a model trained in full, operations in turn put off the weights' gradients, which hold
+    activations until then. It counts for what is evaluated first in a process: MLX reads it once.
     """
-    global PARTS
-    PARTS = 1
     if os.environ.get(ORDER) == IN_TURN:    # not somebody else's setting
         del os.environ[ORDER]
 
@@ -126,6 +122,12 @@ def cpu_wheel() -> bool:
     names = {d.metadata["Name"] for d in importlib.metadata.distributions(path=sys.path)
              if d.metadata["Name"]}
     return sys.platform == "linux" and not any(name.startswith("mlx-cuda") for name in names)
+
+
+def linux_cpu() -> bool:
+    """Whether code for MLX's Linux CPU backend serves; NANOLENS_PLAIN=1 says no."""
+    import mlx.core as mx  # here: the OpenBLAS below must be loaded before it
+    return CPU_WHEEL and not PLAIN and mx.default_device() == mx.Device(mx.cpu)
 
 
 CPU_WHEEL = cpu_wheel()

@@ -1,0 +1,47 @@
+"""Keys and values of tokens that have been read, so that decoding reads each token once."""
+import mlx.core as mx
+
+
+class KVCache:
+    """Keys and values of one block for up to `capacity` tokens, allocated once: no step copies.
+
+    start   (B,) int32: where each row's tokens begin, for left-padded prompts; None: all at 0
+    """
+
+    def __init__(self, capacity: int, start: mx.array | None = None):
+        self.capacity, self.start, self.offset = capacity, start, 0
+        self.keys = self.values = None
+
+    def update(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Append (B, K, T, d) keys and values; returns all so far, (B, K, offset + T, d)."""
+        if self.keys is None:
+            B, K, _, d = keys.shape
+            self.keys = mx.zeros((B, K, self.capacity, d), keys.dtype)
+            self.values = mx.zeros((B, K, self.capacity, d), values.dtype)
+        end = self.offset + keys.shape[2]
+        assert end <= self.capacity, f"KV cache of {self.capacity} tokens cannot hold {end}"
+        # MLX updates in place where nobody else holds the array: hence no copy a step
+        self.keys[:, :, self.offset:end] = keys
+        self.values[:, :, self.offset:end] = values
+        self.offset = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def mask(self, T: int) -> mx.array | str | None:
+        """What the next T queries may see: "causal", nothing to hide (T = 1), or (B, 1, T, S)."""
+        if self.start is None:
+            return "causal" if T > 1 else None
+        key, query = mx.arange(self.offset + T), self.offset + mx.arange(T)[:, None]
+        real = key >= self.start[:, None, None, None]                               # (B, 1, 1, S)
+        # a padding query sees itself: with nothing to see softmax gives NaN, and 0 * NaN is NaN
+        return (real & (key <= query)) | (key == query)
+
+    def rows(self, rows: mx.array, capacity: int) -> "KVCache":
+        """These rows alone, each as often as it is named: (R,) int32; room for capacity tokens.
+
+        One prefill so serves a whole group, and rows that have finished leave the batch.
+        """
+        cache = KVCache(capacity, None if self.start is None else self.start[rows])
+        keys = self.keys[:, :, :self.offset]                                        # (B, K, S, d)
+        values = self.values[:, :, :self.offset]
+        cache.update(keys[rows], values[rows])
+        return cache

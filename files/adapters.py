@@ -1,0 +1,198 @@
+"""An adapter's folder in mlx-lm's and in PEFT's format: settings and names, read strictly, written.
+
+Both hold a pair of matrices for each adapted layer; they differ in names, in orientation, and in
+how rank, scale and layers are said. Reading is strict: an adapter of which half is understood would
+be half an adapter.
+"""
+import json
+from pathlib import Path
+
+import mlx.core as mx
+
+from config import BadInput
+from files.disk import (
+    COUNT,
+    NAMES,
+    OBJECT,
+    POSITIVE,
+    REQUIRED,
+    Kind,
+    is_file,
+    one_of,
+    read_fields,
+    read_json,
+)
+from files.model_folder import read_safetensors
+
+MODULES = {**{t: f"self_attn.{t}_proj" for t in "qkvo"},
+           **{t: f"mlp.{t}_proj" for t in ("gate", "up", "down")}}
+MLX_FILES = ("adapters.safetensors", "adapter_config.json")
+PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")
+PEFT_TARGETS = {name.split(".")[1]: t for t, name in MODULES.items()}    # q_proj: q, ...
+# a PEFT config's settings that do not change what a trained adapter computes
+PEFT_NEUTRAL = {"auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout",
+                "megatron_core", "peft_version", "qalora_group_size", "revision", "task_type"}
+
+
+def read_adapter(folder: Path, blocks: int) -> tuple[dict, dict[str, mx.array], str]:
+    """An adapter's settings, its tensors by mlx-lm's names and orientation, and its file.
+
+    blocks   of the model that it goes on
+    returns  {rank, scale, paths, base, fingerprint}, {name: array}, path; raises  BadInput
+    """
+    where = folder / "adapter_config.json"
+    if not is_file(where):
+        raise BadInput(f"{folder} holds no adapter (no adapter_config.json); expected a run's "
+                       "folder, or an adapter's as mlx-lm or peft writes it")
+    raw = read_json(where)
+    if "peft_type" in raw:
+        file = folder / PEFT_FILES[0]
+        rank, scale, paths = read_peft_config(raw, linear_paths(blocks), str(where))
+        arrays = {our_name(name): array.T for name, array in read_safetensors(file).items()}
+    else:
+        file = folder / MLX_FILES[0]
+        rank, scale, paths = read_mlx_config(raw, linear_paths(blocks), str(where))
+        arrays = read_safetensors(file)
+    base = raw.get("base_model_name_or_path", raw.get("model", "an unknown one"))
+    return {"rank": rank, "scale": scale, "paths": paths, "base": base,
+            "fingerprint": raw.get("base_fingerprint")}, arrays, str(file)
+
+
+def linear_paths(blocks: int) -> list[str]:
+    """What an adapter may change: model.layers.0.self_attn.q_proj, ..., block by block."""
+    return [f"model.layers.{block}.{name}" for block in range(blocks) for name in MODULES.values()]
+
+
+def layer_names(paths: list[str], blocks: int) -> list[str]:
+    """Layers by their names in a block (mlp.up_proj) where every block has the same, else by path."""
+    in_block = [path.split(".", 3)[3] for path in paths]    # model.layers.0.mlp.up_proj: the end
+    names = [name for name in MODULES.values() if name in in_block]
+    if len(paths) == len(names) * blocks:
+        return names
+    return [path for path in linear_paths(blocks) if path in paths]
+
+
+def mlx_files(arrays: dict[str, mx.array], about: dict) -> dict:
+    """An adapter's folder as mlx-lm reads it: {file name: content}.
+
+    about   {rank, scale, layers (layer_names), base, fingerprint}
+    """
+    settings = {
+        "fine_tune_type": "lora", "num_layers": -1,     # all
+        "lora_parameters": {"rank": about["rank"], "alpha": about["scale"] * about["rank"],
+                            "scale": about["scale"], "dropout": 0.0, "keys": about["layers"]},
+        "model": str(about["base"]), "base_fingerprint": about["fingerprint"],
+    }
+    return {MLX_FILES[1]: json.dumps(settings, indent=2) + "\n", MLX_FILES[0]: arrays}
+
+
+def peft_files(arrays: dict[str, mx.array], about: dict) -> dict:
+    """The same as `peft.PeftModel.from_pretrained(base, folder)` reads it.
+
+    base    a folder, or the Hub's NAME or NAME@REVISION: what the adapter belongs on
+    """
+    name, _, revision = str(about["base"]).partition("@")
+    if Path(about["base"]).expanduser().is_dir():
+        name, revision = str(about["base"]), None
+    settings = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": name,
+        "revision": revision or None, "r": about["rank"],
+        "lora_alpha": about["scale"] * about["rank"], "lora_dropout": 0.0,
+        "target_modules": [layer.removeprefix("self_attn.").removeprefix("mlp.")
+                           for layer in about["layers"]],
+        "bias": "none", "fan_in_fan_out": False, "use_rslora": False, "inference_mode": True,
+    }
+    # the settings last: their presence says that all is there
+    return {PEFT_FILES[0]: {peft_name(k): v.T for k, v in arrays.items()},
+            PEFT_FILES[1]: json.dumps(settings, indent=2) + "\n"}
+
+
+def peft_name(name: str) -> str:
+    """PEFT's name of one of our tensors, which is there the other way round.
+
+    example  model.layers.0.mlp.up_proj.lora_a, (in, r)
+             -> base_model.model.model.layers.0.mlp.up_proj.lora_A.weight, (r, in)
+    """
+    return f"base_model.model.{name[:-1]}{name[-1].upper()}.weight"
+
+
+def our_name(peft: str) -> str:
+    """The way back; a name that is none of PEFT's stays, and is refused as not expected."""
+    if not peft.startswith("base_model.model.") or not peft.endswith(".weight"):
+        return peft
+    name = peft.removeprefix("base_model.model.").removesuffix(".weight")
+    return name[:-1] + name[-1].lower()
+
+
+# adapter_config.json of mlx-lm, and of it lora_parameters; without keys all linear layers are meant
+MLX_FIELDS = {"fine_tune_type": (one_of("lora"), "lora"), "lora_parameters": (OBJECT, REQUIRED),
+              "num_layers": (Kind("a whole number", lambda v: type(v) is int), -1)}
+MLX_LORA = {"rank": (COUNT, REQUIRED), "scale": (POSITIVE, REQUIRED), "keys": (NAMES, None)}
+
+
+def read_mlx_config(settings: dict, layers: list[str],
+                    where: str) -> tuple[int, float, list[str]]:
+    """An mlx-lm config's rank, scale, and the paths out of `layers` that it wraps.
+
+    mlx-lm's keys are names in a block, which go for the last num_layers blocks (-1: for all), or
+    whole paths. raises  BadInput
+    """
+    fields = read_fields(settings, MLX_FIELDS, where)
+    lora = read_fields(fields["lora_parameters"], MLX_LORA, f"{where}: lora_parameters")
+    last = layers[-max(fields["num_layers"], 0) * len(MODULES):]
+    keys = lora["keys"] or list(MODULES.values())
+    unknown = [k for k in keys if k not in MODULES.values() and k not in layers]
+    if unknown:
+        raise BadInput(f"{where}: lora_parameters keys {json.dumps(unknown)[:200]} are no layers "
+                       f"that can be adapted here; expected some out of "
+                       f"{', '.join(MODULES.values())}, or {layers[0]} to {layers[-1]}")
+    paths = [p for p in layers if p in keys or (p in last and p.split(".", 3)[3] in keys)]
+    return lora["rank"], lora["scale"], paths
+
+
+def read_peft_config(settings: dict, layers: list[str],
+                     where: str) -> tuple[int, float, list[str]]:
+    """A PEFT config's rank, scale, and the paths out of `layers` that it wraps.
+
+    target_modules ends their paths (q_proj, or a whole path); layers_to_transform says in which
+    blocks, which PEFT takes for all where it is not set.
+    raises   BadInput, naming every setting that asks for more than two matrices to a linear layer
+    """
+    rank, alpha, targets = (settings.get(k) for k in ("r", "lora_alpha", "target_modules"))
+    L, blocks = len(layers) // len(MODULES), settings.get("layers_to_transform")
+    blocks = list(range(L)) if blocks is None or blocks == [] else blocks
+    blocks = blocks if isinstance(blocks, list) else [blocks]
+
+    def ends(path, target):
+        return f".{path}".endswith(f".{target}")
+
+    read = {  # setting: is it one we compute, and what it should be
+        "peft_type": (settings["peft_type"] == "LORA", "LORA"),
+        "r": (COUNT.fits(rank), COUNT.expected),
+        "lora_alpha": (POSITIVE.fits(alpha), POSITIVE.expected),
+        "target_modules": (NAMES.fits(targets) and all(
+            any(ends(path, target) for path in layers) for target in targets),
+            f"a list out of {', '.join(PEFT_TARGETS)}, or paths of such layers"),
+        "layers_to_transform": (all(type(b) is int and 0 <= b < L for b in blocks),
+                                f"blocks out of 0 to {L - 1}"),
+        "layers_pattern": (settings.get("layers_pattern") in (None, "", [], "layers", ["layers"]),
+                           "layers"),
+        "bias": (settings.get("bias", "none") == "none", "none"),
+        "use_rslora": (settings.get("use_rslora") in (None, False, True), "true or false"),
+        # the others change the base's own weights as well
+        "init_lora_weights": (settings.get("init_lora_weights", True) in (True, False, "gaussian"),
+                              "true, false or gaussian"),
+    }
+    empty = (None, False, "", [], {})
+    mistakes = [(k, expected) for k, (fits, expected) in read.items() if not fits]
+    # whatever else is set, by this PEFT or a later one, may change what is computed
+    mistakes += [(k, "unset") for k, v in settings.items()
+                 if k not in read.keys() | PEFT_NEUTRAL and v not in empty]
+    if mistakes:
+        raise BadInput(f"{where}: not a PEFT adapter that can be read here: " + "; ".join(
+            f"{k} = {json.dumps(settings.get(k))[:80]}, expected {expected}"
+            for k, expected in mistakes))
+    scale = alpha / (rank ** 0.5 if settings.get("use_rslora") else rank)
+    paths = [path for path in layers if any(ends(path, target) for target in targets)
+             and int(path.split(".")[2]) in blocks]
+    return rank, scale, paths

@@ -1,0 +1,391 @@
+"""A model's folder in the Hub's layout: config.json and safetensors, trusted only when checked.
+
+A folder is a stranger's word until checked. JSON and safetensors are parsed and nothing in it is
+executed (`auto_map` and Python files are never looked at); an index may only name files beside it,
+the tensors it promises are held against the files' headers, and every number must be finite.
+"""
+import json
+import re
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+from safetensors import SafetensorError, safe_open
+
+from config import BadInput, load_config
+from engine import blas
+from files.disk import (
+    COUNT,
+    OBJECT,
+    POSITIVE,
+    REQUIRED,
+    SWITCH,
+    is_file,
+    one_line,
+    one_of,
+    read_fields,
+    read_json,
+    replace_file,
+    unreadable,
+    write_bytes,
+)
+
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+FAMILIES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
+                   "generation_config.json", "special_tokens_map.json", "chat_template.jinja")
+# no separators, so it stays in its folder; no *?[, which the Hub's library reads as patterns
+SHARD = re.compile(r"\w[\w.+=-]*\.safetensors")
+REPO = re.compile(r"(?!models/|runs/)\w[\w.-]*/\w[\w.-]*", re.ASCII)
+REVISION = re.compile(r"\w(?:[\w+=#@/-]|\.(?!\.))*")    # branch, tag or commit; no path, so no ..
+OTHER_WEIGHTS = {".bin", ".ckpt", ".gguf", ".h5", ".npz", ".pt", ".pth", ".safetensors"}
+LARGE = 2 ** 30     # bytes of weights from which memory is scarcer than time
+
+
+def find_folder(name: str | Path, weights: bool = True) -> Path:
+    """A local folder as it is, else the Hub's NAME or NAME@REVISION, from network or cache.
+
+    weights   False: only the config and the tokenizer are fetched
+    returns   a Hub's folder is named after its commit
+    raises    BadInput, which says what to run
+    """
+    try:
+        folder = Path(name).expanduser()
+        if folder.is_dir():
+            return folder
+    except (OSError, RuntimeError) as error:    # no permission, name too long; ~nobody
+        raise BadInput(f"model folder {one_line(name)!r} cannot be read ({one_line(error)}); "
+                       "give another, or check its permissions") from None
+    repo, at, revision = str(name).partition("@")
+    if not REPO.fullmatch(repo):
+        raise BadInput(f"no model folder {str(name)!r} (from {Path.cwd()}); give a folder in the "
+                       "Hub's layout, or a Hub name such as meta-llama/Llama-3.2-1B")
+    if at and not REVISION.fullmatch(revision):
+        raise BadInput(f"{str(name)!r}: {revision!r} is no revision; expected a branch, tag or "
+                       f"commit of {repo} behind the @, such as {repo}@main")
+    # imported here: a folder on this machine needs neither it nor the Hub's library
+    from files.hub import fetch_model
+    return fetch_model(str(name), repo, revision or "main", weights)
+
+
+def root_model(name: str | Path) -> str | Path:
+    """The model under a run's adapter, under whatever runs it was itself trained on."""
+    while (Path(name) / "adapter_config.json").exists() and (Path(name) / "config.yaml").exists():
+        name = load_config(Path(name) / "config.yaml").model
+    return name
+
+
+# --------------------------------------------------------------------------------------------------
+# config.json
+
+# config.json: what each value must be, and what it is where it is left out
+FIELDS = {
+    "hidden_size": (COUNT, REQUIRED), "intermediate_size": (COUNT, REQUIRED),
+    "num_hidden_layers": (COUNT, REQUIRED), "num_attention_heads": (COUNT, REQUIRED),
+    "vocab_size": (COUNT, REQUIRED), "num_key_value_heads": (COUNT, None),
+    "head_dim": (COUNT, None), "max_position_embeddings": (COUNT, 2048),
+    "rms_norm_eps": (POSITIVE, 1e-6), "rope_theta": (POSITIVE, 10000.0),
+    "rope_scaling": (OBJECT, {}), "rope_parameters": (OBJECT, {}),
+    "attention_bias": (SWITCH, False), "mlp_bias": (SWITCH, False),
+    "tie_word_embeddings": (SWITCH, False),
+    "hidden_act": (one_of("silu"), "silu"), "use_sliding_window": (one_of(False), False),
+}
+LINEAR = {"factor": (POSITIVE, REQUIRED)}
+LLAMA3 = {**LINEAR, "low_freq_factor": (POSITIVE, REQUIRED),
+          "high_freq_factor": (POSITIVE, REQUIRED),
+          "original_max_position_embeddings": (POSITIVE, REQUIRED)}
+ROPE = {"default": {}, "linear": LINEAR, "llama3": LLAMA3}
+
+
+def read_model_config(raw: dict, where: str) -> dict:
+    """config.json, old or new spelling, as model.ModelArgs' fields.
+
+    raises   BadInput on what would be computed wrongly
+    """
+    family = raw.get("model_type")
+    if family not in FAMILIES.values():
+        names = ", ".join(f"{name} ({model_type})" for name, model_type in FAMILIES.items())
+        raise BadInput(f"{where}: model_type {family!r} is not supported; expected {names}")
+    fields = read_fields(raw, FIELDS, where)
+    rope_theta, rope_scaling = read_rope(fields, where)
+    D, H, bias = fields["hidden_size"], fields["num_attention_heads"], fields["attention_bias"]
+    K, d = fields["num_key_value_heads"] or H, fields["head_dim"] or D // H
+    if H % K or d < 2 or d % 2 or (D % H and not fields["head_dim"]):
+        raise BadInput(f"{where}: hidden_size {D}, num_attention_heads {H}, num_key_value_heads "
+                       f"{K}, head_dim {fields['head_dim']} do not fit: expected key-value heads "
+                       "that divide the heads, heads that divide hidden_size (or a head_dim), and "
+                       "heads of an even width, which RoPE turns in pairs")
+    return dict(
+        hidden_size=D, intermediate_size=fields["intermediate_size"],
+        num_hidden_layers=fields["num_hidden_layers"], num_attention_heads=H,
+        num_key_value_heads=K, head_dim=d, vocab_size=fields["vocab_size"],
+        max_position_embeddings=fields["max_position_embeddings"],
+        rms_norm_eps=fields["rms_norm_eps"], rope_theta=rope_theta, rope_scaling=rope_scaling,
+        qkv_bias=family == "qwen2" or bias, o_bias=family == "llama" and bias,
+        mlp_bias=fields["mlp_bias"], tie_word_embeddings=fields["tie_word_embeddings"],
+    )
+
+
+def read_rope(fields: dict, where: str) -> tuple[float, dict | None]:
+    """RoPE's theta and scaling, of config.json's FIELDS; no scaling: None.
+
+    Transformers 5 writes rope_parameters; before it, rope_theta stood beside rope_scaling. Reading
+    only one of them gives a model that runs and is wrong from the first token on.
+    """
+    rope = fields["rope_parameters"] or fields["rope_scaling"]
+    kind = {"rope_theta": (POSITIVE, fields["rope_theta"]), "type": (one_of(*ROPE), "default")}
+    rope_type = rope.get("rope_type") or rope.get("type")
+    kind = read_fields({**rope, "type": rope_type}, kind, f"{where}: RoPE")
+    if kind["type"] == "default":
+        return kind["rope_theta"], None
+    scaling = read_fields(rope, ROPE[kind["type"]], f"{where}: RoPE")
+    if kind["type"] == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise BadInput(f"{where}: RoPE low_freq_factor = {scaling['low_freq_factor']}, expected "
+                       f"less than high_freq_factor = {scaling['high_freq_factor']}")
+    return kind["rope_theta"], {"rope_type": kind["type"], **scaling}
+
+
+# --------------------------------------------------------------------------------------------------
+# from a folder to tensors
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """What a folder's index promises, {tensor: file name}; {} where there is no index.
+
+    raises   BadInput where an entry is more than the name of a safetensors file in that folder
+    """
+    path = folder / INDEX
+    if not is_file(path):
+        return {}
+    promised = read_json(path).get("weight_map")
+    if not isinstance(promised, dict) or not promised:
+        raise BadInput(f"{path}: expected a weight_map {{tensor: file name}}, got "
+                       f"{repr(promised)[:80]}; do not trust {folder}, fetch the model again")
+    for tensor, file in promised.items():
+        if not isinstance(file, str) or not SHARD.fullmatch(file):
+            raise BadInput(f"{path}: entry {repr(tensor)[:80]} points to {repr(file)[:80]}, and "
+                           "only the plain name of a .safetensors file beside the index may stand "
+                           f"there; do not trust {folder}, fetch the model again from its owner")
+    return promised
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """A model folder's safetensors files: the shards that its index names, or model.safetensors."""
+    folder = Path(folder)
+    if files := [folder / name for name in sorted(set(read_index(folder).values()))]:
+        if missing := [f.name for f in files if not is_file(f)]:
+            raise BadInput(f"{folder / INDEX} names shards that are missing: "
+                           f"{', '.join(missing[:8])}; fetch the model again")
+        return files
+    if is_file(folder / WEIGHTS):
+        return [folder / WEIGHTS]
+    others = sorted(f.name for f in folder.glob("*") if f.suffix in OTHER_WEIGHTS)
+    # .bin, .pt and .pth are pickles: reading one can run what a stranger wrote
+    raise BadInput(f"{folder} has no {WEIGHTS} and no {INDEX}"
+                   + f", but {', '.join(others[:4])}" * bool(others)
+                   + "; only safetensors weights are read, under those names: fetch the model "
+                   "again, or convert it with transformers' save_pretrained")
+
+
+def tensor_names(path: Path) -> list[str]:
+    """The tensors that a file's header names; BadInput where it is missing, cut short, corrupt."""
+    try:
+        path.open("rb").close()     # safetensors calls every file that it may not open missing
+        with safe_open(path, framework="numpy") as file:    # also checks that all bytes are there
+            return list(file.keys())
+    except FileNotFoundError:
+        raise BadInput(f"{path} is missing") from None
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except SafetensorError as error:
+        raise BadInput(f"{path} is truncated or corrupt ({one_line(error)}); "
+                       "fetch or write it again") from None
+
+
+def read_safetensors(path: Path) -> dict[str, mx.array]:
+    """Read one file; raises BadInput if truncated or corrupt (MLX notices late, or not at all)."""
+    tensor_names(path)
+    try:
+        return mx.load(str(path))
+    except RuntimeError as error:
+        raise BadInput(f"{path} is truncated or corrupt ({one_line(error)}); "
+                       "fetch or write it again") from None
+
+
+def open_weights(folder: Path) -> dict[str, Path]:
+    """Where each tensor of a model folder lies, {name: file}, from the headers alone.
+
+    raises   BadInput: no weights, a shard missing or damaged, a tensor in two shards, or one that
+             is not where the index says
+    """
+    folder = Path(folder)
+    files, promised, found = weight_files(folder), read_index(folder), {}
+    for file in files:
+        names = set(tensor_names(file))
+        if twice := sorted(names & found.keys()):
+            raise BadInput(f"tensor {one_line(twice[0])!r} ({len(twice)} such) is in two files of "
+                           f"{folder}, {found[twice[0]].name} and {file.name}; expected each "
+                           "tensor once: fetch the model again")
+        if absent := [name for name, shard in promised.items()
+                      if shard == file.name and name not in names]:
+            raise BadInput(f"{folder / INDEX} promises {len(absent)} tensors in {file.name} that "
+                           f"are not there: {one_line(absent[:8])}; fetch the model again")
+        found.update(dict.fromkeys(names, file))
+    if not found:
+        raise BadInput(f"{files[0]} holds no tensors; fetch the model again")
+    return found
+
+
+def check_tensors(found: dict[str, mx.array], expected: dict[str, mx.array], where: str) -> None:
+    """Compare names and shapes; raises BadInput with every mismatch (the first 8 of each kind)."""
+    kinds = {
+        "missing": [k for k in expected if k not in found],
+        "not expected": [k for k in found if k not in expected],
+        "of another shape": [f"{k} {found[k].shape}, expected {expected[k].shape}" for k in found
+                             if k in expected and found[k].shape != expected[k].shape],
+    }
+    show = lambda names: ", ".join(names[:8]) + (
+        f" and {len(names) - 8} more" if len(names) > 8 else "")
+    mistakes = [f"{len(names)} {kind}: {show(names)}" for kind, names in kinds.items() if names]
+    if mistakes:
+        raise BadInput(f"{where}: tensors do not fit: {'; '.join(mistakes)}")
+
+
+# of a float type: the signed and the unsigned whole numbers of its width, infinity's bits
+BITS_OF = {mx.float32: (mx.int32, mx.uint32, 0x7F800000), mx.float16: (mx.int16, mx.uint16, 0x7C00),
+           mx.bfloat16: (mx.int16, mx.uint16, 0x7F80)}
+
+
+def is_finite(x: mx.array) -> mx.array:
+    """Whether every number of a float array is finite: a bool, without a second array of its size.
+
+    Infinity and NaN have all exponent bits set. So read as whole numbers positive ones are the
+    largest of the signed, negative ones of the unsigned.
+    """
+    signed, unsigned, infinity = BITS_OF[x.dtype]
+    sign_bit = 2 ** (8 * x.dtype.size - 1)
+    return ((x.view(signed).max() < infinity) & (x.view(unsigned).max() < sign_bit + infinity))
+
+
+def check_numbers(arrays: dict[str, mx.array], where: str, codes: tuple[str, ...] = ()) -> None:
+    """Raises BadInput where a tensor is of another type than expected, or not finite throughout.
+
+    Every number is looked at: what passes holds no infinity and no NaN.
+    codes    names of packed weights, which are uint32; all others are floats
+    """
+    wrong = [f"{k} {str(v.dtype).removeprefix('mlx.core.')}" for k, v in arrays.items()
+             if (v.dtype != mx.uint32 if k in codes else v.dtype not in BITS_OF)]
+    if wrong:
+        raise BadInput(f"{where}: tensors of the wrong type: {', '.join(wrong[:8])}; expected "
+                       "float32, bfloat16 or float16, and uint32 for packed codes")
+    finite = {k: is_finite(v) for k, v in arrays.items() if k not in codes}
+    mx.eval(finite)
+    if ruined := [k for k, all_finite in finite.items() if not all_finite.item()]:
+        raise BadInput(f"{where}: NaN or infinity in {', '.join(ruined[:8])}; "
+                       "fetch or train it again")
+
+
+def default_dtype() -> mx.Dtype | None:
+    """float32 on a CPU, where half precision is emulated; on a GPU None, the checkpoint's own."""
+    return mx.float32 if mx.default_device() == mx.Device(mx.cpu) else None
+
+
+def read_weights(folder: Path, tied: bool) -> dict[str, mx.array]:
+    """A checkpoint's tensors by name. MLX reads one when it is evaluated, not before.
+
+    tied   the unembedding is the embedding; some exporters store that matrix twice
+    """
+    found, files = {}, sorted(set(open_weights(folder).values()))
+    if blas.CPU_WHEEL and sum(file.stat().st_size for file in files) > LARGE:
+        blas.map_large_blocks()
+    for file in files:
+        found |= mx.load(str(file))
+    # derived, in old checkpoints
+    found = {k: v for k, v in found.items() if not k.endswith("rotary_emb.inv_freq")}
+    return {k: v for k, v in found.items() if not (tied and k.startswith("lm_head."))}
+
+
+def fill_weights(model: nn.Module, found: dict[str, mx.array], dtype: mx.Dtype | None,
+                 make_layer, where: str) -> None:
+    """Put a checkpoint's tensors into the model, every one accounted for, layer by layer.
+
+    dtype       that all become but packed codes; None: they stay what they are
+    make_layer  (path, layer, tensors) -> the layer to take its place; None: the layer itself
+    A model that is quantised here never exists whole: memory peaks at the quantised size plus one
+    layer.
+    """
+    check_tensors(found, dict(tree_flatten(model.parameters())), where)
+    layers = tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
+    for i, (path, layer) in enumerate(layers):
+        own = {name: found.pop(f"{path}.{name}") for name, _ in tree_flatten(layer.parameters())}
+        is_packed = "scales" in own
+        try:
+            check_numbers({f"{path}.{k}": v for k, v in own.items()}, where,
+                          (f"{path}.weight",) if is_packed else ())
+            mx.eval(own)
+        except RuntimeError as error:   # MLX reads a tensor when it is evaluated
+            raise BadInput(f"could not read {path} of {where} ({one_line(error)}); "
+                           "fetch the model again") from None
+        cast = {k: v.astype(dtype) if dtype and v.dtype != mx.uint32 else v    # codes stay codes
+                for k, v in own.items()}
+        if make_layer:
+            layer = make_layer(path, layer, own, cast)
+        else:
+            layer.update(cast)
+        layers[i] = path, layer
+        mx.eval(layer.parameters())
+    model.update_modules(tree_unflatten(layers))
+
+
+# --------------------------------------------------------------------------------------------------
+# and back
+
+
+def save_safetensors(path: Path, arrays: dict[str, mx.array],
+                     metadata: dict[str, str] | None = None) -> None:
+    """Write aside, check, sync, rename: a reader sees the old file or the new one, never a part.
+
+    raises   BadInput if the disk is full or not writable; the old file is then untouched
+    """
+    # mx appends .safetensors to any other ending
+    temporary = path.with_name(f".{path.name}.tmp.safetensors")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        mx.eval(arrays)
+        mx.save_safetensors(str(temporary), arrays, metadata={"format": "mlx", **(metadata or {})})
+        # a full disk can leave a short file without an exception
+        with safe_open(temporary, framework="numpy"):
+            pass
+        replace_file(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise BadInput(f"could not write {path} ({' '.join(str(error).split())}); "
+                       "free some disk space: what was saved before is intact") from None
+
+
+def model_files(origin: Path, arrays: dict[str, mx.array], rope_theta: float,
+                rope_scaling: dict | None) -> dict[str, dict | str | bytes]:
+    """A whole model as {file name: content}: weights; config and tokenizer as the origin has them.
+
+    config.json comes last: its presence says that all is there.
+    """
+    raw = read_json(origin / "config.json")
+    raw.pop("quantization", None)       # the weights are plain
+    raw.pop("quantization_config", None)
+    # both spellings: mlx-lm reads the older alone, and takes theta 10,000 where it is not there
+    raw["rope_theta"], raw["rope_scaling"] = rope_theta, rope_scaling
+    raw["dtype"] = str(arrays["model.norm.weight"].dtype).removeprefix("mlx.core.")
+    raw["torch_dtype"] = raw["dtype"]
+    beside = {f.name: f.read_bytes() for f in origin.iterdir() if f.name in TOKENIZER_FILES}
+    return {**beside, WEIGHTS: arrays, "config.json": json.dumps(raw, indent=2) + "\n"}
+
+
+def write_files(folder: Path, files: dict[str, dict | str | bytes]) -> None:
+    """Write tensors, texts and bytes by file name, in their order."""
+    for name, content in files.items():
+        if isinstance(content, dict):
+            save_safetensors(folder / name, content)
+        else:
+            write_bytes(folder / name, content.encode() if isinstance(content, str) else content)

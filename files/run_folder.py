@@ -1,0 +1,297 @@
+"""A run's folder: one process at a time in it, and everything that continuing needs.
+
+A kill may come at any moment, also inside a save. So every file is written beside its place and
+renamed; the state, one file, is written last, and what it counts as done is on the disk before it;
+what is ahead of it (records, best/) is what the continued run writes again.
+
+    config.yaml  metrics.jsonl  state.safetensors  adapters.safetensors or model.safetensors
+    best/  report.json  emergence.png  curves.png
+"""
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_unflatten
+from safetensors import safe_open
+
+from config import BadInput, Config, dump, load_config, resolved
+from files.disk import append_text, json_lines, read_json_lines, write_text
+from files.model_folder import check_tensors, read_safetensors, save_safetensors, write_files
+
+# in the order in which overwrite=true removes them, a kill in between leaving nothing to continue;
+# config.yaml is replaced, last
+RUN_FILES = ("state.safetensors", "report.json", "metrics.jsonl", "best", "adapters.safetensors",
+             "adapter_config.json", "config.json", "model.safetensors", "emergence.png",
+             "curves.png", "failed_batch.json", "config.yaml")
+LOCK = ".lock"
+# keys that change where and how a run is carried out, and none of its numbers
+NOT_THE_RUN = ("run_dir", "memory_limit_gib", "worker_timeout_s")
+
+
+def training_arrays(model: nn.Module, optimizer: optim.Optimizer) -> dict[str, mx.array]:
+    """What training changes: trainable weights and the optimizer's state."""
+    arrays = {f"trainable.{k}": v for k, v in tree_flatten(model.trainable_parameters())}
+    return arrays | {f"optimizer.{k}": v for k, v in tree_flatten(optimizer.state)}
+
+
+def restore_training(arrays: dict[str, mx.array], model: nn.Module,
+                     optimizer: optim.Optimizer) -> None:
+    """Put training_arrays back. Into the same lists, since compiled functions read those."""
+    def pick(prefix):
+        return [(k.removeprefix(prefix), v) for k, v in arrays.items() if k.startswith(prefix)]
+    model.load_weights(pick("trainable."), strict=False)
+    optimizer.state.update(tree_unflatten(pick("optimizer.")))
+
+
+class Run:
+    """An open run folder; of several processes only the first one's writes (`writes`)."""
+
+    def __init__(self, folder: Path, inputs: dict[str, str], writes: bool):
+        self.folder, self.inputs, self.writes = folder, inputs, writes
+        self.records = []       # of metrics.jsonl
+
+    def restore(self, expected: dict[str, mx.array]) -> tuple[int, dict[str, mx.array], dict]:
+        """(steps done, arrays, about) of the last save; (0, {}, {}) if there is none.
+
+        expected   names and shapes that the arrays must have, beside those named best.*
+        raises     BadInput where they do not fit, or a run's model or data is another by now
+        """
+        path = self.folder / "state.safetensors"
+        if not self.writes or not path.exists():
+            self.trim_records(0)
+            return 0, {}, {}
+        try:
+            arrays = read_safetensors(path)
+        except BadInput as error:
+            raise BadInput(f"cannot continue {self.folder}: {error}, or overwrite=true to start "
+                           "over") from None
+        check_tensors({k: v for k, v in arrays.items() if not k.startswith("best.")}, expected,
+                      str(path))
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata()
+        if "about" not in metadata:
+            raise BadInput(f"cannot continue {self.folder}: an older version wrote it; give "
+                           "another run_dir, or overwrite=true to start over")
+        about = json.loads(metadata["about"])
+        changed = [name for name, value in self.inputs.items()
+                   if about["inputs"].get(name, value) != value]
+        if changed and not (self.folder / "report.json").exists():
+            raise BadInput(f"cannot continue {self.folder}: its {' and '.join(changed)} changed "
+                           "since it began, and it would end elsewhere; put back what it began "
+                           "with, or give another run_dir, or overwrite=true to start over")
+        self.trim_records(about["step"])
+        return about["step"], arrays, about
+
+    def trim_records(self, done: int) -> None:
+        """Read metrics.jsonl; later lines and torn ones go: the run writes them again."""
+        if not self.writes:
+            return
+        path = self.folder / "metrics.jsonl"
+        for record in read_json_lines(path):
+            if record["step"] > done or done == 0:
+                break
+            self.records.append(record)
+        write_text(path, json_lines(self.records))
+
+    def is_finished(self, done: int, steps: int) -> bool:
+        return done >= steps and (self.folder / "report.json").exists()
+
+    def report(self) -> dict:
+        return json.loads((self.folder / "report.json").read_text())
+
+    def say(self, line: str) -> None:
+        if self.writes:
+            print(line)
+
+    def log(self, record: dict) -> None:
+        """Append a line to metrics.jsonl."""
+        self.records.append(record)
+        if self.writes:
+            append_text(self.folder / "metrics.jsonl", json_lines([record]))
+
+    def save(self, step: int, files: dict, arrays: dict[str, mx.array], about: dict) -> None:
+        """Write the weights' files, then the state as one file, each by one rename.
+
+        files    {name: arrays, text or bytes}: what eval.py and others load
+        about    plain JSON. Random state and data position are functions of it, seed and step
+        """
+        if not self.writes:
+            return
+        self.write_files(files)
+        # durable before the state: a power cut must not leave a state without its records
+        append_text(self.folder / "metrics.jsonl", "", sync=True)
+        about = {**about, "step": step, "inputs": self.inputs}
+        save_safetensors(self.folder / "state.safetensors", arrays, {"about": json.dumps(about)})
+
+    def write_files(self, files: dict, place: str = ".") -> None:
+        """Write the weights and what stands beside them, which does not change in a run."""
+        if self.writes:
+            folder = self.folder / place
+            write_files(folder, {name: content for name, content in files.items()
+                                 if isinstance(content, dict) or not (folder / name).exists()})
+
+    def keep_if_best(self, seen: dict, files: dict) -> None:
+        """Log an inspection; above every earlier validation accuracy keep the weights in best/.
+
+        best/ is a run folder for eval.py and the others, and step.json says of which step. Like the
+        records it may be ahead of the state: continuing comes to the same step again.
+        """
+        earlier = [r["valid_accuracy"] for r in self.records
+                   if r.get("valid_accuracy") is not None]
+        self.log(seen)
+        accuracy = seen.get("valid_accuracy")
+        if self.writes and accuracy is not None and all(accuracy > value for value in earlier):
+            config = (self.folder / "config.yaml").read_text(encoding="utf-8")
+            self.write_files({"config.yaml": config, **files}, "best")
+            write_text(self.folder / "best" / "step.json", json.dumps(
+                {"step": seen["step"], "valid_accuracy": accuracy}) + "\n")
+
+    def write_failed(self, step: int, micro_batches: list[dict[str, mx.array]]) -> None:
+        """Write the batch whose loss or gradient is not finite to failed_batch.json."""
+        if self.writes:
+            tokens = [b.get("tokens", b.get("completions")).tolist() for b in micro_batches]
+            write_text(self.folder / "failed_batch.json",
+                       json.dumps({"step": step, "tokens": tokens}) + "\n")
+
+
+@contextmanager
+def open_run(cfg: Config, inputs: dict[str, str], writes: bool) -> Iterator[Run]:
+    """Make or re-open the run folder; within, no other process can.
+
+    inputs   hashes of what the run reads and does not store
+    writes   False in all but the first of several processes, which leave the folder alone
+    raises   BadInput rather than overwrite something else, or train beside another process
+    """
+    folder = Path(cfg.run_dir)
+    if not writes:
+        yield Run(folder, inputs, writes)
+        return
+    config = folder / "config.yaml"
+    check_is_run(folder)    # before a file is made in it
+    with lock_run(folder) as lock:
+        if config.exists() and not cfg.overwrite:
+            check_same_run(cfg, config)
+        try:
+            lock.truncate(0)
+            lock.write(f"{os.getpid()} on {os.uname().nodename}\n")
+            lock.flush()
+            remove_leftovers(folder)
+            if cfg.overwrite:
+                remove_run(folder)
+        except OSError as error:
+            raise unwritable(folder, error) from None
+        if cfg.overwrite or not config.exists():
+            write_text(config, dump(cfg))
+        yield Run(folder, inputs, writes)
+
+
+def remove_run(folder: Path) -> None:
+    for name in RUN_FILES:
+        if name != "config.yaml" and (folder / name).exists():
+            # aside first, or best/ would be seen half removed
+            os.replace(folder / name, folder / f".{name}.tmp")
+            remove_leftovers(folder)
+
+
+def check_free(run_dir: str) -> None:
+    """Raises BadInput where another process trains in the folder: said before a model is loaded."""
+    if (Path(run_dir) / LOCK).exists():
+        lock_run(Path(run_dir), fcntl.LOCK_SH).close()
+
+
+def check_is_run(folder: Path) -> None:
+    """Raises BadInput where run_dir is something other than a run: it would be written into."""
+    try:
+        names = {path.name for path in folder.iterdir()}
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        names = {folder.name}
+    except OSError as error:
+        raise unwritable(folder, error) from None
+    # a run that was killed as it began holds no more than these two
+    if "config.yaml" not in names and names - {LOCK, ".config.yaml.tmp"}:
+        raise BadInput(f"run_dir = {folder} exists and is not a run folder "
+                       "(it has no config.yaml); give another run_dir")
+
+
+def check_same_run(cfg: Config, config: Path) -> None:
+    """Raises BadInput where the folder's config.yaml says something else than cfg."""
+    stored = resolved(load_config(config))
+    differ = [f"{k} was {stored.get(k)!r}, is {v!r}" for k, v in resolved(cfg).items()
+              if k not in NOT_THE_RUN and stored.get(k) != v]
+    differ += [f"{k} was {v!r}, is not used" for k, v in stored.items() if k not in resolved(cfg)]
+    if differ:
+        raise BadInput(f"{config.parent} holds a run with another config ({'; '.join(differ)}); "
+                       "give another run_dir, or overwrite=true to start over")
+
+
+def unwritable(folder: Path, error: OSError) -> BadInput:
+    return BadInput(f"run_dir = {folder} cannot be written ({error.strerror}); "
+                    "give another run_dir, or mend that")
+
+
+def lock_run(folder: Path, kind: int = fcntl.LOCK_EX) -> TextIO:
+    """Open and lock the folder's .lock, which holds the pid; closing the file unlocks it.
+
+    The kernel does so too when the process ends, by kill -9 as well. The file is never deleted:
+    two processes could then each hold one of that name.
+    kind     LOCK_SH only asks: several may at once
+    raises   BadInput where another process holds it
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / LOCK, "a+")
+    except OSError as error:
+        raise unwritable(folder, error) from None
+    try:
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
+        return lock
+    except BlockingIOError:
+        lock.seek(0)
+        message = (f"another process trains in {folder} (pid {lock.read().strip() or 'unknown'}); "
+                   "wait until it ends, kill it, or give another run_dir")
+    except OSError as error:    # some network file systems
+        message = (f"{folder} cannot be locked against a second process ({error.strerror}); "
+                   "give a run_dir on another disk")
+    lock.close()
+    raise BadInput(message)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of saves that a kill cut off."""
+    for place in (folder, folder / "best"):
+        for path in [*place.glob(".*.tmp"), *place.glob(".*.tmp.safetensors")]:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def hash_frozen(model: nn.Module) -> str:
+    """Tell apart models by what training leaves alone; the trained part is in the state."""
+    trained = dict(tree_flatten(model.trainable_parameters()))
+    sums = {}
+    for name, array in tree_flatten(model.parameters()):
+        if name not in trained:
+            # whole numbers: their sum is the same in any order, on any device. As few as can be,
+            # since MLX widens short ones before it adds
+            kind = mx.uint32 if array.nbytes % 4 == 0 else mx.uint8
+            sums[name] = array.reshape(-1).view(kind).sum().item()
+    return hashlib.sha256(repr(sorted(sums.items())).encode()).hexdigest()[:16]
+
+
+def hash_rows(rows: list) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr(row).encode())
+    return digest.hexdigest()[:16]
