@@ -374,7 +374,7 @@ def init_weights(model: Llama) -> None:
 
 
 def load(path_or_hub_name: str | Path, dtype: str | mx.Dtype | None = None,
-         bits: int | None = None, from_scratch: bool = False, group_size: int = 64,
+         bits: int | None = None, from_scratch: bool = False, group_size: int | None = None,
          make_layer=None) -> tuple[Llama, Tokenizer | None]:
     """Return (model, tokenizer) from a folder or Hub name; tokenizer None where there is none.
 
@@ -382,7 +382,8 @@ def load(path_or_hub_name: str | Path, dtype: str | mx.Dtype | None = None,
                   stays so
     dtype         float32, bfloat16, float16, or None: float32 on CPU, the checkpoint's on GPU
     bits          2, 3, 4, 5, 6 or 8 quantises the blocks' linear layers, in groups of group_size
-                  (32, 64, 128); embedding and unembedding stay, on a CPU in their own 16 bits
+                  (32, 64, 128; None: 64 where that divides a row, else 32); embedding and
+                  unembedding stay, on a CPU in their own 16 bits
     from_scratch  random weights from MLX's current random state;
                   only config.json and the tokenizer are read
     make_layer    see files.model_folder.fill_weights

@@ -156,6 +156,11 @@ class HalfEmbedding(HalfLinear):
         return super().__call__(x)
 
 
+def group_for(width: int) -> int:
+    """Weights of a row that share a scale: 64, or 32 where 64 does not divide the row."""
+    return 64 if width % 64 == 0 else 32
+
+
 def check_settings(bits: int, group_size: int, width: int, where: str) -> None:
     """Raises BadInput on settings that MLX has not, or that do not divide a layer's width."""
     if bits not in BITS or group_size not in GROUP_SIZES:
@@ -194,7 +199,7 @@ def settings_of(path: str, settings: dict) -> tuple[int, int]:
 
 
 def layer_maker(model: nn.Module, found: dict[str, mx.array], raw: dict, bits: int | None,
-                group_size: int, dtype: mx.Dtype | None, where: str):
+                group_size: int | None, dtype: mx.Dtype | None, where: str):
     """The function that packs layers while a checkpoint is read: (path, layer, own, cast) -> layer.
 
     own, cast   the layer's tensors as they are stored, and in the type that is asked for
@@ -204,8 +209,8 @@ def layer_maker(model: nn.Module, found: dict[str, mx.array], raw: dict, bits: i
     model.parts = 1     # each part of a batch would unpack all matrices again
     kind = dtype or default_dtype()
     stored = stored_settings(raw, f"{where}/config.json")
-    if stored and bits and (bits, group_size) != settings_of("", stored):
-        raise BadInput(f"bits = {bits} in groups of {group_size}: {where} is already quantised to "
+    if stored and bits and (bits, group_size or stored["group_size"]) != settings_of("", stored):
+        raise BadInput(f"bits = {bits}: {where} is already quantised to "
                        f"{stored['bits']} bits in groups of {stored['group_size']}; leave bits "
                        "out, or load the unquantised model")
     if stored:
@@ -216,8 +221,9 @@ def layer_maker(model: nn.Module, found: dict[str, mx.array], raw: dict, bits: i
     def make_layer(path, layer, own, cast):
         is_half = own["weight"].dtype in (mx.bfloat16, mx.float16)
         if bits and not stored and isinstance(layer, nn.Linear) and path != "lm_head":
-            check_settings(bits, group_size, own["weight"].shape[1], f"{where}: {path}")
-            return QuantizedLinear.pack(cast["weight"], cast.get("bias"), bits, group_size)
+            size = group_size or group_for(own["weight"].shape[1])
+            check_settings(bits, size, own["weight"].shape[1], f"{where}: {path}")
+            return QuantizedLinear.pack(cast["weight"], cast.get("bias"), bits, size)
         if keep_half and is_half and isinstance(layer, nn.Embedding):
             return HalfEmbedding(own["weight"])
         if keep_half and is_half and path == "lm_head":
@@ -244,7 +250,7 @@ def make_room(model: nn.Module, found: dict[str, mx.array], settings: dict,
     model.update_modules(tree_unflatten(packed))
 
 
-def quantize(model: nn.Module, bits: int, group_size: int) -> None:
+def quantize(model: nn.Module, bits: int, group_size: int | None = None) -> None:
     """Quantise the blocks' linear layers, plain ones or of other bits, in place, one by one.
 
     raises  BadInput
@@ -254,8 +260,9 @@ def quantize(model: nn.Module, bits: int, group_size: int) -> None:
         weight = layer.weight
         if isinstance(layer, QuantizedLinear):
             weight = layer.unpacked().astype(layer.dtype)
-        check_settings(bits, group_size, weight.shape[1], path)
-        packed.append((path, QuantizedLinear.pack(weight, layer.get("bias"), bits, group_size)))
+        size = group_size or group_for(weight.shape[1])
+        check_settings(bits, size, weight.shape[1], path)
+        packed.append((path, QuantizedLinear.pack(weight, layer.get("bias"), bits, size)))
         mx.eval(packed[-1][1].parameters())
         layer.weight = None
     model.update_modules(tree_unflatten(packed))
