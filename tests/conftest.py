@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 # before the first op: on recent GPUs float32 products are otherwise rounded to 10 bits
@@ -24,11 +25,13 @@ import tokenizers  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
 from config import Config  # noqa: E402
+from grpo import rollout_loss  # noqa: E402
 from lora import adapter_arrays, apply_lora  # noqa: E402
+from losses import supervised_loss  # noqa: E402
+from markovian import answer_rewards  # noqa: E402
 from model import Llama, parse_args  # noqa: E402
 from tasks.__main__ import write_task  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
-from train import make_loss  # noqa: E402
 
 GOLDEN = ROOT / "tests" / "golden"
 FAMILIES = ("tinyllama", "llama3_2", "llama3_1", "qwen2_5")
@@ -74,9 +77,8 @@ def assert_one_clear_line(done, *words):
 
 
 @pytest.fixture(autouse=True)
-def parts_as_before(monkeypatch):
-    """A quantised or fully trained model keeps its process' batches whole; not the next test's."""
-    monkeypatch.setattr(engine.blas, "PARTS", engine.blas.PARTS)
+def order_as_before(monkeypatch):
+    """A large model takes the operations' order from its process; not from the next test."""
     if engine.blas.ORDER in os.environ:
         monkeypatch.setenv(engine.blas.ORDER, os.environ[engine.blas.ORDER])
 
@@ -126,15 +128,25 @@ def adapted(model, targets=("q", "v", "o"), rank=4, alpha=8.0, seed=1):
     return model
 
 
+def loss_of(cfg, block=0):
+    """loss(model, batch) -> (scalar, sums, maxima) of cfg.method, as train.make_method makes it."""
+    if cfg.method == "markovian":
+        return partial(rollout_loss, cfg, answer_rewards)
+    if cfg.method == "grpo":
+        return partial(rollout_loss, cfg, None)
+    return partial(supervised_loss, cfg, block)
+
+
 def grads_of(model, cfg, micro_batches):
-    """Summed over micro-batches, as train.take_step does; (loss, parts, {name: gradient})."""
+    """Summed over micro-batches, as train.accumulate does; (loss, parts, {name: gradient})."""
     total, losses, parts = {}, 0, {}
     for batch in micro_batches:
-        (loss, part), grads = nn.value_and_grad(model, make_loss(cfg, 0))(model, batch)
+        (loss, sums, maxima), grads = nn.value_and_grad(model, loss_of(cfg))(model, batch)
         losses += loss.item()
-        for name, value in part.items():
-            combine = max if name.endswith("_max") else sum
-            parts[name] = combine([parts.get(name, 0), value.item()])
+        for name, value in sums.items():
+            parts[name] = parts.get(name, 0) + value.item()
+        for name, value in maxima.items():
+            parts[name] = max(parts.get(name, 0), value.item())
         for name, grad in tree_flatten(grads):
             total[name] = total.get(name, 0) + np.array(grad)
     return losses, parts, total
@@ -193,7 +205,7 @@ def write_config(tmp_path, small_folder):
         keys = {"model": small_folder, "run_dir": tmp_path / "runs" / name,
                 "steps": 6, "batch_size": 8, "data_samples": 200, "lora_rank": 4,
                 "eval_every_steps": 3, "eval_prompts": 8,
-                "lens_every_steps": 3, "lens_prompts": 8, "save_every_steps": 2, **keys}
+                "lens_every_steps": 3, "save_every_steps": 2, **keys}
         path = tmp_path / f"{name}.yaml"
         path.write_text("".join(f"{k}: {v}\n" for k, v in keys.items()))
         return path, Path(keys["run_dir"])
