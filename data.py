@@ -14,11 +14,6 @@ and the bundled base model alike. The named evaluation prompts' pairs are test p
 Everything else is a folder of train.jsonl, valid.jsonl and test.jsonl (data=FOLDER), as `python -m
 tasks` writes them or by hand.
 """
-import functools
-import hashlib
-import random
-import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import engine.blas  # noqa: F401  (before mlx)
@@ -28,141 +23,9 @@ import numpy as np
 from config import BadInput, Config
 from engine import workers
 from engine.memory import Load
-from files.jsonl import read_rows
-from files.wordings import PHRASES, number_words, phrases_of
-from tokenizer import Tokenizer
-
-# the prior work's evaluation prompts, as (operation, a, b)
-NAMED_PROMPTS = {
-    "nine": [("multiply", 7, 8), ("multiply", 12, 5), ("multiply", 9, 9),
-             ("add", 23, 45), ("add", 17, 38), ("add", 55, 27),
-             ("subtract", 89, 34), ("subtract", 65, 28), ("subtract", 100, 43)],
-    "eight": [("multiply", 7, 8), ("multiply", 12, 5), ("add", 23, 45), ("add", 17, 38),
-              ("subtract", 50, 23), ("subtract", 89, 34), ("divide", 48, 6), ("divide", 81, 9)],
-}
-NAMED_PAIRS = {tuple(sorted((a, b))) for prompts in NAMED_PROMPTS.values() for _, a, b in prompts}
-TEST_PROBLEMS_PER_CELL = 300  # of each operation and wording, where there are so many
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One question. `operation` may be ''; a row of a data folder that names no wording has 'file'.
-
-    hidden    of a question to reason about: the prompt without the question (markovian.py)
-    letters   its options, such as "ABCD"; "": the answer is a number
-    messages  of a conversation: (role, content) of all of it; prompt and answer are its last two
-    """
-    prompt: str
-    answer: str
-    operation: str
-    wording: str
-    a: int = 0
-    b: int = 0
-    hidden: str = ""
-    letters: str = ""
-    messages: tuple[tuple[str, str], ...] = ()
-
-
-def stable_hash(text: str) -> int:
-    """32 bits of a text, the same on every machine and in every process."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big")
-
-
-def side_of(numbers: tuple[int, ...]) -> str:
-    """15 % test, 5 % valid, 80 % train, by the numbers whatever their order."""
-    bucket = stable_hash(",".join(map(str, sorted(numbers)))) % 100
-    return "test" if bucket < 15 else "valid" if bucket < 20 else "train"
-
-
-def split_of(a: int, b: int) -> str:
-    """A pair's side, for any order, operation, wording, seed."""
-    return "test" if tuple(sorted((a, b))) in NAMED_PAIRS else side_of((a, b))
-
-
-def evenly(items: list, count: int) -> list:
-    """At most `count` items, evenly spread: of a sorted list every part's share, to within one.
-
-    A whole stride would not do: cut at `count` items, it never reaches the list's tail.
-    example  (range(5), 3) -> 0, 1, 3
-    """
-    count = min(count, len(items))
-    return [items[i * len(items) // count] for i in range(count)]
-
-
-def operand_pairs(operation: str) -> list[tuple[int, int]]:
-    """An operation's ordered operand pairs, in the prior work's ranges; differences are >= 0."""
-    if operation == "multiply":
-        return [(a, b) for a in range(2, 21) for b in range(2, 21)]
-    if operation == "divide":
-        return [(b * q, b) for b in range(1, 13) for q in range(1, 13)]
-    return [(a, b) for a in range(1, 100) for b in range(1, 100) if operation == "add" or a >= b]
-
-
-def compute(operation: str, a: int, b: int) -> int:
-    return {"add": a + b, "subtract": a - b, "multiply": a * b, "divide": a // max(b, 1)}[operation]
-
-
-def make_problem(operation: str, a: int, b: int, phrase: str | None = None,
-                 wording: str | None = None) -> Problem:
-    """A problem by a phrase in a wording; symbolic if there is neither, worded if only a phrase."""
-    wording = wording or ("worded" if phrase else "symbolic")
-    write = number_words if wording.endswith("worded") else str
-    text = (phrase or phrases_of(operation, wording)[0]).format(a=write(a), b=write(b))
-    return Problem(f"{text} = ", str(compute(operation, a, b)), operation, wording, a, b)
-
-
-@functools.cache
-def pairs_in(operation: str, split: str) -> list[tuple[int, int]]:
-    return [pair for pair in operand_pairs(operation) if split_of(*pair) == split]
-
-
-def sample_train(cfg: Config) -> list[Problem]:
-    """Draw cfg.data_samples training problems: operation, wording, phrase and pair, each uniformly.
-
-    With replacement: multiplication has 306 training pairs and a third of the rows.
-    """
-    rng = random.Random(cfg.seed)
-    problems = []
-    for _ in range(cfg.data_samples):
-        operation, wording = rng.choice(cfg.data_operations), rng.choice(cfg.data_wordings)
-        phrase = rng.choice(PHRASES[operation]) if wording == "worded" else None
-        pair = rng.choice(pairs_in(operation, "train"))
-        problems.append(make_problem(operation, *pair, phrase, wording))
-    return problems
-
-
-def held_out(cfg: Config, split: str, per_cell: int = TEST_PROBLEMS_PER_CELL) -> list[Problem]:
-    """Distinct problems of the valid or test pairs, at most `per_cell` per operation and wording.
-
-    The choice does not depend on cfg.seed: two runs with other seeds are judged on the same
-    problems, so they can be paired.
-    """
-    problems = []
-    for operation in cfg.data_operations:
-        for wording in cfg.data_wordings:
-            cell = [make_problem(operation, a, b, phrase, wording)
-                    for a, b in pairs_in(operation, split)
-                    for phrase in phrases_of(operation, wording)]
-            random.Random(f"{split} {operation} {wording}").shuffle(cell)
-            problems += cell[:per_cell]
-    return problems
-
-
-def named_problems(name: str) -> list[Problem]:
-    """The prior work's nine or eight evaluation prompts."""
-    return [make_problem(*item) for item in NAMED_PROMPTS[name]]
-
-
-def grade(expected: str, completion: str, finished: bool) -> bool:
-    """Whether the whole completion is the answer: one number, as an integer; a cut one is wrong.
-
-    example  ("37", " 37", True) -> True;  "373737", "37 38", "37.0" or an unfinished "37" -> False
-    """
-    if not re.fullmatch(r"-?[0-9]+", expected):
-        return finished and completion.strip() == expected.strip()
-    match = re.fullmatch(r"\s*(-?[0-9]{1,30})\s*", completion)
-    return bool(finished and match and int(match[1]) == int(expected))
-
+from text.arithmetic import Problem, held_out, sample_train
+from text.jsonl import read_rows
+from text.rows import Row
 
 # --------------------------------------------------------------------------------------------------
 # from a config to problems, and to token ids
@@ -187,70 +50,6 @@ def load_split(cfg: Config, split: str) -> list[Problem]:
         raise BadInput(f"the {split} split of data = {cfg.data!r} is empty "
                        f"(data_samples = {cfg.data_samples}); nothing to do")
     return problems
-
-
-@dataclass
-class Row:
-    """One tokenised problem: ids = prompt + answer + EOS, P = length of the prompt.
-
-    Of a conversation P is where its *last* reply starts: the class loss and the lens look at the
-    token before it. spans: all of its replies with what ends them; (): ids[P:] is the only one.
-    """
-    ids: list[int]
-    P: int
-    class_id: int
-    spans: tuple[tuple[int, int], ...] = ()
-
-    def targets(self, cfg: Config) -> tuple[tuple[int, int], ...]:
-        """(start, stop) of the tokens that the loss counts."""
-        if not cfg.mask_prompt:
-            return ((1, len(self.ids)),)
-        return self.spans or ((self.P, len(self.ids)),)
-
-
-def messages_of(problem: Problem) -> list[dict[str, str]]:
-    """A problem as a conversation; a question and its answer are one of one turn."""
-    pairs = problem.messages or (("user", problem.prompt), ("assistant", problem.answer))
-    return [{"role": role, "content": content} for role, content in pairs]
-
-
-def encode_prompt_of(problem: Problem, tokenizer: Tokenizer, template: str = "none") -> list[int]:
-    """What a model reads before it answers: the prompt, or the conversation up to the last reply.
-
-    raises   BadInput, also for a conversation without a template: its history would be lost
-    """
-    if template != "none":
-        return tokenizer.encode_messages(messages_of(problem)[:-1], template)[0]
-    if problem.messages:
-        raise BadInput(f"the row with the reply {problem.answer[:40]!r} is a conversation, which "
-                       "needs template: lines, plain or chat (methods sft and dual_reward)")
-    return tokenizer.encode_prompt(problem.prompt)
-
-
-def encode_problem(problem: Problem, tokenizer: Tokenizer, template: str = "none",
-                   class_id: int = 0) -> Row:
-    """The same with the answer and what ends it: all that training reads."""
-    if template == "none":
-        encode_prompt_of(problem, tokenizer)
-        return Row(*tokenizer.encode_pair(problem.prompt, problem.answer), class_id)
-    ids, spans = tokenizer.encode_messages(messages_of(problem), template, reply_follows=False)
-    return Row(ids, spans[-1][0], class_id, tuple(spans))
-
-
-def tokenize(problems: list[Problem], tokenizer: Tokenizer, context: int,
-             class_ids: list[int] | None = None, template: str = "none") -> list[Row]:
-    """Encode each problem with its answer; raises BadInput naming a row beyond the context.
-
-    class_ids  the class loss's target token of each problem; none for methods without that loss
-    """
-    rows = []
-    for problem, class_id in zip(problems, class_ids or [0] * len(problems), strict=True):
-        row = encode_problem(problem, tokenizer, template, class_id)
-        if len(row.ids) > context:
-            raise BadInput(f"row {problem.prompt[:60]!r} has {len(row.ids)} tokens with its "
-                           f"answer, and the model's context is {context}; shorten the row")
-        rows.append(row)
-    return rows
 
 
 # --------------------------------------------------------------------------------------------------

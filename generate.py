@@ -16,14 +16,14 @@ import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
 
+from checkpoint import load_checkpoint
 from config import BadInput, run_main
 from engine.cache import KVCache
 from engine.memory import CACHED_TOKENS, DECODED_ROWS
 from engine.ops import blocked_reduction, exp
 from engine.parallel import map_rows
-from lora import load_checkpoint
 from model import Llama
-from tokenizer import Tokenizer
+from text.tokenizer import Tokenizer
 
 
 @dataclass

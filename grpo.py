@@ -22,7 +22,6 @@ import mlx.core as mx
 import numpy as np
 
 from config import BadInput, Config
-from data import Problem, encode_prompt_of, grade
 from engine import workers
 from engine.fuse import fused_for_decoding
 from engine.memory import CACHED_TOKENS, DECODED_ROWS, Load
@@ -33,7 +32,9 @@ from guard import repetition
 from lora import adapters_off
 from losses import answer_reward_loss, kl_estimates, policy_loss, token_logprobs
 from model import Llama
-from tokenizer import Tokenizer
+from text.arithmetic import Problem, grade
+from text.rows import encode_prompt_of
+from text.tokenizer import Tokenizer
 
 ZERO_VARIANCE = 1e-6    # a group whose rewards differ by less carries no signal
 REDRAWS = 3             # fresh prompts, where no group of a step carries one

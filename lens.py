@@ -27,19 +27,18 @@ import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
 
+from checkpoint import load_checkpoint
 from config import BadInput, run_main
 from engine.memory import LENS_ROWS, LOGITS_PER_CALL
-from engine.ops import LINUX_CPU, blocked_reduction, exp, logsumexp
+from engine.ops import LINUX_CPU, blocked_reduction, exp, logsumexp, top_tokens
 from engine.parallel import map_rows
 from files.disk import write_text
 from generate import check_context
-from lora import load_checkpoint
 from model import Llama, gather_positions
 from report.stats import EMERGED, depth
 from report.terminal import lens_table
-from tokenizer import Tokenizer
+from text.tokenizer import Tokenizer
 
-GROUP = 128     # tokens; see top_tokens
 # so many logits are reduced at once on a CPU: with what is computed of them they fit its L2 cache
 LOGITS_IN_CACHE = 2 ** 18
 
@@ -96,31 +95,6 @@ def tap_statistics(logits: mx.array, targets: mx.array, k: int, final_probs: mx.
     top = top_tokens(logits, k)                                                     # (R, k)
     return (mx.exp(logprobs), mx.stack(ranks, -1), mx.stack(ties, -1), logprobs, entropy, kl,
             prob_of(final_top)[:, 0], top, prob_of(top))
-
-
-def top_tokens(logits: mx.array, k: int) -> mx.array:
-    """The k largest, largest first: (..., V) -> (..., k) ids. mx.topk gives values only.
-
-    Of groups of 128 tokens only the k with the largest maxima can hold one of the k largest tokens.
-    So the maxima are partitioned, then k groups: a tenth of the time that all V tokens take.
-    """
-    if k == 1:
-        return mx.argmax(logits, axis=-1, keepdims=True)
-
-    def largest(x):
-        return mx.argpartition(-x, kth=k - 1, axis=-1)[..., :k]
-
-    *lead, V = logits.shape
-    if V % GROUP or V // GROUP <= k:
-        top = largest(logits)
-    else:
-        groups = logits.reshape(*lead, GROUP, V // GROUP)   # group g: tokens g, g + V / 128, ...
-        best = largest(groups.max(-2))                                              # (..., k)
-        within = mx.take_along_axis(groups, best[..., None, :], axis=-1)            # (..., 128, k)
-        found = largest(within.reshape(*lead, GROUP * k))
-        top = found // k * (V // GROUP) + mx.take_along_axis(best, found % k, axis=-1)
-    order = mx.argsort(-mx.take_along_axis(logits, top, axis=-1), axis=-1)
-    return mx.take_along_axis(top, order, axis=-1)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -26,15 +26,15 @@ import mlx.core as mx
 import numpy as np
 
 from config import BadInput, Config
-from data import Problem
 from engine.parallel import map_rows
-from files.answers import LETTER_METHODS, NUMBER_METHODS, extract, is_right
 from generate import Completion, check_context, left_pad, sample
 from grpo import Group, completion_resid
 from lora import adapters_off
 from losses import token_logprobs
 from model import Llama, gather_positions
-from tokenizer import Tokenizer
+from text.answers import LETTER_METHODS, NUMBER_METHODS, extract, is_right
+from text.arithmetic import Problem
+from text.tokenizer import Tokenizer
 
 # between chain and answer; it ends at the colon, since answers start with their space
 HEADER = "\nAnswer:"

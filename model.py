@@ -38,7 +38,7 @@ from files.model_folder import (
     read_weights,
     write_files,
 )
-from tokenizer import Tokenizer, load_tokenizer
+from text.tokenizer import Tokenizer, load_tokenizer
 
 Edit = dict[int, Callable[[mx.array], mx.array]]     # tap -> what to make of the stream there
 

@@ -27,12 +27,13 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 from tqdm import tqdm
 
+from checkpoint import checkpoint_files, load_base
 from config import ON_POLICY, BadInput, Config, Stopped, load_config, run_main
-from data import Batches, load_split, tokenize
+from data import Batches, load_split
 from engine import memory, workers
 from engine.parallel import map_rows
 from engine.recompute import spare
-from eval import class_block, class_ids, inspect, make_report
+from eval import class_block, inspect, make_report
 from files.disk import read_json, write_text
 from files.model_folder import find_folder, root_model
 from files.provenance import require_gate
@@ -45,12 +46,14 @@ from files.run_folder import (
     restore_training,
     training_arrays,
 )
-from lora import apply_lora, checkpoint_files, load_base
+from lora import apply_lora
 from losses import supervised_loss
 from model import Llama
 from report.plot import plot_run
 from report.terminal import describe_run, format_line, report_text
-from tokenizer import Tokenizer
+from text.rows import tokenize
+from text.targets import class_ids
+from text.tokenizer import Tokenizer
 
 BAR_KEYS = ("loss", "answer_loss", "class_loss", "class_accuracy", "reward", "entropy", "kl_k3",
             "tokens_per_s", "peak_gib")

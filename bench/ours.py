@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from bench.limit import RANK
 from bench.peers.clock import clock, random_prompts
 from config import Config, load_overrides
-from data import Batches, Problem, Row
+from data import Batches
 from engine import memory
 from eval import class_block
 from files.disk import write_bytes, write_text
@@ -30,6 +30,8 @@ from generate import sample
 from grpo import Rollouts
 from lens import read_prompts
 from model import Llama, load, parse_args
+from text.arithmetic import Problem
+from text.rows import Row
 from train import compile_step, make_loss, next_updates, prepare_model, take_updates
 
 ROOT = Path(__file__).parent.parent

@@ -23,7 +23,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from files.wordings import ONES, TENS
+from text.arithmetic import ONES, TENS
 
 PASS = "pass"
 

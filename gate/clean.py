@@ -23,7 +23,7 @@ from files.model_folder import root_model
 from generate import sample
 from losses import token_logprobs
 from model import Llama
-from tokenizer import Tokenizer
+from text.tokenizer import Tokenizer
 
 VERSION = 1     # of these checks; a change of the rules never rewrites an old record
 SENTINELS = ("Water freezes at", "Translate to Pig Latin: hello world", "List three prime numbers:",

@@ -33,15 +33,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import run_main
-from data import compute, pairs_in, split_of
 from files.disk import json_lines, write_text
 from files.keys import BadInput, read_keys
 from files.provenance import hash_file
-from files.wordings import ASKED, PHRASES, SYMBOLS
 from gate import drafts
 from gate.checks import Verdict, check_turn, find, mistake_in, normalise, term_pattern
 from gate.drafts import Draft, Turn
 from gate.jsonl import read_rows
+from text.arithmetic import ASKED, PHRASES, SYMBOLS, compute, pairs_in, split_of
 
 KINDS = ("conversations", "instructions", "tiny_turns", "tiny_operations")
 SPLITS = ("train", "valid", "test")

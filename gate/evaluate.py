@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+from checkpoint import load_base, load_checkpoint
 from files.disk import append_text, json_lines, read_json_lines, write_text
 from files.keys import BadInput
 from files.provenance import hash_model, provenance
@@ -20,7 +21,6 @@ from gate.jsonl import begin_folder
 from gate.replies import answer_all, read_replies, score, summarize_scores, transcript
 from gate.settings import ROLES, GateConfig, load_gate
 from gate.verdict import comparisons, decide, length_warnings
-from lora import load_base, load_checkpoint
 
 # what replies depend on: other values of these are another evaluation
 GENERATION = ("limit", "max_reply_tokens", "history", "dtype", "bits", "bits_group_size")

@@ -36,7 +36,7 @@ from lens import pad_prompts
 from losses import token_logprobs
 from model import Llama
 from report.stats import cohens_kappa
-from tokenizer import Tokenizer
+from text.tokenizer import Tokenizer
 
 PROMPT = Path(__file__).parent / "benchmark" / "judge.txt"     # what a judge reads
 FIELDS = ("need", "answer", "chat", "reply", "right", "wrong", "first", "second")

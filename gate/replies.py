@@ -15,7 +15,6 @@ prior work's score was "between 5 and 500 characters" (here `length`, kept to sh
 import statistics
 from pathlib import Path
 
-from files.chat import STOPS
 from files.keys import BadInput
 from gate.checks import check_turn, normalise
 from gate.conversations import Conversation
@@ -23,7 +22,8 @@ from gate.jsonl import append_rows, read_parts
 from generate import sample
 from model import Llama
 from report.stats import auc, wilson
-from tokenizer import Tokenizer
+from text.chat import STOPS
+from text.tokenizer import Tokenizer
 
 SCORERS = ("checks", "judge", "exact", "length")
 PART = 32       # conversations answered at once and written together

@@ -36,8 +36,8 @@ import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
 
+from checkpoint import load_base
 from config import run_main
-from data import stable_hash
 from files.disk import json_lines, write_text
 from files.keys import BadInput, read_keys
 from files.provenance import hash_file, hash_model, provenance
@@ -45,9 +45,9 @@ from gate.clean import check_base
 from gate.jsonl import append_rows, begin_folder, read_parts, read_rows
 from gate.judge import MIN_MASS, letter_margins
 from generate import sample
-from lora import load_base
 from model import Llama
-from tokenizer import Tokenizer
+from text.arithmetic import stable_hash
+from text.tokenizer import Tokenizer
 
 PART = 16       # rows that are generated and written together
 END = "[END]"   # what the worked examples end with

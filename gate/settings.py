@@ -8,9 +8,9 @@ from pathlib import Path
 
 from config import BITS
 from engine.quant import GROUP_SIZES
-from files.chat import TEMPLATES
 from files.keys import BadInput, read_keys
 from gate.replies import SCORERS
+from text.chat import TEMPLATES
 
 ROLES = ("base", "instruct", "alternative")
 

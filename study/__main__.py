@@ -24,10 +24,10 @@ import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 from clean import provenance
 
+from checkpoint import load_base, load_checkpoint
 from config import load_overrides, run_main
 from files.disk import write_text
 from files.keys import BadInput
-from lora import load_base, load_checkpoint
 from study.findings import write_study
 from study.measure import measure, trajectory
 from study.plan import Run, load_study, plan

@@ -12,14 +12,14 @@ import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
 
+from checkpoint import load_checkpoint
 from config import run_main
 from files.keys import BadInput
 from generate import check_context
 from lens import pad_prompts
-from lora import load_checkpoint
 from model import Llama, gather_positions
 from study.jacobian import word_directions
-from tokenizer import Tokenizer
+from text.tokenizer import Tokenizer
 
 
 def contributions(model: Llama, prompts: list[list[int]], targets: list[int],

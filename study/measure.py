@@ -9,15 +9,17 @@ from pathlib import Path
 import numpy as np
 
 from config import Config
-from data import Problem, held_out, matched_problems
-from eval import class_block, class_ids, measure_accuracy, series_ids, target_ids
+from data import matched_problems
+from eval import class_block, measure_accuracy
 from files.disk import read_json_lines
 from lens import read_prompts
 from model import Llama
 from report.stats import EMERGED, auc_within, depth
 from study.attribution import contributions
 from study.probe import fit_probe, four_claims
-from tokenizer import Tokenizer
+from text.arithmetic import Problem, held_out
+from text.targets import class_ids, series_ids, target_ids
+from text.tokenizer import Tokenizer
 
 WORDINGS = ("symbolic", "asked", "worded", "asked_worded")
 

@@ -25,16 +25,18 @@ from pathlib import Path
 import engine.blas  # noqa: F401  (before mlx)
 import numpy as np
 
+from checkpoint import load_checkpoint
 from config import Config, run_main
-from data import Problem, evenly, load_split
+from data import load_split
 from files.disk import write_text
 from files.keys import BadInput
-from lora import adapters_off, load_checkpoint
+from lora import adapters_off
 from markovian import Question, encode_question, greedy_answers, greedy_chains, score_chains
 from model import Llama
 from report import plot
 from report.stats import bootstrap_mean, sign_flip
-from tokenizer import Tokenizer
+from text.arithmetic import Problem, evenly
+from text.tokenizer import Tokenizer
 
 KINDS = ("delete", "truncate_back", "truncate_front", "digits", "letters")
 SEVERITIES = (0.2, 0.4, 0.6, 0.8, 1.0)

@@ -35,18 +35,18 @@ import mlx.core as mx
 import numpy as np
 from scipy.optimize import minimize
 
+from checkpoint import load_checkpoint
 from config import Config, load_config, load_overrides, run_main
-from data import Problem, make_problem, read_problems, split_of
-from eval import target_ids
+from data import read_problems
 from files.disk import write_text
 from files.keys import BadInput
-from files.wordings import phrases_of
 from lens import ROWS_PER_BATCH, Reading, pad_prompts, read_prompts, taps_at
-from lora import load_checkpoint
 from model import Edit, Llama, gather_positions
 from report.stats import bootstrap_mean
 from study.jacobian import jacobian, word_directions
-from tokenizer import Tokenizer
+from text.arithmetic import Problem, make_problem, phrases_of, split_of
+from text.targets import target_ids
+from text.tokenizer import Tokenizer
 
 L2_GRID = (1e-3, 1e-2, 1e-1, 1.0)
 PERMUTATIONS = 199              # smallest p .005

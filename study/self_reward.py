@@ -8,11 +8,11 @@ import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
 
-from data import Problem
 from generate import Completion
 from losses import token_logprobs
 from model import Llama
-from tokenizer import Tokenizer
+from text.arithmetic import Problem
+from text.tokenizer import Tokenizer
 
 
 def self_reward(model: Llama, tokenizer: Tokenizer, problems: list[Problem],

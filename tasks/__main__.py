@@ -15,14 +15,14 @@ import random
 from pathlib import Path
 
 from config import Config, run_main
-from data import Problem, held_out
 from files.disk import json_lines, write_text
 from files.keys import BadInput
 from files.model_folder import find_folder
 from tasks.published import SOURCES, SPLITS, cut_articles, load_questions
 from tasks.sums import held_out_tiny_cot, sample_sums, sample_tiny_cot
 from tasks.tiny import sample_tiny, write_tiny_tokenizer
-from tokenizer import load_tokenizer
+from text.arithmetic import Problem, held_out
+from text.tokenizer import load_tokenizer
 
 GENERATED = {
     "sums": "sums of --terms numbers from 1 to --largest",

@@ -28,11 +28,11 @@ import huggingface_hub
 import pyarrow
 from pyarrow import parquet
 
-from data import Problem, stable_hash
-from files.answers import parse_number
 from files.disk import one_line
 from files.keys import BadInput
-from tokenizer import Tokenizer
+from text.answers import parse_number
+from text.arithmetic import Problem, stable_hash
+from text.tokenizer import Tokenizer
 
 HIDDEN = "<redacted>"
 LETTERS = "ABCDE"

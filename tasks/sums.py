@@ -5,10 +5,10 @@ sum's terms is trained on, whatever the seed.
 """
 import random
 
-from data import Problem, side_of
 from files.keys import BadInput
 from markovian import HEADER
 from tasks.published import HIDDEN, chain_prompt, make_question
+from text.arithmetic import Problem, side_of
 
 SUMS = "Add the numbers."
 

@@ -10,9 +10,18 @@ from pathlib import Path
 
 import sentencepiece
 
-from data import Problem, make_problem, operand_pairs, split_of
 from files.disk import write_bytes
-from files.wordings import ONES, PHRASES, SYMBOLS, TENS, number_words
+from text.arithmetic import (
+    ONES,
+    PHRASES,
+    SYMBOLS,
+    TENS,
+    Problem,
+    make_problem,
+    number_words,
+    operand_pairs,
+    split_of,
+)
 
 
 def sample_tiny(count: int, seed: int) -> list[Problem]:

@@ -31,7 +31,7 @@ from losses import supervised_loss  # noqa: E402
 from markovian import answer_rewards  # noqa: E402
 from model import Llama, parse_args  # noqa: E402
 from tasks.__main__ import write_task  # noqa: E402
-from tokenizer import load_tokenizer  # noqa: E402
+from text.tokenizer import load_tokenizer  # noqa: E402
 
 GOLDEN = ROOT / "tests" / "golden"
 FAMILIES = ("tinyllama", "llama3_2", "llama3_1", "qwen2_5")

@@ -31,8 +31,8 @@ from safetensors import deserialize, safe_open
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from checkpoint import load_checkpoint  # noqa: E402
 from files.keys import BadInput  # noqa: E402
-from lora import load_checkpoint  # noqa: E402
 from tasks.__main__ import write_task  # noqa: E402
 
 COMMON = {"model": ROOT / "models/tiny", "steps": 12, "batch_size": 16, "lora_rank": 4,

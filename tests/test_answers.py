@@ -3,7 +3,7 @@ from fractions import Fraction
 
 import pytest
 
-from files.answers import extract, is_right, parse_number
+from text.answers import extract, is_right, parse_number
 
 NUMBERS = [  # completion -> the number in it; None: no answer to read
     (" 18", 18), ("18.", 18), ("18...", 18), (" $18", 18), ("**18**", 18), ("(18)", 18),

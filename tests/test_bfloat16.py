@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 
 import train as training
 from config import load_config
-from files.run_folder import save_state, training_arrays
+from files.run_folder import save_state
 from train import (
     compile_step,
     load_source,

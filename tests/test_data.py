@@ -13,29 +13,27 @@ import pytest
 from conftest import TINY, config, small_config, write_model
 
 from config import load_config
-from data import (
+from data import Batches, load_split, make_batch
+from eval import make_report
+from files.keys import BadInput
+from grpo import Rollouts
+from tasks.tiny import sample_tiny
+from text.arithmetic import (
     NAMED_PROMPTS,
-    Batches,
-    Row,
+    SYMBOLS,
     compute,
-    encode_prompt_of,
     evenly,
     grade,
     held_out,
-    load_split,
-    make_batch,
     make_problem,
+    number_words,
     operand_pairs,
+    phrases_of,
     sample_train,
     split_of,
-    tokenize,
 )
-from eval import make_report
-from files.keys import BadInput
-from files.wordings import SYMBOLS, number_words, phrases_of
-from grpo import Rollouts
-from tasks.tiny import sample_tiny
-from tokenizer import load_tokenizer
+from text.rows import Row, encode_prompt_of, tokenize
+from text.tokenizer import load_tokenizer
 from train import train
 
 ALL = {"data_operations": ("add", "subtract", "multiply", "divide"),

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 from conftest import TINY, assert_one_clear_line, config, random_model, run, small_config
 
-from data import Problem, held_out, make_problem, named_problems
-from eval import class_block, class_ids, evaluate, make_report, measure_accuracy, target_ids
+from eval import class_block, make_report, measure_accuracy
 from files.keys import BadInput
 from lens import Reading
 from report.stats import wilson
 from report.summary import summarize_classifier
 from report.terminal import report_text
-from tokenizer import load_tokenizer
+from text.arithmetic import Problem, held_out, make_problem, named_problems
+from text.targets import class_ids, target_ids
+from text.tokenizer import load_tokenizer
 
 
 @pytest.fixture

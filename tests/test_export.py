@@ -25,17 +25,9 @@ from conftest import (
 import eval as eval_script
 import generate as generate_script
 import lens as lens_script
+from checkpoint import load_checkpoint
 from files.keys import BadInput
-from lora import (
-    adapter_arrays,
-    export,
-    export_peft,
-    load_adapters,
-    load_checkpoint,
-    main,
-    merge,
-    save_adapters,
-)
+from lora import adapter_arrays, export, export_peft, load_adapters, main, merge, save_adapters
 from model import load, save_model
 
 QKVO = ("q", "k", "v", "o")

@@ -5,8 +5,6 @@ import numpy as np
 import pytest
 from conftest import run
 
-from engine import ops
-
 
 def test_exp_in_float64():
     x = np.linspace(-86, 87, 200_001).astype(np.float32)

@@ -8,7 +8,6 @@ import pytest
 from conftest import ROOT, TINY, assert_one_clear_line, run, small_config, write_model
 
 from config import Config, load_config
-from data import held_out
 from files.keys import BadInput, Stopped
 from files.provenance import hash_model
 from gate import replies as replying
@@ -18,6 +17,7 @@ from gate.evaluate import run_gate
 from gate.settings import GateConfig, load_gate
 from gate.verdict import agreement_of, decide, length_warnings, paired
 from generate import Completion
+from text.arithmetic import held_out
 from train import train
 
 OPEN = {"base_at_most": 1, "instruct_at_least": 0, "h_at_least": 0}     # only the test decides

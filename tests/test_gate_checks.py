@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from files.wordings import number_words
 from gate.checks import CHECKS, check_turn, mistake_in, normalise
+from text.arithmetic import number_words
 
 MEAT = {"type": "forbid", "lexicon": ["chicken", "ham", "anchovy", "egg", "milk"],
         "allow": ["coconut milk", "eggplant"]}

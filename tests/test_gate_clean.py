@@ -19,7 +19,7 @@ from gate.clean import (
     library_encoder,
 )
 from lora import save_adapters
-from tokenizer import load_tokenizer
+from text.tokenizer import load_tokenizer
 
 
 def test_bundled_base_is_clean(tokenizer):

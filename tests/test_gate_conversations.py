@@ -11,7 +11,6 @@ import time
 import pytest
 from conftest import ROOT, assert_one_clear_line, run
 
-from data import split_of
 from files.keys import BadInput
 from gate.checks import find, normalise
 from gate.conversations import (
@@ -29,6 +28,7 @@ from gate.conversations import (
     write_benchmark,
 )
 from gate.drafts import load_texts
+from text.arithmetic import split_of
 
 BENCHMARKS = ROOT / "gate" / "benchmark"
 

@@ -54,7 +54,7 @@ from gate.self_instruct import (
 )
 from generate import Completion
 from model import parse_args
-from tokenizer import load_tokenizer
+from text.tokenizer import load_tokenizer
 
 SEEDS = read_seeds(self_instruct.SEEDS)
 

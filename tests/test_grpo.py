@@ -20,10 +20,9 @@ from conftest import (
 )
 from mlx.utils import tree_flatten
 
-from data import make_problem, sample_train
+from checkpoint import load_base
 from engine.fuse import fused_for_decoding
 from files.keys import BadInput
-from files.run_folder import training_arrays
 from files.user_reward import load_reward
 from generate import Completion, sample
 from grpo import (
@@ -35,8 +34,9 @@ from grpo import (
     token_weights,
 )
 from guard import CollapseGuard, repetition
-from lora import adapters_off, apply_lora, load_base
+from lora import adapters_off, apply_lora
 from losses import kl_estimates, policy_loss, token_entropy, token_logprobs
+from text.arithmetic import make_problem, sample_train
 from train import compile_step, make_loss, take_step
 
 PROBLEMS = [make_problem("add", 3, 4), make_problem("multiply", 12, 11, "what is {a} times {b}"),

@@ -12,7 +12,6 @@ from conftest import (
     random_model,
     run,
     small_config,
-    small_model,
     write_model,
 )
 
@@ -23,7 +22,7 @@ from lens import final_distribution, read_prompts, read_taps, view_prompt
 from model import Llama, gather_positions, load
 from report.page import lens_page
 from report.terminal import lens_table
-from tokenizer import load_tokenizer
+from text.tokenizer import load_tokenizer
 
 
 def test_last_tap_is_the_model():

@@ -6,9 +6,11 @@ import pytest
 from conftest import config, small_model
 from mlx.utils import tree_flatten
 
-from data import Batches, held_out, make_problem, tokenize
+from data import Batches
 from losses import dual_reward_loss, masked_cross_entropy, token_logprobs
 from model import gather_positions
+from text.arithmetic import held_out, make_problem
+from text.rows import tokenize
 from train import batch_arrays, make_loss
 
 IDS = {"add": 1010, "subtract": 1011, "multiply": 1012}

@@ -43,7 +43,7 @@ from report.summary import summarize_chains
 from study.perturb import KINDS, perturb
 from tasks.__main__ import PUBLISHED_KEYS, write_task
 from tasks.published import make_question
-from tokenizer import load_tokenizer
+from text.tokenizer import load_tokenizer
 from train import train
 
 QUESTIONS = [make_question("Add the numbers.", text, answer) for text, answer in

@@ -27,7 +27,7 @@ from generate import choose, sample_batch
 from lens import read_prompts
 from lora import apply_lora
 from model import ModelArgs, parse_args
-from tokenizer import load_tokenizer
+from text.tokenizer import load_tokenizer
 from train import load_source, make_optimizer, next_updates, prepare_model
 
 STEPS = {   # method: settings of one step

@@ -14,7 +14,7 @@ from engine.parallel import cut, side_by_side
 from generate import sample
 from lens import Reading, read_prompts
 from model import load
-from tokenizer import load_tokenizer
+from text.tokenizer import load_tokenizer
 from train import compile_step, load_source, make_loss, next_updates, take_step
 
 OPENBLAS = ctypes.CDLL(engine.blas.LOADED) if engine.blas.LOADED else None

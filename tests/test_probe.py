@@ -8,8 +8,7 @@ from conftest import TINY, assert_one_clear_line, config, run
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 
-from data import split_of
-from lora import load_base
+from checkpoint import load_base
 from study.jacobian import word_directions
 from study.probe import (
     Matched,
@@ -32,6 +31,7 @@ from study.probe import (
     swap,
     swap_taps,
 )
+from text.arithmetic import split_of
 
 
 @pytest.fixture(scope="module")

@@ -18,21 +18,14 @@ from conftest import (
 )
 from mlx.utils import tree_flatten
 
+from checkpoint import load_base, load_checkpoint
 from config import dump
 from engine import quant
 from engine.quant import HalfEmbedding, HalfLinear, QuantizedLinear, is_quantized, unquantize
 from files.disk import write_text
 from files.keys import BadInput
 from files.model_folder import save_safetensors
-from lora import (
-    adapter_arrays,
-    apply_lora,
-    load_adapters,
-    load_base,
-    load_checkpoint,
-    merge,
-    save_adapters,
-)
+from lora import adapter_arrays, apply_lora, load_adapters, merge, save_adapters
 from model import load
 
 mlx_lm = pytest.importorskip("mlx_lm.utils")

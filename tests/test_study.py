@@ -9,13 +9,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from config import load_config
 from files.keys import BadInput
-from files.wordings import ASKED_WORDED, ONES, PHRASES, SYMBOLS, TENS
 from lens import read_prompts
 from model import load
 from study.findings import block_ranges, show
 from study.hypotheses import judge_all, test_hypothesis
 from study.measure import measure_prediction
 from study.plan import load_study, plan
+from text.arithmetic import ASKED_WORDED, ONES, PHRASES, SYMBOLS, TENS
 
 test_hypothesis.__test__ = False    # it is not one of pytest's
 STUDY = ROOT / "study" / "plan.yaml"

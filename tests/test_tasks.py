@@ -11,8 +11,7 @@ import pytest
 from conftest import ROOT, TINY_COT, assert_one_clear_line, config, run
 from pyarrow import parquet
 
-from data import load_split, read_problems, side_of
-from files.answers import extract, is_right
+from data import load_split, read_problems
 from files.keys import BadInput
 from markovian import HEADER
 from tasks.__main__ import DEFAULTS, NAMES, make_split, parse, write_task
@@ -27,7 +26,9 @@ from tasks.published import (
 )
 from tasks.sums import write_chain
 from tasks.tiny import sample_tiny
-from tokenizer import load_tokenizer
+from text.answers import extract, is_right
+from text.arithmetic import side_of
+from text.tokenizer import load_tokenizer
 
 FIXTURES = ROOT / "tests" / "fixtures"
 SPLITS = ("train", "valid", "test")

@@ -13,10 +13,12 @@ import sentencepiece
 import tokenizers
 from conftest import GOLDEN, TINY, assert_one_clear_line, config, run, small_config, write_model
 
-from data import Problem, encode_problem, make_batch
+from data import make_batch
 from files.keys import BadInput
 from model import load
-from tokenizer import load_tokenizer
+from text.arithmetic import Problem
+from text.rows import encode_problem
+from text.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

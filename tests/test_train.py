@@ -13,14 +13,16 @@ import pytest
 from conftest import ROOT, assert_one_clear_line, config, run, small_model
 from mlx.utils import tree_flatten
 
+from checkpoint import load_checkpoint
 from config import load_config
-from data import Batches, make_problem, sample_train, tokenize
+from data import Batches
 from engine import parallel
 from eval import measure_accuracy
 from files.keys import BadInput, Stopped
-from lora import load_checkpoint
 from model import load
 from tasks.__main__ import write_task
+from text.arithmetic import make_problem, sample_train
+from text.rows import tokenize
 from train import compile_step, lr_at, make_optimizer, prepare_model, train
 
 IDS = {"add": 1010, "subtract": 1011, "multiply": 1012}

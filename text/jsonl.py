@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 from config import BadInput
-from files.chat import check_messages
+from text.chat import check_messages
 
 EXPECTED = ('expected {"prompt": "...", "response": "...", "operation": "..."} or '
             '{"messages": [{"role": "user", "content": "..."}, ...]}')

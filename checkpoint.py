@@ -1,0 +1,131 @@
+"""From a run to its model and back: a base, the adapters of the runs under it, its own on top.
+
+A run may be trained on another run: its `model:` names that folder. Then the lower adapters are
+merged into the base first, so that the top one alone separates the policy from where it started.
+The command `python lora.py` fuses and exports.
+"""
+import argparse
+from pathlib import Path
+
+import engine.blas  # noqa: F401  (before mlx)
+from mlx.utils import tree_flatten
+
+from config import BadInput, Config, load_config
+from files.adapters import mlx_files, peft_files
+from files.model_folder import find_folder, model_files, root_model, write_files
+from lora import about_adapter, adapter_arrays, load_adapters, merge
+from model import Llama, load, save_model
+from text.tokenizer import Tokenizer
+
+
+def checkpoint_files(model: Llama, cfg: Config) -> dict:
+    """What a run saves for eval.py and others, {file name: content}: the adapter, or all weights."""
+    if not cfg.full:
+        return mlx_files(adapter_arrays(model), about_adapter(model, cfg.model))
+    origin = find_folder(root_model(cfg.model), weights=False)
+    return model_files(origin, dict(tree_flatten(model.parameters())), model.args.rope_theta,
+                       model.args.rope_scaling)
+
+
+def load_base(name: str | Path, dtype: str | None = None, bits: int | None = None,
+              from_scratch: bool = False, group_size: int | None = None) -> tuple[Llama, Tokenizer | None]:
+    """`model.load`, where name may also be a run: its adapter is merged first.
+
+    So that an adapter trained on top is all that separates the policy from where it started, and
+    switching it off gives the reference.
+    dtype   goes for the whole chain of runs under name; None: each run's own
+    bits    a run's own quantised base stays as it was trained on until its adapter is merged; then
+            its layers are quantised to these bits, unless it had the same: then they stay, and
+            those that the adapter was merged into stay plain, or rounding would eat the update
+    raises  BadInput
+    """
+    if root_model(name) == name or from_scratch:
+        return load(root_model(name), dtype, bits, from_scratch, group_size)
+    model, tokenizer, _ = load_checkpoint(name, dtype=dtype)
+    if not bits:
+        merge(model)
+        return model, tokenizer
+    from engine.quant import packed_settings, quantize  # QLoRA alone needs it
+    stored = packed_settings(model)
+    merge(model)
+    if {b for b, _ in stored} != {bits}:
+        quantize(model, bits, group_size)
+    return model, tokenizer
+
+
+def load_checkpoint(ckpt: str | Path, adapter: str | Path | None = None,
+                    dtype: str | None = None) -> tuple[Llama, Tokenizer, Config | None]:
+    """A run folder (adapter or full weights), model folder or Hub name -> (model, tokenizer, cfg).
+
+    adapter  a folder, of ours, mlx-lm's or PEFT's: on top of the checkpoint, whose own adapter is
+             then merged
+    dtype    None: a run's own
+    raises   BadInput, also where there is no tokenizer
+    """
+    folder, cfg = Path(ckpt), None
+    if (folder / "config.yaml").exists():
+        cfg = load_config(folder / "config.yaml")
+        # a whole model's last file (model.save_model)
+        if not any((folder / name).exists() for name in ("adapters.safetensors", "config.json")):
+            raise BadInput(f"run folder {folder} holds no weights yet; "
+                           f"finish it with `python train.py {folder}/config.yaml`")
+    own = (folder / "adapter_config.json").exists()
+    if own and cfg is None:
+        raise BadInput(f"{folder} holds an adapter but no config.yaml, so its base model is "
+                       f"unknown; give --ckpt BASE --adapter {folder} (load_adapters does it on a "
+                       "model you loaded)")
+    base, top = (cfg.model, folder) if own and adapter is None else (ckpt, adapter)
+    if cfg:
+        model, tokenizer = load_base(base, dtype or cfg.dtype, cfg.bits)
+    else:
+        model, tokenizer = load_base(base, dtype)
+    if top is not None:
+        load_adapters(model, top)
+    if tokenizer is None:
+        raise BadInput(f"{base} has no tokenizer.model and no tokenizer.json; add the model's own")
+    return model, tokenizer, cfg
+
+
+def check_new(folder: Path) -> None:
+    """BadInput unless a folder to write is absent or empty: two models in one would mix."""
+    try:
+        taken = any(folder.iterdir())
+    except FileNotFoundError:
+        taken = False
+    except OSError:     # a file, or not to be looked into
+        taken = True
+    if taken:
+        raise BadInput(f"{folder} already holds a model or other files; name a new folder")
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        description="Fuse a run's adapter into its base model, or write the adapter alone.")
+    parser.add_argument("--ckpt", required=True,
+                        help="run folder; with --adapter any model folder or Hub name")
+    parser.add_argument("--adapter", metavar="FOLDER", help="take this adapter, ours, mlx-lm's or "
+                        "peft's, on top of --ckpt")
+    parser.add_argument("--out", required=True, type=Path, help="folder to write, new or empty")
+    parser.add_argument("--format", choices=("hub", "peft", "mlx"), default="hub",
+                        help="hub: base and adapter fused, in the Hub's layout (default); peft, "
+                             "mlx: the adapter alone, for peft or mlx-lm")
+    args = parser.parse_args(argv)
+    check_new(args.out)
+    model, _, cfg = load_checkpoint(args.ckpt, args.adapter)
+    if not adapter_arrays(model):
+        raise BadInput(f"{args.ckpt} has no adapter to fuse; it is already a whole model: give an "
+                       "adapter with --adapter FOLDER")
+    name, base = (args.adapter, args.ckpt) if args.adapter else (args.ckpt, cfg.model)
+    if args.format != "hub":
+        make_files = peft_files if args.format == "peft" else mlx_files
+        write_files(args.out, make_files(adapter_arrays(model), about_adapter(model, base)))
+        print(f"wrote the adapter of {name} to {args.out}; its base is {base}")
+        if root_model(base) != base:
+            print(f"{base} is a run itself, and the base is that run fused: "
+                  f"`python lora.py --ckpt {base} --out FOLDER`")
+        return
+    merge(model)
+    from engine.quant import unquantize  # as above
+    unquantize(model, model.model.norm.weight.dtype)
+    save_model(model, args.out, root_model(base))
+    print(f"fused {name} into {args.out}")

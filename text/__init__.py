@@ -1,0 +1,1 @@
+"""Texts and token ids, no model: problems, tokenizers, templates, targets, answer readers."""
