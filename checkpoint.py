@@ -8,13 +8,15 @@ import argparse
 from pathlib import Path
 
 import engine.blas  # noqa: F401  (before mlx)
+import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from config import BadInput, Config, load_config
 from files.adapters import mlx_files, peft_files
+from files.disk import read_json
 from files.model_folder import find_folder, model_files, root_model, write_files
 from lora import about_adapter, adapter_arrays, load_adapters, merge
-from model import Llama, load, save_model
+from model import Llama, load, load_tokenizer_for, parse_args, save_model
 from text.tokenizer import Tokenizer
 
 
@@ -27,20 +29,43 @@ def checkpoint_files(model: Llama, cfg: Config) -> dict:
                        model.args.rope_scaling)
 
 
+def init_weights(model: Llama) -> None:
+    """Random weights for training from scratch: sd 1/sqrt(inputs).
+
+    The two matrices that write to the stream have 1/sqrt(2L) of it. The embedding starts small,
+    sd 0.02: from a large one the bundled model learnt its sums by heart instead of adding.
+    """
+    scaled = []
+    for name, weight in tree_flatten(model.parameters()):
+        if weight.ndim == 2:
+            sd = 0.02 if "embed" in name or "lm_head" in name else weight.shape[1] ** -0.5
+            writes = "o_proj" in name or "down_proj" in name
+            sd *= (2 * model.args.num_hidden_layers) ** -0.5 if writes else 1
+            scaled.append((name, sd * mx.random.normal(weight.shape)))
+    model.load_weights(scaled, strict=False)  # norm gains stay 1, biases as they are
+
+
 def load_base(name: str | Path, dtype: str | None = None, bits: int | None = None,
               from_scratch: bool = False, group_size: int | None = None) -> tuple[Llama, Tokenizer | None]:
     """`model.load`, where name may also be a run: its adapter is merged first.
 
     So that an adapter trained on top is all that separates the policy from where it started, and
     switching it off gives the reference.
+    from_scratch  random weights from MLX's current random state; of the folder only config.json and
+            the tokenizer are read
     dtype   goes for the whole chain of runs under name; None: each run's own
     bits    a run's own quantised base stays as it was trained on until its adapter is merged; then
             its layers are quantised to these bits, unless it had the same: then they stay, and
             those that the adapter was merged into stay plain, or rounding would eat the update
     raises  BadInput
     """
-    if root_model(name) == name or from_scratch:
-        return load(root_model(name), dtype, bits, from_scratch, group_size)
+    if from_scratch:
+        folder = find_folder(root_model(name), weights=False)
+        model = Llama(parse_args(read_json(folder / "config.json"), f"{folder}/config.json"))
+        init_weights(model)
+        return model, load_tokenizer_for(model, folder)
+    if root_model(name) == name:
+        return load(name, dtype, bits, group_size)
     model, tokenizer, _ = load_checkpoint(name, dtype=dtype)
     if not bits:
         merge(model)

@@ -22,7 +22,7 @@ import numpy as np
 
 from config import BadInput, Config
 from engine import workers
-from engine.memory import Load
+from engine.memory import Load, supervised_load
 from text.arithmetic import Problem, held_out, sample_train
 from text.jsonl import read_rows
 from text.rows import Row
@@ -149,6 +149,5 @@ class Batches:
 
     def load(self) -> Load:
         """What one micro-batch asks of the model, for the memory estimate."""
-        B, T = self.cfg.batch_size // self.cfg.grad_accum_steps, max(self.lengths)
-        logit_rows = B * self.A + (B if self.cfg.method == "dual_reward" else 0)
-        return Load(B * T, T, logit_rows, prompt=max(row.P for row in self.rows))
+        longest_prompt = max(row.P for row in self.rows)
+        return supervised_load(self.cfg, max(self.lengths), self.A, longest_prompt)

@@ -19,15 +19,18 @@ from pathlib import Path
 import engine.blas  # noqa: F401  (before mlx)
 import numpy as np
 
-from checkpoint import load_base, load_checkpoint
+from checkpoint import checkpoint_files, load_base, load_checkpoint
 from config import BadInput, Config, load_config, load_overrides, resolved, run_main
 from data import load_split
+from engine import memory
 from engine.memory import LENS_PROMPTS
 from files.disk import write_text
 from files.provenance import provenance
+from files.run_folder import Run
 from generate import sample
 from lens import Reading, read_prompts
 from model import Llama
+from report.plot import plot_run
 from report.stats import mcnemar
 from report.summary import (
     SERIES,
@@ -115,6 +118,15 @@ def inspect(model: Llama, tokenizer: Tokenizer, valid: list, done: int, cfg: Con
     return {"step": done} | record if record else {}
 
 
+def look_inside(cfg: Config, run: Run, model: Llama, tokenizer: Tokenizer, valid: list,
+                done: int) -> dict:
+    """What validation and the lens say after `done` steps, where they are due; logged."""
+    seen = inspect(model, tokenizer, valid, done, cfg) if run.writes else {}
+    if seen:
+        run.keep_if_best(seen, checkpoint_files(model, cfg))
+    return seen
+
+
 def evaluate(model: Llama, tokenizer: Tokenizer, cfg: Config) -> dict:
     """Everything report.json says about one model, over test problems and named prompts."""
     test = load_split(cfg, "test")
@@ -190,6 +202,22 @@ def make_report(ckpt: str | Path, with_base: bool, compare: str | None = None,
         pair = [[row["correct"] for row in r["prompts"] if row["set"] == "test"]
                 for r in (report, other)]
         report["compare"] = {**other, "mcnemar": mcnemar(*pair)}
+    return report
+
+
+def finish(cfg: Config, run: Run, estimated: float, with_base: bool) -> dict:
+    """Evaluate the saved weights, as eval.py would, beside the base; write report and pictures."""
+    peak = memory.peak_gib()    # of training: evaluating may load the base as well
+    report = make_report(run.folder, with_base)
+    report |= {"peak_gib": round(peak, 3), "estimated_peak_gib": round(estimated, 3)}
+    print(report_text(report))
+    title = f"{cfg.method}, {cfg.model}, seed {cfg.seed}"
+    pictures = plot_run(run.records, run.folder, title)
+    # last: its presence says that the run is finished
+    write_text(run.folder / "report.json", json.dumps(report, indent=1) + "\n")
+    print(f"\nwrote {run.folder}/report.json, metrics.jsonl, {', '.join(pictures)}, "
+          f"{'model' if cfg.full else 'adapters'}.safetensors; "
+          f"peak memory {peak:.2f} GiB, estimated {estimated:.2f}")
     return report
 
 

@@ -52,6 +52,30 @@ def left_pad(prompts: list[list[int]]) -> tuple[mx.array, mx.array | None]:
     return tokens, mx.array(starts) if any(starts) else None
 
 
+def pad_completions(done: list[Completion], limit: int) -> tuple[np.ndarray, ...]:
+    """Right-padded ids, log-probabilities and mask of N sampled completions, (N, C) each.
+
+    C is a multiple of four, at most limit: few shapes, few traces of mx.compile.
+    """
+    N, longest = len(done), max(len(c.ids) for c in done)
+    C = min(-(-longest // 4) * 4, limit)
+    ids, logprobs, mask = np.zeros((N, C), np.int32), *np.zeros((2, N, C), np.float32)
+    for i, completion in enumerate(done):
+        length = len(completion.ids)
+        ids[i, :length] = completion.ids
+        logprobs[i, :length] = completion.logprobs
+        mask[i, :length] = 1
+    return ids, logprobs, mask
+
+
+def describe_completions(done: list[Completion]) -> dict[str, float]:
+    """Means over sampled completions: tokens, share cut by the limit, nats a token."""
+    return {"length": float(np.mean([len(c.ids) for c in done])),
+            "truncated": float(np.mean([not c.finished for c in done])),
+            "entropy": float(np.mean(np.concatenate([c.entropies for c in done]))),
+            "logprob": float(np.mean(np.concatenate([c.logprobs for c in done])))}
+
+
 def choose(logits: mx.array, uniform: mx.array | None, temperature: float, top_k: int = 0,
            top_p: float = 1.0) -> tuple[mx.array, mx.array, mx.array]:
     """Next tokens: logits (B, V), uniform (B,) in [0, 1) -> tokens, log-probabilities, entropies.

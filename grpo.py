@@ -24,10 +24,17 @@ import numpy as np
 from config import BadInput, Config
 from engine import workers
 from engine.fuse import fused_for_decoding
-from engine.memory import CACHED_TOKENS, DECODED_ROWS, Load
+from engine.memory import Load, rollout_load
 from engine.parallel import map_rows
 from files.user_reward import call_reward, load_reward
-from generate import Completion, check_context, left_pad, sample
+from generate import (
+    Completion,
+    check_context,
+    describe_completions,
+    left_pad,
+    pad_completions,
+    sample,
+)
 from guard import repetition
 from lora import adapters_off
 from losses import answer_reward_loss, kl_estimates, policy_loss, token_logprobs
@@ -298,15 +305,7 @@ class Rollouts:
 
     def load(self) -> Load:
         """What one micro-batch asks of the model, for the memory estimate."""
-        cfg, limit = self.cfg, self.limit
-        groups, T = -(-self.P // cfg.grad_accum_steps), max(len(ids) for _, ids in self.rows)
-        N = groups * cfg.grpo_group_size
-        # no completion's last token is read; a chain is, and a second time, by its scorer
-        tokens = groups * T + N * (limit - 1)
-        tokens += (groups * T + N * limit) * (cfg.method == "markovian")
-        sampled = min(cfg.batch_size // workers.size(), DECODED_ROWS) * (T + limit)
-        return Load(tokens, T + limit, N * limit, min(sampled, CACHED_TOKENS),
-                    repeated=N * (T + limit - 1), prompt=T)
+        return rollout_load(self.cfg, max(len(ids) for _, ids in self.rows), workers.size())
 
     def rollout(self) -> tuple[list[Group], dict]:
         """Draw P problems, sample G completions of each, reward and compare them.
@@ -335,18 +334,15 @@ class Rollouts:
     def summarize(self, judged: dict[str, np.ndarray], done: list[Completion],
                   rewards: np.ndarray) -> dict:
         """What metrics.jsonl says of a step's samples; lengths in tokens, entropy in nats."""
-        lengths = np.array([len(c.ids) for c in done])
         return {
             "reward": float(rewards.mean()), "reward_std": float(rewards.std()),
             "reward_min": float(rewards.min()), "reward_max": float(rewards.max()),
             **self.judge.summarize(judged, done),
             "zero_variance_groups": float(zero_variance(rewards).mean()),
-            "length": float(lengths.mean()),
-            "truncated": float(np.mean([not c.finished for c in done])),
-            "entropy": float(np.mean(np.concatenate([c.entropies for c in done]))),
-            "logprob": float(np.mean(np.concatenate([c.logprobs for c in done]))),
+            **describe_completions(done),
             "repetition": float(np.mean([repetition(c.ids) for c in done])),
-            "n_tokens": int(lengths.sum()), "rows": [self.position - self.P, self.position],
+            "n_tokens": sum(len(c.ids) for c in done),
+            "rows": [self.position - self.P, self.position],
         }
 
     def make_updates(self, groups: list[Group], live: list[Group],
@@ -378,15 +374,8 @@ class Rollouts:
         """
         cfg, limit = self.cfg, self.limit
         done = [c for g in chosen + fillers for c in g.completions]
-        N, n_real = len(done), len(chosen) * cfg.grpo_group_size
-        C = min(-(-max(len(c.ids) for c in done) // 4) * 4, limit)
-        completions, mask = np.zeros((N, C), np.int32), np.zeros((N, C), np.float32)
-        old_logprobs = np.zeros((N, C), np.float32)
-        for i, completion in enumerate(done):
-            length = len(completion.ids)
-            completions[i, :length] = completion.ids
-            old_logprobs[i, :length] = completion.logprobs
-            mask[i, :length] = i < n_real       # EOS counts, what stands behind it does not
+        completions, old_logprobs, mask = pad_completions(done, limit)          # (N, C) each
+        mask[len(chosen) * cfg.grpo_group_size:] = 0    # EOS counts, fillers do not
         weights = token_weights(mask, cfg.grpo_norm, self.P * cfg.grpo_group_size,
                                 count_tokens(groups), limit)
         prompts, start = left_pad([g.prompt for g in chosen + fillers])

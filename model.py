@@ -357,25 +357,9 @@ class Llama(nn.Module):
 # from a folder or a Hub name to a model, and back
 
 
-def init_weights(model: Llama) -> None:
-    """Random weights for training from scratch: sd 1/sqrt(inputs).
-
-    The two matrices that write to the stream have 1/sqrt(2L) of it. The embedding starts small,
-    sd 0.02: from a large one the bundled model learnt its sums by heart instead of adding.
-    """
-    scaled = []
-    for name, weight in tree_flatten(model.parameters()):
-        if weight.ndim == 2:
-            sd = 0.02 if "embed" in name or "lm_head" in name else weight.shape[1] ** -0.5
-            writes = "o_proj" in name or "down_proj" in name
-            sd *= (2 * model.args.num_hidden_layers) ** -0.5 if writes else 1
-            scaled.append((name, sd * mx.random.normal(weight.shape)))
-    model.load_weights(scaled, strict=False)  # norm gains stay 1, biases as they are
-
-
 def load(path_or_hub_name: str | Path, dtype: str | mx.Dtype | None = None,
-         bits: int | None = None, from_scratch: bool = False, group_size: int | None = None,
-         make_layer=None) -> tuple[Llama, Tokenizer | None]:
+         bits: int | None = None, group_size: int | None = None, make_layer=None,
+         ) -> tuple[Llama, Tokenizer | None]:
     """Return (model, tokenizer) from a folder or Hub name; tokenizer None where there is none.
 
     path_or_hub_name  also NAME@REVISION; a checkpoint that is quantised, in mlx-community's layout,
@@ -384,30 +368,29 @@ def load(path_or_hub_name: str | Path, dtype: str | mx.Dtype | None = None,
     bits          2, 3, 4, 5, 6 or 8 quantises the blocks' linear layers, in groups of group_size
                   (32, 64, 128; None: 64 where that divides a row, else 32); embedding and
                   unembedding stay, on a CPU in their own 16 bits
-    from_scratch  random weights from MLX's current random state;
-                  only config.json and the tokenizer are read
     make_layer    see files.model_folder.fill_weights
     raises        BadInput
     """
-    folder = find_folder(path_or_hub_name, weights=not from_scratch)
+    folder = find_folder(path_or_hub_name)
     raw = read_json(folder / "config.json")
     model = Llama(parse_args(raw, f"{folder}/config.json"))
+    dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    found, where = read_weights(folder, model.args.tie_word_embeddings), str(folder)
+    if bits or raw.get("quantization") or raw.get("quantization_config"):
+        # QLoRA's base: weights as small codes in groups, see there
+        from engine.quant import layer_maker
+        make_layer = layer_maker(model, found, raw, bits, group_size, dtype, where)
+    fill_weights(model, found, dtype or default_dtype(), make_layer, where)
+    return model.eval(), load_tokenizer_for(model, folder)
+
+
+def load_tokenizer_for(model: Llama, folder: Path) -> Tokenizer | None:
+    """The folder's tokenizer, if it has one; raises BadInput where an id has no row."""
     tokenizer = load_tokenizer(folder)
     if tokenizer:
         # MLX looks a row up without asking whether it is there: it would read other memory
         tokenizer.check_rows(model.args.vocab_size)
-    if from_scratch:
-        init_weights(model)
-    else:
-        dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
-        found, where = read_weights(folder, model.args.tie_word_embeddings), str(folder)
-        if bits or raw.get("quantization") or raw.get("quantization_config"):
-            # QLoRA's base: weights as small codes in groups, see there
-            from engine.quant import layer_maker
-            make_layer = layer_maker(model, found, raw, bits, group_size, dtype, where)
-        fill_weights(model, found, dtype or default_dtype(), make_layer, where)
-    model.eval()
-    return model, tokenizer
+    return tokenizer
 
 
 def save_model(model: Llama, folder: Path, source: str | Path) -> None:

@@ -13,13 +13,11 @@ run that was killed continues bit for bit from its last saved state: the same co
 or gradient that is not finite stops the run before the optimizer has moved. GRPO samples a step's
 batch from the weights as they are, and may take several updates from it; guard.py watches.
 """
-import json
 import sys
 import time
 from dataclasses import replace
 from functools import partial
 
-import engine.blas  # before mlx
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -31,11 +29,10 @@ from checkpoint import checkpoint_files, load_base
 from config import ON_POLICY, BadInput, Config, Stopped, load_config, run_main
 from data import Batches, load_split
 from engine import memory, workers
+from engine.adamw import AdamW
 from engine.parallel import map_rows
 from engine.recompute import spare
-from eval import class_block, inspect, make_report
-from files.disk import read_json, write_text
-from files.model_folder import find_folder, root_model
+from eval import class_block, finish, look_inside
 from files.provenance import require_gate
 from files.run_folder import (
     Run,
@@ -49,8 +46,7 @@ from files.run_folder import (
 from lora import apply_lora
 from losses import supervised_loss
 from model import Llama
-from report.plot import plot_run
-from report.terminal import describe_run, format_line, report_text
+from report.terminal import describe_run, format_line
 from text.rows import tokenize
 from text.targets import class_ids
 from text.tokenizer import Tokenizer
@@ -108,28 +104,6 @@ def prepare_model(cfg: Config) -> tuple[Llama, Tokenizer]:
     spare(model, cfg)   # recomputed activations, logits in parts: the same numbers in less memory
     mx.eval(model.parameters())
     return model, tokenizer
-
-
-class AdamW(optim.AdamW):
-    """MLX's AdamW with float32 moments and, for weights of 16 bits, float32 masters beside them.
-
-    The masters take the steps and the model holds them rounded, so that training, sampling and what
-    is saved are one and the same weights. In 16 bits alone a small step would round to none, and
-    so would the decay of 0.999 of the second moment. source  Micikevicius 1710.03740
-    """
-
-    def init_single(self, parameter: mx.array, state: dict):
-        super().init_single(parameter.astype(mx.float32), state)
-        if parameter.dtype != mx.float32:
-            state["master"] = parameter.astype(mx.float32)
-
-    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
-        # MLX computes learning rate, decay and bias correction in the gradient's type
-        gradient = gradient.astype(mx.float32)
-        if "master" not in state:
-            return super().apply_single(gradient, parameter, state)
-        state["master"] = super().apply_single(gradient, state["master"], state)
-        return state["master"].astype(parameter.dtype)
 
 
 def make_optimizer(cfg: Config, model: Llama) -> AdamW:
@@ -279,15 +253,6 @@ def with_times(metrics: dict, seconds: float, cfg: Config) -> dict:
     return record
 
 
-def look_inside(cfg: Config, run: Run, model: Llama, tokenizer: Tokenizer, valid: list,
-                done: int) -> dict:
-    """What validation and the lens say after `done` steps, where they are due; logged."""
-    seen = inspect(model, tokenizer, valid, done, cfg) if run.writes else {}
-    if seen:
-        run.keep_if_best(seen, checkpoint_files(model, cfg))
-    return seen
-
-
 def train(cfg: Config, with_base: bool = True) -> dict:
     """Train as cfg says, or continue where the run folder stands; returns the report.
 
@@ -298,10 +263,7 @@ def train(cfg: Config, with_base: bool = True) -> dict:
     workers.connect()
     if cfg.require_gate:
         require_gate(cfg.require_gate, cfg.model)
-    raw = read_json(find_folder(root_model(cfg.model), weights=False) / "config.json")
-    memory.check_weights(cfg, raw)
-    if cfg.full or cfg.bits or raw.get("quantization") or raw.get("quantization_config"):
-        engine.blas.operations_in_own_order()   # memory is dear; said before MLX evaluates anything
+    raw = memory.before_loading(cfg)
     model, tokenizer = prepare_model(cfg)
     # all processes plan the step that they take together, and each takes its micro-batches
     whole = replace(cfg, batch_size=cfg.batch_size * workers.size(),
@@ -350,22 +312,6 @@ def resume(run: Run, model: Llama, optimizer: AdamW, source) -> int:
 
 def count_trainable(model: Llama) -> int:
     return sum(v.size for _, v in tree_flatten(model.trainable_parameters()))
-
-
-def finish(cfg: Config, run: Run, estimated: float, with_base: bool) -> dict:
-    """Evaluate the saved weights, as eval.py would, beside the base; write report and pictures."""
-    peak = memory.peak_gib()    # of training: evaluating may load the base as well
-    report = make_report(run.folder, with_base)
-    report |= {"peak_gib": round(peak, 3), "estimated_peak_gib": round(estimated, 3)}
-    print(report_text(report))
-    title = f"{cfg.method}, {cfg.model}, seed {cfg.seed}"
-    pictures = plot_run(run.records, run.folder, title)
-    # last: its presence says that the run is finished
-    write_text(run.folder / "report.json", json.dumps(report, indent=1) + "\n")
-    print(f"\nwrote {run.folder}/report.json, metrics.jsonl, {', '.join(pictures)}, "
-          f"{'model' if cfg.full else 'adapters'}.safetensors; "
-          f"peak memory {peak:.2f} GiB, estimated {estimated:.2f}")
-    return report
 
 
 def main(argv: list[str]) -> None:

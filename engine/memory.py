@@ -26,7 +26,8 @@ from mlx.utils import tree_flatten
 from config import ON_POLICY, BadInput, Config
 from engine import blas, parallel
 from engine.recompute import logit_rows
-from files.model_folder import DTYPES, default_dtype, read_model_config
+from files.disk import read_json
+from files.model_folder import DTYPES, default_dtype, find_folder, read_model_config, root_model
 
 GIB = 2 ** 30
 # how much is done at once: generate.py's rows and KV cache, lens.py's rows and logits
@@ -51,6 +52,26 @@ class Load:
     repeated: int = 0   # tokens of keys and values, a prompt's once for each of its completions
     prompt: int = 0     # tokens of the longest prompt
     valid: int = 0      # validation problems; 0: no inspection
+
+
+def supervised_load(cfg: Config, length: int, targets: int, prompt: int) -> Load:
+    """Of data.Batches: the longest row and prompt, and the most targets of a row."""
+    rows = cfg.batch_size // cfg.grad_accum_steps
+    logit_rows = rows * (targets + (cfg.method == "dual_reward"))
+    return Load(rows * length, length, logit_rows, prompt=prompt)
+
+
+def rollout_load(cfg: Config, prompt: int, processes: int) -> Load:
+    """Of grpo.Rollouts: the longest prompt, and how many processes take the step together."""
+    limit = cfg.rollout_tokens
+    groups = -(-cfg.batch_size // cfg.grpo_group_size // cfg.grad_accum_steps)
+    N = groups * cfg.grpo_group_size
+    # no completion's last token is read; a chain is, and a second time, by its scorer
+    tokens = groups * prompt + N * (limit - 1)
+    tokens += (groups * prompt + N * limit) * (cfg.method == "markovian")
+    sampled = min(cfg.batch_size // processes, DECODED_ROWS) * (prompt + limit)
+    return Load(tokens, prompt + limit, N * limit, min(sampled, CACHED_TOKENS),
+                repeated=N * (prompt + limit - 1), prompt=prompt)
 
 
 def peak_gib() -> float:
@@ -263,6 +284,15 @@ def check_weights(cfg: Config, raw: dict) -> None:
         smaller = "bits=4" if not cfg.bits and not cfg.full else "a smaller model"
         raise BadInput(f"the weights of {cfg.model} take {needed:.1f} GiB and {limit:.1f} GiB are "
                        f"there; try {smaller}")
+
+
+def before_loading(cfg: Config) -> dict:
+    """The model's config.json; raises BadInput where its weights alone are too much."""
+    raw = read_json(find_folder(root_model(cfg.model), weights=False) / "config.json")
+    check_weights(cfg, raw)
+    if cfg.full or cfg.bits or raw.get("quantization") or raw.get("quantization_config"):
+        blas.operations_in_own_order()  # said before MLX evaluates anything
+    return raw
 
 
 def prepare(cfg: Config, model: nn.Module, raw: dict, load: Load) -> dict[str, float]:
