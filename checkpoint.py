@@ -21,7 +21,7 @@ from text.tokenizer import Tokenizer
 
 
 def checkpoint_files(model: Llama, cfg: Config) -> dict:
-    """What a run saves for eval.py and others, {file name: content}: the adapter, or all weights."""
+    """What a run saves for eval.py and others, {file name: content}: adapter or all weights."""
     if not cfg.full:
         return mlx_files(adapter_arrays(model), about_adapter(model, cfg.model))
     origin = find_folder(root_model(cfg.model), weights=False)
@@ -46,7 +46,8 @@ def init_weights(model: Llama) -> None:
 
 
 def load_base(name: str | Path, dtype: str | None = None, bits: int | None = None,
-              from_scratch: bool = False, group_size: int | None = None) -> tuple[Llama, Tokenizer | None]:
+              from_scratch: bool = False,
+              group_size: int | None = None) -> tuple[Llama, Tokenizer | None]:
     """`model.load`, where name may also be a run: its adapter is merged first.
 
     So that an adapter trained on top is all that separates the policy from where it started, and

@@ -151,7 +151,8 @@ def evaluate(model: Llama, tokenizer: Tokenizer, cfg: Config) -> dict:
     }
 
 
-def evaluate_on_chains(model: Llama, tokenizer: Tokenizer, test: list[Problem], cfg: Config) -> dict:
+def evaluate_on_chains(model: Llama, tokenizer: Tokenizer, test: list[Problem],
+                       cfg: Config) -> dict:
     """The same for questions with a chain: the lens looks behind "Answer:", with the chain in view.
 
     All three series are the answer's first token: there is no operation to name.

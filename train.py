@@ -18,6 +18,7 @@ import time
 from dataclasses import replace
 from functools import partial
 
+import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim

@@ -1,4 +1,5 @@
 """AdamW for weights of any type: what 16 bits would round away is kept in float32 beside them."""
+import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import mlx.optimizers as optim
 

@@ -1,4 +1,5 @@
 """Keys and values of tokens that have been read, so that decoding reads each token once."""
+import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 
 

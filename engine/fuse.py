@@ -2,6 +2,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import mlx.nn as nn
 

@@ -13,6 +13,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 

@@ -5,6 +5,7 @@ gradients stay what they were; a test holds them equal to the plain ones.
 """
 from functools import partial
 
+import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import mlx.nn as nn
 from engine.blas import linux_cpu

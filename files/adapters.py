@@ -7,6 +7,7 @@ be half an adapter.
 import json
 from pathlib import Path
 
+import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 
 from config import BadInput
@@ -64,7 +65,7 @@ def linear_paths(blocks: int) -> list[str]:
 
 
 def layer_names(paths: list[str], blocks: int) -> list[str]:
-    """Layers by their names in a block (mlp.up_proj) where every block has the same, else by path."""
+    """Layers by their names in a block (mlp.up_proj) if every block has the same, else by path."""
     in_block = [path.split(".", 3)[3] for path in paths]    # model.layers.0.mlp.up_proj: the end
     names = [name for name in MODULES.values() if name in in_block]
     if len(paths) == len(names) * blocks:

@@ -25,14 +25,13 @@ CHOICES = {
     "grpo_ratio": ("sampler", "base"), "markovian_scorer": ("actor", "frozen"),
     "chain_extraction": ("anchored", "simple", "anchor", "legacy", "word_boundary"),
 }
-AT_LEAST = {"data_samples": 0, "steps": 1, "batch_size": 1,
-            "grad_accum_steps": 1, "lr_warmup_steps": 0, "weight_decay": 0,
-            "grad_clip": 0, "lora_rank": 1,
-            "eval_every_steps": 0, "eval_prompts": 1, "lens_every_steps": 0, "save_every_steps": 0, "grpo_group_size": 2, "grpo_clip_low": 0, "grpo_clip_high": 0,
-            "grpo_dual_clip": 0, "grpo_kl_weight": 0, "grpo_epochs": 1,
-            "grpo_kl_stop": 0, "grpo_std_floor": 0,
-            "markovian_answer_weight": 0, "markovian_ramp_steps": 0, "chain_tokens": 1,
-            "max_completion_tokens": 1, "seed": 0, "lr": 0}
+AT_LEAST = {"data_samples": 0, "steps": 1, "batch_size": 1, "grad_accum_steps": 1,
+            "lr_warmup_steps": 0, "weight_decay": 0, "grad_clip": 0, "lora_rank": 1,
+            "eval_every_steps": 0, "eval_prompts": 1, "lens_every_steps": 0,
+            "save_every_steps": 0, "grpo_group_size": 2, "grpo_clip_low": 0, "grpo_clip_high": 0,
+            "grpo_dual_clip": 0, "grpo_kl_weight": 0, "grpo_epochs": 1, "grpo_kl_stop": 0,
+            "grpo_std_floor": 0, "markovian_answer_weight": 0, "markovian_ramp_steps": 0,
+            "chain_tokens": 1, "max_completion_tokens": 1, "seed": 0, "lr": 0}
 
 
 def owners_of(key: str) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ import json
 import re
 from pathlib import Path
 
+import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten

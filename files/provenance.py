@@ -9,6 +9,7 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
+import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
 

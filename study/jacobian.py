@@ -4,6 +4,7 @@ Nothing is trained, least of all on the words it reads, so it is a fair second o
 that trains the logit lens's own read-out (Gurnee et al. 2026). lens.read_taps takes the matrices;
 where the model is too wide for them, one backward pass a word gives that word's read-out vector.
 """
+import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 
 from lens import pad_prompts

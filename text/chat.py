@@ -188,7 +188,8 @@ def encode_turns(tokenizer, turns) -> tuple[list[int], list[tuple[int, int]]]:
         if reply is not None:
             start = len(ids)
             ids += tokenizer.encode_continuation(reply)
-            ids += [tokenizer.eos_id] if n == len(turns) - 1 else tokenizer.encode_continuation("\n")
+            is_last = n == len(turns) - 1
+            ids += [tokenizer.eos_id] if is_last else tokenizer.encode_continuation("\n")
             spans.append((start, len(ids)))
     return ids, spans
 
@@ -206,11 +207,12 @@ def encode_chat(tokenizer, messages: list[dict[str, str]],
     """
     check_messages(messages, reply_follows)
     if tokenizer.chat_template is None:
-        raise BadInput(f"{tokenizer.source} comes without a chat template (a base model?); expected "
-                       "one in tokenizer_config.json or chat_template.jinja: take template "
+        raise BadInput(f"{tokenizer.source} comes without a chat template (a base model?); "
+                       "expected one in tokenizer_config.json or chat_template.jinja: take template "
                        "plain or cued, or an instruct model")
     try:
-        parts, texts = render_chat(tokenizer.chat_template, messages, reply_follows, tokenizer.names)
+        parts, texts = render_chat(tokenizer.chat_template, messages, reply_follows,
+                                   tokenizer.names)
     except Exception as error:      # a template is a program: anything may come out of it
         raise BadInput(f"the chat template beside {tokenizer.source} failed "
                        f"({' '.join(str(error).split())[:200]}); mend it, or take template "
