@@ -171,7 +171,7 @@ def tokens_until_stop(tokenizer: Tokenizer, ids: list[int], stops: tuple[str, ..
 def prefill(model: Llama, tokens: mx.array, start: mx.array | None, group: int,
             room: int) -> tuple[mx.array, list[KVCache]]:
     """Read P prompts (P, T) for `group` rows each: next token's logits (R, V), caches with room."""
-    P, T = tokens.shape
+    T = tokens.shape[1]
 
     def read(part):
         cache = model.make_cache(T, part["start"])
@@ -180,13 +180,12 @@ def prefill(model: Llama, tokens: mx.array, start: mx.array | None, group: int,
         return logits, [(c.keys, c.values) for c in cache]
 
     parts = map_rows(read, {"tokens": tokens, "start": start}, model.parts)
-    owner = mx.repeat(mx.arange(P), group)                              # (R,): each row's prompt
     caches = model.make_cache(T, start)
     for block, cache in enumerate(caches):
         cache.update(mx.concatenate([kv[block][0] for _, kv in parts]),
                      mx.concatenate([kv[block][1] for _, kv in parts]))
-    logits = mx.concatenate([logits for logits, _ in parts])[owner]
-    return logits, [cache.rows(owner, T + room) for cache in caches]
+    logits = mx.repeat(mx.concatenate([logits for logits, _ in parts]), group, axis=0)
+    return logits, [cache.repeat(group, T + room) for cache in caches]
 
 
 def sample_batch(model: Llama, prompts: list[list[int]], group: int, pick, uniforms: mx.array,
@@ -218,7 +217,7 @@ def sample_batch(model: Llama, prompts: list[list[int]], group: int, pick, unifo
                 rows, alive = mx.array(going), alive[going]
                 drawn = [x[rows] for x in drawn]
                 stopped, uniforms = stopped[rows], uniforms[rows]
-                cache = [c.rows(rows, c.capacity) for c in cache]
+                cache = [c.take(rows) for c in cache]
         logits = model.head(model.last_resid(drawn[0][:, None], cache))
     return out
 

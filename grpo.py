@@ -63,12 +63,11 @@ def completion_resid(model: Llama, prompts: mx.array, start: mx.array | None,
     P, N, C = len(prompts), *completions.shape
     cache = model.make_cache(prompts.shape[1], start)
     first = model.last_resid(prompts, cache)[:, None]                   # (P, 1, D): scores token 0
-    owner = mx.repeat(mx.arange(P), N // P)                             # (N,): each row's prompt
-    first = first[owner]
+    first = mx.repeat(first, N // P, axis=0)                            # (N, 1, D)
     if C == 1:
         return first
     # token t is scored by the position before it: the last completion token is read by nobody
-    cache = [c.rows(owner, prompts.shape[1] + C - 1) for c in cache]
+    cache = [c.repeat(N // P, prompts.shape[1] + C - 1) for c in cache]
     return mx.concatenate([first, model.final_resid(completions[:, :-1], cache)], axis=1)
 
 

@@ -36,13 +36,18 @@ class KVCache:
         # a padding query sees itself: with nothing to see softmax gives NaN, and 0 * NaN is NaN
         return (real & (key <= query)) | (key == query)
 
-    def rows(self, rows: mx.array, capacity: int) -> "KVCache":
-        """These rows alone, each as often as it is named: (R,) int32; room for capacity tokens.
+    def repeat(self, times: int, capacity: int) -> "KVCache":
+        """Each row `times` times over, with room for capacity tokens: one prefill, a whole group.
 
-        One prefill so serves a whole group, and rows that have finished leave the batch.
+        By mx.repeat, whose gradient is a sum; an index's would be a scatter.
         """
-        cache = KVCache(capacity, None if self.start is None else self.start[rows])
-        keys = self.keys[:, :, :self.offset]                                        # (B, K, S, d)
-        values = self.values[:, :, :self.offset]
-        cache.update(keys[rows], values[rows])
+        cache = KVCache(capacity, None if self.start is None else mx.repeat(self.start, times))
+        keys, values = self.keys[:, :, :self.offset], self.values[:, :, :self.offset]
+        cache.update(mx.repeat(keys, times, axis=0), mx.repeat(values, times, axis=0))
+        return cache
+
+    def take(self, rows: mx.array) -> "KVCache":
+        """Only these rows: what goes on when others have finished."""
+        cache = KVCache(self.capacity, None if self.start is None else self.start[rows])
+        cache.update(self.keys[rows, :, :self.offset], self.values[rows, :, :self.offset])
         return cache

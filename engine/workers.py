@@ -92,7 +92,8 @@ def waiting():
     """Around a wait for the others: BadInput where one is gone, exit code 2 where one is silent."""
     def give_up():
         print(f"error: process {rank()} of this run heard nothing from another for "
-              f"{timeout_s:g} s; what was saved is intact: the same command continues", file=sys.stderr, flush=True)
+              f"{timeout_s:g} s; what was saved is intact: the same command continues",
+              file=sys.stderr, flush=True)
         os._exit(2)     # the main thread waits inside MLX and cannot be woken
 
     timer = threading.Timer(timeout_s, give_up)

@@ -208,8 +208,8 @@ def encode_chat(tokenizer, messages: list[dict[str, str]],
     check_messages(messages, reply_follows)
     if tokenizer.chat_template is None:
         raise BadInput(f"{tokenizer.source} comes without a chat template (a base model?); "
-                       "expected one in tokenizer_config.json or chat_template.jinja: take template "
-                       "plain or cued, or an instruct model")
+                       "expected one in tokenizer_config.json or chat_template.jinja: take "
+                       "template plain or cued, or an instruct model")
     try:
         parts, texts = render_chat(tokenizer.chat_template, messages, reply_follows,
                                    tokenizer.names)
