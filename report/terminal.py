@@ -56,6 +56,12 @@ def format_rollouts(record: dict, seen: dict) -> str:
         f"{record['peak_gib']:.2f} GiB"])
 
 
+def format_collapse(step: int, metrics: dict) -> str:
+    """What the guard has done (guard.Guarded)."""
+    return (f"step {step:5d}  collapse: {metrics['collapsed']}; best weights restored, "
+            f"learning rate times {metrics['lr_scale']:g}")
+
+
 def format_chains(valid: dict) -> str:
     """example  "valid 71.0 %, frozen 70.5, empty 2.0, shuffled 3.0; -0.61 nats" """
     nats = f"{valid['reward']['value']:.2f} nats"
