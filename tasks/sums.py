@@ -5,8 +5,8 @@ sum's terms is trained on, whatever the seed.
 """
 import random
 
+from config import BadInput
 from data import Problem, side_of
-from files.keys import BadInput
 from markovian import HEADER
 from tasks.published import HIDDEN, chain_prompt, make_question
 
