@@ -278,7 +278,7 @@ def test_other_bad_input(write_config, small_folder, tmp_path):
     for split in ("train", "valid", "test"):
         (tmp_path / "rows" / f"{split}.jsonl").write_text(row + "\n")
     path, _ = write_config("word", data=tmp_path / "rows", method="dual_reward")
-    assert_one_clear_line(run("train.py", path), "target word 'zebra' is", "must be one token")
+    assert_one_clear_line(run("train.py", path), "target words must be one token", "'zebra' is")
     path, _ = write_config("run")
     run("train.py", path, check=0)
     os.remove(tmp_path / "runs" / "run" / "adapters.safetensors")
