@@ -1,9 +1,9 @@
 """The logit lens: what the residual stream already says after each block.
 
 *Logit lens* (nostalgebraist 2020): at each tap the model's own final norm and unembedding U are
-applied, softmax(U . norm(h)) in float32, with the statistics of that tap. It calls `model.head`, the
-very function that makes the model's logits, on the very stream that training and generation run, so
-at the last tap it *is* the model (what went wrong elsewhere: study/prior_work.md).
+applied, softmax(U . norm(h)) in float32, with the statistics of that tap. It calls `model.head`,
+the very function that makes the model's logits, on the very stream that training and generation
+run, so at the last tap it *is* the model (what went wrong elsewhere: study/prior_work.md).
 A lens probability is not a belief: it depends on the residual's length too. So rank, entropy and
 the distance to the final distribution stand beside it.
 

@@ -87,7 +87,8 @@ def dual_loss(cfg: Config, block: int, model: Llama,
     tokens, positions = inputs_of(cfg, batch)
     # where the class is read from the last block, that block's other positions are needed too
     class_at_last = block + 1 == model.args.num_hidden_layers
-    for tap, resid in enumerate(model.stream(tokens, positions=None if class_at_last else positions)):
+    stream = model.stream(tokens, positions=None if class_at_last else positions)
+    for tap, resid in enumerate(stream):                                                # (B, T, D)
         if tap == block + 1:    # tap l comes after block l - 1
             class_resid = gather_positions(resid, batch["class_positions"][:, None])    # (B, 1, D)
     resid = gather_positions(resid, positions) if class_at_last else resid              # (B, A, D)

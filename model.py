@@ -279,7 +279,7 @@ class Llama(nn.Module):
                positions: mx.array | None = None) -> Iterator[mx.array]:
         """Yield the residual stream (B, T, D) at tap 0, 1, ..., L, each before the final norm.
 
-        tokens     (B, T) int32. MLX is lazy: whoever evaluates a tap and drops it holds one at a time
+        tokens     (B, T) int32. MLX is lazy: evaluate a tap and drop it, and one is held at a time
         edit       {tap: function (B, T, D) -> (B, T, D)}: what the stream is replaced by at a tap;
                    the blocks above go on from there. Ablation, steering and patching are this
         positions  (B, A): tap L has these positions only, (B, A, D), and cannot be edited. Nobody

@@ -28,15 +28,7 @@ from mlx.utils import tree_flatten, tree_map
 from tqdm import tqdm
 
 from checkpoint import checkpoint_files, load_base
-from config import (
-    ON_POLICY,
-    BadInput,
-    Collapsed,
-    Config,
-    Stopped,
-    load_config,
-    run_main,
-)
+from config import ON_POLICY, BadInput, Collapsed, Config, Stopped, load_config, run_main
 from data import Batches, load_split
 from engine import memory, workers
 from engine.adamw import AdamW
