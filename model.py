@@ -298,7 +298,7 @@ class Llama(nn.Module):
 
     def run_block(self, block: Block, resid: mx.array, cache: KVCache | None,
                   positions: mx.array | None) -> mx.array:
-        """The block itself; engine.memory.spare puts one here that recomputes activations."""
+        """The block itself; engine.recompute.spare puts one here that recomputes activations."""
         return block(resid, cache, positions)
 
     def final_resid(self, tokens: mx.array, cache: list[KVCache] | None = None,
@@ -335,7 +335,7 @@ class Llama(nn.Module):
                     with_grad: bool = True) -> mx.array:
         """read(logits, tokens) where a loss reads them: resid (B, A, D), tokens (B, A) -> (B, A).
 
-        engine.memory.spare puts one here that never holds all logits; with_grad tells it whether
+        engine.recompute.spare puts one here that never holds all logits; with_grad tells it whether
         a gradient will be asked for.
         """
         return read(self.head(resid), tokens)

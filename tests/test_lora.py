@@ -10,14 +10,7 @@ from mlx.utils import tree_flatten
 
 from files.keys import BadInput
 from files.model_folder import write_files
-from lora import (
-    LoRALinear,
-    adapter_arrays,
-    apply_lora,
-    checkpoint_files,
-    load_adapters,
-    merge,
-)
+from lora import LoRALinear, adapter_arrays, apply_lora, checkpoint_files, load_adapters, merge
 from model import load
 
 TOKENS = mx.array(np.random.default_rng(0).integers(3, 300, (2, 12)))
