@@ -116,6 +116,56 @@ def test_state_of_another_shape(write_config):
     assert_one_clear_line(run("train.py", path), "of another shape", name)
 
 
+@pytest.mark.parametrize("method", ["sft", "grpo"])
+def test_interrupted_runs_end_bit_identical(write_config, tmp_path, monkeypatch, method):
+    """Ctrl-C within a step: the step is finished and saved, and the same command continues."""
+    keys = {"save_every_steps": 0}
+    if method == "grpo":
+        keys = GRPO | keys | {"grpo_reward": odd_reward(tmp_path), "lens_every_steps": 3}
+    path, whole = write_config("whole", **keys)
+    train(load_config(path))
+    path, folder = write_config("interrupted", **keys)
+    look_inside = training.look_inside
+
+    def interrupt(*args):
+        if args[-1] == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return look_inside(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "look_inside", interrupt)
+        train(load_config(path))
+    assert about(folder)["step"] == 3 and not (folder / "report.json").exists()
+    train(load_config(path))
+    assert differences(whole, folder) == []
+
+
+def test_a_run_of_another_version(write_config):
+    """Its config has keys that are gone, or its state keeps its step elsewhere: one short line."""
+    path, folder = write_config(steps=2)
+    train(load_config(path))
+    (folder / "report.json").unlink()
+    config, state = folder / "config.yaml", folder / "state.safetensors"
+    arrays = dict(mx.load(str(state)))
+    mx.eval(arrays)
+    mx.save_safetensors(str(state), arrays, {"format": "mlx", "step": "2"})
+    before = contents(folder)
+    text = config.read_text()
+    for more, words in (("", "state.safetensors says nothing of its step"),
+                        ("lens_prompts: 8\ncache_limit_gib: null\n", "unknown key 'lens_prompts'")):
+        config.write_text(text + more)
+        done = run("train.py", path)
+        assert_one_clear_line(done, f"cannot continue {folder}, which another version wrote", words,
+                              "another run_dir", "overwrite=true")
+        assert len(done.stderr) < 600 and "cache_limit_gib" not in done.stderr
+        config.write_text(text)
+        # but for the lock, which holds the last process' id
+        assert contents(folder) | {".lock": b""} == before | {".lock": b""}
+    config.write_text(text + "lens_prompts: 8\n")
+    train(load_config(path, ["overwrite=true"]))
+    assert config.read_text() == text and (folder / "report.json").exists()
+
+
 # --- what else a continued run depends on
 
 
