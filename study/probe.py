@@ -42,7 +42,7 @@ from eval import target_ids
 from files.disk import write_text
 from files.keys import BadInput
 from files.wordings import phrases_of
-from lens import Reading, pad_prompts, read_prompts, taps_at
+from lens import pad_prompts, read_prompts, taps_at
 from lora import load_checkpoint
 from model import Edit, Llama, gather_positions
 from report.stats import bootstrap_mean

@@ -12,7 +12,6 @@ from conftest import (
     random_model,
     run,
     small_config,
-    small_model,
     write_model,
 )
 
