@@ -16,6 +16,7 @@ batch from the weights as they are, and may take several updates from it; guard.
 import json
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 
@@ -27,7 +28,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 from tqdm import tqdm
 
-from config import ON_POLICY, BadInput, Config, Stopped, load_config, run_main
+from config import ON_POLICY, BadInput, Config, Stopped, load_config, resolved, run_main
 from data import Batches, load_split, tokenize
 from engine import memory, workers
 from engine.parallel import map_rows
@@ -37,6 +38,7 @@ from files.disk import read_json, write_text
 from files.model_folder import find_folder, root_model
 from files.provenance import require_gate
 from files.run_folder import (
+    NOT_THE_RUN,
     Run,
     check_free,
     hash_frozen,
@@ -298,7 +300,7 @@ def train(cfg: Config, with_base: bool = True) -> dict:
     """
     check_free(cfg.run_dir)     # or it would be said after loading a model
     workers.connect()
-    if cfg.require_gate:
+    if cfg.require_gate and workers.rank() == 0:
         require_gate(cfg.require_gate, cfg.model)
     raw = read_json(find_folder(root_model(cfg.model), weights=False) / "config.json")
     memory.check_weights(cfg, raw)
@@ -318,9 +320,14 @@ def train(cfg: Config, with_base: bool = True) -> dict:
     if cfg.method in ON_POLICY and cfg.grpo_guard:
         from guard import Guarded  # as in update
         source = Guarded(source, model, optimizer)
-    # opened after everything that can be wrong with the input: a mistake leaves no folder behind
-    with open_run(cfg, inputs, writes=workers.rank() == 0) as run:
-        done = resume(run, model, optimizer, source)
+    workers.differences({k: v for k, v in resolved(cfg).items() if k not in NOT_THE_RUN}
+                        | {f"the {name} itself": value for name, value in inputs.items()})
+    with ExitStack() as held:       # the run folder's lock
+        with workers.told_to_all():
+            # after all that can be wrong with the input: a mistake leaves no folder behind
+            run = held.enter_context(open_run(cfg, inputs, writes=workers.rank() == 0))
+            saved = run.restore(training_arrays(model, optimizer))
+        done = resume(saved, model, optimizer, source)
         if run.is_finished(done, cfg.steps):
             run.say(f"{run.folder} is finished ({done} steps); see report.json, "
                     "or give overwrite=true to train again")
@@ -340,9 +347,11 @@ def train(cfg: Config, with_base: bool = True) -> dict:
         return finish(cfg, run, needed["peak"], with_base) if run.writes else {}
 
 
-def resume(run: Run, model: Llama, optimizer: AdamW, source) -> int:
-    """Put the last save back, in all processes; returns the steps done, 0 if there is none."""
-    saved = run.restore(training_arrays(model, optimizer))
+def resume(saved: tuple, model: Llama, optimizer: AdamW, source) -> int:
+    """Put the last save back, in all processes; returns the steps done, 0 if there is none.
+
+    saved   what Run.restore gives, in the first process
+    """
     done, arrays, about = workers.from_first(saved)     # alone: unchanged
     if done:
         restore_training(arrays, model, optimizer)
@@ -364,8 +373,8 @@ def finish(cfg: Config, run: Run, estimated: float, with_base: bool) -> dict:
     pictures = plot_run(run.records, run.folder, title)
     # last: its presence says that the run is finished
     write_text(run.folder / "report.json", json.dumps(report, indent=1) + "\n")
-    print(f"\nwrote {run.folder}/report.json, metrics.jsonl, {', '.join(pictures)}, "
-          f"{'model' if cfg.full else 'adapters'}.safetensors; "
+    weights = "model.safetensors" if cfg.full else "adapters.safetensors"
+    print(f"\nwrote {run.folder}/{', '.join(['report.json', 'metrics.jsonl', *pictures, weights])}; "
           f"peak memory {peak:.2f} GiB, estimated {estimated:.2f}")
     return report
 
