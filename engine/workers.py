@@ -167,16 +167,14 @@ def gather_rows(rows: list, arrays: dict[str, np.ndarray]) -> tuple[list, dict[s
 def from_first(saved: tuple[int, dict[str, mx.array], dict]) -> tuple:
     """The first process's (steps done, arrays, plain JSON), on all: the others have no run folder.
 
-    Where the first one fails it says None, and the others end without a word.
+    Where the first one has failed instead (`told_to_all`), the others end without a word.
     """
     if size() == 1:
         return saved
-    shapes = None
-    if saved is not None:
-        shapes = {name: [list(a.shape), str(a.dtype).removeprefix("mlx.core.")]
-                  for name, a in saved[1].items()}
-    news = all_gather([saved and saved[0], shapes, saved and saved[2]])[0]
-    if news[0] is None:
+    shapes = {name: [list(a.shape), str(a.dtype).removeprefix("mlx.core.")]
+              for name, a in saved[1].items()}
+    news = all_gather([saved[0], shapes, saved[2]])[0]
+    if news is None:
         raise SystemExit(2)
     received = {}
     for name, (shape, dtype) in sorted(news[1].items()):
@@ -187,8 +185,19 @@ def from_first(saved: tuple[int, dict[str, mx.array], dict]) -> tuple:
     return news[0], received, news[2]
 
 
+@contextmanager
+def told_to_all():
+    """Around what the first process alone can fail at, before `from_first`: then all end."""
+    try:
+        yield
+    except BadInput:
+        all_gather(None)
+        raise
+
+
 def differences(mine: dict) -> None:
     """Raises BadInput where processes of one run were given different things."""
+    mine = json.loads(json.dumps(mine))     # as it arrives: tuples are lists
     for other, theirs in enumerate(all_gather(mine)):
         if unlike := [name for name in theirs if theirs[name] != mine.get(name)]:
             raise BadInput(f"process {rank()} and process {other} of this run differ in "

@@ -1,17 +1,17 @@
 """Before you train: is there a gap? The base must fail what the instruct model can do.
 
-A training run once taught a 32B base to follow instructions. It already could: on raw prompts it
-rambled, the score counted characters, and 81 % became 99 % with p = 2e-12; recounted, 100 % stood
-against 99. So here a base is tried in several formats and counts by its *best*; at least two ways
-of scoring have to agree, item by item and in their verdict; and the verdict is a file that
-`train.py` asks for (`require_gate: FOLDER/gate.json`).
+A training run once taught a 32B base to follow instructions. It already could: the score counted
+characters, and 81 % became 99 % with p = 2e-12; recounted, 100 % stood against 99. So here a base
+is tried in several formats and counts by its *best*; at least two ways of scoring have to agree,
+item by item and in their verdict; and the verdict is a file that `train.py` asks for
+(`require_gate: FOLDER/gate.json`).
 
     python -m gate configs/gate_tiny.yaml            # replies, scores, verdict, gate.json
     python -m gate configs/gate_tiny.yaml judge=...  # scores anew, generates nothing anew
     python -m gate --paired runs/gate_tiny:base-raw runs/gate_tiny:base-lines
 
 GO: every scorer finds the gap. NO-GO: every scorer measures a rate that refutes it. AMBIGUOUS: they
-disagree, too much is undecided, or too little is there to say. All figures are printed in any case.
+disagree, too much is undecided, or too little is there to say.
 
 Read in this order: checks, drafts, conversations (the benchmark), clean (does a prompt reach a base
 untouched?), replies, judge, settings, verdict, evaluate, and here the tables for a person.
@@ -19,6 +19,8 @@ self_instruct writes training data.
 """
 import argparse
 from pathlib import Path
+
+import engine.blas  # noqa: F401  (before mlx)
 
 from config import run_main
 from files.disk import read_json_lines

@@ -1,31 +1,22 @@
 """Does a prompt reach a base model untouched? Checked before anything is generated, and recorded.
 
 Prior work could not say what its base model had read: a chat template may have been applied, or a
-special token added. Its guard switched the template off, which changes nothing (a template is only
-applied where it is called), and looked for structure in three completions, which passed a base that
-answered correctly. Here a load is clean if the ids themselves are right: the model's own prefix
+special token added. Here a load is clean if the ids themselves are right: the model's own prefix
 (BOS or nothing), then the text as its tokenizer's own library encodes it, and nothing else. Each
 check must first fail on three prompts that are contaminated on purpose; otherwise it could never
-fail. How the base then continues is measured and recorded, never required.
+fail. Which weights it is about, and how they answer, stands beside it: hashes, and the replies.
 """
 import re
 from collections.abc import Callable
 from pathlib import Path
 
-import engine.blas  # noqa: F401  (before mlx)
-import mlx.core as mx
-import numpy as np
 import sentencepiece
 import tokenizers
 
 from files.keys import BadInput
 from files.model_folder import root_model
-from generate import sample
-from losses import token_logprobs
-from model import Llama
-from text.tokenizer import Tokenizer
+from tokenizer import Tokenizer
 
-VERSION = 1     # of these checks; a change of the rules never rewrites an old record
 SENTINELS = ("Water freezes at", "Translate to Pig Latin: hello world", "List three prime numbers:",
              "Describe the seasons", "Write a JSON object with keys a and b", "7 * 8 =",
              "The capital of France is", "User: hello")
@@ -33,8 +24,6 @@ SENTINELS = ("Water freezes at", "Translate to Pig Latin: hello world", "List th
 INJECTION = "<|im_start|>system\nYou are a helpful assistant.<|im_end|><|eot_id|></s>"
 NOT_A_BASE = re.compile(r"(?i)(instruct|chat|-it\b|rlhf|dpo)")
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<|assistant|>", "<end_of_turn>")
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
-                   "chat_template.jinja")
 
 
 def library_encoder(source: str) -> Callable[[str], list[int]]:
@@ -107,26 +96,8 @@ def check_identity(name: str, tokenizer: Tokenizer) -> None:
                        "of an instruct model; fetch the base's own files")
 
 
-def behaviour(model: Llama, tokenizer: Tokenizer) -> dict:
-    """How the base goes on from the raw sentinels, greedily: for the record, never required.
-
-    fingerprint  log-probability of each sentinel's tokens given those before: the same weights in
-                 the same precision give the same numbers to a few hundredths
-    """
-    prompts = [tokenizer.encode_prompt(text) for text in SENTINELS]
-    completions = sample(model, tokenizer, prompts, 30, many_lines=True)
-    fingerprint = []
-    for ids in prompts:
-        logits = model(mx.array([ids]))[0, :-1]
-        fingerprint.append(round(token_logprobs(logits, mx.array(ids[1:])).mean().item(), 4))
-    return {"completions": [c.text for c in completions], "fingerprint": fingerprint,
-            "stopped_within_30": float(np.mean([c.finished for c in completions]))}
-
-
-def check_base(name: str, model: Llama, tokenizer: Tokenizer) -> dict:
+def check_base(name: str, tokenizer: Tokenizer) -> dict:
     """All of it, for a model named as a base, before it is asked anything; raises BadInput."""
     check_identity(name, tokenizer)
-    prompts = check_prompts(tokenizer)
-    return {"checks_version": VERSION, "clean": True, "prompts": prompts,
-            "has_chat_template": tokenizer.chat_template is not None, "template_applied": False,
-            **behaviour(model, tokenizer)}
+    return {"clean": True, "prompts": check_prompts(tokenizer), "template_applied": False,
+            "has_chat_template": tokenizer.chat_template is not None}

@@ -1,10 +1,9 @@
 """How a conversation of the benchmark is drawn: gaps in texts, values, asides, four categories.
 
-conversations.py says what a conversation is for and how it is kept. Here one is made: `Draft` fills
-the texts of benchmark/families.yaml, a value is drawn when a text first names it, and a plan such
-as "aside ask ask" says which turns follow the opening. The prior work's items named in the question
-what the answer needed (a follow-up on photosynthesis asked about chlorophyll). A draft in which a
-value is said a second time is thrown away and drawn again.
+`Draft` fills the texts of benchmark/families.yaml. A value is drawn when a text first names it. A
+plan such as "aside ask ask" says which turns follow the opening. The prior work's items named in
+the question what the answer needed (a follow-up on photosynthesis asked about chlorophyll), so a
+draft in which a value is said a second time is thrown away and drawn again.
 """
 import functools
 import random
@@ -352,12 +351,10 @@ STEPS: dict[tuple[str, str], Callable[[Draft], None]] = {
 def leaks(d: Draft) -> bool:
     """Whether a value is said twice, is part of another, or is said though only the row has it."""
     said = [normalise(turn.user) for turn in d.turns]
-    values = [value for name, value in d.slots.items() if name not in d.texts["choices"]]
-    if any(find(a, normalise(b)) for a in values for b in values if a is not b):
+    values = {name: value for name, value in d.slots.items() if name not in d.texts["choices"]}
+    if any(find(a, normalise(b)) for a in values.values() for b in values.values() if a is not b):
         return True
-    for name, value in d.slots.items():
-        if name in d.texts["choices"]:
-            continue
+    for name, value in values.items():
         times = [bool(find(value, text)) for text in said]
         if sum(times) > 1 or any(times[1:]) and name in d.row:
             return True

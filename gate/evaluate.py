@@ -8,22 +8,24 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
-from checkpoint import load_base, load_checkpoint
+import engine.blas  # noqa: F401  (before mlx)
+
 from files.disk import append_text, json_lines, read_json_lines, write_text
 from files.keys import BadInput
 from files.provenance import hash_model, provenance
 from gate import judge
 from gate.clean import check_base
 from gate.conversations import Conversation, read_benchmark
-from gate.jsonl import begin_folder
-from gate.replies import answer_all, read_replies, score, summarize_scores, transcript
+from gate.jsonl import begin_folder, grow
+from gate.replies import PART, answer, score, summarize_scores, transcript
 from gate.settings import ROLES, GateConfig, load_gate
 from gate.verdict import comparisons, decide, length_warnings
 
 # what replies depend on: other values of these are another evaluation
-GENERATION = ("limit", "max_reply_tokens", "history", "dtype", "bits", "bits_group_size")
+GENERATION = ("limit", "max_reply_tokens", "bits")
 START_OVER = "give another out, or overwrite=true to answer everything again"
 
 
@@ -50,46 +52,49 @@ def open_evaluation(cfg: GateConfig, sha: str) -> dict:
     return record
 
 
-def collect_replies(cfg: GateConfig, record: dict, conversations: list[Conversation],
-                    ) -> dict[str, list[dict]]:
-    """Every condition's replies, {ROLE-TEMPLATE: rows}.
-
-    A base is checked before its first reply (clean.check_base). Models are loaded one at a time,
-    and only where replies are missing.
-    """
-    folder, replies = Path(cfg.out), {}
-    for role in ROLES:
+def identify_models(cfg: GateConfig, record: dict) -> list[str]:
+    """The roles that have a model, whose hashes go into the record; BadInput before any answers."""
+    roles = [role for role in ROLES if getattr(cfg, role)]
+    for role in roles:
         name = getattr(cfg, role)
-        if not name:
-            continue
         hashes = hash_model(name)
         known = record["models"].setdefault(role, {"name": name, **hashes})
         if any(known[key] != value for key, value in hashes.items()):
             raise BadInput(f"{role} = {name} has other weights or another tokenizer than when "
-                           f"{folder} was begun ({known['name']}); {START_OVER}")
-        model = tokenizer = None    # or the last role's model would still be held
-        for template in dict.fromkeys(getattr(cfg, f"{role}_templates")):
-            path = folder / f"replies_{role}-{template}.jsonl"
-            rows = read_replies(path, conversations)
-            if len(rows) < len(conversations):
-                if model is None:
-                    model, tokenizer = load_model(cfg, name)
-                if role != "instruct" and "clean" not in known:
-                    known["clean"] = check_base(name, model, tokenizer)
-                if "clean" in known:
-                    known["clean"]["template_applied"] |= template == "chat"
-                write_text(folder / "record.json", json.dumps(record, indent=1) + "\n")
-                rows = answer_all(path, rows, model, tokenizer, conversations, template,
-                                  cfg.max_reply_tokens, cfg.history)
-            replies[f"{role}-{template}"] = rows
-    return replies
+                           f"{cfg.out} was begun ({known['name']}); {START_OVER}")
+    return roles
 
 
-def load_model(cfg: GateConfig, name: str):
-    """A run as it was trained, or a model by the gate's own dtype and bits."""
+def replies_of(cfg: GateConfig, record: dict, role: str, conversations: list[Conversation],
+               ) -> dict[str, list[dict]]:
+    """One role's replies in each of its formats, {ROLE-TEMPLATE: rows}.
+
+    Its model is loaded only if some are missing, and a base is checked before its first reply.
+    """
+    folder, name, known = Path(cfg.out), getattr(cfg, role), record["models"][role]
+    loaded = []     # model and tokenizer, from the first missing reply on
+
+    def answer_part(template: str, first: int, last: int) -> list[dict]:
+        if not loaded:
+            loaded.extend(load_model(name, cfg.bits))
+            if role != "instruct" and "clean" not in known:
+                known["clean"] = check_base(name, loaded[1])
+        if "clean" in known:
+            known["clean"]["template_applied"] |= template == "chat"
+        write_text(folder / "record.json", json.dumps(record, indent=1) + "\n")
+        return answer(*loaded, conversations[first:last], template, cfg.max_reply_tokens)
+
+    ids, others = [c.id for c in conversations], f"other conversations; {START_OVER}"
+    return {f"{role}-{template}": grow(folder / f"replies_{role}-{template}.jsonl", PART, "id", ids,
+                                       partial(answer_part, template), others)
+            for template in dict.fromkeys(getattr(cfg, f"{role}_templates"))}
+
+
+def load_model(name: str, bits: int | None):
+    """A run as it was trained, or a model in so many bits; with its tokenizer."""
     if (Path(name) / "config.yaml").exists():
         return load_checkpoint(name)[:2]
-    model, tokenizer = load_base(name, cfg.dtype, cfg.bits, group_size=cfg.bits_group_size)
+    model, tokenizer = load_base(name, bits=bits)
     if tokenizer is None:
         raise BadInput(f"{name} has no tokenizer.model and no tokenizer.json; add the model's own")
     return model, tokenizer
@@ -104,7 +109,7 @@ def collect_verdicts(cfg: GateConfig, conversations: list[Conversation],
     """
     template = judge.load_prompt(cfg.judge_prompt)
     settings = ([cfg.judge, cfg.judge_model] if cfg.judge.startswith("http")
-                else [cfg.judge, hash_model(cfg.judge), cfg.bits, cfg.dtype])
+                else [cfg.judge, hash_model(cfg.judge), cfg.bits])
     asked, pairs = {name: {} for name in replies}, {}
     for name, rows in replies.items():
         for c, row in zip(conversations, rows):
@@ -132,16 +137,16 @@ def ask_judge(cfg: GateConfig, pairs: list[tuple[str, str]]) -> Iterator[dict]:
     """Verdicts on pairs of prompts, one by one as they come."""
     if cfg.judge.startswith("http"):
         return judge.judge_by_endpoint(cfg.judge, cfg.judge_model, pairs, cfg.judge_letters)
-    model, tokenizer = load_model(cfg, cfg.judge)
+    model, tokenizer = load_model(cfg.judge, cfg.bits)
     return judge.judge_locally(model, tokenizer, pairs, cfg.judge_letters, cfg.judge_threshold,
                                cfg.judge_unsure)
 
 
 def verdict_now(cfg: GateConfig, row: dict) -> str:
     """A kept verdict at this config's thresholds: they may have moved since a judge was asked."""
-    if row["verdict"] == "invalid" or "margin" not in row:
+    if "margin" not in row:
         return row["verdict"]
-    return judge.verdict_of(row["margin"], 1, cfg.judge_threshold, cfg.judge_unsure)
+    return judge.verdict_of(row["margin"], row["mass"], cfg.judge_threshold, cfg.judge_unsure)
 
 
 def hash_text(text: str) -> str:
@@ -169,9 +174,10 @@ def run_gate(path: str | Path, overrides: list[str] = ()) -> dict:
     conversations, sha = read_benchmark(cfg.benchmark)
     conversations = conversations[:cfg.limit]
     record, folder = open_evaluation(cfg, sha), Path(cfg.out)
-    replies = collect_replies(cfg, record, conversations)
-    judged = (collect_verdicts(cfg, conversations, replies)
-              if "judge" in cfg.scorers else {})
+    replies = {}
+    for role in identify_models(cfg, record):
+        replies |= replies_of(cfg, record, role, conversations)     # one model at a time
+    judged = collect_verdicts(cfg, conversations, replies) if "judge" in cfg.scorers else {}
     scores = {s: {name: score(conversations, rows, s, judged.get(name))
                   for name, rows in replies.items()} for s in cfg.scorers}
     outcomes = {s: {name: {row["id"]: row["passed"] for row in rows}

@@ -20,8 +20,8 @@ def read_text(path: str | Path, expected: str) -> str:
 
 
 def read_rows(path: str | Path, read: Callable[[dict], object], expected: str) -> list:
-    """`read` of each line's object; BadInput names the first line it refuses (ValueError)."""
-    rows = []
+    """`read` of each line's object; BadInput names the lines that it refuses (ValueError)."""
+    rows, bad = [], []
     # splitlines would cut at U+2028 too
     for number, line in enumerate(read_text(path, expected).split("\n"), 1):
         if not line.strip():
@@ -29,7 +29,10 @@ def read_rows(path: str | Path, read: Callable[[dict], object], expected: str) -
         try:
             rows.append(read(json.loads(line)))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BadInput(f"{path}:{number}: {str(error)[:200]}; expected {expected}") from None
+            bad.append(f"{path}:{number}: {str(error)[:200]}")
+    if bad:
+        raise BadInput(f"{'; '.join(bad[:4])}{' ...' if bad[4:] else ''}; {len(bad)} bad lines, "
+                       f"expected {expected}")
     if not rows:
         raise BadInput(f"{path} holds no rows; expected {expected}")
     return rows
@@ -51,6 +54,23 @@ def read_parts(path: Path, part: int, total: int | None = None) -> list[dict]:
 def append_rows(path: Path, rows: list[dict]) -> list[dict]:
     """Add rows to a file, on the disk before anything is built on them; returns them."""
     append_text(path, json_lines(rows), sync=True)
+    return rows
+
+
+def grow(path: Path, part: int, key: str, wanted: list, make: Callable[[int, int], list[dict]],
+         others: str) -> list[dict]:
+    """A file's rows, one for each wanted value of row[key]: those it has, and the parts it lacks.
+
+    make     (first, last) -> the rows of wanted[first:last]
+    others   what it is where the file's rows are about something else, and what to do
+    """
+    rows = read_parts(path, part, len(wanted))
+    if [row[key] for row in rows] != wanted[:len(rows)]:
+        raise BadInput(f"{path} is about {others}")
+    while len(rows) < len(wanted):
+        first = len(rows)
+        rows += append_rows(path, make(first, min(first + part, len(wanted))))
+        print(f"  {path.stem:<34}{len(rows):6} of {len(wanted)}", flush=True)
     return rows
 
 

@@ -7,10 +7,9 @@ letters' meanings exchanged, which cancels a preference for one letter. What is 
 counted as one: small margins and contradictions are `unsure`, unreadable answers `invalid`, both
 left out of rates and listed for a person.
 
-A judge heads a report only after calibration: kappa of at least 0.7, its interval above 0.55, with
-at least 30 labels that people gave. The prior work planned for 30 labels pooled over models, of
-which some all fail and some all pass; pooling alone makes kappa high there, so agreement stands
-beside it for each condition.
+A judge heads a report only after calibration: at least 30 labels that people gave, kappa of at
+least 0.7, its interval above 0.55. Pooled over models of which some all fail and some all pass,
+kappa is high by itself, so agreement stands beside it for each condition.
 """
 import http.client
 import json
@@ -31,7 +30,7 @@ from config import run_main
 from files.disk import json_lines, write_text
 from files.keys import BadInput
 from gate.conversations import Conversation
-from gate.jsonl import read_text
+from gate.jsonl import read_rows, read_text
 from lens import pad_prompts
 from losses import token_logprobs
 from model import Llama
@@ -104,8 +103,7 @@ def letter_margins(model: Llama, tokenizer: Tokenizer, asked: list[tuple[str, st
     """How far a model holds with the first meaning, over prompts plain and with them exchanged.
 
     margins  (B,) nats: mean over both of log p(right letter) - log p(wrong letter)
-    masses   (B,) probability of both letters together, the smaller of both; low: it would answer
-             something else
+    masses   (B,) probability of both letters, the smaller of both; low: it says something else
     """
     plain, swapped = (letter_logprobs(model, tokenizer, [pair[k] for pair in asked], letters)
                       for k in (0, 1))
@@ -169,6 +167,7 @@ def request_text(url: str, name: str, prompt: str, timeout: float) -> str:
     if key := os.environ.get("OPENAI_API_KEY"):
         headers["Authorization"] = f"Bearer {key}"
     for attempt in range(ATTEMPTS):
+        time.sleep(attempt)
         try:
             request = urllib.request.Request(address, json.dumps(body).encode(), headers)
             with urllib.request.urlopen(request, timeout=timeout) as response:
@@ -188,8 +187,6 @@ def request_text(url: str, name: str, prompt: str, timeout: float) -> str:
                 return text if isinstance(text, str) else ""
             except (KeyError, IndexError, TypeError, ValueError):
                 return ""   # an answer of another form: asked again, then invalid
-        if attempt + 1 < ATTEMPTS:
-            time.sleep(2 ** attempt)
     raise BadInput(f"the judge at {address} (model {name or 'not named'}) does not answer ({why}); "
                    "check judge, judge_model and OPENAI_API_KEY. Replies and verdicts so far are "
                    "kept: the same command goes on from there")
@@ -203,34 +200,21 @@ def read_labels(path: str, known: dict[tuple[str, str], str]) -> dict[tuple[str,
     raises   BadInput naming rows that are damaged, twice there, of unknown conversations, or of
              other replies than were judged
     """
-    lines = read_text(path, "the judged spotcheck.jsonl with a person's pass or fail in each "
-                      "row").split("\n")
-    labels, bad, unknown = {}, [], []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            key, human = (row["condition"], row["id"]), row["human"]
-            if human not in ("pass", "fail", None) or key in labels:
-                raise ValueError("twice" if key in labels else f"human is {human!r}")
-        except (ValueError, KeyError, TypeError) as error:
-            bad.append(f"line {number} ({error})")
-            continue
-        if key not in known:
-            unknown.append(f"{key[0]} {key[1]}")
-        elif row.get("chat", known[key]) != known[key]:
-            bad.append(f"line {number} (labels another reply than {key[0]} {key[1]} now has)")
-        elif human:
-            labels[key] = human == "pass"
-    problems = [f"{len(bad)} bad rows: {', '.join(bad[:4])}"] if bad else []
-    if unknown:
-        problems.append(f"{len(unknown)} of unknown conversations: {', '.join(unknown[:4])}")
-    if problems:
-        raise BadInput(f"labels = {path}: {'; '.join(problems)}; expected "
-                       '{"condition": ..., "id": ..., "human": "pass" or "fail"} of this '
-                       "benchmark's conversations")
-    return labels
+    labels = {}
+
+    def read(row: dict) -> None:
+        key = row["condition"], row["id"]
+        if row["human"] not in ("pass", "fail", None):
+            raise ValueError(f"human is {row['human']!r}")
+        if key in labels or key not in known:
+            raise ValueError(f"{' '.join(key)} is {'there twice' if key in labels else 'unknown'}")
+        if row.get("chat", known[key]) != known[key]:
+            raise ValueError(f"labels another reply than {' '.join(key)} now has")
+        labels[key] = row["human"]
+
+    read_rows(path, read, 'labels: the judged spotcheck.jsonl, {"condition": ..., "id": ..., '
+              '"human": "pass" or "fail"} of this benchmark\'s conversations')
+    return {key: human == "pass" for key, human in labels.items() if human}
 
 
 def calibrate(judged: dict[tuple[str, str], bool | None],
@@ -249,10 +233,9 @@ def calibrate(judged: dict[tuple[str, str], bool | None],
 
 
 def write_spotcheck(path: Path, rows: list[dict], share: float = 0.1) -> list[dict]:
-    """Draw a tenth of the judged conversations for people to label; returns those drawn.
+    """Draw a tenth of the judged conversations, by their ids alone; returns those drawn.
 
-    Which they are depends on their ids alone. Rows {condition, id, chat, human: null} in random
-    order, without any verdict: who labels them should not know what the judge said. A file in which
+    Without any verdict: who labels them should not know what the judge said. A file in which
     somebody has begun to label is left as it is.
     """
     drawn = sorted(rows, key=lambda r: (r["condition"], r["id"]))
@@ -269,9 +252,8 @@ def write_spotcheck(path: Path, rows: list[dict], share: float = 0.1) -> list[di
 def tiny_rows(template: str, letters: tuple[str, str], n: int, seed: int) -> list[dict]:
     """Rows {"prompt", "response"} that teach models/tiny to compare a reply with the right answer.
 
-    Half of the replies are right. Most of the others are a little off, as a small model's are; some
-    have their digits reversed, some are no number at all. Either letter may mean "right", so that
-    neither is preferred.
+    Half of the replies are right, most of the others a little off, as a small model's are. Either
+    letter may mean "right", so that neither is preferred.
     """
     rng, rows = random.Random(seed), []
     for _ in range(n):

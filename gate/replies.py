@@ -8,34 +8,27 @@ in nothing but the rendering (Tokenizer.encode_messages) and those stops:
     plain  User: ...\\nAssistant: ...             cued   Instruction: ...\\nResponse:
     chat   the model's own chat template
 
-Replies are files that grow by parts (jsonl.py), and scores are computed from the files: scoring
-again never generates again. Length is reported beside every score and is never part of one: the
-prior work's score was "between 5 and 500 characters" (here `length`, kept to show its failure).
+Length is reported beside every score and is never part of one: the prior work's score was "between
+5 and 500 characters" (here `length`, kept to show its failure).
 """
 import statistics
-from pathlib import Path
 
-from files.keys import BadInput
+from files.chat import STOPS
 from gate.checks import check_turn, normalise
 from gate.conversations import Conversation
-from gate.jsonl import append_rows, read_parts
 from generate import sample
 from model import Llama
-from report.stats import auc, wilson
-from text.chat import STOPS
-from text.tokenizer import Tokenizer
+from report.stats import wilson
+from tokenizer import Tokenizer
 
 SCORERS = ("checks", "judge", "exact", "length")
 PART = 32       # conversations answered at once and written together
-SUSPICIOUS = 0.8    # AUC of length for a score above which length may be what is measured
 
 
 def answer(model: Llama, tokenizer: Tokenizer, conversations: list[Conversation], template: str,
-           max_reply_tokens: int, history: str = "own") -> list[dict]:
+           max_reply_tokens: int) -> list[dict]:
     """Greedy replies to every turn: [{id, replies: [{text, tokens, ended}]}].
 
-    history  "own": earlier turns as the model answered them; "right": as they should have been, so
-             that one error does not make the next
     ended    "stop" by EOS or where the next speaker begins, "length" by max_reply_tokens
     raises   BadInput where a conversation does not fit the context: it is never cut in silence
     """
@@ -49,35 +42,10 @@ def answer(model: Llama, tokenizer: Tokenizer, conversations: list[Conversation]
         done = sample(model, tokenizer, prompts, max_reply_tokens, many_lines=True,
                       stops=STOPS[template])
         for i, completion in zip(going, done):
-            text, right = completion.text.strip(), conversations[i].turns[t].answer
-            histories[i].append({"role": "assistant",
-                                 "content": right if history == "right" and right else text})
+            text = completion.text.strip()
+            histories[i].append({"role": "assistant", "content": text})
             rows[i]["replies"].append({"text": text, "tokens": len(completion.ids),
                                        "ended": "stop" if completion.finished else "length"})
-    return rows
-
-
-def read_replies(path: Path, conversations: list[Conversation]) -> list[dict]:
-    """The whole parts of a replies file, in the benchmark's order; [] if there is none.
-
-    raises   BadInput where it holds other conversations than the benchmark
-    """
-    rows = read_parts(path, PART, len(conversations))
-    if [row["id"] for row in rows] != [c.id for c in conversations[:len(rows)]]:
-        raise BadInput(f"{path} holds replies to other conversations than the benchmark's; "
-                       "give another out, or overwrite=true to start over")
-    return rows
-
-
-def answer_all(path: Path, rows: list[dict], model: Llama, tokenizer: Tokenizer,
-               conversations: list[Conversation], template: str, max_reply_tokens: int,
-               history: str = "own") -> list[dict]:
-    """Answer what a replies file lacks behind its rows, part by part, and return all of them."""
-    while len(rows) < len(conversations):
-        part = conversations[len(rows):len(rows) + PART]
-        rows += append_rows(path, answer(model, tokenizer, part, template, max_reply_tokens,
-                                         history))
-        print(f"  {path.stem:<34} {len(rows):4} of {len(conversations)} conversations")
     return rows
 
 
@@ -129,22 +97,15 @@ def score(conversations: list[Conversation], rows: list[dict], scorer: str,
     return scores
 
 
-def reply_length(row: dict) -> float:
-    """Mean characters of a conversation's replies."""
-    return statistics.mean(len(reply["text"]) for reply in row["replies"])
-
-
 def summarize_scores(scores: list[dict], rows: list[dict]) -> dict:
-    """Rates over decided conversations, by category; length beside them, and what it predicts."""
-    decided = [(s, reply_length(row)) for s, row in zip(scores, rows) if s["passed"] is not None]
+    """Rates over decided conversations, by category, and what replies look like beside them."""
+    decided = [s for s in scores if s["passed"] is not None]
     share = lambda part: wilson(sum(s["passed"] for s in part), len(part))
     replies = [reply for row in rows for reply in row["replies"]]
     return {
-        "rate": share([s for s, _ in decided]), "undecided": len(scores) - len(decided),
-        "by_category": {c: share([s for s, _ in decided if s["category"] == c])
+        "rate": share(decided), "undecided": len(scores) - len(decided),
+        "by_category": {c: share([s for s in decided if s["category"] == c])
                         for c in sorted({s["category"] for s in scores})},
-        "length_auc": auc([length for _, length in decided], [s["passed"] for s, _ in decided]),
-        # what replies look like, whatever they are worth; cut: ended by max_reply_tokens
+        # cut: ended by max_reply_tokens
         "median_tokens": statistics.median(reply["tokens"] for reply in replies),
-        "median_characters": statistics.median(len(reply["text"]) for reply in replies),
         "cut": wilson(sum(reply["ended"] == "length" for reply in replies), len(replies))}

@@ -7,16 +7,13 @@
     pairs judged   the same critic, of task and answer as they are stored              pairs.jsonl
     train, valid, test.jsonl in data.py's format; qc.json, manifest.json
 
-A base model does all of it; the format of the prompt tells it what to do (Self-Instruct,
-2212.10560). Each step is a file that grows by parts (jsonl.py), so the same command continues a run
-that was broken off. Rejected rows stay in their file, with the reason.
-
-Where we differ from the prior work: stops are texts, not the last token of one (which ended every
-answer at its first bare colon); the first item of a list has its number put back and is not lost;
-near-duplicates are dropped where they arise (two thirds of its first 3,968 rows were copies); rates
-are shares of what was generated, not of the survivors. The critic's margin keeps its sign, is the
-mean over both orders of the labels, and the margin of an empty task is subtracted: a preference for
-the letter A cancels. Where the model would answer something else, the critic abstains.
+A base model does all of it (Self-Instruct, 2212.10560). Each step is a file that grows by parts
+(jsonl.py), so the same command continues a run that was broken off. Rejected rows stay in their
+file, with the reason. Where we differ from the prior work: stops are texts, not the last token of
+one; a list's first item gets its number back; near-duplicates are dropped where they arise; rates
+are shares of what was generated, not of the survivors. The critic's margin is the mean over both
+orders of the labels, less the margin of an empty task: a preference for the letter A cancels. Where
+the model would answer something else, the critic abstains.
 
     python -m gate.self_instruct OUT model=Qwen/Qwen2.5-32B bits=4 n=8000 heldout=FILE.jsonl
 """
@@ -24,7 +21,6 @@ import json
 import os
 import random
 import re
-import statistics
 import typing
 import unicodedata
 from collections import Counter
@@ -34,15 +30,16 @@ from pathlib import Path
 
 import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
-import numpy as np
 
 from checkpoint import load_base
 from config import run_main
 from files.disk import json_lines, write_text
 from files.keys import BadInput, read_keys
 from files.provenance import hash_file, hash_model, provenance
+from gate import jsonl
 from gate.clean import check_base
-from gate.jsonl import append_rows, begin_folder, read_parts, read_rows
+from gate.evaluate import load_model
+from gate.jsonl import begin_folder, read_parts, read_rows
 from gate.judge import MIN_MASS, letter_margins
 from generate import sample
 from model import Llama
@@ -52,8 +49,9 @@ from text.tokenizer import Tokenizer
 PART = 16       # rows that are generated and written together
 END = "[END]"   # what the worked examples end with
 NEAR = 0.7      # Jaccard similarity of word 5-grams from which two texts are one
+ASKED = 10      # tasks that a list may go on for
+LIST_TEMPERATURE, RESPONSE_TEMPERATURE, TOP_P = 0.7, 0.4, 0.9
 EXPECTED = "a benchmark's or data rows, one JSON object a line"
-QUANTILES = (5, 25, 50, 75, 95)
 
 # tasks that lists begin with, and worked examples that answers follow
 SEEDS = Path(__file__).parent / "benchmark" / "seeds.jsonl"
@@ -78,24 +76,17 @@ MARKERS = re.compile(rf"###|<\|.*?\|>|{re.escape(END)}|"
 class Settings:
     """What may stand on the command line as key=value."""
     model: str = "models/tiny"      # a base model: folder or Hub name
-    dtype: str | None = None
     bits: int | None = None         # 2, 3, 4, 5, 6 or 8: quantise it
-    bits_group_size: int = 64
     n: int = 100                    # tasks to keep before they are judged; pairs are fewer
-    calls: int = 0                  # lists at most; 0: as many as n
     seed: int = 0
     threshold: float = 1.0          # the critic's margin from which a task or pair is accepted
     heldout: str = ""               # a benchmark (JSONL) whose user turns must not come up
     seeds: str = ""                 # JSONL of {"prompt", "response"}; empty: benchmark/seeds.jsonl
     labels: tuple[str, ...] = ("A", "B")    # the critic's; one token each
     shown: int = 8                  # tasks that a list begins with
-    asked: int = 10                 # and how many it may go on for
     shots: int = 3                  # worked examples before a response
     list_tokens: int = 200
-    list_temperature: float = 0.7
     response_tokens: int = 256
-    response_temperature: float = 0.4
-    top_p: float = 0.9
 
 
 @dataclass
@@ -170,33 +161,23 @@ def user_texts(row: dict) -> list[str]:
 
 
 # --- steps: files that grow by parts
-def grow(run: Run, name: str, tasks: list[dict],
-         do: Callable[[list[dict], int], list[dict]]) -> list[dict]:
-    """Rows of a step, one for each task: those of its file, and `do` of the parts that it lacks.
-
-    do       (a part of the tasks, the first one's number) -> its rows
-    raises   BadInput where the file is about other tasks: somebody changed a step before it
-    """
-    path = run.folder / f"{name}.jsonl"
-    rows = read_parts(path, PART, len(tasks))
-    if [row["task"] for row in rows] != [task["task"] for task in tasks[:len(rows)]]:
-        raise BadInput(f"{path} is about other tasks than the step before it now gives; put back "
-                       "what was changed, or name a new folder")
-    while len(rows) < len(tasks):
-        rows += append_rows(path, do(tasks[len(rows):len(rows) + PART], len(rows)))
-        print(f"  {name:<14}{len(rows):6} of {len(tasks)}", flush=True)
-    return rows
-
-
-def key_of(run: Run, name: str, first: int) -> mx.array:
-    return mx.random.key(stable_hash(f"{run.settings.seed} {name} {first}"))
+def grow_step(run: Run, name: str, tasks: list[str],
+              make: Callable[[int, int], list[dict]]) -> list[dict]:
+    """Rows of a step, one for each task: those of its file, and `make` of what it lacks."""
+    return jsonl.grow(run.folder / f"{name}.jsonl", PART, "task", tasks, make,
+                      "other tasks than the step before it now gives; put back what was changed, "
+                      "or name a new folder")
 
 
 def write(run: Run, prompts: list[str], tokens: int, temperature: float, stops: tuple[str, ...],
-          key: mx.array) -> list[dict]:
-    """What the model writes behind raw prompts, as rows: {prompt, text, tokens, stop_reason}."""
+          place: str) -> list[dict]:
+    """What the model writes behind raw prompts, as rows: {prompt, text, tokens, stop_reason}.
+
+    place    step and number of the first row: with the seed it fixes the random numbers
+    """
+    key = mx.random.key(stable_hash(f"{run.settings.seed} {place}"))
     done = sample(run.model, run.tokenizer, [run.tokenizer.encode_prompt(p) for p in prompts],
-                  tokens, temperature=temperature, top_p=run.settings.top_p, key=key,
+                  tokens, temperature=temperature, top_p=TOP_P, key=key,
                   many_lines=True, stops=stops)
     return [{"prompt": prompt, "text": c.text, "tokens": len(c.ids), "stop_reason":
              f"stop:{c.stop}" if c.stop else "eos" if c.finished else "length"}
@@ -249,7 +230,7 @@ def sift(run: Run, lists: list[dict]) -> list[dict]:
     most = max(3, run.settings.n // 100)    # tasks that may begin with the same four words
     for number, row in enumerate(lists):
         items = parse_list(run.settings.shown + 1, row["text"], row["stop_reason"] == "length")
-        for task in items[:run.settings.asked]:
+        for task in items[:ASKED]:
             words = words_of(task)
             reason = reject_task(task)
             if not reason and (near := seen.nearest(words)) >= NEAR:
@@ -266,23 +247,22 @@ def sift(run: Run, lists: list[dict]) -> list[dict]:
 
 
 def make_instructions(run: Run) -> tuple[list[dict], list[dict]]:
-    """Lists until n tasks are kept; (lists, items). The items follow from the lists alone."""
+    """Lists until n tasks are kept, n at most; (lists, items). Items follow from lists alone."""
     path, wanted = run.folder / "lists.jsonl", run.settings
-    lists, most = read_parts(path, PART), wanted.calls or wanted.n
+    lists = read_parts(path, PART)
     while True:
         items = sift(run, lists)
         kept = [row["task"] for row in items if not row["reason"]]
-        if len(kept) >= wanted.n or len(lists) >= most:
+        if len(kept) >= wanted.n or len(lists) >= wanted.n:
             break
         prompts = [list_prompt(run, len(lists) + i, kept) for i in range(PART)]
-        lists += append_rows(path, write(
-            run, prompts, wanted.list_tokens, wanted.list_temperature,
-            ("\n\n", f"\n{wanted.shown + wanted.asked + 1}."), key_of(run, "lists", len(lists))))
+        lists += jsonl.append_rows(path, write(
+            run, prompts, wanted.list_tokens, LIST_TEMPERATURE,
+            ("\n\n", f"\n{wanted.shown + ASKED + 1}."), f"lists {len(lists)}"))
         print(f"  {'lists':<14}{len(lists):6}, {len(kept)} of {wanted.n} tasks before", flush=True)
-    left = wanted.n
-    for row in items:       # the last lists may bring more than was asked for
-        if not row["reason"]:
-            row["reason"], left = ("" if left > 0 else "enough"), left - 1
+    # the last lists may bring more than was asked for
+    for row in [row for row in items if not row["reason"]][wanted.n:]:
+        row["reason"] = "enough"
     write_text(run.folder / "instructions.jsonl", json_lines(items))
     return lists, items
 
@@ -317,17 +297,17 @@ def reject_response(run: Run, task: str, response: str, stop_reason: str) -> str
     return "held out" if not run.heldout.eights.isdisjoint(grams(words, 8)) else ""
 
 
-def make_responses(run: Run, tasks: list[dict]) -> list[dict]:
+def make_responses(run: Run, tasks: list[str]) -> list[dict]:
     """One response to each task: {task, response, reason} beside what `write` gives."""
-    def do(part: list[dict], first: int) -> list[dict]:
-        prompts = [response_prompt(run, first + i, row["task"]) for i, row in enumerate(part)]
-        rows = write(run, prompts, run.settings.response_tokens, run.settings.response_temperature,
-                     (END, "\nInstruction:", "\nUser:", "\nQ:"), key_of(run, "responses", first))
-        for asked, row in zip(part, rows):
-            row["task"], row["response"] = asked["task"], row["text"].strip()
-            row["reason"] = reject_response(run, row["task"], row["response"], row["stop_reason"])
+    def respond(first: int, last: int) -> list[dict]:
+        prompts = [response_prompt(run, i, tasks[i]) for i in range(first, last)]
+        rows = write(run, prompts, run.settings.response_tokens, RESPONSE_TEMPERATURE,
+                     (END, "\nInstruction:", "\nUser:", "\nQ:"), f"responses {first}")
+        for task, row in zip(tasks[first:last], rows):
+            row["task"], row["response"] = task, row["text"].strip()
+            row["reason"] = reject_response(run, task, row["response"], row["stop_reason"])
         return rows
-    return grow(run, "responses", tasks, do)
+    return grow_step(run, "responses", tasks, respond)
 
 
 # --- the critic
@@ -365,12 +345,12 @@ def criticise(model: Llama, tokenizer: Tokenizer, kind: str, items: list[str],
 
 def judge_all(run: Run, kind: str, rows: list[dict]) -> list[dict]:
     """A critic's step: accepted and rejected rows alike, with their margins."""
-    def do(part: list[dict], _) -> list[dict]:
-        items = [describe(row["task"], row.get("response")) for row in part]
+    def judge(first: int, last: int) -> list[dict]:
+        items = [describe(row["task"], row.get("response")) for row in rows[first:last]]
         views = criticise(run.model, run.tokenizer, kind, items, run.settings.labels,
                           run.settings.threshold)
-        return [row | view for row, view in zip(part, views)]
-    return grow(run, kind, rows, do)
+        return [row | view for row, view in zip(rows[first:last], views)]
+    return grow_step(run, kind, [row["task"] for row in rows], judge)
 
 
 # --- what comes out
@@ -388,31 +368,20 @@ def split_pairs(pairs: list[dict]) -> dict[str, list[dict]]:
 
 def quality(lists: list[dict], items: list[dict], tasks: list[dict], responses: list[dict],
             pairs: list[dict]) -> dict:
-    """Counts of every step, of all that was generated; rates, and which of them are out of bounds.
+    """Counts of every step, of all that was generated, and whether they keep to the bounds.
 
     The bounds are the prior work's: answers cut off below 10 %, each critic accepting half.
     """
-    share = lambda part, whole: round(part / whole, 4) if whole else None
     count = lambda rows, key: dict(Counter(row[key] or "kept" for row in rows).most_common())
-    judged = {"tasks": tasks, "pairs": pairs}
-    accepted = {kind: sum(row["verdict"] == "accept" for row in rows)
-                for kind, rows in judged.items()}
-    lengths = [row["tokens"] for row in responses]
-    found = {
-        "lists": len(lists), "items": len(items), "instructions": count(items, "reason"),
-        "tasks": count(tasks, "verdict"), "responses": count(responses, "reason"),
-        "pairs": count(pairs, "verdict"),
-        "stop_reasons": count(responses, "stop_reason"),
-        "acceptance": {kind: share(accepted[kind], len(rows)) for kind, rows in judged.items()},
-        "cut_off": share(sum(row["stop_reason"] == "length" for row in responses), len(responses)),
-        "duplicates": share(sum("duplicate" in row["reason"] for row in items), len(items)),
-        "median_tokens": statistics.median(lengths) if lengths else None,
-        "margins": {kind: {f"p{q}": round(float(np.percentile([r["margin"] for r in rows], q)), 3)
-                           for q in QUANTILES} if rows else {} for kind, rows in judged.items()},
-    }
-    bounds = {"cut_off below 0.10": found["cut_off"] is not None and found["cut_off"] < 0.10,
-              **{f"acceptance of {kind} at least 0.50": (rate or 0) >= 0.5
-                 for kind, rate in found["acceptance"].items()}}
+    cut = sum(row["stop_reason"] == "length" for row in responses)
+    found = {"lists": len(lists), "items": len(items), "instructions": count(items, "reason"),
+             "tasks": count(tasks, "verdict"), "responses": count(responses, "reason"),
+             "pairs": count(pairs, "verdict"),
+             "cut_off": round(cut / len(responses), 4) if responses else None}
+    bounds = {"cut_off below 0.10": bool(responses) and found["cut_off"] < 0.10}
+    for kind, rows in (("tasks", tasks), ("pairs", pairs)):
+        accepted = found[kind].get("accept", 0)
+        bounds[f"acceptance of {kind} at least 0.50"] = 2 * accepted >= max(len(rows), 1)
     return found | {"passed": all(bounds.values()), "bounds": bounds}
 
 
@@ -422,11 +391,6 @@ def print_quality(found: dict) -> None:
     for step in ("instructions", "tasks", "responses", "pairs"):
         parts = ", ".join(f"{name} {k}" for name, k in found[step].items())
         print(f"{step:<16}{sum(found[step].values()):6}   {parts}")
-    for kind, margins in found["margins"].items():
-        values = "  ".join(f"{q} {value:+.2f}" for q, value in margins.items())
-        print(f"margins, {kind:<7} {values or '-'}")
-    print(f"cut off {found['cut_off']}, duplicates {found['duplicates']}, "
-          f"median response {found['median_tokens']} tokens")
     for bound, held in found["bounds"].items():
         print(f"  {'held  ' if held else 'MISSED'}  {bound}")
 
@@ -434,10 +398,8 @@ def print_quality(found: dict) -> None:
 def make_data(run: Run, record: dict) -> dict:
     """All steps, from lists to the manifest; returns qc.json's content."""
     lists, items = make_instructions(run)
-    kept = [{"task": row["task"]} for row in items if not row["reason"]]
-    tasks = judge_all(run, "tasks", kept)
-    responses = make_responses(run, [{"task": r["task"]} for r in tasks
-                                     if r["verdict"] == "accept"])
+    tasks = judge_all(run, "tasks", [{"task": r["task"]} for r in items if not r["reason"]])
+    responses = make_responses(run, [r["task"] for r in tasks if r["verdict"] == "accept"])
     pairs = judge_all(run, "pairs", [{"task": r["task"], "response": r["response"]}
                                      for r in responses if not r["reason"]])
     found = quality(lists, items, tasks, responses, pairs)
@@ -456,12 +418,9 @@ def read_settings(words: list[str]) -> Settings:
     """`key=value` words as Settings; raises BadInput with all mistakes."""
     values, mistakes = read_keys(os.devnull, words, typing.get_type_hints(Settings))
     found = Settings(**values)
-    low = {"n": 1, "calls": 0, "seed": 0, "shown": 1, "asked": 1, "shots": 1, "list_tokens": 1,
-           "response_tokens": 1, "list_temperature": 0, "response_temperature": 0}
+    low = {"n": 1, "seed": 0, "shown": 1, "shots": 1, "list_tokens": 1, "response_tokens": 1}
     mistakes += [f"{key} = {getattr(found, key)}: expected at least {least}"
                  for key, least in low.items() if getattr(found, key) < least]
-    if not 0 < found.top_p <= 1:
-        mistakes.append(f"top_p = {found.top_p}: expected above 0 and at most 1")
     if len(set(found.labels)) != 2 or len(found.labels) != 2:
         mistakes.append(f"labels = {', '.join(found.labels)}: expected two different words")
     if mistakes:
@@ -484,13 +443,10 @@ def main(argv: list[str]) -> None:
         inputs["heldout"] = hash_file(settings.heldout)
     about = {"settings": asdict(settings), "inputs": inputs | hash_model(settings.model)}
     # all that can be wrong before the folder is made: it keeps its settings
-    model, tokenizer = load_base(settings.model, settings.dtype, settings.bits,
-                                 group_size=settings.bits_group_size)
-    if tokenizer is None:
-        raise BadInput(f"{settings.model} has no tokenizer.model and no tokenizer.json")
+    model, tokenizer = load_model(settings.model, settings.bits)
     for label in settings.labels:
         tokenizer.word_ids([label])
-    record = about | {"clean": check_base(settings.model, model, tokenizer),
+    record = about | {"clean": check_base(settings.model, tokenizer),
                       "versions": provenance()}
     begin_folder(folder / "settings.json", about, "name a new folder")
     run = Run(folder, settings, model, tokenizer, seeds,

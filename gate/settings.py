@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import BITS
-from engine.quant import GROUP_SIZES
+from files.chat import TEMPLATES
 from files.keys import BadInput, read_keys
 from gate.replies import SCORERS
 from text.chat import TEMPLATES
@@ -17,7 +17,7 @@ ROLES = ("base", "instruct", "alternative")
 
 @dataclass
 class GateConfig:
-    """All keys of a gate file, with defaults; thresholds stand in the file before the run."""
+    """All keys of a gate file, with defaults."""
     base: str = "models/tiny"
     instruct: str = ""              # empty: no verdict, only the figures of the others
     alternative: str = ""           # another base, so that a gap is not one base's quirk
@@ -30,10 +30,7 @@ class GateConfig:
     instruct_templates: tuple[str, ...] = ("plain",)
     alternative_templates: tuple[str, ...] = ("plain",)
     max_reply_tokens: int = 256
-    history: str = "own"            # earlier replies: the model's own, or the right ones
-    dtype: str | None = None
     bits: int | None = None         # of all models, the judge too
-    bits_group_size: int = 64
 
     # --- scoring: checks | judge | exact | length; the first heads the report
     scorers: tuple[str, ...] = ("checks", "judge")
@@ -58,8 +55,7 @@ class GateConfig:
 
 ALLOWED = {
     **{f"{role}_templates": tuple(TEMPLATES) for role in ROLES}, "scorers": SCORERS,
-    "history": ("own", "right"), "dtype": (None, "float32", "bfloat16", "float16"),
-    "bits": (None, *BITS), "bits_group_size": GROUP_SIZES}
+    "bits": (None, *BITS)}
 SHARES = ("base_at_most", "instruct_at_least", "alternative_at_most", "p_below",
           "agreement_at_least", "kappa_at_least", "undecided_at_most")
 

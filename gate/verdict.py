@@ -1,18 +1,17 @@
 """GO, NO-GO or AMBIGUOUS: pure functions of outcomes {scorer: {condition: {id: outcome}}}.
 
-An outcome is True (passed), False (failed) or None (undecided). GO: every scorer finds the gap.
-NO-GO: every scorer measures a rate that refutes it. AMBIGUOUS: they disagree, too much is
-undecided, or too little is there to say.
+An outcome is True (passed), False (failed) or None (undecided).
 """
 import itertools
+import statistics
 from operator import ge, gt, le, lt
 
 from files.keys import BadInput
-from gate.replies import SUSPICIOUS, reply_length
 from gate.settings import ROLES, GateConfig
 from report import stats
 
 MARGIN = 0.10   # how far beyond its threshold a rate's Wilson interval may reach
+SUSPICIOUS = 0.8    # AUC of length for a score above which length may be what is measured
 # the rules that refute a gap; the others say that too little is known
 RATES = ("base passes at most", "alternative base passes at most", "instruct passes at least")
 
@@ -42,24 +41,17 @@ def best_of(role: str, outcomes: dict[str, dict]) -> str | None:
 
 
 def compare(first: dict, second: dict, cfg: GateConfig, categories: dict[str, str]) -> dict:
-    """Two conditions on the same conversations: test, effect, interval, power, categories."""
+    """Two conditions on the same conversations: test, effect, interval, power."""
     ids, a, b = paired(first, second)
     n, test = len(ids), stats.mcnemar(a, b)
     shares = [test[side] / n if n else 0 for side in ("only_first", "only_second")]
     # the same shares for two independent models at the thresholds: .30 and .80 -> .06 and .56
     base, instruct = cfg.base_at_most, cfg.instruct_at_least
     design = base * (1 - instruct), (1 - base) * instruct
-    cells = {}
-    for c in sorted(set(categories.values())):
-        of = [k for k, i in enumerate(ids) if categories[i] == c]
-        cells[c] = {"n": len(of), **stats.mcnemar([a[k] for k in of], [b[k] for k in of])}
-    for cell, p in zip(cells.values(), stats.adjusted_p([cell["p"] for cell in cells.values()])):
-        cell["p_adjusted"] = p
     return {"n": n, **test, "h": stats.cohens_h(sum(a) / n, sum(b) / n) if n else None,
             "difference": stats.paired_bootstrap(a, b, [categories[i] for i in ids]),
-            "observed_power": stats.power_of_mcnemar(n, *shares, cfg.p_below),
             "design_power": stats.power_of_mcnemar(n, *design, cfg.p_below),
-            "items_needed": stats.items_needed(*shares, cfg.p_below), "by_category": cells}
+            "items_needed": stats.items_needed(*shares, cfg.p_below)}
 
 
 def comparisons(cfg: GateConfig, outcomes: dict[str, dict], categories: dict[str, str],
@@ -158,8 +150,8 @@ def number(value: float | None) -> str:
 def length_warnings(outcomes: dict[str, dict[str, dict]],
                     replies: dict[str, list[dict]]) -> list[str]:
     """Scores that the length of the replies alone predicts, in one condition or over all."""
-    lengths = {name: {row["id"]: reply_length(row) for row in rows}
-               for name, rows in replies.items()}
+    lengths = {name: {row["id"]: statistics.mean(len(reply["text"]) for reply in row["replies"])
+                      for row in rows} for name, rows in replies.items()}
     warnings = []
     for scorer, by_condition in outcomes.items():
         points = {name: [(lengths[name][i], passed) for i, passed in cell.items()

@@ -203,7 +203,7 @@ def band_panels(panels: dict[str, dict[str, tuple]], path: str | Path, size: tup
 def plot_run(records: list[dict], folder: Path, title: str) -> list[str]:
     """A finished run's pictures from metrics.jsonl; returns their names."""
     emergence(records, folder / "emergence.png", title)
-    if not any("reward" in record for record in records):
-        return ["emergence.png"]
-    rollout_curves(records, folder / "curves.png", title.partition(", ")[2])
-    return ["emergence.png", "curves.png"]
+    if any("reward" in record for record in records):
+        rollout_curves(records, folder / "curves.png", title.partition(", ")[2])
+    # a run that never looked inside has no emergence to show
+    return [name for name in ("emergence.png", "curves.png") if (folder / name).exists()]

@@ -33,14 +33,14 @@ def free_ports(count):
     return ports
 
 
-def start(path, tmp_path, count=2, run_dirs=None, more=((), ())):
+def start(path, tmp_path, count=2, run_dirs=None, more=((), ()), **given):
     """What mlx.launch does, process by process."""
     hosts = tmp_path / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(count)]))
     processes = []
     for rank in range(count):
         env = {**os.environ, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts),
-               "OPENBLAS_NUM_THREADS": "1"}
+               "OPENBLAS_NUM_THREADS": "1", **given}
         words = [f"run_dir={run_dirs[rank]}"] if run_dirs else more[rank]
         processes.append(subprocess.Popen(
             [sys.executable, "train.py", str(path), *words], cwd=ROOT, env=env, text=True,
@@ -166,8 +166,8 @@ def test_another_number_of_processes_is_refused(write_config, tmp_path):
 
 
 def test_a_silent_process_ends_the_run(write_config, tmp_path):
-    path, folder = write_config("s", steps=400, save_every_steps=2, worker_timeout_s=2)
-    first, second = start(path, tmp_path)
+    path, folder = write_config("s", steps=400, save_every_steps=2)
+    first, second = start(path, tmp_path, NANOLENS_TIMEOUT_S="2")
     while not (folder / "state.safetensors").exists():
         time.sleep(0.01)
     second.send_signal(signal.SIGSTOP)
@@ -183,10 +183,10 @@ def test_a_silent_process_ends_the_run(write_config, tmp_path):
 def test_a_process_that_never_starts(write_config, tmp_path, monkeypatch):
     """The first would wait inside MLX for ever."""
     path, folder = write_config("x")
-    text = (ROOT / "distributed.py").read_text()
+    text = (ROOT / "engine" / "workers.py").read_text()
     assert "CONNECT_S = 60 " in text
-    code = ("import sys, distributed, train; from config import run_main; "
-            "distributed.CONNECT_S = 2; sys.argv = ['train.py', %r]; run_main(train.main)")
+    code = ("import sys, train; from config import run_main; from engine import workers; "
+            "workers.CONNECT_S = 2; sys.argv = ['train.py', %r]; run_main(train.main)")
     hosts = tmp_path / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(2)]))
     done = subprocess.run([sys.executable, "-c", code % str(path)], cwd=ROOT, text=True,
@@ -207,3 +207,40 @@ def test_ctrl_c_on_one_stops_all_at_the_same_step(write_config, tmp_path):
     processes[1].send_signal(signal.SIGINT)
     (out, _), _ = finish(processes, code=130)
     assert "interrupted; saved after step" in out and (folder / "state.safetensors").exists()
+
+
+@pytest.mark.parametrize("where", ["another config", "a torn state"])
+def test_what_the_first_alone_sees_ends_all_with_one_line(where, write_config, tmp_path):
+    """The run folder is the first process's: the others, which would wait, end without a word."""
+    path, folder = write_config("f", steps=2)
+    if where == "another config":
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text("steps: 3\n")
+    else:
+        finish(start(path, tmp_path))
+        (folder / "report.json").unlink()
+        state = folder / "state.safetensors"
+        state.write_bytes(state.read_bytes()[:-100])
+    (_, err), (out, other_err) = finish(start(path, tmp_path), code=2)
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "overwrite=true" in errors[0] and "Traceback" not in err
+    assert not out and not other_err.strip()
+
+
+def test_sigterm_to_one_saves(write_config, tmp_path):
+    """As a scheduler stops a machine: the run ends, saved, and the same command continues it."""
+    path, folder = write_config("t", steps=60, save_every_steps=0, eval_every_steps=0,
+                                lens_every_steps=0)
+    processes = start(path, tmp_path)
+    while not (folder / "metrics.jsonl").exists() or not (folder / "metrics.jsonl").read_text():
+        time.sleep(0.01)
+    processes[1].terminate()
+    (out, _), _ = finish(processes, code=130)
+    assert "interrupted; saved after step" in out and not (folder / "report.json").exists()
+    finish(start(path, tmp_path))
+    stopped = load_file(folder / "adapters.safetensors")
+    path, whole = write_config("u", steps=60, save_every_steps=0, eval_every_steps=0,
+                               lens_every_steps=0)
+    finish(start(path, tmp_path))
+    expected = load_file(whole / "adapters.safetensors")
+    assert all((stopped[name] == expected[name]).all() for name in expected)

@@ -279,7 +279,7 @@ def test_wrong_gate_files(parts, words, expected):
 
 def test_bad_input(parts, tmp_path, monkeypatch):
     here = parts / "sums.yaml"
-    assert_one_clear_line(run("eval.py"), "nothing to judge")
+    assert "the following arguments are required: --ckpt" in run("eval.py", check=2).stderr
     assert_one_clear_line(run("-m", "gate"), "nothing to compare", "--paired")
     assert_one_clear_line(run("-m", "gate", tmp_path / "no.yaml"), "no config file")
     (tmp_path / "taken").mkdir()
@@ -289,6 +289,10 @@ def test_bad_input(parts, tmp_path, monkeypatch):
                             ([f"benchmark={tmp_path}/no.jsonl", f"out={tmp_path}/a"], "no.jsonl")):
         with pytest.raises(BadInput, match=expected):
             run_gate(here, words)
+    # before any model answers, not when it is this one's turn
+    with pytest.raises(BadInput, match="no model folder .*none"):
+        run_gate(here, [f"instruct={TINY}-none", f"out={tmp_path}/c"])
+    assert not list((tmp_path / "c").glob("replies*"))
     with pytest.raises(BadInput, match="x/gate.json cannot be read"):
         compare_folders("x:base-raw", "y:base-raw")
     monkeypatch.setattr("gate.judge.time.sleep", lambda _: None)
@@ -298,8 +302,8 @@ def test_bad_input(parts, tmp_path, monkeypatch):
     assert (tmp_path / "b" / "replies_base-raw.jsonl").exists()
 
 
-def test_right_history_is_what_the_model_reads(tokenizer, monkeypatch):
-    """The second turn's prompt holds the first reply: the model's own, or the benchmark's."""
+def test_own_history_is_what_the_model_reads(tokenizer, monkeypatch):
+    """The second turn's prompt holds the model's own first reply, not the benchmark's."""
     turns = (Turn(user="add 3 and 4", scored=True, need="7", answer="7"),
              Turn(user="plus 1", scored=True, need="8", answer="8"))
     one = Conversation(id="x", category="c", family="f", difficulty="easy", seed=0, slots={},
@@ -311,11 +315,9 @@ def test_right_history_is_what_the_model_reads(tokenizer, monkeypatch):
         return [Completion([], " 9\n", True, None, None)]
 
     monkeypatch.setattr(replying, "sample", nine)
-    for history in ("own", "right"):
-        rows = replying.answer(None, tokenizer, [one], "lines", 4, history)
-        assert [r["text"] for r in rows[0]["replies"]] == ["9", "9"]
-    assert prompts == ["add 3 and 4\n", "add 3 and 4\n9\nplus 1\n",
-                       "add 3 and 4\n", "add 3 and 4\n7\nplus 1\n"]
+    rows = replying.answer(None, tokenizer, [one], "lines", 4)
+    assert [r["text"] for r in rows[0]["replies"]] == ["9", "9"]
+    assert prompts == ["add 3 and 4\n", "add 3 and 4\n9\nplus 1\n"]
 
 
 def test_paired_folders(parts, tmp_path, capsys):
@@ -361,6 +363,14 @@ def test_no_go_ends_with_code_3(parts, tmp_path):
     with pytest.raises(Stopped):
         main([str(parts / "sums.yaml"), f"base={TINY}", f"out={tmp_path}/same", "limit=12",
               f"instruct={TINY}"])
+
+
+def test_every_entry_loads_the_fast_blas():
+    """Before MLX: whoever imports MLX first leaves it its own BLAS, ten times slower."""
+    for name in ("__main__", "evaluate", "judge", "conversations", "self_instruct"):
+        code = (f"import gate.{name}, engine.blas as b; "
+                "assert b.LOADED == (b.load_openblas() if b.CPU_WHEEL else '')")
+        run("-c", code, check=0)
 
 
 def test_shipped_gates_are_valid():

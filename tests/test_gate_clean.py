@@ -3,23 +3,23 @@ import json
 
 import pytest
 import tokenizers
-from conftest import GOLDEN, lora_model, small_model
+from conftest import GOLDEN, lora_model
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from config import Config, dump
 from files.disk import write_text
 from files.keys import BadInput
+from files.model_folder import write_files
 from gate.clean import (
     INJECTION,
     SENTINELS,
-    behaviour,
     check_base,
     check_identity,
     check_prompts,
     library_encoder,
 )
-from lora import save_adapters
-from text.tokenizer import load_tokenizer
+from lora import checkpoint_files
+from tokenizer import load_tokenizer
 
 
 def test_bundled_base_is_clean(tokenizer):
@@ -61,19 +61,16 @@ def test_identity(tokenizer, tmp_path):
             check_identity(name, tokenizer)
     check_identity("chat_models/Qwen2.5-32B", tokenizer)    # the folder above is not the model
     run = tmp_path / "run"
-    save_adapters(lora_model(), Config(lora_rank=4), run)
+    write_files(run, checkpoint_files(lora_model(), Config(lora_rank=4)))
     write_text(run / "config.yaml", dump(Config(lora_rank=4)))
     with pytest.raises(BadInput, match="run of this repository.*models/tiny"):
         check_identity(run, tokenizer)
 
 
 def test_check_base_records(tokenizer):
-    model = small_model()
-    record = check_base("models/tiny", model, tokenizer)
-    assert record["clean"] and not record["template_applied"]
-    assert len(record["completions"]) == len(SENTINELS)
-    assert behaviour(model, tokenizer)["fingerprint"] == record["fingerprint"]
-    assert behaviour(small_model(seed=1), tokenizer)["fingerprint"] != record["fingerprint"]
+    record = check_base("models/tiny", tokenizer)
+    assert record["clean"] and not record["template_applied"] and not record["has_chat_template"]
+    assert record["prompts"] == check_prompts(tokenizer)
     json.dumps(record)
 
 

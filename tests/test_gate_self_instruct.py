@@ -28,7 +28,7 @@ from data import load_split
 from engine import memory
 from files.keys import BadInput
 from files.provenance import hash_file
-from gate import self_instruct
+from gate import jsonl, self_instruct
 from gate.jsonl import append_rows
 from gate.self_instruct import (
     END,
@@ -271,11 +271,11 @@ def test_broken_off_and_continued_is_the_same(scripted_run, tmp_path, monkeypatc
             raise KeyboardInterrupt
         left[0] -= 1
         return append_rows(path, rows)
-    monkeypatch.setattr(self_instruct, "append_rows", torn)
+    monkeypatch.setattr(jsonl, "append_rows", torn)
     about = scripted_run(again)
     with pytest.raises(KeyboardInterrupt):
         make_data(about, {})
-    monkeypatch.setattr(self_instruct, "append_rows", append_rows)
+    monkeypatch.setattr(jsonl, "append_rows", append_rows)
     make_data(about, {})
     files = sorted(p.name for p in straight.iterdir())
     assert files == sorted(p.name for p in again.iterdir()) and len(files) == 10
@@ -334,7 +334,7 @@ def test_steps_on_a_real_model(tmp_path):
     model = random_model(small_config() | {"max_position_embeddings": 4096})
     about = Run(tmp_path, Settings(labels=("1", "2"), response_tokens=5, shots=1), model,
                 load_tokenizer(TINY), SEEDS, Similar())
-    rows = make_responses(about, [{"task": "3 + 4 ="}, {"task": "5 + 4 ="}])
+    rows = make_responses(about, ["3 + 4 =", "5 + 4 ="])
     assert [r["task"] for r in rows] == ["3 + 4 =", "5 + 4 ="]
     assert all(r["tokens"] <= 5 and r["stop_reason"] == "length" for r in rows)
     rows = judge_all(about, "pairs", [{"task": "3 + 4 =", "response": "7"}])
@@ -346,7 +346,7 @@ def test_command(long_model, tmp_path):
     """Random weights write no list: all steps run, and the end says that too little is left."""
     held = tmp_path / "held.jsonl"
     held.write_text(json.dumps({"turns": [{"user": "Name a bird."}]}) + "\n")
-    words = [tmp_path / "out", f"model={long_model}", "n=2", "calls=1", "shown=2", "shots=1",
+    words = [tmp_path / "out", f"model={long_model}", "n=2", "shown=2", "shots=1",
              "list_tokens=4", f"heldout={held}", "labels=1,2"]
     done = run("-m", "gate.self_instruct", *words)
     assert_one_clear_line(done, "0 pairs were accepted", "larger n")
@@ -363,7 +363,7 @@ def test_command(long_model, tmp_path):
 
 @pytest.mark.parametrize("words, match", [
     ([], "OUT_FOLDER .key=value"), (["n=3"], "OUT_FOLDER"), (["OUT", "n=0"], "n = 0.*at least 1"),
-    (["OUT", "m=3", "top_p=2"], "unknown key 'm'.*top_p = 2"),
+    (["OUT", "m=3", "shots=0"], "unknown key 'm'.*shots = 0"),
     (["OUT", "labels=A,A"], "two different words"),
     (["OUT", "shown=99"], "16 seeds are too few"),
     (["OUT", "heldout=no/such.jsonl"], "no/such.jsonl cannot be read"),

@@ -531,7 +531,10 @@ def test_collapse_recovers_then_stops(write_config, tmp_path):
     done = run("train.py", config_path, check=3)
     assert done.stdout.count("best weights restored") == 3
     assert "4th time" in done.stderr and "Traceback" not in done.stderr
-    assert (folder / "adapters.safetensors").exists()
+    adapters, state = (mx.load(str(folder / f"{n}.safetensors")) for n in ("adapters", "state"))
+    for name, array in adapters.items():
+        assert mx.array_equal(array, state[f"best.trainable.{name}"])
+        assert not mx.array_equal(array, state[f"trainable.{name}"])
 
 
 def test_sft_run_is_merged_as_the_start(write_config, tmp_path, tokenizer):
