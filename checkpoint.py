@@ -14,7 +14,8 @@ from mlx.utils import tree_flatten
 from config import BadInput, Config, load_config
 from files.adapters import mlx_files, peft_files
 from files.disk import read_json
-from files.model_folder import find_folder, model_files, root_model, write_files
+from files.hub import find_folder
+from files.model_folder import model_files, root_model, write_files
 from lora import about_adapter, adapter_arrays, load_adapters, merge
 from model import Llama, load, load_tokenizer_for, parse_args, save_model
 from text.tokenizer import Tokenizer

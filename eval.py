@@ -216,8 +216,9 @@ def finish(cfg: Config, run: Run, estimated: float, with_base: bool) -> dict:
     pictures = plot_run(run.records, run.folder, title)
     # last: its presence says that the run is finished
     write_text(run.folder / "report.json", json.dumps(report, indent=1) + "\n")
-    print(f"\nwrote {run.folder}/report.json, metrics.jsonl, {', '.join(pictures)}, "
-          f"{'model' if cfg.full else 'adapters'}.safetensors; "
+    files = ["report.json", "metrics.jsonl", *pictures,
+             "model.safetensors" if cfg.full else "adapters.safetensors"]
+    print(f"\nwrote {run.folder}/{', '.join(files)}; "
           f"peak memory {peak:.2f} GiB, estimated {estimated:.2f}")
     return report
 

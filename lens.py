@@ -129,38 +129,23 @@ def read_part(model: Llama, k: int, part: dict[str, mx.array]) -> list[mx.array]
     (taps, R, _), V = resids.shape, model.args.vocab_size
     at_once = max(1, LOGITS_PER_CALL // (R * V))
     rows = max(1, LOGITS_IN_CACHE // V) if LINUX_CPU else R
-<<<<<<< HEAD
-    final, previous, done = None, [], []
-    for end in range(taps, 0, -at_once):
-        group = resids[max(0, end - at_once):end]
-        logits = model.head(mx.depends(group, previous) if previous else group)  # (g, R, V)
-        final = final or final_distribution(logits[-1])
-        for tap_logits in logits[::-1]:
-            pieces = []
-            for i in range(0, R, rows):
-                few = slice(i, i + rows)
-                piece = mx.depends(tap_logits[few], previous) if previous else tap_logits[few]
-                previous = list(tap_statistics(piece, targets[few], k, *(x[few] for x in final)))
-                pieces.append(previous)
-=======
     cuts = [slice(i, i + rows) for i in range(0, R, rows)]
-    final, last, done = [], [], []
+    final, previous, done = [], [], []
 
     def in_turn(x):
-        return mx.depends(x, last) if last else x
+        return mx.depends(x, previous) if previous else x
 
     for end in range(taps, 0, -at_once):
         logits = model.head(in_turn(resids[max(0, end - at_once):end]))         # (g, R, V)
         if not final:
             for few in cuts:
-                last = list(final_distribution(in_turn(logits[-1, few])))
-                final.append(last)
+                previous = list(final_distribution(in_turn(logits[-1, few])))
+                final.append(previous)
         for tap_logits in logits[::-1]:
             pieces = []
-            for few, end_of_few in zip(cuts, final):
-                last = list(tap_statistics(in_turn(tap_logits[few]), targets[few], k, *end_of_few))
-                pieces.append(last)
->>>>>>> merge16
+            for few, output in zip(cuts, final):
+                previous = list(tap_statistics(in_turn(tap_logits[few]), targets[few], k, *output))
+                pieces.append(previous)
             done.append([mx.concatenate(arrays) for arrays in zip(*pieces)])
     return [mx.stack(arrays[::-1], axis=1) for arrays in zip(*done)]
 

@@ -28,11 +28,11 @@ from mlx.utils import tree_flatten
 
 from engine.cache import KVCache
 from files.disk import read_json
+from files.hub import find_folder
 from files.model_folder import (
     DTYPES,
     default_dtype,
     fill_weights,
-    find_folder,
     model_files,
     read_model_config,
     read_weights,

@@ -16,7 +16,6 @@ have a guard (guard.py).
 """
 import sys
 import time
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 
@@ -28,14 +27,9 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 from tqdm import tqdm
 
-<<<<<<< HEAD
 from checkpoint import checkpoint_files, load_base
 from config import ON_POLICY, BadInput, Collapsed, Config, Stopped, load_config, run_main
 from data import Batches, load_split
-=======
-from config import ON_POLICY, BadInput, Config, Stopped, load_config, resolved, run_main
-from data import Batches, load_split, tokenize
->>>>>>> merge16
 from engine import memory, workers
 from engine.adamw import AdamW
 from engine.parallel import map_rows
@@ -43,12 +37,11 @@ from engine.recompute import spare
 from eval import class_block, finish, look_inside
 from files.provenance import require_gate
 from files.run_folder import (
-    NOT_THE_RUN,
     Run,
     check_free,
     hash_frozen,
     hash_rows,
-    open_run,
+    open_for_all,
     restore_training,
     training_arrays,
 )
@@ -318,19 +311,18 @@ def train(cfg: Config, with_base: bool = True) -> dict:
     if cfg.method in ON_POLICY and cfg.grpo_guard:
         from guard import Guarded  # as in update
         source = Guarded(source, model, optimizer)
-    workers.differences({k: v for k, v in resolved(cfg).items() if k not in NOT_THE_RUN}
-                        | {f"the {name} itself": value for name, value in inputs.items()})
-    with ExitStack() as held:       # the run folder's lock
-        with workers.told_to_all():
-            # after all that can be wrong with the input: a mistake leaves no folder behind
-            run = held.enter_context(open_run(cfg, inputs, writes=workers.rank() == 0))
-            saved = run.restore(training_arrays(model, optimizer))
-        done = resume(saved, model, optimizer, source)
+    # opened after all that can be wrong with the input: a mistake leaves no folder behind
+    expected = training_arrays(model, optimizer)
+    with open_for_all(cfg, inputs, expected) as (run, done, arrays, state):
+        if done:
+            restore_training(arrays, model, optimizer)
+            source.restore(arrays, state)
         if run.is_finished(done, cfg.steps):
             run.say(f"{run.folder} is finished ({done} steps); see report.json, "
                     "or give overwrite=true to train again")
             return run.report()
-        run.say(describe_run(cfg, count_trainable(model), class_block(cfg, model), done))
+        trainable = sum(v.size for _, v in tree_flatten(model.trainable_parameters()))
+        run.say(describe_run(cfg, trainable, class_block(cfg, model), done))
         run.say(memory.describe(needed))
         if cfg.method == "dual_reward":
             wanted = sorted({row.class_id for row in source.rows})
@@ -345,49 +337,6 @@ def train(cfg: Config, with_base: bool = True) -> dict:
         return finish(cfg, run, needed["peak"], with_base) if run.writes else {}
 
 
-<<<<<<< HEAD
-def resume(run: Run, model: Llama, optimizer: AdamW, source) -> int:
-    """Put the last save back, in all processes; returns the steps done, 0 if there is none."""
-    saved = run.restore(training_arrays(model, optimizer))
-    done, arrays, state = workers.from_first(saved)     # alone: unchanged
-=======
-def resume(saved: tuple, model: Llama, optimizer: AdamW, source) -> int:
-    """Put the last save back, in all processes; returns the steps done, 0 if there is none.
-
-    saved   what Run.restore gives, in the first process
-    """
-    done, arrays, about = workers.from_first(saved)     # alone: unchanged
->>>>>>> merge16
-    if done:
-        restore_training(arrays, model, optimizer)
-        source.restore(arrays, state)
-    return done
-
-
-def count_trainable(model: Llama) -> int:
-    return sum(v.size for _, v in tree_flatten(model.trainable_parameters()))
-
-
-<<<<<<< HEAD
-=======
-def finish(cfg: Config, run: Run, estimated: float, with_base: bool) -> dict:
-    """Evaluate the saved weights, as eval.py would, beside the base; write report and pictures."""
-    peak = memory.peak_gib()    # of training: evaluating may load the base as well
-    report = make_report(run.folder, with_base)
-    report |= {"peak_gib": round(peak, 3), "estimated_peak_gib": round(estimated, 3)}
-    print(report_text(report))
-    title = f"{cfg.method}, {cfg.model}, seed {cfg.seed}"
-    pictures = plot_run(run.records, run.folder, title)
-    # last: its presence says that the run is finished
-    write_text(run.folder / "report.json", json.dumps(report, indent=1) + "\n")
-    files = ["report.json", "metrics.jsonl", *pictures,
-             "model.safetensors" if cfg.full else "adapters.safetensors"]
-    print(f"\nwrote {run.folder}/{', '.join(files)}; "
-          f"peak memory {peak:.2f} GiB, estimated {estimated:.2f}")
-    return report
-
-
->>>>>>> merge16
 def main(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         raise BadInput("expected `python train.py CONFIG.yaml [key=value ...]`, "

@@ -28,7 +28,8 @@ from config import ON_POLICY, BadInput, Config
 from engine import blas, parallel
 from engine.recompute import logit_rows
 from files.disk import read_json
-from files.model_folder import DTYPES, default_dtype, find_folder, read_model_config, root_model
+from files.hub import find_folder
+from files.model_folder import DTYPES, default_dtype, read_model_config, root_model
 
 GIB = 2 ** 30
 # how much is done at once: generate.py's rows and KV cache, lens.py's rows and logits

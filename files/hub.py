@@ -1,20 +1,47 @@
-"""From a Hub name to a folder: of a repository only what a model needs, all of one commit.
+"""From a name to a model's folder: a local one, or of a Hub repository what a model needs.
 
-The small files come first, then the safetensors that its index names. A token (HF_TOKEN,
-`hf auth login`) goes to the Hub in a header and nowhere else.
+All of one commit: the small files come first, then the safetensors that its index names. A token
+(HF_TOKEN, `hf auth login`) goes to the Hub in a header and nowhere else.
 
     python generate.py --ckpt meta-llama/Llama-3.2-1B@main --prompt "23 + 45 = "
 """
+import re
 from pathlib import Path
 
-import huggingface_hub  # what it needs for the network is imported where it is first used
+import huggingface_hub  # what it needs for the network is loaded where it is first used
 
 from config import BadInput
 from files.disk import is_file, one_line
 from files.model_folder import INDEX, WEIGHTS, read_index
 
+REPO = re.compile(r"(?!models/|runs/)\w[\w.-]*/\w[\w.-]*", re.ASCII)
+REVISION = re.compile(r"\w(?:[\w+=#@/-]|\.(?!\.))*")    # branch, tag or commit; no path, so no ..
 SMALL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model",
                "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", INDEX)
+
+
+def find_folder(name: str | Path, weights: bool = True) -> Path:
+    """A local folder as it is, else the Hub's NAME or NAME@REVISION, from network or cache.
+
+    weights   False: only the config and the tokenizer are fetched
+    returns   a Hub's folder is named after its commit
+    raises    BadInput, which says what to run
+    """
+    try:
+        folder = Path(name).expanduser()
+        if folder.is_dir():
+            return folder
+    except (OSError, RuntimeError) as error:    # no permission, name too long; ~nobody
+        raise BadInput(f"model folder {one_line(name)!r} cannot be read ({one_line(error)}); "
+                       "give another, or check its permissions") from None
+    repo, at, revision = str(name).partition("@")
+    if not REPO.fullmatch(repo):
+        raise BadInput(f"no model folder {str(name)!r} (from {Path.cwd()}); give a folder in the "
+                       "Hub's layout, or a Hub name such as meta-llama/Llama-3.2-1B")
+    if at and not REVISION.fullmatch(revision):
+        raise BadInput(f"{str(name)!r}: {revision!r} is no revision; expected a branch, tag or "
+                       f"commit of {repo} behind the @, such as {repo}@main")
+    return fetch_model(str(name), repo, revision or "main", weights)
 
 
 def fetch_model(name: str, repo: str, revision: str, weights: bool) -> Path:

@@ -39,36 +39,8 @@ TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
                    "generation_config.json", "special_tokens_map.json", "chat_template.jinja")
 # no separators, so it stays in its folder; no *?[, which the Hub's library reads as patterns
 SHARD = re.compile(r"\w[\w.+=-]*\.safetensors")
-REPO = re.compile(r"(?!models/|runs/)\w[\w.-]*/\w[\w.-]*", re.ASCII)
-REVISION = re.compile(r"\w(?:[\w+=#@/-]|\.(?!\.))*")    # branch, tag or commit; no path, so no ..
 OTHER_WEIGHTS = {".bin", ".ckpt", ".gguf", ".h5", ".npz", ".pt", ".pth", ".safetensors"}
 LARGE = 2 ** 30     # bytes of weights from which memory is scarcer than time
-
-
-def find_folder(name: str | Path, weights: bool = True) -> Path:
-    """A local folder as it is, else the Hub's NAME or NAME@REVISION, from network or cache.
-
-    weights   False: only the config and the tokenizer are fetched
-    returns   a Hub's folder is named after its commit
-    raises    BadInput, which says what to run
-    """
-    try:
-        folder = Path(name).expanduser()
-        if folder.is_dir():
-            return folder
-    except (OSError, RuntimeError) as error:    # no permission, name too long; ~nobody
-        raise BadInput(f"model folder {one_line(name)!r} cannot be read ({one_line(error)}); "
-                       "give another, or check its permissions") from None
-    repo, at, revision = str(name).partition("@")
-    if not REPO.fullmatch(repo):
-        raise BadInput(f"no model folder {str(name)!r} (from {Path.cwd()}); give a folder in the "
-                       "Hub's layout, or a Hub name such as meta-llama/Llama-3.2-1B")
-    if at and not REVISION.fullmatch(revision):
-        raise BadInput(f"{str(name)!r}: {revision!r} is no revision; expected a branch, tag or "
-                       f"commit of {repo} behind the @, such as {repo}@main")
-    # imported here: a folder on this machine needs neither it nor the Hub's library
-    from files.hub import fetch_model
-    return fetch_model(str(name), repo, revision or "main", weights)
 
 
 def root_model(name: str | Path) -> str | Path:

@@ -15,7 +15,8 @@ import numpy as np
 
 from config import BadInput, load_config
 from engine import blas
-from files.model_folder import find_folder, root_model, weight_files
+from files.hub import find_folder
+from files.model_folder import root_model, weight_files
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
                    "chat_template.jinja")

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TextIO
 
@@ -25,6 +25,7 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from safetensors import safe_open
 
 from config import BadInput, Config, dump, load_config, resolved
+from engine import workers
 from files.disk import append_text, json_lines, read_json_lines, write_text
 from files.model_folder import check_tensors, read_safetensors, save_safetensors, write_files
 
@@ -199,6 +200,22 @@ def open_run(cfg: Config, inputs: dict[str, str], writes: bool) -> Iterator[Run]
         if cfg.overwrite or not config.exists():
             write_text(config, dump(cfg))
         yield Run(folder, inputs, writes)
+
+
+@contextmanager
+def open_for_all(cfg: Config, inputs: dict[str, str],
+                 expected: dict[str, mx.array]) -> Iterator[tuple]:
+    """open_run in the first process, and its last save in all: (run, steps done, arrays, state).
+
+    raises   BadInput, also where the processes were given different things
+    """
+    workers.differences({k: v for k, v in resolved(cfg).items() if k not in NOT_THE_RUN}
+                        | {f"the {name} itself": value for name, value in inputs.items()})
+    with ExitStack() as held:       # the run folder's lock
+        with workers.told_to_all():
+            run = held.enter_context(open_run(cfg, inputs, writes=workers.rank() == 0))
+            saved = run.restore(expected)
+        yield run, *workers.from_first(saved)
 
 
 def remove_run(folder: Path) -> None:

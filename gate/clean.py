@@ -15,7 +15,7 @@ import tokenizers
 
 from files.keys import BadInput
 from files.model_folder import root_model
-from tokenizer import Tokenizer
+from text.tokenizer import Tokenizer
 
 SENTINELS = ("Water freezes at", "Translate to Pig Latin: hello world", "List three prime numbers:",
              "Describe the seasons", "Write a JSON object with keys a and b", "7 * 8 =",

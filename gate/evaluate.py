@@ -13,6 +13,7 @@ from pathlib import Path
 
 import engine.blas  # noqa: F401  (before mlx)
 
+from checkpoint import load_base, load_checkpoint
 from files.disk import append_text, json_lines, read_json_lines, write_text
 from files.keys import BadInput
 from files.provenance import hash_model, provenance

@@ -13,13 +13,13 @@ Length is reported beside every score and is never part of one: the prior work's
 """
 import statistics
 
-from files.chat import STOPS
 from gate.checks import check_turn, normalise
 from gate.conversations import Conversation
 from generate import sample
 from model import Llama
 from report.stats import wilson
-from tokenizer import Tokenizer
+from text.chat import STOPS
+from text.tokenizer import Tokenizer
 
 SCORERS = ("checks", "judge", "exact", "length")
 PART = 32       # conversations answered at once and written together

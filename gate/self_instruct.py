@@ -31,7 +31,6 @@ from pathlib import Path
 import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 
-from checkpoint import load_base
 from config import run_main
 from files.disk import json_lines, write_text
 from files.keys import BadInput, read_keys

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import BITS
-from files.chat import TEMPLATES
 from files.keys import BadInput, read_keys
 from gate.replies import SCORERS
 from text.chat import TEMPLATES

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from config import Config
-from data import Problem, held_out
-from eval import answer_lengths, class_block, class_ids, measure_accuracy, series_ids, target_ids
+from eval import class_block, measure_accuracy
 from files.disk import read_json_lines
 from lens import read_prompts
 from model import Llama

@@ -41,9 +41,7 @@ from config import Config, load_config, load_overrides, run_main
 from data import read_problems
 from files.disk import write_text
 from files.keys import BadInput
-from files.wordings import phrases_of
 from lens import pad_prompts, read_prompts, taps_at
-from lora import load_checkpoint
 from model import Edit, Llama, gather_positions
 from report.stats import bootstrap_mean
 from study.jacobian import jacobian, last_token_stream, read_transported, word_directions

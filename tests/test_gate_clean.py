@@ -6,6 +6,7 @@ import tokenizers
 from conftest import GOLDEN, lora_model
 from tokenizers import decoders, models, pre_tokenizers, processors
 
+from checkpoint import checkpoint_files
 from config import Config, dump
 from files.disk import write_text
 from files.keys import BadInput
@@ -18,8 +19,7 @@ from gate.clean import (
     check_prompts,
     library_encoder,
 )
-from lora import checkpoint_files
-from tokenizer import load_tokenizer
+from text.tokenizer import load_tokenizer
 
 
 def test_bundled_base_is_clean(tokenizer):

@@ -17,8 +17,9 @@ from conftest import GOLDEN, assert_one_clear_line, run
 
 from files import hub
 from files.disk import read_json
+from files.hub import find_folder
 from files.keys import BadInput
-from files.model_folder import INDEX, find_folder, open_weights, read_index, weight_files
+from files.model_folder import INDEX, open_weights, read_index, weight_files
 
 TOKEN = "hf_secret" + "0123456789" * 3
 OLD, NEW = "a" * 40, "b" * 40       # commits
@@ -142,7 +143,7 @@ def changed(folder, tmp_path):
 
 def find(server, *names, check=None, weights=True, **env):
     """find_folder in a process of its own, as an entry point calls it: one folder a line."""
-    code = ("from config import run_main; from files.model_folder import find_folder; "
+    code = ("from config import run_main; from files.hub import find_folder; "
             f"run_main(lambda _: [print(find_folder(n, weights={weights})) for n in {names}]"
             " and None)")
     return run("-c", code, check=check, **{**server.env, **env})
