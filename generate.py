@@ -161,7 +161,9 @@ def prefill(model: Llama, tokens: mx.array, start: mx.array | None, group: int,
     for block, cache in enumerate(caches):
         cache.update(mx.concatenate([kv[block][0] for _, kv in parts]),
                      mx.concatenate([kv[block][1] for _, kv in parts]))
-    logits = mx.concatenate([logits for logits, _ in parts])[owner]
+    logits = mx.concatenate([logits for logits, _ in parts])
+    if group > 1:       # or they would be copied for nothing
+        logits = logits[owner]
     return logits, [cache.rows(owner, T + room) for cache in caches]
 
 

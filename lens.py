@@ -28,7 +28,7 @@ import mlx.core as mx
 import numpy as np
 
 from config import BadInput, run_main
-from engine.memory import LENS_ROWS, LOGITS_PER_CALL
+from engine.memory import LENS_ROWS, LOGITS_IN_CACHE, LOGITS_PER_CALL
 from engine.ops import LINUX_CPU, blocked_reduction, exp, logsumexp
 from engine.parallel import map_rows
 from files.disk import write_text
@@ -40,8 +40,6 @@ from report.terminal import lens_table
 from tokenizer import Tokenizer
 
 GROUP = 128     # tokens; see top_tokens
-# so many logits are reduced at once on a CPU: with what is computed of them they fit its L2 cache
-LOGITS_IN_CACHE = 2 ** 18
 
 
 @dataclass
