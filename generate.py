@@ -184,7 +184,9 @@ def prefill(model: Llama, tokens: mx.array, start: mx.array | None, group: int,
     for block, cache in enumerate(caches):
         cache.update(mx.concatenate([kv[block][0] for _, kv in parts]),
                      mx.concatenate([kv[block][1] for _, kv in parts]))
-    logits = mx.repeat(mx.concatenate([logits for logits, _ in parts]), group, axis=0)
+    logits = mx.concatenate([logits for logits, _ in parts])
+    if group > 1:       # or they would be copied for nothing
+        logits = mx.repeat(logits, group, axis=0)
     return logits, [cache.repeat(group, T + room) for cache in caches]
 
 

@@ -29,7 +29,7 @@ import numpy as np
 
 from checkpoint import load_checkpoint
 from config import BadInput, run_main
-from engine.memory import LENS_ROWS, LOGITS_PER_CALL
+from engine.memory import LENS_ROWS, LOGITS_IN_CACHE, LOGITS_PER_CALL
 from engine.ops import LINUX_CPU, blocked_reduction, exp, logsumexp, top_tokens
 from engine.parallel import map_rows
 from files.disk import write_text
@@ -38,9 +38,6 @@ from model import Llama, gather_positions
 from report.stats import EMERGED, depth
 from report.terminal import lens_table
 from text.tokenizer import Tokenizer
-
-# so many logits are reduced at once on a CPU: with what is computed of them they fit its L2 cache
-LOGITS_IN_CACHE = 2 ** 18
 
 
 @dataclass

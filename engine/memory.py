@@ -37,6 +37,8 @@ DECODED_ROWS, CACHED_TOKENS = 512, 2 ** 16      # that many tokens are 8 GiB of 
 LENS_ROWS, LENS_PROMPTS = 128, 64      # LENS_PROMPTS: of those that an inspection reads
 # of so many logits a call of the head is made: fewer, and its matrix product runs slowly
 LOGITS_PER_CALL = 2 ** 24
+# so many logits are reduced at once on a CPU: with what is computed of them they fit its L2 cache
+LOGITS_IN_CACHE = 2 ** 18
 # arrays of the logits' size that are there at once. An exp written out is six of them (ops.exp)
 DRAWN = 9           # to draw a token: logits, shifted, exp, sum so far, ... (generate.choose)
 FINAL = 14          # two exps and what is between (lens.final_distribution)
@@ -99,23 +101,41 @@ def available_gib() -> float:
 def weight_bytes(raw: dict, cfg: Config) -> int:
     """A model's weights once loaded as cfg says, from its config.json: nothing is allocated."""
     args = SimpleNamespace(**read_model_config(raw, "config.json"))
-    on_cpu = default_dtype() is not None
+    on_cpu, stored = default_dtype() is not None, None
     own = DTYPES.get(raw.get("dtype") or raw.get("torch_dtype"), mx.bfloat16)
     kind = DTYPES[cfg.dtype] if cfg.dtype else default_dtype() or own
-    stored = raw.get("quantization") or raw.get("quantization_config") or {}
-    packed = stored if "bits" in stored else {"bits": cfg.bits, "group_size": 64}
-    D, L, shapes = args.hidden_size, args.num_hidden_layers, matrix_shapes(args)
-    linear = L * sum(i * o for i, o in shapes.values())
-    biases = L * (args.qkv_bias * sum(shapes[t][1] for t in "qkv") + args.o_bias * D
-                  + args.mlp_bias * sum(shapes[t][1] for t in ("gate", "up", "down")))
-    tables = (1 if args.tie_word_embeddings else 2) * args.vocab_size * D
-    total = (biases + L * 2 * D + D) * kind.size
-    if not packed["bits"]:
-        return total + (linear + tables) * kind.size
-    each = packed["bits"] / 8 + 2 * (4 if on_cpu else kind.size) / packed["group_size"]
-    # a checkpoint that is packed has packed tables; else those stay, on a CPU as they come
-    table = each if stored else own.size if on_cpu and not cfg.dtype else kind.size
-    return int(total + linear * each + tables * table)
+    total, table_size = (args.num_hidden_layers * 2 + 1) * args.hidden_size * kind.size, kind.size
+    if cfg.bits or raw.get("quantization") or raw.get("quantization_config"):
+        # imported here: other runs have no use for it
+        from engine.quant import group_for, settings_of, stored_settings
+        stored = stored_settings(raw, f"{cfg.model}/config.json")
+        if on_cpu and not cfg.dtype:
+            table_size = own.size       # tables that are not packed stay as they come
+    for path, rows, width, bias in matrices(args):
+        is_table = not path.startswith("model.layers.")
+        bits = group = 0
+        if stored and stored.get(path) is not False:
+            bits, group = settings_of(path, stored)
+        elif cfg.bits and not stored and not is_table:
+            bits, group = cfg.bits, group_for(width)
+        total += bias * rows * kind.size
+        if bits:    # codes, and of each group a scale and a bias
+            total += rows * width * bits // 8 + 2 * rows * (width // group) * kind.size
+        else:
+            total += rows * width * (table_size if is_table else kind.size)
+    return total
+
+
+def matrices(args) -> list[tuple[str, int, int, bool]]:
+    """All of a model's matrices: (name, rows, row's width, whether it has a bias)."""
+    part = {"o": "self_attn", "gate": "mlp", "up": "mlp", "down": "mlp"}
+    biased = {"o": args.o_bias, "gate": args.mlp_bias, "up": args.mlp_bias, "down": args.mlp_bias}
+    found = [(f"model.layers.{n}.{part.get(t, 'self_attn')}.{t}_proj", out, width,
+              biased.get(t, args.qkv_bias))
+             for n in range(args.num_hidden_layers)
+             for t, (width, out) in matrix_shapes(args).items()]
+    tables = ["model.embed_tokens"] + ([] if args.tie_word_embeddings else ["lm_head"])
+    return found + [(name, args.vocab_size, args.hidden_size, False) for name in tables]
 
 
 def matrix_shapes(args) -> dict[str, tuple[int, int]]:
@@ -169,14 +189,21 @@ def inspection_bytes(args, cfg: Config, load: Load, width: int = 4) -> int:
         rows = min(load.valid, cfg.eval_prompts, DECODED_ROWS)
         limit = cfg.max_completion_tokens + (cfg.chain_tokens if cfg.method == "markovian" else 0)
         decode = max((L * 2 * kv + block) * rows * T * width,
-                     decoding_bytes(args, rows, rows * (T + limit), width, copies=1))
+                     # the first logits beside those of the parts that they are put together from
+                     decoding_bytes(args, rows, rows * (T + limit), width,
+                                    copies=1 if parallel.count() == 1 else 2))
     if cfg.lens_every_steps and cfg.method != "markovian":
         rows = min(load.valid, cfg.eval_prompts, LENS_PROMPTS)
-        at_tap = rows * args.vocab_size
-        taps = min(L + 1, max(1, LOGITS_PER_CALL * parallel.count() // max(at_tap, 1)))
-        # the first logits beside the last tap's distribution, then each beside those before
-        numbers = taps * at_tap + max(FINAL * at_tap, (taps <= L) * (taps + 1) * at_tap)
-        lens = max(4 * numbers, rows * T * block * width)
+        # packed weights, or all trained: no parts side by side (model.parts)
+        parts = parallel.count(1 if cfg.full or cfg.bits else None)
+        at_tap = min(rows * args.vocab_size, parts * LOGITS_PER_CALL)   # as lens.read_resids cuts
+        # the logits of so many taps are one product; beside them what the last tap's say, and what
+        # is computed of a few rows
+        taps = min(L + 1, max(1, parts * LOGITS_PER_CALL // max(at_tap, 1)))
+        few = at_tap
+        if default_dtype():
+            few = min(at_tap, parts * max(1, LOGITS_IN_CACHE // args.vocab_size) * args.vocab_size)
+        lens = max(4 * ((taps + 1) * at_tap + FINAL * few), rows * T * block * width)
     return max(decode, lens)
 
 

@@ -17,11 +17,7 @@ from text.tokenizer import Tokenizer
 
 def self_reward(model: Llama, tokenizer: Tokenizer, problems: list[Problem],
                 completions: list[Completion]) -> np.ndarray:
-    """log p(answer, EOS | BOS, completion, "=") under the model itself, nats per token, (N,).
-
-    The judge is the patient: if the weights drift, every completion of a group sinks together, and
-    advantages do not see it. The reward of the published collapse; configs/collapse.yaml uses it.
-    """
+    """log p(answer, EOS | BOS, completion, "=") under the model itself, nats per token, (N,)."""
     bos, rows, answers = len(tokenizer.encode_prompt("=")) - len(tokenizer.encode("=")), [], []
     for problem, completion in zip(problems, completions):
         ids, P = tokenizer.encode_pair("= ", problem.answer)

@@ -6,6 +6,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import (
+    FAMILIES,
+    GOLDEN,
     TINY,
     TINY_COT,
     assert_one_clear_line,
@@ -19,20 +21,19 @@ from conftest import (
 )
 from mlx.utils import tree_flatten
 
-import model as model_module
 from bench.fullsize import SHAPES
 from config import Config, load_config
-from engine import memory, parallel
+from engine import blas, memory, parallel, recompute
 from generate import choose, sample_batch
 from lens import read_prompts
 from lora import apply_lora
-from model import ModelArgs, parse_args
+from model import ModelArgs, load, parse_args
 from text.tokenizer import load_tokenizer
-from train import load_source, make_optimizer, next_updates, prepare_model
+from train import make_method, make_optimizer, prepare_model
 
 STEPS = {   # method: settings of one step
     "sft": {}, "dual_reward": {}, "mask_prompt": {"mask_prompt": False},
-    "grpo": {"grpo_group_size": 4, "max_completion_tokens": 5, "grpo_entropy_weight": 0.1},
+    "grpo": {"grpo_group_size": 4, "max_completion_tokens": 5},
     "markovian": {"grpo_group_size": 4, "chain_tokens": 6},
 }
 
@@ -52,24 +53,25 @@ def one_step(which, full, sums_data):
         model.load_weights([(k, mx.random.normal(v.shape) * 0.3) for k, v in
                             tree_flatten(model.trainable_parameters()) if "lora_b" in k],
                            strict=False)
-    batches = load_source(cfg, model, tokenizer)
-    batches.reward = lambda problem, completion: float(len(completion.text))
-    return model, cfg, next_updates(batches, 0, cfg)[0][0]
+    source, _ = make_method(cfg, model, tokenizer)
+    if method == "grpo":
+        source.task.reward = lambda problem, completion: float(len(completion.text))
+    return model, cfg, source.at(0)[0][0]
 
 
-@pytest.mark.parametrize("recompute", ["mlp", "block"])
+@pytest.mark.parametrize("kept", ["mlp", "block"])
 @pytest.mark.parametrize("which,full", [(w, f) for w in STEPS for f in (False, True)
                                         if not (f and w == "markovian")])
-def test_recomputing_changes_no_gradient(recompute, which, full, sums_data, monkeypatch):
+def test_recomputing_changes_no_gradient(kept, which, full, sums_data, monkeypatch):
     """Loss and every gradient, LoRA's or all weights', behind prefilled caches too.
 
     `mx.checkpoint` gives weights that its function closes over gradient 0, and a cache written
     twice would shift positions. The logits come in parts of 3 rows.
     """
-    monkeypatch.setattr(model_module, "logit_rows", lambda *_: 3)
+    monkeypatch.setattr(recompute, "logit_rows", lambda *_: 3)
     model, cfg, micro_batches = one_step(which, full, sums_data)
     expected_loss, _, expected = grads_of(model, cfg, micro_batches)
-    model.recompute = recompute
+    recompute.spare(model, replace(cfg, recompute=kept))
     loss, _, grads = grads_of(model, cfg, micro_batches)
     assert max(np.abs(g).max() for g in expected.values()) > 1e-4
     assert all(np.abs(g).max() > 0 for k, g in expected.items())
@@ -91,7 +93,7 @@ def test_published_sizes_by_arithmetic():
         assert abs(full / 1e9 - billions) < 0.001
 
 
-@pytest.mark.parametrize("keys", [{}, {"bits": 4, "bits_group_size": 32}, {"full": True}])
+@pytest.mark.parametrize("keys", [{}, {"bits": 4}, {"bits": 8}, {"full": True}])
 def test_weights_and_trained_are_counted_as_they_are(keys, small_folder, tmp_path):
     """weight_bytes from config.json equals the arrays of the loaded model."""
     folder = write_model(tmp_path / "m", small_config() | {"intermediate_size": 64}, TINY)
@@ -105,6 +107,41 @@ def test_weights_and_trained_are_counted_as_they_are(keys, small_folder, tmp_pat
     assert held == memory.weight_bytes(raw | {"torch_dtype": "float32"}, cfg)
 
 
+def family_folder(source, folder, packed=0, skip=()):
+    """A random model of 16 bits; packed: in mlx-community's layout, all but the layers in skip."""
+    raw = json.loads((source / "config.json").read_text()) | {
+        "intermediate_size": 192, "torch_dtype": "bfloat16"}
+    write_model(folder, raw, source)
+    if packed:
+        raw["quantization"] = {"bits": packed, "group_size": 32, **{path: False for path in skip}}
+    arrays = {}
+    for name, weight in mx.load(str(folder / "model.safetensors")).items():
+        arrays[name], path = weight.astype(mx.bfloat16), name.removesuffix(".weight")
+        if packed and weight.ndim == 2 and path not in skip:
+            arrays |= dict(zip((name, f"{path}.scales", f"{path}.biases"),
+                               mx.quantize(arrays[name], 32, packed)))
+    (folder / "config.json").write_text(json.dumps(raw))
+    mx.save_safetensors(str(folder / "model.safetensors"), arrays)
+    return folder, raw
+
+
+SKIP = ("model.embed_tokens", "model.layers.0.mlp.down_proj")
+
+
+@pytest.mark.parametrize("keys,stored", [
+    ({}, {}), ({"dtype": "bfloat16"}, {}), ({"bits": 4}, {}), ({"bits": 3}, {}),
+    ({"bits": 8, "dtype": "bfloat16"}, {}), ({}, {"packed": 4}),
+    ({"dtype": "bfloat16"}, {"packed": 4}), ({}, {"packed": 8, "skip": SKIP})])
+@pytest.mark.parametrize("family", ["tiny", *FAMILIES])
+def test_weights_of_every_family_are_counted_as_they_are(family, keys, stored, tmp_path):
+    """Biases, untied tables, groups that follow a row's width, layers left unpacked: all bytes."""
+    folder, raw = family_folder(TINY if family == "tiny" else GOLDEN / family, tmp_path / "m",
+                                **stored)
+    model, _ = load(folder, keys.get("dtype"), keys.get("bits"))
+    held = sum(v.nbytes for _, v in tree_flatten(model.parameters()))
+    assert held == memory.weight_bytes(raw, config(**keys))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("full", [True, False])
 def test_trained_part_is_what_gradient_and_optimizer_hold(full, dtype, small_folder):
@@ -112,7 +149,7 @@ def test_trained_part_is_what_gradient_and_optimizer_hold(full, dtype, small_fol
     cfg = config(model=str(small_folder), lora_rank=4, full=full, dtype=dtype)
     model, _ = prepare_model(cfg)
     held = lambda tree: sum(v.nbytes for _, v in tree_flatten(tree) if v.ndim)
-    gradient, state = held(model.trainable_parameters()), held(make_optimizer(model, cfg).state)
+    gradient, state = held(model.trainable_parameters()), held(make_optimizer(cfg, model).state)
     found = memory.step_bytes(model.args, cfg, memory.Load(64, 8, 8))["trained"]
     assert found == gradient + state
     assert state == (3 if full and dtype == "bfloat16" else 2) * 4 * memory.trained_numbers(
@@ -124,7 +161,7 @@ def test_more_memory_for_more_rows_less_when_recomputed():
     peak = lambda load=load, **keys: memory.estimate(args, Config(**keys), load, 2 ** 32)["peak"]
     assert peak(recompute="block") < peak(recompute="mlp") < peak()
     # of logits, which exist for a few rows at a time: a hundred, where memory is not scarce
-    assert model_module.logit_rows(args, "none") * parallel.count() < load.logit_rows
+    assert recompute.logit_rows(args, "none") * parallel.count() < load.logit_rows
     more_rows = memory.Load(512, 64, 2048)
     assert peak() < peak(memory.Load(1024, 64, 512)) and peak() == peak(more_rows)
     assert peak(full=True) < peak(more_rows, full=True)     # all at once
@@ -138,9 +175,9 @@ def test_what_does_not_fit_is_refused_with_advice(write_config):
     assert_one_clear_line(done, "0.1 are there", "recompute=block", "grad_accum_steps=8", "bits=4")
     path, _ = write_config("d", memory_limit_gib=0.00001)
     assert_one_clear_line(run("train.py", path), "weights", "try bits=4")
-    for value in ("-1", "nan", "0"):
-        path, _ = write_config("e", cache_limit_gib=value)
-        assert_one_clear_line(run("train.py", path), "cache_limit_gib", "above 0")
+    for value, expected in (("-1", "above 0"), ("nan", "expected a number"), ("0", "above 0")):
+        path, _ = write_config("e", memory_limit_gib=value)
+        assert_one_clear_line(run("train.py", path), "memory_limit_gib", expected)
     assert not folder.exists()
 
 
@@ -182,11 +219,13 @@ def decode(model, prompts, group, temperature):
                  mx.zeros(V, mx.bool_))
 
 
-def test_inspections_and_sampling_need_what_is_estimated():
+@pytest.mark.parametrize("parts", [1, 2])
+def test_inspections_and_sampling_need_what_is_estimated(parts, monkeypatch):
     """SmolLM2's 49,152 tokens, two blocks: the lens, validation, 8 prompts x 8, to an eighth.
 
     All that a step of 4 rows needs here is a tenth of it.
     """
+    monkeypatch.setattr(blas, "PARTS", parts)
     mx.set_cache_limit(0)
     model = random_model(small_config() | {"vocab_size": 49152})
     mx.eval(model.parameters())
