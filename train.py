@@ -83,7 +83,7 @@ def make_method(cfg: Config, model: Llama, tokenizer: Tokenizer):
     if cfg.method == "grpo":
         task = Answers(model, tokenizer, problems, cfg)
         return Rollouts(model, problems, cfg, task), partial(rollout_loss, cfg, None)
-    from markovian import Chains, answer_rewards    # nor GRPO
+    from markovian import Chains, answer_rewards  # nor GRPO
     task = Chains(model, tokenizer, problems, cfg)
     return Rollouts(model, problems, cfg, task), partial(rollout_loss, cfg, answer_rewards)
 

@@ -1,4 +1,4 @@
-"""Decoding with LoRA at the speed of the plain model: the update is added to the weights meanwhile."""
+"""Decoding with LoRA at the speed of the plain model: the update is in the weights meanwhile."""
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -163,7 +163,7 @@ HACKS = ["37 37", "373737", "37.0", "37 38", "1 37", "3 7", "37!", "37,", "--37"
 def judged(problem, completion, tokenizer, **keys):
     answers = Answers(None, tokenizer, [problem], config(method="grpo", **keys))
     return {name: values.tolist() for name, values in
-            answers.judge([problem], [completion]).items()}
+            answers.rewards([problem], [completion]).items()}
 
 
 @pytest.mark.parametrize("text", HACKS)
