@@ -4,7 +4,16 @@ import json
 import numpy as np
 import pytest
 import yaml
-from conftest import GOLDEN, ROOT, TINY, assert_one_clear_line, run
+from conftest import (
+    GOLDEN,
+    ROOT,
+    TINY,
+    assert_one_clear_line,
+    config,
+    random_model,
+    run,
+    small_config,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from files.keys import BadInput
@@ -13,11 +22,12 @@ from model import load
 from study.document import TEMPLATES
 from study.findings import MARKS, block_ranges, question_lines, show
 from study.hypotheses import REMARKS, WITHDRAWN, judge_all, test_hypothesis
-from study.measure import measure_prediction
+from study.measure import measure_prediction, measure_wording
 from study.plan import load_study, plan
 from tasks.__main__ import DEFAULTS
 from tasks.tiny import sample_tiny
-from text.arithmetic import ASKED_WORDED, ONES, PHRASES, SYMBOLS, TENS
+from text.arithmetic import ASKED_WORDED, ONES, PHRASES, SYMBOLS, TENS, make_problem
+from text.tokenizer import load_tokenizer
 
 test_hypothesis.__test__ = False    # it is not one of pytest's
 STUDY = ROOT / "study" / "plan.yaml"
@@ -191,6 +201,28 @@ def test_prediction_finds_what_is_left_and_what_is_not():
     assert .7 < values["after_confidence.own"] < 1.3 and abs(values["after_confidence.word"]) < .3
     measure_prediction([{**r, "correct": True} for r in rows], values)
     assert values["auc.own"] is None and values["after_confidence.own"] is None
+
+
+def test_early_answers_are_said_of_one_token_answers(word_bpe):
+    """Digits are tokens: beside "5" the answer "68" adds nothing, and alone there is nothing."""
+    loaded = load_tokenizer(word_bpe)
+    model = random_model({**small_config(4), "vocab_size": loaded.vocab_size})
+
+    def measured(*problems):
+        result = {"values": {}, "curves": {}, "problems": {}}
+        measure_wording(model, loaded, config(max_completion_tokens=2), list(problems), "symbolic",
+                        0, result)
+        return result
+
+    short, long = make_problem("add", 2, 3), make_problem("add", 23, 45)
+    alone, both, none = measured(short), measured(short, long), measured(long)
+    for name in ("answer.strength", "answer.last"):
+        assert both["values"][name] == pytest.approx(alone["values"][name], rel=1e-4)
+        assert len(both["problems"][name]) == 1 and none["values"][name] is None
+    assert both["curves"]["answer.prob"] == pytest.approx(alone["curves"]["answer.prob"], abs=2e-5)
+    assert none["curves"]["answer.prob"] == [None] * 5 and none["values"]["answer.peak"] is None
+    assert len(none["problems"]["word.strength"]) == 1      # the word's series has all problems
+    assert show({"value": np.nan, "low": None, "high": None}, "answer.prob") == "–"
 
 
 # --------------------------------------------------------------------------------------------------
