@@ -21,7 +21,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from config import BadInput, run_main
-from files.adapters import MODULES, layer_names, read_adapter
+from files.adapters import MODULES, from_peft, layer_names, read_adapter, to_peft
 from files.model_folder import check_numbers, check_tensors
 from model import Llama
 
@@ -139,9 +139,12 @@ def load_adapters(model: Llama, folder: str | Path) -> None:
     """
     about, found, file = read_adapter(Path(folder), model.args.num_hidden_layers)
     wrap(model, about["paths"], about["rank"], about["scale"])
-    check_tensors(found, adapter_arrays(model), f"adapter {folder} on this model "
-                  f"(it was trained on {about['base']})")
+    expected = adapter_arrays(model)
+    # by the names in the file, which are those that its owner can look for
+    check_tensors(found, to_peft(expected) if about["is_peft"] else expected,
+                  f"adapter {folder} on this model (it was trained on {about['base']})")
     check_numbers(found, file)
+    found = from_peft(found) if about["is_peft"] else found
     if about["fingerprint"] not in (None, fingerprint(model)):
         raise BadInput(f"adapter {folder} was trained on another model of the same shape "
                        f"({about['base']}); load it on that one")

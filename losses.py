@@ -52,11 +52,11 @@ def dual_reward_loss(class_loss: mx.array, answer_loss: mx.array, weight: mx.arr
     return weight * class_loss + (1 - weight) * answer_loss
 
 
-def supervised_loss(cfg: Config, block: int, model: Llama,
+def supervised_loss(cfg: Config, block: int | None, model: Llama,
                     batch: dict[str, mx.array]) -> tuple[mx.array, dict, dict]:
     """SFT and dual-reward: the scalar, its parts to add up, and no maxima, of a micro-batch.
 
-    block   c, whose output the class loss reads
+    block   c, whose output the class loss reads; None for SFT
     batch   data.Batches' arrays; n_targets and n_rows count the whole step, so that micro-batches
             add up to the step's mean
     """
@@ -69,7 +69,7 @@ def supervised_loss(cfg: Config, block: int, model: Llama,
     class_at_last = cfg.method == "dual_reward" and block + 1 == model.args.num_hidden_layers
     stream = model.stream(tokens, positions=None if class_at_last else positions)
     for tap, resid in enumerate(stream):                                # (B, T, D)
-        if tap == block + 1:
+        if tap - 1 == block:
             class_resid = resid
     answer_resid = gather_positions(resid, positions) if class_at_last else resid  # (B, A, D)
     answer_logprobs = model.read_logits(token_logprobs, answer_resid, batch["targets"])  # (B, A)

@@ -47,7 +47,7 @@ from files.run_folder import (
 from lora import apply_lora
 from losses import supervised_loss
 from model import Llama
-from report.terminal import describe_run, format_line
+from report.terminal import describe_run, format_collapse, format_line
 from text.rows import tokenize
 from text.targets import class_ids
 from text.tokenizer import Tokenizer
@@ -206,6 +206,7 @@ def take_steps(cfg: Config, run: Run, done: int, model: Llama, optimizer, source
     with workers.deferred_interrupts() as interrupted, bar:
         for step in range(done, cfg.steps):
             start, before, taken = time.perf_counter(), source.state(), optimizer.step.item()
+            updates = []
             try:
                 updates, metrics = source.at(step)      # each update: its micro-batches
                 lr = lr_at(step, cfg) * metrics.get("lr_scale", 1.0)
@@ -216,16 +217,20 @@ def take_steps(cfg: Config, run: Run, done: int, model: Llama, optimizer, source
                     if "early_stop" in metrics:
                         break
             except (BadInput, Stopped) as error:
-                if optimizer.step.item() != taken:      # the guard has put the best weights back
+                if isinstance(error, Stopped) and not updates:  # the guard: the best weights
                     run.write_files(checkpoint_files(model, cfg))
                     raise
-                # nothing is lost: this step begins anew when the run is continued
-                source.restore(*before)
-                save(cfg, run, step, model, optimizer, source)
+                # nothing is lost: the step begins anew when the run is continued; one that has
+                # moved the weights already, from the last save
+                if step and optimizer.step.item() == taken:
+                    source.restore(*before)
+                    save(cfg, run, step, model, optimizer, source)
                 if isinstance(error, Stopped):
                     run.write_failed(step + 1, micro_batches)
                     raise Stopped(f"step {step + 1}: {error}, on rows {metrics['rows']}") from None
                 raise
+            if run.writes and "collapsed" in metrics:
+                tqdm.write(format_collapse(step + 1, metrics), file=sys.stdout)
             record = with_times(metrics, time.perf_counter() - start, cfg)
             run.log({"step": step + 1, **record})
             bar.set_postfix({k: f"{record[k]:.3g}" for k in BAR_KEYS if k in record})

@@ -7,12 +7,14 @@
 Machines are shared and noisy: read the ratios, not the seconds. In every round all sides run in
 turn, each in a process of its own (a BLAS cannot be exchanged in a running one), and so does a
 matrix product, which says what the machine gives at that moment. The limit of a work is the
-operations that it cannot do without (`minimal_flops`, counted by hand) over the rate of that
-product; where tokens are decoded, the bytes that must be read count too, if they take longer.
-Peers live in bench/peers and run in an environment of their own (`make bench-peers`); a missing one
-is skipped. Training starts from ids on every side: no text is tokenised and no file written.
-Quote nothing from a busy machine, of which a note tells: torch's threads wait for each other, and a
-peer of small products then takes up to seventy times as long, ours hardly longer.
+operations that it cannot do without (limit.py) over the rate of that product; where tokens are
+decoded, the bytes that must be read count too, if they take longer. Peers live in bench/peers and
+run in an environment of their own (`make bench-peers`); a missing one is skipped. Training starts
+from ids on every side: no text is tokenised and no file written. Quote nothing from a busy machine,
+of which a note tells: torch's threads then wait for each other, ours hardly.
+
+Further here: `python -m bench.growth` (does anything grow faster than its work?) and
+`python -m bench.fullsize` (the shapes of published models).
 """
 import argparse
 import json
@@ -22,21 +24,21 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import engine.blas
-from clean import provenance
 
 from bench import fullsize
-from bench.limit import limit_seconds, measure_machine, minimal_flops, parameters
-from bench.ours import ROOT, llama_config, own_command, run_other, time_here, write_random_model
-from config import Config, run_main
-from eval import class_block
-from files.disk import read_json, write_text
+from bench.limit import limit_seconds, minimal_flops, parameters
+from bench.ours import ROOT, llama_config, own_command, run_other, write_random_model
+from config import run_main
+from files.disk import read_json, read_json_lines, write_text
 from files.keys import BadInput
 from files.model_folder import find_folder
-from model import Llama, ModelArgs, parse_args
+from files.provenance import provenance
+from model import ModelArgs, parse_args
 
 ROUNDS, LENS_PEER_BATCH = 3, 64     # the peers' lens is fastest at 64 prompts
 SIZES = {   # what one call of each work is given
@@ -46,25 +48,12 @@ SIZES = {   # what one call of each work is given
     "lens": {"rows": 256, "tokens": 16},
     "load": {}, "start": {},
 }
-START = ["train.py", "configs/dual_reward.yaml"]    # what `make run` runs
 SHAPES = {  # config.json of the random weights
     "40m": llama_config(512, 8, 8, 4, 1408, 32000), "tiny": llama_config(128, 8, 4, 4, 256, 1394),
     "1b": fullsize.SHAPES["Llama-3.2-1B"]}
-HF, MLX_LM = "bench/peers/hf.py", "bench/peers/mlxlm.py"
-PEFT, AS_INSTALLED, OWN_BUNDLED = ("transformers + peft", "mlx-lm as installed",
-                                   "ours on mlx's bundled BLAS")
-GOALS = {   # (shape, work): {peer: least ratio, limit_share: least, the others: at most}
-    ("40m", "sft"): {PEFT: 1.5, "mlx-lm": 2.8, AS_INSTALLED: 60, "limit_share": .6,
-                     "peak_gib": .45},
-    ("40m", "grpo"): {"TRL": 5, "peak_gib": .6},
-    ("40m", "generate"): {"transformers": 1.2, "mlx-lm": 2},
-    ("40m", "lens"): {"transformers": 1.1, "TransformerLens": 1.6},
-    ("1b", "sft"): {PEFT: 1.5, "mlx-lm": 1.7, "limit_share": .75, f"memory of {PEFT}": .7},
-    ("bundled", "start"): {"seconds": 2},
-}
 
 
-def time_start(command: list[str] = START) -> dict:
+def time_start(command: Sequence[str] = ("train.py", "configs/dual_reward.yaml")) -> dict:
     """From the command to the record of the first step: imports, model, data, look inside, step."""
     with tempfile.TemporaryDirectory() as folder:
         path, found, start = Path(folder, "run", "metrics.jsonl"), None, time.perf_counter()
@@ -72,20 +61,16 @@ def time_start(command: list[str] = START) -> dict:
                                    stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         while not found and process.poll() is None:
             time.sleep(0.005)
-            lines = path.read_text().splitlines() if path.exists() else []
-            found = next((line for line in lines if '"grad_norm"' in line and line[-1] == "}"), "")
+            found = next((row for row in read_json_lines(path) if "grad_norm" in row), None)
         seconds = time.perf_counter() - start
         process.terminate()     # a clean save, then the folder goes
         why = (process.communicate()[1].strip().splitlines() or ["no message"])[-1]
     if not found:
         raise BadInput(f"{' '.join(command)} ended before its first step: {why}")
-    return {"seconds": seconds, "peak_gib": json.loads(found)["peak_gib"]}
+    return {"seconds": seconds, "peak_gib": found["peak_gib"]}
 
 
-# --------------------------------------------------------------------------------------------------
-# peers
-
-
+# --- peers
 @dataclass
 class Peer:
     """Another way to do a work: the packages it needs, its command behind the Python."""
@@ -96,37 +81,26 @@ class Peer:
 
 
 def peers_of(work: str, folder: str, args: ModelArgs, sizes: dict, count: int) -> dict[str, Peer]:
-    """The peers of a work by name; those on MLX's bundled BLAS only where a step ends in time."""
-    hf, lm, torch_lens = ("torch", "transformers"), ("mlx_lm",), ("torch", "transformer_lens")
-    n, bundled = list(sizes.values()), {"NANOLENS_BLAS": "none"}
-    if work == "load":
-        return {"transformers": Peer(hf, [HF, "load", folder, count]),
-                "mlx-lm": Peer(lm, [MLX_LM, "load", folder, count])}
-    if work == "generate":
-        n = [sizes[key] for key in ("rows", "tokens", "completion")]
-        return {"transformers": Peer(hf, [HF, "generate", folder, count, *n]),
-                "mlx-lm": Peer(lm, [MLX_LM, "generate", folder, count, *n])}
+    """The peers of a work by name; one on MLX's bundled BLAS only where a step ends in time."""
+    hf, n = ("torch", "transformers"), list(sizes.values())
+    if work in ("start", "dual_reward"):    # nobody else has them
+        return {}
     if work == "lens":
-        lens = lambda which, needs, *more: Peer(needs, [
-            "bench/peers/lens.py", which, folder, *n, LENS_PEER_BATCH, count, *more])
-        return {"transformers": lens("transformers", hf),
-                "transformers, all our numbers": lens("transformers", hf, "all"),
-                "TransformerLens": lens("transformer_lens", torch_lens),
-                "TransformerLens, all our numbers": lens("transformer_lens", torch_lens, "all")}
+        lens = lambda which: ["bench/peers/lens.py", which, folder, *n, LENS_PEER_BATCH, count]
+        return {"transformers": Peer(hf, lens("transformers")),
+                "TransformerLens": Peer(("torch", "transformer_lens"), lens("transformer_lens"))}
     if work == "grpo":
         return {"TRL": Peer((*hf, "peft", "trl", "datasets"), [
             "bench/peers/trl_grpo.py", folder, *n, min(count, 3)])}
-    if work == "dual_reward":
-        block = class_block(Config(), Llama(args))
-        return {PEFT: Peer((*hf, "peft"), [HF, "sft", folder, count, *n, block])}
+    n = [size for key, size in sizes.items() if key != "group"]
+    theirs, lm = ["bench/peers/hf.py", work, folder, count, *n], "bench/peers/mlxlm.py"
+    found = {"mlx-lm": Peer(("mlx_lm",), [lm, work, folder, count, *n])}
     if work != "sft":
-        return {}
-    found = {PEFT: Peer((*hf, "peft"), [HF, "sft", folder, count, *n]),
-             "mlx-lm": Peer(lm, [MLX_LM, "sft", folder, count, *n])}
+        return {"transformers": Peer(hf, theirs)} | found
     if engine.blas.LOADED and parameters(args) < 2e8:
-        found[AS_INSTALLED] = Peer(lm, [MLX_LM, "sft", folder, 1, *n], bundled, once=True)
-        found[OWN_BUNDLED] = Peer((), own_command(work, folder, sizes, 1), bundled, once=True)
-    return found
+        found["mlx-lm as installed"] = Peer(("mlx_lm",), [lm, work, folder, 1, *n],
+                                            {"NANOLENS_BLAS": "none"}, once=True)
+    return {"transformers + peft": Peer((*hf, "peft"), theirs)} | found
 
 
 def packages_in(python: str) -> dict[str, str]:
@@ -142,48 +116,42 @@ def packages_in(python: str) -> dict[str, str]:
                        ".venv-bench/bin/python, or none") from None
 
 
-def find_pythons(named: str | None) -> dict[str, dict[str, str]]:
-    """{Python: its packages}: the one named or .venv-bench's, then this one; "none": no peers."""
+def find_python(named: str | None) -> tuple[str, dict[str, str]]:
+    """The peers' Python and its packages: the one named, .venv-bench's, or this; "none": none."""
     if named == "none":
-        return {}
-    prepared = str(ROOT / ".venv-bench/bin/python")
-    first = named or (prepared if Path(prepared).exists() else sys.executable)
-    return {python: packages_in(python) for python in dict.fromkeys([first, sys.executable])}
+        return "", {}
+    prepared = ROOT / ".venv-bench/bin/python"
+    python = named or str(prepared if prepared.exists() else sys.executable)
+    return python, packages_in(python)
 
 
-# --------------------------------------------------------------------------------------------------
-# in turn
-
-
-def measure(work: str, folder: str, sizes: dict, pythons: dict, rounds: int,
-            keys: list[str]) -> dict:
+# --- in turn
+def measure(work: str, folder: str, sizes: dict, python: str, packages: dict[str, str],
+            rounds: int, keys: list[str]) -> dict:
     """One work beside its peers: {work, seconds, tokens_per_s, peak_gib, limit_share, peers}."""
     args = parse_args(read_json(Path(folder) / "config.json"), folder)
     count = 20 if parameters(args) < 1e7 else 7 if parameters(args) < 2e8 else 2
-    last_line = lambda *words, **env: json.loads(run_other(words, **env).splitlines()[-1])
-    # full float32 on a GPU too, as torch does by itself
-    ours = time_start if work == "start" else lambda: last_line(
-        sys.executable, *own_command(work, folder, sizes, count, keys), MLX_ENABLE_TF32="0")
-    machine = lambda: last_line(sys.executable, *own_command("machine", folder, {}, 1),
-                                MLX_ENABLE_TF32="0")
-    peers, pythons_of = {}, {}
-    for name, peer in peers_of(work, folder, args, sizes, count).items() if pythons else ():
-        pythons_of[name] = sys.executable if not peer.packages else next(
-            (p for p, found in pythons.items() if found.keys() >= set(peer.packages)), None)
-        if pythons_of[name]:
-            peers[name] = peer
-        else:
-            print(f"{name}: not installed, skipped", flush=True)
+
+    def last_line(*words, **env):
+        return json.loads(run_other(words, **env).splitlines()[-1])
+
+    def own(*words):    # full float32 on a GPU too, as torch does by itself
+        return last_line(sys.executable, *own_command(*words), MLX_ENABLE_TF32="0")
+
+    peers = peers_of(work, folder, args, sizes, count) if python else {}
+    for name in [name for name in peers if not packages.keys() >= set(peers[name].packages)]:
+        print(f"{name}: not installed, skipped", flush=True)
+        del peers[name]
     taken = {"": [], "machine": [], **{name: [] for name in peers}}
     start, others = time.perf_counter(), busy_elsewhere()
     for turn in range(rounds):      # in turn, so that a slow minute of the machine hits all
-        taken[""].append(ours())
+        taken[""].append(time_start() if work == "start" else own(work, folder, sizes, count, keys))
         if minimal_flops(work, args, sizes):
-            taken["machine"].append(machine())
+            taken["machine"].append(own("machine", folder, {}, 1))
         for name, peer in list(peers.items()):
             try:
                 if not (peer.once and turn):
-                    taken[name].append(last_line(pythons_of[name], *peer.command, **peer.env))
+                    taken[name].append(last_line(python, *peer.command, **peer.env))
             except BadInput as error:   # a peer's own trouble does not end the run
                 print(f"{name}: {error}; skipped", flush=True)
                 del peers[name], taken[name]
@@ -191,7 +159,7 @@ def measure(work: str, folder: str, sizes: dict, pythons: dict, rounds: int,
     if others > 0.1:
         print(f"note: other processes took {others:.1f} of {os.cpu_count()} cores while {work} was "
               "timed; repeat on a quiet machine before quoting", flush=True)
-    return {**summarise(work, args, sizes, taken), "other_cores": others}
+    return summarise(work, args, sizes, taken) | {"other_cores": others}
 
 
 def busy_elsewhere() -> float:
@@ -234,57 +202,24 @@ def summarise(work: str, args: ModelArgs, sizes: dict, taken: dict[str, list[dic
     return result
 
 
-# --------------------------------------------------------------------------------------------------
-# for a person
-
-
-def goals_of(result: dict) -> dict[str, tuple[float, bool]]:
-    """{name: (goal, reached)} of what was measured."""
-    goals = {}
-    for name, goal in GOALS.get((result["shape"], result["work"]), {}).items():
-        other = result["peers"].get(name.removeprefix("memory of "))
-        if name.startswith("memory of "):
-            if other:
-                goals[name] = goal, result["peak_gib"] <= goal * other["peak_gib"]
-        elif name in result:
-            if result[name] is not None:
-                least = name == "limit_share"
-                goals[name] = goal, result[name] >= goal if least else result[name] <= goal
-        elif other:
-            goals[name] = goal, other["ratio"] >= goal
-    return goals
-
-
+# --- for a person
 def table(results: list[dict]) -> str:
     """Lines of one width: ours first, then each peer with how many times as fast ours is."""
     lines = [f"{'':34}{'ms':>9}  {'low - high':>19}{'tokens/s':>10}{'GiB':>7}{'of limit':>10}"
              f"{'ours is':>9}"]
     for result in results:
-        goals, peers = goals_of(result), result["peers"]
-        marks = {name: f"  {goal:g}: {'reached' if reached else 'MISSED'}"
-                 for name, (goal, reached) in goals.items()}
         speed, share = result["tokens_per_s"], result["limit_share"]
-        own = ";".join(f"  {name}{marks[name]}" for name in goals if name not in peers)
         lines.append(f"{result['work'] + ', ' + result['shape']:34}{times(result)}"
                      f"{f'{speed:,.0f}' if speed else '':>10}{result['peak_gib']:7.2f}"
-                     f"{f'{100 * share:.0f} %' if share else '':>10}{own and ' ' * 9 + own}")
+                     f"{f'{100 * share:.0f} %' if share else '':>10}")
         lines += [f"{'  ' + name:34}{times(peer)}{'':10}{peer['peak_gib']:7.2f}{'':10}"
-                  f"{peer['ratio']:8.2f}x{marks.get(name, '')}" for name, peer in peers.items()]
+                  f"{peer['ratio']:8.2f}x" for name, peer in result["peers"].items()]
     return "\n".join(lines)
 
 
 def times(side: dict) -> str:
     low, high = (f"{1000 * s:,.1f}" for s in side["spread"])
     return f"{1000 * side['seconds']:9,.1f}  {low + ' - ' + high:>19}"
-
-
-# --------------------------------------------------------------------------------------------------
-
-
-def find_model(shape: str, scratch: Path) -> Path:
-    """The folder of a shape's random weights; the large one stays in runs/fullsize."""
-    large = ROOT / "runs" / "fullsize" / "Llama-3.2-1B"
-    return write_random_model(large if shape == "1b" else scratch, SHAPES[shape])
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -297,12 +232,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--peer-python", help="a Python that has the peers' packages (default: "
                         ".venv-bench's where it exists, then this one); none: ours alone")
-    for word in ("--here", "--sizes", "--count"):   # one side of one work, for this script itself
-        parser.add_argument(word, help=argparse.SUPPRESS)
     parser.add_argument("keys", nargs="*", metavar="key=value", help="config keys of our side")
     args = parser.parse_intermixed_args(argv)
-    allowed = [*SIZES, "machine"] if args.here else list(SIZES)
-    if wrong := [work for work in args.only or () if work not in allowed]:
+    if wrong := [work for work in args.only or () if work not in SIZES]:
         raise BadInput(f"unknown work {', '.join(wrong)}; expected {', '.join(SIZES)}")
     if args.rounds < 1:
         raise BadInput(f"--rounds {args.rounds}: expected at least 1")
@@ -311,26 +243,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    if args.here and args.only == ["machine"]:
-        shape = parse_args(read_json(Path(args.here) / "config.json"), args.here)
-        print(json.dumps(measure_machine(shape.hidden_size, shape.intermediate_size)))
-        return
-    if args.here:
-        print(json.dumps(time_here(args.only[0], args.here, json.loads(args.sizes),
-                                   int(args.count), args.keys)))
-        return
-    pythons = find_pythons(args.peer_python)
-    versions = {**provenance(), **{k: v for found in reversed(pythons.values())
-                                   for k, v in found.items()}}
+    python, packages = find_python(args.peer_python)
+    versions = provenance() | packages
     device = f"{versions['device']}, {os.cpu_count()} cores"
     results = []
     with tempfile.TemporaryDirectory() as scratch:
-        folder = find_folder(args.model) if args.model else find_model(args.shape, Path(scratch))
+        # the large one is kept
+        own = ROOT / "runs/fullsize/Llama-3.2-1B" if args.shape == "1b" else Path(scratch)
+        folder = find_folder(args.model) if args.model else write_random_model(
+            own, SHAPES[args.shape])
         for work in dict.fromkeys(args.only or SIZES):
             shape = "bundled" if work == "start" else args.model or args.shape
-            results.append({**measure(work, str(folder.resolve()), SIZES[work], pythons,
-                                      args.rounds, args.keys),
-                            "shape": shape, "device": device, "versions": versions})
+            found = measure(work, str(folder.resolve()), SIZES[work], python, packages,
+                            args.rounds, args.keys)
+            results.append(found | {"shape": shape, "device": device, "versions": versions})
             print(table(results[-1:]), flush=True)
     if len(results) > 1:
         print(f"\n{table(results)}")

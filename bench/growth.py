@@ -39,10 +39,7 @@ SIZE_KEYS = {"batch": "rows", "prompts": "rows"}    # others are called the same
 
 
 def fit_exponent(x: list[float], y: list[float]) -> float:
-    """The slope of log y over log x by least squares.
-
-    example  x 1, 2, 4; y 3, 12, 48 -> 2
-    """
+    """The slope of log y over log x by least squares. example  x 1, 2, 4; y 3, 12, 48 -> 2"""
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 

@@ -5,7 +5,7 @@ that does and counts every product. The machine's rate is measured: a matrix pro
 what decoding must read.
 """
 import os
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import engine.blas
@@ -45,9 +45,6 @@ class Pass:
     pairs: int          # (query, key) pairs of a block
     read: int
     read_pairs: int     # the same of the last block
-
-    def __add__(self, other: "Pass") -> "Pass":
-        return Pass(*(getattr(self, k) + getattr(other, k) for k in Pass.__dataclass_fields__))
 
 
 def one_pass(rows: int, T: int, read: int, past: int = 0) -> Pass:
@@ -152,8 +149,8 @@ def minimal_flops(work: str, args: ModelArgs, sizes: dict) -> int:
     if work == "generate":
         return sampled
     R, steps = rows * sizes["group"], sizes["completion"] - 1
-    return 2 * sampled + training_flops(args, prompts + one_pass(R, steps, steps, T),
-                                        rows + R * steps)
+    return (2 * sampled + training_flops(args, prompts, rows)
+            + training_flops(args, one_pass(R, steps, steps, T), R * steps))
 
 
 def limit_seconds(work: str, args: ModelArgs, sizes: dict, machine: dict) -> float:
@@ -177,12 +174,9 @@ def measure_machine(D: int, F: int) -> dict:
     size, parts = 2 ** 28, os.cpu_count()
     if engine.blas.CPU_WHEEL:
         source, target = np.ones(size, np.uint8), np.zeros(size, np.uint8)
-        cuts = [slice(i * size // parts, (i + 1) * size // parts) for i in range(parts)]
-
-        def copy():
-            threads = [threading.Thread(target=np.copyto, args=(target[c], source[c]))
-                       for c in cuts]
-            [t.start() for t in threads], [t.join() for t in threads]
+        pieces = np.array_split(target, parts), np.array_split(source, parts)
+        pool = ThreadPoolExecutor(parts)
+        copy = lambda: list(pool.map(np.copyto, *pieces))
     else:
         source = mx.ones((size // 4,))
         mx.eval(source)

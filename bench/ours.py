@@ -1,7 +1,7 @@
 """Our own side of each work, on random weights of any shape: what a process of its own is given.
 
-Training takes the very steps of train.train, without its evaluations and files, on rows that are
-there as ids, so that any model's tokenizer will do.
+Training takes the very steps of train.py, without its evaluations and files, on rows that are there
+as ids, so that any model's tokenizer will do.
 """
 import itertools
 import json
@@ -9,30 +9,31 @@ import os
 import random
 import statistics
 import subprocess
+from functools import partial
 from pathlib import Path
 
-import engine.blas  # noqa: F401  (before mlx)
+import engine.blas  # before mlx
 import mlx.core as mx
-import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from bench.limit import RANK
+from bench.limit import RANK, measure_machine
 from bench.peers.clock import clock, random_prompts
-from config import Config, load_overrides
+from config import Config, load_overrides, run_main
 from data import Batches
 from engine import memory
 from eval import class_block
-from files.disk import write_bytes, write_text
+from files.disk import read_json, write_bytes, write_text
 from files.keys import BadInput
 from files.model_folder import save_safetensors
 from generate import sample
-from grpo import Rollouts
+from grpo import Answers, Rollouts, rollout_loss
 from lens import read_prompts
+from losses import supervised_loss
 from model import Llama, load, parse_args
 from text.arithmetic import Problem
 from text.rows import Row
-from train import compile_step, make_loss, next_updates, prepare_model, take_updates
+from train import accumulate, compile_step, make_optimizer, prepare_model
 
 ROOT = Path(__file__).parent.parent
 TOP = 5     # tokens that the lens returns for each tap
@@ -49,9 +50,8 @@ def llama_config(D: int, L: int, H: int, K: int, F: int, V: int) -> dict:
 
 
 def write_word_tokenizer(folder: Path, vocab_size: int) -> None:
-    """A tokenizer whose tokens are words: special ones, the operations' names, then w0, w1, ..."""
-    words = ["<unk>", "<s>", "</s>", "add", "subtract", "multiply"]
-    words += [f"w{i}" for i in range(vocab_size - len(words))]
+    """A tokenizer whose tokens are words: <unk>, <s>, </s>, then w0, w1, ..."""
+    words = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(vocab_size - 3))]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     write_bytes(folder / "tokenizer.json", tokenizer.to_str().encode())
@@ -91,24 +91,20 @@ def write_random_model(folder: Path, raw: dict) -> Path:
     return folder
 
 
-class IdRollouts(Rollouts):
-    """Rollouts whose prompts are written as ids: nothing is tokenised."""
-
-    def encode(self, problem: Problem) -> list[int]:
-        return [int(word) for word in problem.prompt.split()]
-
-
-def make_source(cfg: Config, model: Llama, tokenizer, sizes: dict) -> Batches | Rollouts:
-    """Rows or prompts of random ids; rewards are random, so that every group has an advantage."""
+def make_method(cfg: Config, model: Llama, tokenizer, sizes: dict):
+    """The batch source and the loss, as train.make_method's, on rows or prompts of random ids."""
     prompts = random_prompts(cfg.model, max(256, sizes["rows"]), sizes["tokens"])
     if cfg.method != "grpo":
-        return Batches([Row(ids, len(ids) - sizes["answer"], 5) for ids in prompts], cfg)
+        block = class_block(cfg, model) if cfg.method == "dual_reward" else None
+        rows = [Row(ids, len(ids) - sizes["answer"], class_id=5) for ids in prompts]
+        return Batches(rows, cfg), partial(supervised_loss, cfg, block)
     tokenizer.stop_ids = set()      # every completion has the same length on every side
-    source = IdRollouts(model, tokenizer, [
-        Problem(" ".join(map(str, ids)), "0", "", "") for ids in prompts], cfg)
-    rewards = random.Random(0)
-    source.reward = lambda problem, completion: rewards.random()
-    return source
+    rewards, judge = random.Random(0), Answers(model, tokenizer, [], cfg)
+    judge.prompts = prompts
+    # random, so that every group has an advantage
+    judge.reward = lambda problem, completion: rewards.random()
+    problems = [Problem("", "0", "", "")] * len(prompts)
+    return Rollouts(model, problems, cfg, judge), partial(rollout_loss, cfg, None)
 
 
 def training_call(work: str, folder: str, sizes: dict, keys: list[str], about: dict):
@@ -119,19 +115,22 @@ def training_call(work: str, folder: str, sizes: dict, keys: list[str], about: d
     cfg = load_overrides([
         f"method={work}", f"model={folder}", f"batch_size={sizes['rows'] * group}", "lr=1e-5",
         f"lora_rank={RANK}", f"lora_alpha={2 * RANK}", "lora_targets=q,k,v,o", *more, *keys])
+    raw = read_json(Path(folder) / "config.json")
+    if cfg.full or cfg.bits or raw.get("quantization") or raw.get("quantization_config"):
+        engine.blas.operations_in_own_order()   # as train.train: before anything is evaluated
     model, tokenizer = prepare_model(cfg)
-    source = make_source(cfg, model, tokenizer, sizes)
-    optimizer = optim.AdamW(cfg.lr)
-    optimizer.init(model.trainable_parameters())
+    source, loss = make_method(cfg, model, tokenizer, sizes)
+    optimizer = make_optimizer(cfg, model)
     # the limits of a real run
-    about["estimated_gib"] = memory.prepare(cfg, model, memory.load_of(cfg, source))["peak"]
-    compiled = compile_step(model, optimizer, make_loss(cfg, class_block(cfg, model)))
+    about["estimated_gib"] = memory.prepare(cfg, model, raw, source.load())["peak"]
+    loss_and_grads, update = compile_step(cfg, model, optimizer, loss)
     steps, about["losses"] = itertools.count(), []
 
     def step():
-        i = next(steps)
-        updates, rows = next_updates(source, i, cfg)
-        record = take_updates(None, i, updates, rows["rows"], compiled, optimizer, cfg.lr, cfg)
+        updates, _ = source.at(next(steps))
+        for micro_batches in updates:
+            grads, sums, maxima = accumulate(loss_and_grads, micro_batches, model.parts)
+            record = update(grads, sums | maxima, cfg.lr)
         about["losses"].append(round(record["loss"], 3))
     return step
 
@@ -141,7 +140,7 @@ def make_call(work: str, folder: str, sizes: dict, keys: list[str], about: dict)
     if work in TRAINING:
         return training_call(work, folder, sizes, keys, about)
     cfg = load_overrides([f"model={folder}", *keys])
-    read = lambda: load(folder, cfg.dtype, cfg.bits, group_size=cfg.bits_group_size)
+    read = lambda: load(folder, cfg.dtype, cfg.bits)
     if work == "load":
         return lambda: mx.eval(read()[0].parameters())
     model, tokenizer = read()
@@ -155,7 +154,13 @@ def make_call(work: str, folder: str, sizes: dict, keys: list[str], about: dict)
 
 
 def time_here(work: str, folder: str, sizes: dict, count: int, keys: list[str] = ()) -> dict:
-    """Our side of a work in this process: median seconds, peak GiB, and GiB before the model."""
+    """Our side of a work in this process: median seconds, peak GiB, and GiB before the model.
+
+    Work "machine": what the machine gives, {flops_per_s, bytes_per_s}.
+    """
+    if work == "machine":
+        shape = read_json(Path(folder) / "config.json")
+        return measure_machine(shape["hidden_size"], shape["intermediate_size"])
     about, before = {}, memory.peak_gib()
     seconds = clock(make_call(work, folder, sizes, keys, about), count)
     return {"seconds": statistics.median(seconds), "peak_gib": memory.peak_gib(),
@@ -165,17 +170,26 @@ def time_here(work: str, folder: str, sizes: dict, count: int, keys: list[str] =
 def own_command(work: str, folder: str | Path, sizes: dict, count: int,
                 keys: list[str] = ()) -> list:
     """`time_here` as a command behind a Python, for a process of its own."""
-    return ["-m", "bench", "--here", folder, "--only", work, "--sizes", json.dumps(sizes),
-            "--count", count, *keys]
+    return ["-m", "bench.ours", work, folder, json.dumps(sizes), count, *keys]
 
 
 def run_other(command: list, **env) -> str:
     """Run a command in the project's folder; its standard output, BadInput where it fails."""
-    # without the order of operations that engine.blas.py has set for this process: peers have their own
-    own = {k: v for k, v in os.environ.items() if k != "MLX_BFS_MAX_WIDTH"}
+    # without the order of operations that engine/blas.py has set for this process
+    own = {k: v for k, v in os.environ.items() if k != engine.blas.ORDER}
     done = subprocess.run([*map(str, command)], cwd=ROOT, env=own | env, capture_output=True,
                           text=True)
     if done.returncode:
         why = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise BadInput(f"{' '.join(map(str, command[1:3]))} failed: {why}")
     return done.stdout
+
+
+def main(argv: list[str]) -> None:
+    """The other end of `own_command`: one line of JSON."""
+    work, folder, sizes, count, *keys = argv
+    print(json.dumps(time_here(work, folder, json.loads(sizes), int(count), keys)))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -36,27 +36,25 @@ PEFT_NEUTRAL = {"auto_mapping", "base_model_name_or_path", "inference_mode", "lo
 
 
 def read_adapter(folder: Path, blocks: int) -> tuple[dict, dict[str, mx.array], str]:
-    """An adapter's settings, its tensors by mlx-lm's names and orientation, and its file.
+    """An adapter's settings, its tensors as they lie in its file, and that file.
 
     blocks   of the model that it goes on
-    returns  {rank, scale, paths, base, fingerprint}, {name: array}, path; raises  BadInput
+    returns  {rank, scale, paths, base, fingerprint, is_peft}, {name: array}, path; is_peft: by
+             PEFT's names and orientation (from_peft). raises  BadInput
     """
     where = folder / "adapter_config.json"
     if not is_file(where):
         raise BadInput(f"{folder} holds no adapter (no adapter_config.json); expected a run's "
                        "folder, or an adapter's as mlx-lm or peft writes it")
     raw = read_json(where)
-    if "peft_type" in raw:
-        file = folder / PEFT_FILES[0]
-        rank, scale, paths = read_peft_config(raw, linear_paths(blocks), str(where))
-        arrays = {our_name(name): array.T for name, array in read_safetensors(file).items()}
-    else:
-        file = folder / MLX_FILES[0]
-        rank, scale, paths = read_mlx_config(raw, linear_paths(blocks), str(where))
-        arrays = read_safetensors(file)
+    is_peft = "peft_type" in raw
+    read_config = read_peft_config if is_peft else read_mlx_config
+    rank, scale, paths = read_config(raw, linear_paths(blocks), str(where))
+    file = folder / (PEFT_FILES if is_peft else MLX_FILES)[0]
     base = raw.get("base_model_name_or_path", raw.get("model", "an unknown one"))
-    return {"rank": rank, "scale": scale, "paths": paths, "base": base,
-            "fingerprint": raw.get("base_fingerprint")}, arrays, str(file)
+    about = {"rank": rank, "scale": scale, "paths": paths, "base": base,
+             "fingerprint": raw.get("base_fingerprint"), "is_peft": is_peft}
+    return about, read_safetensors(file), str(file)
 
 
 def linear_paths(blocks: int) -> list[str]:
@@ -104,25 +102,27 @@ def peft_files(arrays: dict[str, mx.array], about: dict) -> dict:
         "bias": "none", "fan_in_fan_out": False, "use_rslora": False, "inference_mode": True,
     }
     # the settings last: their presence says that all is there
-    return {PEFT_FILES[0]: {peft_name(k): v.T for k, v in arrays.items()},
+    return {PEFT_FILES[0]: to_peft(arrays),
             PEFT_FILES[1]: json.dumps(settings, indent=2) + "\n"}
 
 
-def peft_name(name: str) -> str:
-    """PEFT's name of one of our tensors, which is there the other way round.
+def to_peft(arrays: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Our tensors by PEFT's names, and the other way round, as they are there.
 
     example  model.layers.0.mlp.up_proj.lora_a, (in, r)
              -> base_model.model.model.layers.0.mlp.up_proj.lora_A.weight, (r, in)
     """
-    return f"base_model.model.{name[:-1]}{name[-1].upper()}.weight"
+    return {f"base_model.model.{name[:-1]}{name[-1].upper()}.weight": array.T
+            for name, array in arrays.items()}
 
 
-def our_name(peft: str) -> str:
-    """The way back; a name that is none of PEFT's stays, and is refused as not expected."""
-    if not peft.startswith("base_model.model.") or not peft.endswith(".weight"):
-        return peft
-    name = peft.removeprefix("base_model.model.").removesuffix(".weight")
-    return name[:-1] + name[-1].lower()
+def from_peft(arrays: dict[str, mx.array]) -> dict[str, mx.array]:
+    """The way back, of names that are all PEFT's."""
+    ours = {}
+    for peft, array in arrays.items():
+        name = peft.removeprefix("base_model.model.").removesuffix(".weight")
+        ours[name[:-1] + name[-1].lower()] = array.T
+    return ours
 
 
 # adapter_config.json of mlx-lm, and of it lora_parameters; without keys all linear layers are meant
@@ -184,11 +184,11 @@ def read_peft_config(settings: dict, layers: list[str],
         "init_lora_weights": (settings.get("init_lora_weights", True) in (True, False, "gaussian"),
                               "true, false or gaussian"),
     }
-    empty = (None, False, "", [], {})
     mistakes = [(k, expected) for k, (fits, expected) in read.items() if not fits]
     # whatever else is set, by this PEFT or a later one, may change what is computed
     mistakes += [(k, "unset") for k, v in settings.items()
-                 if k not in read.keys() | PEFT_NEUTRAL and v not in empty]
+                 if k not in read.keys() | PEFT_NEUTRAL
+                 and v is not None and v is not False and v not in ("", [], {})]
     if mistakes:
         raise BadInput(f"{where}: not a PEFT adapter that can be read here: " + "; ".join(
             f"{k} = {json.dumps(settings.get(k))[:80]}, expected {expected}"

@@ -21,7 +21,7 @@ import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map_with_path
 from safetensors import safe_open
 
 from config import BadInput, Config, dump, load_config, resolved
@@ -35,7 +35,7 @@ RUN_FILES = ("state.safetensors", "report.json", "metrics.jsonl", "best", "adapt
              "curves.png", "failed_batch.json", "config.yaml")
 LOCK = ".lock"
 # keys that change where and how a run is carried out, and none of its numbers
-NOT_THE_RUN = ("run_dir", "memory_limit_gib", "worker_timeout_s")
+NOT_THE_RUN = ("run_dir", "memory_limit_gib")
 
 
 def training_arrays(model: nn.Module, optimizer: optim.Optimizer) -> dict[str, mx.array]:
@@ -46,11 +46,16 @@ def training_arrays(model: nn.Module, optimizer: optim.Optimizer) -> dict[str, m
 
 def restore_training(arrays: dict[str, mx.array], model: nn.Module,
                      optimizer: optim.Optimizer) -> None:
-    """Put training_arrays back. Into the same lists, since compiled functions read those."""
-    def pick(prefix):
-        return [(k.removeprefix(prefix), v) for k, v in arrays.items() if k.startswith(prefix)]
-    model.load_weights(pick("trainable."), strict=False)
-    optimizer.state.update(tree_unflatten(pick("optimizer.")))
+    """Put training_arrays back, in place: compiled functions keep reading the same trees.
+
+    In those trees' own order too, since mx.compile tells arrays apart by order: a file's may be
+    another, and first and second moments of one shape would be exchanged without a word.
+    """
+    trainable = [(name, arrays[f"trainable.{name}"])
+                 for name, _ in tree_flatten(model.trainable_parameters())]
+    model.load_weights(trainable, strict=False)
+    optimizer.state.update(tree_map_with_path(
+        lambda name, _: arrays[f"optimizer.{name}"], optimizer.state))
 
 
 class Run:

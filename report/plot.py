@@ -106,7 +106,7 @@ def rollout_curves(records: list[dict], path: str | Path, title: str) -> None:
     panels = {"reward": ("reward", "accuracy", "frozen_reward"), "entropy": ("entropy",),
               "KL to the reference, a token": ("kl_k1", "kl_k3"), "ratio": ("ratio", "ratio_max"),
               "length": ("length", "length_right", "length_wrong"), "repetition": ("repetition",),
-              "flat groups, truncated": ("flat_groups", "truncated"),
+              "zero-variance groups, truncated": ("zero_variance_groups", "truncated"),
               "gradient norm": ("grad_norm",)}
     rows = [r for r in records if "reward" in r]
     if not rows:

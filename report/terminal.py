@@ -51,9 +51,16 @@ def format_rollouts(record: dict, seen: dict) -> str:
     shares = [100 * record[k] / record["seconds"] for k in ("rollout_s", "score_s", "update_s")]
     return "  ".join(parts + [
         f"entropy {record['entropy']:.3f}", f"length {record['length']:.2f}",
-        f"flat {100 * record['flat_groups']:3.0f} %", f"{record['completions_per_s']:5d} compl/s",
+        f"no variance {100 * record['zero_variance_groups']:3.0f} %",
+        f"{record['completions_per_s']:5d} compl/s",
         "time rollout {:.0f}, score {:.0f}, update {:.0f} %".format(*shares),
         f"{record['peak_gib']:.2f} GiB"])
+
+
+def format_collapse(step: int, metrics: dict) -> str:
+    """What the guard has done (guard.Guarded)."""
+    return (f"step {step:5d}  collapse: {metrics['collapsed']}; best weights restored, "
+            f"learning rate times {metrics['lr_scale']:g}")
 
 
 def format_chains(valid: dict) -> str:

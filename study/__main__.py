@@ -22,12 +22,12 @@ from pathlib import Path
 
 import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
-from clean import provenance
 
 from checkpoint import load_base, load_checkpoint
 from config import load_overrides, run_main
 from files.disk import write_text
 from files.keys import BadInput
+from files.provenance import provenance
 from study.findings import write_study
 from study.measure import measure, trajectory
 from study.plan import Run, load_study, plan
@@ -46,8 +46,7 @@ def do_run(run: Run, size: dict) -> None:
             train(cfg, with_base=False)
         model, tokenizer, _ = load_checkpoint(run.folder)
     else:
-        model, tokenizer = load_base(cfg.model, cfg.dtype, cfg.bits,
-                                     group_size=cfg.bits_group_size)
+        model, tokenizer = load_base(cfg.model, cfg.dtype, cfg.bits)
     trained = time.perf_counter() - start
     result = measure(model, tokenizer, cfg, size)
     result |= {"condition": run.condition, "seed": run.seed, "steps": cfg.steps,

@@ -78,11 +78,12 @@ def attribution_table(model: Llama, tokenizer: Tokenizer, prompt: str, words: li
     """Who wrote the word's logit (or its difference to a second word's), block by block."""
     ids = tokenizer.encode_prompt(prompt)
     check_context([ids], 0, model)
-    target, *foil = [tokenizer.single_id(word) for word in words]
+    target, *foil = chosen = tokenizer.word_ids(words, ids)
     names, shares = contributions(model, [ids], [target], foil or None, heads=True)
     named = dict(zip(names, shares[:, 0]))
     lines = [f"direct logit attribution of {words[0]!r}" + (f" minus {words[1]!r}" if foil else "")
-             + f": {shares.sum():.2f} logits, final norm's scale held",
+             + f" (tokens {tokenizer.show(chosen)}): {shares.sum():.2f} logits, "
+               "final norm's scale held",
              f"  embed {named['embed']:7.2f}",
              "  block     MLP   heads"]
     for block in reversed(range(model.args.num_hidden_layers)):

@@ -1,12 +1,14 @@
-"""From the runs' measures.json to RESULTS.md: tables and pictures. Nothing in it is typed."""
+"""From the runs' measures.json to RESULTS.md: tables and pictures. No result in it is typed."""
 import json
 import statistics
 from pathlib import Path
 
+import numpy as np
+
 from report import plot
 from report.stats import interval_text, mean_interval, rank_correlation
 from study.document import cores_text, fill, table, write_results
-from study.hypotheses import Data, judge_all, load_data, values_of
+from study.hypotheses import REMARKS, WITHDRAWN, Data, judge_all, load_data, values_of
 
 # the first word of a measure's name: its unit, and what to multiply it with
 UNITS = {**dict.fromkeys(("accuracy", "lowest", "word", "symbol", "target", "answer", "probe",
@@ -17,7 +19,7 @@ IN_BLOCKS = ("word.peak", "answer.peak", "word.onset", "answer.onset")
 CLAIMS = {"decodable": "decodable", "aligned": "aligned", "verbalised": "verbalised",
           "used": "used", "aligned_jacobian": "aligned, Jacobian lens",
           "verbalised_jacobian": "verbalised, Jacobian lens"}
-MARKS = {"confirmed": "✓", "refuted": "✗", "open": "?", "not run": "–"}
+MARKS = {"confirmed": "✓", "refuted": "✗", "open": "?", "withdrawn": "⊘", "not run": "–"}
 
 # tables of measures, a row a condition: {heading: measure}
 MAIN = {"seeds": "seeds", "answers right, %": "accuracy.symbolic",
@@ -86,7 +88,7 @@ def show(interval: dict, measure: str, signed: bool = False) -> str:
     """example  {value .021, low .012, high .03}, "accuracy.symbolic" -> '2.1 [1.2, 3.0]' """
     _, factor = unit_of(measure)
     digits, sign = (1 if factor == 100 else 2), ("+" if signed else "")
-    if interval["value"] is None:
+    if interval["value"] is None or np.isnan(interval["value"]):
         return "–"
     value = f"{factor * interval['value']:{sign}.{digits}f}"
     if interval["low"] is None:
@@ -174,6 +176,10 @@ def question_lines(asked: list[dict]) -> str:
                      f"{show(h['effect'], h['measure'], signed=True)} {unit}".rstrip()
                      + f", adjusted p {show_p(h['adjusted'])}"
                      + (" over problems" if h.get("unit") == "problems" else ""))
+        if h["claim"] in WITHDRAWN:
+            lines[-1] += f". Withdrawn: {WITHDRAWN[h['claim']]}"
+        elif h["claim"] in REMARKS:
+            lines[-1] += f". But: {REMARKS[h['claim']]}"
     return "\n".join(lines).strip()
 
 
@@ -242,12 +248,13 @@ def across_models(study: dict, data: Data) -> str:
     """Do models with a stronger classifier answer better? One point a condition, its mean."""
     names = [n for n in data if study["conditions"][n].get("group") != "helper"
              and "same_as" not in study["conditions"][n]]
-    means = lambda m: [statistics.mean(values_of(data, n, m).values()) for n in names]
+    means = lambda m, at: [statistics.mean(values_of(data, n, m).values()) for n in at]
     lines = []
     for measure, text in (("word.strength", "the operation word"),
                           ("answer.strength", "the answer before the last block"),
                           ("answer.last", "the answer in the last block (the output itself)")):
-        found = rank_correlation(means(measure), means("accuracy.symbolic"))
+        at = [n for n in names if values_of(data, n, measure)]
+        found = rank_correlation(means(measure, at), means("accuracy.symbolic", at))
         result = ("not to be ranked, all conditions are alike" if found["value"] is None else
                   f"Spearman {interval_text(found, sign='+')}, p {show_p(found['p'])}")
         lines.append(f"- strength of {text}: {result}; n = {found['n']} conditions")
@@ -329,7 +336,7 @@ def write_study(study: dict, runs: list[dict], failed: list[str], out: Path) -> 
     outcomes = [h["outcome"] for h in asked]
     tally = ", ".join(f"{outcomes.count(k)} {k}" for k in MARKS if k in outcomes).capitalize()
     meaning = {"confirmed": "as predicted", "refuted": "the opposite, or surely beyond the margin",
-               "open": "not decided by these runs"}
+               "open": "not decided by these runs", "withdrawn": "its test cannot bear the claim"}
     write_results(out / "RESULTS.md", study=fill(
         "study", file="study/plan.yaml", n_runs=sum(len(r) for n, r in own.items() if n != "base"),
         steps=study["common"]["steps"], batch_size=study["common"]["batch_size"],

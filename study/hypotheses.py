@@ -6,6 +6,9 @@ sign-flip test; `within` asks the opposite, whether the difference is surely sma
 tests). Across problems: the same unseen problems in both conditions, averaged over seeds, sign-flip
 test. What is asked, and in which unit, stands in the study file, written before the runs; the false
 discovery rate is controlled over the whole family (Benjamini-Hochberg).
+
+Some hypotheses do not ask what they seem to ask. The plan is not edited after its runs, so what is
+wrong with them stands here, in WITHDRAWN and REMARKS, and in templates/study.md.
 """
 import json
 from pathlib import Path
@@ -14,6 +17,33 @@ import numpy as np
 
 from report.stats import adjusted_p, equivalence_p, mean_interval, sign_flip
 
+EARLY = ("about 95 % of SFT's errors are worded problems, which it was not trained on; the test "
+         "pools them, so it is about those and not about the trained wording")
+# claim -> why its design cannot bear it, whatever its p
+WITHDRAWN = {
+    "Block 4 (55 %) costs less accuracy than block 6":
+        "tested over problems, with three fixed models a block. The models are the unit, and over "
+        "them the interval holds 0",
+    "The operation's direction at block 4 matters no more after dual-reward than after SFT "
+    "(log-odds against a random direction)":
+        "the difference is the control's. The random direction is as long as the swap, and "
+        "dual-reward's swap is the longer (17.1 against 12.4). Without the control the swap moves "
+        "dual-reward more, 4.7 against 4.1 nats (seed 1: 4.74 and 4.08, random 3.62 and 0.85; "
+        "seed 2: 4.51 and 4.03, random 3.73 and 0.86)",
+}
+# claim -> what has to be read with it
+REMARKS = {
+    "Dual-reward makes the stream name the operation before the last block; SFT does not":
+        "the base's text had taught it to name operations, see above",
+    "Both errors together fall by at least the published 11 points":
+        "any collapse passes. The published model was right on 77.8 %, these are right on 0.0 %: "
+        "the errors do not make the published drop",
+    "At the trained block, swapping the part along the words turns under 5 % of answers":
+        "it has no positive control, since the whole direction turns none there either",
+    "A stronger early answer goes with right answers (SFT)": EARLY,
+    "Something of the early answer is left after the last block's confidence is taken out (SFT)":
+        EARLY,
+}
 Data = dict[str, dict[int, dict]]       # condition -> seed -> measures.json
 
 
@@ -118,4 +148,6 @@ def judge_all(study: dict, data: Data) -> list[dict]:
             asked_for = 1 if h["expect"] == "higher" else -1
             h["outcome"] = ("open" if not sure else
                             "confirmed" if h["sign"] == asked_for else "refuted")
+        if h["claim"] in WITHDRAWN:     # its p stays in the family: it was one of the tests
+            h["outcome"] = "withdrawn"
     return asked

@@ -1,14 +1,33 @@
 """The Jacobian lens: U . N(J h), where J is the mean derivative of the last tap by this one.
 
 Nothing is trained, least of all on the words it reads, so it is a fair second opinion on a loss
-that trains the logit lens's own read-out (Gurnee et al. 2026). lens.read_taps takes the matrices;
-where the model is too wide for them, one backward pass a word gives that word's read-out vector.
+that trains the logit lens's own read-out (Gurnee et al. 2026). Where the model is too wide for the
+whole matrix, one backward pass a word gives that word's read-out vector.
 """
 import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
+import numpy as np
 
-from lens import pad_prompts
+from engine.memory import LENS_ROWS
+from lens import Reading, pad_prompts, read_resids, taps_at
 from model import Llama
+
+
+def last_token_stream(model: Llama, prompts: list[list[int]]) -> np.ndarray:
+    """The stream at each prompt's last token: (L+1, N, D) float32."""
+    parts = []
+    for i in range(0, len(prompts), LENS_ROWS):
+        taps = taps_at(model, *pad_prompts(prompts[i:i + LENS_ROWS]))
+        parts.append(np.stack([np.array(tap[:, 0].astype(mx.float32)) for tap in taps]))
+    return np.concatenate(parts, axis=1)
+
+
+def read_transported(model: Llama, prompts: list[list[int]], targets: list[list[int]],
+                     jacobians: mx.array) -> Reading:
+    """lens.read_prompts of J h in place of h; jacobians (L+1, D, D) from `jacobian`."""
+    resids = [mx.array(h)[:, None] @ J.T                                            # (B, 1, D)
+              for h, J in zip(last_token_stream(model, prompts), jacobians)]
+    return read_resids(model, resids, mx.array(targets)[:, None])
 
 
 def unembedding_rows(model: Llama, ids: mx.array) -> mx.array:
@@ -31,7 +50,7 @@ def jacobian(model: Llama, prompts: list[list[int]], directions: mx.array) -> mx
     """Mean over positions and prompts of d<direction, last tap> / d(tap k): (L+1, N, D) float32.
 
     prompts     any text, as ids; not the prompts to be read
-    directions  (N, D). With the identity the result is J itself, for `read_taps`; with
+    directions  (N, D). With the identity the result is J itself; with
                 `word_directions` it is each word's read-out vector r, by one backward pass a word,
                 and argmax_w <r_w, h> is the Jacobian lens's choice among the words.
     A position's effect is summed over itself and all later ones, so at tap L this is `directions`.

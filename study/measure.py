@@ -9,16 +9,15 @@ from pathlib import Path
 import numpy as np
 
 from config import Config
-from data import matched_problems
 from eval import class_block, measure_accuracy
 from files.disk import read_json_lines
 from lens import read_prompts
 from model import Llama
 from report.stats import EMERGED, auc_within, depth
 from study.attribution import contributions
-from study.probe import fit_probe, four_claims
+from study.probe import fit_probe, four_claims, matched_problems
 from text.arithmetic import Problem, held_out
-from text.targets import class_ids, series_ids, target_ids
+from text.targets import answer_lengths, class_ids, series_ids, target_ids
 from text.tokenizer import Tokenizer
 
 WORDINGS = ("symbolic", "asked", "worded", "asked_worded")
@@ -54,7 +53,8 @@ def measure_wording(model: Llama, tokenizer: Tokenizer, cfg: Config, problems: l
     """Accuracy and the logit lens on unseen pairs in one wording; adds to result, returns rows.
 
     Accuracy and the answer's series are over add and subtract, which the base can learn; the word's
-    series are over all operations.
+    series are over all operations. The answer's are over answers of one token alone: a first token
+    that many answers share does not say that one of them is there. Without any they are None.
     """
     values, curves = result["values"], result["curves"]
     prompts, ids = series_ids(tokenizer, problems)
@@ -64,10 +64,11 @@ def measure_wording(model: Llama, tokenizer: Tokenizer, cfg: Config, problems: l
     probs, top = reading.probs[:, :, 0], reading.top_ids[:, :, 0, 0]                # (L+1, B, 4)
     rows = measure_accuracy(model, tokenizer, problems, cfg.max_completion_tokens)
     sums = np.array([p.operation in ("add", "subtract") for p in problems])
+    whole = sums & (answer_lengths(tokenizer, problems) == 1)
     inner = slice(1, -1)        # before the last block, which is the output itself
 
     def keep(name: str, per_problem: np.ndarray) -> None:
-        values[name] = float(per_problem.mean())
+        values[name] = float(per_problem.mean()) if len(per_problem) else None
         result["problems"][name] = [round(float(v), 5) for v in per_problem]
 
     keep(f"accuracy.{wording}", np.array([r["correct"] for r in rows])[sums])
@@ -80,8 +81,8 @@ def measure_wording(model: Llama, tokenizer: Tokenizer, cfg: Config, problems: l
         return rows
     keep("word.strength", probs[inner, :, word].max(0))
     keep("symbol.strength", probs[inner, :, symbol].max(0))
-    keep("answer.strength", probs[inner, sums, answer].max(0))
-    keep("answer.last", probs[-1, sums, answer])
+    keep("answer.strength", probs[inner, whole, answer].max(0))
+    keep("answer.last", probs[-1, whole, answer])
     keep("target.block", top[block + 1] == ids[:, target])
     others = [k for k in range(1, len(top) - 1) if k != block + 1]
     keep("word.spread", (top[others] == ids[:, word]).mean(0))
@@ -92,15 +93,17 @@ def measure_wording(model: Llama, tokenizer: Tokenizer, cfg: Config, problems: l
         at = read_prompts(model, moved, ids.tolist()).top_ids[block + 1, :, 0, 0]
         keep(f"word.block.{name}", at == ids[:, word])
     curves |= {"word.prob": probs[:, :, word].mean(1), "symbol.prob": probs[:, :, symbol].mean(1),
-               "answer.prob": probs[:, sums, answer].mean(1),
                "word.top1": (top == ids[:, word]).mean(1),
                "entropy": reading.entropy[:, :, 0].mean(1), "kl": reading.kl[:, :, 0].mean(1)}
+    if whole.any():
+        curves["answer.prob"] = probs[:, whole, answer].mean(1)
     for name in ("word", "answer"):
-        where = depth(curves[f"{name}.prob"], EMERGED)
-        values |= {f"{name}.peak": where["peak"] - 1, f"{name}.onset": where["onset"] - 1
-                   if where["onset"] > 0 else None}
+        where = depth(curves[f"{name}.prob"], EMERGED) if f"{name}.prob" in curves else {}
+        values |= {f"{name}.peak": where["peak"] - 1 if where else None,
+                   f"{name}.onset": where["onset"] - 1 if where.get("onset", -1) > 0 else None}
     for name in curves:
         curves[name] = [round(float(v), 5) for v in curves[name]]
+    curves.setdefault("answer.prob", [None] * len(probs))
     return rows
 
 

@@ -28,6 +28,7 @@ import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import engine.blas  # noqa: F401  (before mlx)
@@ -40,10 +41,10 @@ from config import Config, load_config, load_overrides, run_main
 from data import read_problems
 from files.disk import write_text
 from files.keys import BadInput
-from lens import ROWS_PER_BATCH, Reading, pad_prompts, read_prompts, taps_at
+from lens import pad_prompts, read_prompts, taps_at
 from model import Edit, Llama, gather_positions
 from report.stats import bootstrap_mean
-from study.jacobian import jacobian, word_directions
+from study.jacobian import jacobian, last_token_stream, read_transported, word_directions
 from text.arithmetic import Problem, make_problem, phrases_of, split_of
 from text.targets import target_ids
 from text.tokenizer import Tokenizer
@@ -51,7 +52,7 @@ from text.tokenizer import Tokenizer
 L2_GRID = (1e-3, 1e-2, 1e-1, 1.0)
 PERMUTATIONS = 199              # smallest p .005
 # 16 lines of the bundled base's own text, over which the Jacobian is averaged
-CORPUS = Path(__file__).parent / "models" / "tiny" / "lines.jsonl"
+CORPUS = Path(__file__).parent.parent / "models" / "tiny" / "lines.jsonl"
 LARGEST_FULL_JACOBIAN = 256     # model width up to which the whole matrix is computed
 MARGIN = 0.10                   # what decodable and aligned must exceed their baselines by
 
@@ -223,15 +224,6 @@ def make_matched(cfg: Config, tokenizer: Tokenizer, split: str, pairs: int,
                    np.array([operations.index(p.operation) for p in problems]), len(operations))
 
 
-def last_token_stream(model: Llama, prompts: list[list[int]]) -> np.ndarray:
-    """The stream at each prompt's last token: (L+1, N, D) float32."""
-    parts = []
-    for i in range(0, len(prompts), ROWS_PER_BATCH):
-        taps = taps_at(model, *pad_prompts(prompts[i:i + ROWS_PER_BATCH]))
-        parts.append(np.stack([np.array(tap[:, 0].astype(mx.float32)) for tap in taps]))
-    return np.concatenate(parts, axis=1)
-
-
 # --------------------------------------------------------------------------------------------------
 # decodable
 
@@ -285,24 +277,18 @@ def corrected_choice(scores: np.ndarray, neutral: np.ndarray) -> np.ndarray:
     return (scores - neutral.mean(0)).argmax(1)
 
 
-def lens_taps(reading: Reading, neutral: Reading, test: Matched) -> list[dict]:
-    """Aligned and verbalised at every tap, from readings of the C words at matched prompts."""
-    rows = []
-    at = np.arange(len(test.labels))
+def lens_taps(read, test: Matched, neutral: Matched, words: list[int]) -> list[dict]:
+    """Aligned and verbalised at every tap, by a lens: read(prompts, targets) -> a Reading."""
+    reading, on_neutral = (read(part.prompts, [words] * len(part.prompts))
+                           for part in (test, neutral))
+    rows, at = [], np.arange(len(test.labels))
     for k in range(len(reading.ranks)):
-        choice = corrected_choice(reading.logprobs[k, :, 0], neutral.logprobs[k, :, 0])
+        choice = corrected_choice(reading.logprobs[k, :, 0], on_neutral.logprobs[k, :, 0])
         prob = reading.probs[k, at, 0, test.labels]
         rows.append({"aligned": bootstrap_mean(test.by_pair(choice == test.labels)),
                      "rank": float(np.median(reading.ranks[k, at, 0, test.labels])),
                      "prob": bootstrap_mean(test.by_pair(prob))})
     return rows
-
-
-def read_words(model: Llama, test: Matched, neutral: Matched, words: list[int],
-               jacobians: mx.array | None = None) -> list[dict]:
-    """lens_taps by the logit lens, or by the Jacobian lens."""
-    read = lambda part: read_prompts(model, part.prompts, [words] * len(part.prompts), 1, jacobians)
-    return lens_taps(read(test), read(neutral), test)
 
 
 def jacobian_taps(model: Llama, tokenizer: Tokenizer, test: Matched, neutral: Matched,
@@ -316,7 +302,8 @@ def jacobian_taps(model: Llama, tokenizer: Tokenizer, test: Matched, neutral: Ma
     corpus = [tokenizer.encode_pair(p.prompt, p.answer)[0] for p in text]
     D = model.args.hidden_size
     if D <= LARGEST_FULL_JACOBIAN:
-        return read_words(model, test, neutral, words, jacobian(model, corpus, mx.eye(D)))
+        read = partial(read_transported, model, jacobians=jacobian(model, corpus, mx.eye(D)))
+        return lens_taps(read, test, neutral, words)
     vectors = np.array(jacobian(model, corpus, word_directions(model, mx.array(words))))
     score = lambda part: np.einsum("lnd,lcd->lnc", last_token_stream(model, part.prompts), vectors)
     return [{"aligned": bootstrap_mean(test.by_pair(corrected_choice(s, n) == test.labels)),
@@ -445,7 +432,7 @@ def four_claims(model: Llama, tokenizer: Tokenizer, cfg: Config, pairs: int = 20
     neutral = Matched(neutral.problems[::test.classes], neutral.prompts[::test.classes],
                       neutral.labels[::test.classes], 1)     # one: they are the same text
     probes = probe_taps(model, tokenizer, cfg, train, valid, test, words, permutations)
-    lens = read_words(model, test, neutral, words)
+    lens = lens_taps(partial(read_prompts, model), test, neutral, words)
     jacobian_lens = jacobian_taps(model, tokenizer, test, neutral, words)
     stream = last_token_stream(model, train.prompts)                                # (L+1, N, D)
     means = np.stack([stream[:, train.labels == c].mean(1) for c in range(train.classes)], 1)

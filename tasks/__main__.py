@@ -14,9 +14,8 @@ import argparse
 import random
 from pathlib import Path
 
-from config import Config, run_main
+from config import BadInput, Config, run_main
 from files.disk import json_lines, write_text
-from files.keys import BadInput
 from files.model_folder import find_folder
 from tasks.published import SOURCES, SPLITS, cut_articles, load_questions
 from tasks.sums import held_out_tiny_cot, sample_sums, sample_tiny_cot
@@ -78,7 +77,7 @@ def make_split(name: str, split: str, options: dict) -> list[Problem]:
 
 
 def row_of(problem: Problem) -> dict[str, str]:
-    """A problem as a row that data.read_jsonl reads back."""
+    """A problem as a row that data.read_problems reads back."""
     row = {"prompt": problem.prompt, "response": problem.answer}
     more = {key: getattr(problem, key) for key in ("operation", "wording", "hidden", "letters")}
     return row | {key: text for key, text in more.items() if text}

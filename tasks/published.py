@@ -28,8 +28,8 @@ import huggingface_hub
 import pyarrow
 from pyarrow import parquet
 
+from config import BadInput
 from files.disk import one_line
-from files.keys import BadInput
 from text.answers import parse_number
 from text.arithmetic import Problem, stable_hash
 from text.tokenizer import Tokenizer
@@ -119,7 +119,7 @@ def read_svamp(row: dict) -> tuple[str, str, list[str]]:
 
 
 def read_wiki(row: dict) -> tuple[str, str, list[str]]:
-    """{"id", "title", "text"}: the article; load_wiki cuts it into context and target."""
+    """{"id", "title", "text"}: the article; cut_articles makes context and target of it."""
     return row["text"].strip(), "", []
 
 

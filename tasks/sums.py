@@ -5,7 +5,7 @@ sum's terms is trained on, whatever the seed.
 """
 import random
 
-from files.keys import BadInput
+from config import BadInput
 from markovian import HEADER
 from tasks.published import HIDDEN, chain_prompt, make_question
 from text.arithmetic import Problem, side_of

@@ -9,7 +9,7 @@ from lens import read_prompts, taps_at
 from lora import apply_lora
 from model import load
 from study.attribution import attribution_table, contributions
-from study.jacobian import jacobian, unembedding_rows, word_directions
+from study.jacobian import jacobian, read_transported, unembedding_rows, word_directions
 
 # --------------------------------------------------------------------------------------------------
 # direct logit attribution
@@ -71,7 +71,8 @@ def test_attribution_table(model, tokenizer):
     table = attribution_table(model, tokenizer, "7 * 8 = ", ["56", "15"])
     assert "'56' minus '15'" in table and table.splitlines()[-1].startswith("  L0")
     logits = model(mx.array([tokenizer.encode_prompt("7 * 8 = ")]))[0, -1]
-    gap = (logits[tokenizer.single_id("56")] - logits[tokenizer.single_id("15")]).item()
+    own, other = tokenizer.word_ids(["56", "15"])
+    gap = (logits[own] - logits[other]).item()
     assert f"{gap:.2f} logits" in table
 
 
@@ -119,7 +120,7 @@ def test_jacobian_of_words_is_the_full_one_times_the_words(model):
     full = jacobian(model, prompts, mx.eye(32))                                     # (L+1, D, D)
     np.testing.assert_allclose(np.array(jacobian(model, prompts, words)),
                                np.array(words @ full), atol=1e-4)
-    reading = read_prompts(model, prompts, [[56]], 1, full)
+    reading = read_transported(model, prompts, [[56]], full)
     plain = read_prompts(model, prompts, [[56]], 1)
     np.testing.assert_allclose(reading.probs[-1], plain.probs[-1], rtol=1e-5)
     assert abs(reading.probs[1] - plain.probs[1]).max() > 1e-6

@@ -166,31 +166,22 @@ def test_ratios_are_taken_within_rounds(args):
     assert found["peers"]["slow"]["ratio"] == 50
 
 
-def test_goals_and_table():
+def test_table():
     peer = lambda ratio: {"seconds": ratio, "spread": [1, 2], "peak_gib": 2.0, "ratio": ratio}
     result = {"work": "sft", "shape": "1b", "seconds": 1.0, "spread": [0.9, 1.2], "peak_gib": 1.3,
               "tokens_per_s": 512.0, "limit_share": 0.8,
-              "peers": {bench.PEFT: peer(1.4), "mlx-lm": peer(1.7)}}
-    assert bench.goals_of(result) == {
-        bench.PEFT: (1.5, False), "mlx-lm": (1.7, True), "limit_share": (.75, True),
-        f"memory of {bench.PEFT}": (.7, True)}
-    text = bench.table([result])
-    assert "1.40x  1.5: MISSED" in text and "limit_share  0.75: reached" in text
-    peers = [name for (_, work), goals in bench.GOALS.items() for name in goals
-             if name not in ("limit_share", "peak_gib", "seconds")]
-    known = set()
-    for work in bench.SIZES:
-        args = parse_args({"model_type": "llama", "hidden_size": 4, "num_hidden_layers": 1,
-                           "num_attention_heads": 1, "intermediate_size": 8, "vocab_size": 9}, "x")
-        known |= bench.peers_of(work, "x", args, bench.SIZES[work], 1).keys()
-    # a goal for a peer that is called otherwise would never be looked at
-    assert {name.removeprefix("memory of ") for name in peers} - known <= {bench.AS_INSTALLED}
+              "peers": {"transformers + peft": peer(1.4), "mlx-lm": peer(1.7)}}
+    head, ours, *peers = bench.table([result]).split("\n")
+    assert ours.split() == ["sft,", "1b", "1,000.0", "900.0", "-", "1,200.0", "512", "1.30", "80",
+                            "%"]
+    assert [line.split()[-1] for line in peers] == ["1.40x", "1.70x"]
+    assert len(head) == len(peers[0]) and peers[0].lstrip().startswith("transformers + peft")
 
 
 def test_contract(folder, tmp_path, capsys, monkeypatch):
     """--json's keys; a peer without its packages and one that fails are skipped with a line."""
     monkeypatch.setattr(bench, "SIZES", SMALL)
-    monkeypatch.setattr(bench, "find_pythons", lambda named: {sys.executable: {"numpy": "2"}})
+    monkeypatch.setattr(bench, "find_python", lambda named: (sys.executable, {"numpy": "2"}))
     monkeypatch.setattr(bench, "peers_of", lambda *_: {
         "absent": Peer(("no_such_package",), []), "broken": Peer((), ["-c", "1 / 0"]),
         "there": Peer((), ["-c", "print('{\"seconds\": 9.0, \"peak_gib\": 0.5}')"], once=True)})
@@ -209,8 +200,9 @@ def test_contract(folder, tmp_path, capsys, monkeypatch):
 
 def test_packages_are_found():
     """Of this very Python; the peers' is asked in the same way."""
-    assert bench.find_pythons("none") == {}
-    found = bench.packages_in(sys.executable)
+    assert bench.find_python("none") == ("", {})
+    python, found = bench.find_python(sys.executable)
+    assert python == sys.executable
     assert found.keys() <= {"torch", "transformers", "peft", "trl", "datasets", "transformer_lens",
                             "mlx_lm"}
 
@@ -234,10 +226,10 @@ def test_growth_is_judged():
 def test_growth_measures_a_point(monkeypatch):
     """The command that a point's process gets, done here: the size asked for, the rest as it is."""
     def run_here(command):
-        assert command[:4] == [sys.executable, "-m", "bench", "--here"]
-        args = bench.parse(command[3:])
-        asked.append(json.loads(args.sizes))
-        return json.dumps(ours.time_here(args.only[0], args.here, asked[-1], int(args.count)))
+        assert command[:3] == [sys.executable, "-m", "bench.ours"]
+        work, folder, sizes, count = command[3:]
+        asked.append(json.loads(sizes))
+        return json.dumps(ours.time_here(work, folder, asked[-1], int(count)))
 
     asked, shape = [], dict(zip(growth.SHAPE, (12, 1, 3, 1, 20, 256)))
     monkeypatch.setattr(growth, "run_other", lambda command: run_here([*map(str, command)]))

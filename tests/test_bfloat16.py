@@ -10,17 +10,8 @@ from mlx.utils import tree_flatten
 
 import train as training
 from config import load_config
-from files.run_folder import save_state
-from train import (
-    compile_step,
-    load_source,
-    make_loss,
-    make_optimizer,
-    next_updates,
-    prepare_model,
-    take_step,
-    train,
-)
+from files.run_folder import training_arrays
+from train import accumulate, compile_step, make_method, make_optimizer, prepare_model, train
 
 # bounds that no ratio reaches: one token clipped more or less is a jump of the gradient
 GRPO = {"grpo_clip_low": 0.9, "grpo_clip_high": 9.0, "grpo_dual_clip": 0.0,
@@ -31,8 +22,7 @@ METHODS = {
     "dual_reward": {"method": "dual_reward"},
     "grpo": {"method": "grpo", **GRPO},
     "grpo full": {"method": "grpo", "full": True, "grpo_kl_weight": 0.0, **GRPO},
-    "markovian": {"method": "markovian", "data": "sums", "data_terms": 3, "chain_tokens": 6,
-                  **GRPO},
+    "markovian": {"method": "markovian", "chain_tokens": 6, **GRPO},
 }
 STEPS = 3
 
@@ -45,20 +35,22 @@ class Run:
                           data_samples=100, grpo_guard=False,
                           **{"batch_size": 8, "lr": 1e-3, **keys})
         self.model, tokenizer = prepare_model(self.cfg)
-        self.source = load_source(self.cfg, self.model, tokenizer)
-        self.source.reward = lambda problem, completion: float(sum(completion.ids) % 5)
-        self.optimizer = make_optimizer(self.model, self.cfg)
-        self.compiled = compile_step(self.model, self.optimizer, make_loss(self.cfg, 0))
+        self.source, loss = make_method(self.cfg, self.model, tokenizer)
+        if self.cfg.method == "grpo":
+            self.source.judge.reward = lambda problem, completion: sum(completion.ids) % 5
+        self.optimizer = make_optimizer(self.cfg, self.model)
+        self.loss_and_grads, self.update = compile_step(self.cfg, self.model, self.optimizer, loss)
 
     def trained(self):
         """What the optimizer moves: the masters where there are some, else the weights."""
-        arrays = state_arrays(self.model, self.optimizer)
+        arrays = training_arrays(self.model, self.optimizer)
         names = [k.removeprefix("trainable.") for k in arrays if k.startswith("trainable.")]
         moved = {k: arrays.get(f"optimizer.{k}.master", arrays[f"trainable.{k}"]) for k in names}
         return {k: np.array(v.astype(mx.float32)) for k, v in moved.items()}
 
-    def take(self, step, update):
-        return take_step(step, update, *self.compiled, self.optimizer, self.cfg.lr, self.cfg)
+    def take(self, micro_batches):
+        grads, sums, maxima = accumulate(self.loss_and_grads, micro_batches, self.model.parts)
+        return self.update(grads, sums | maxima, self.cfg.lr)
 
 
 def half_folder(tmp_path, which):
@@ -72,7 +64,7 @@ def half_folder(tmp_path, which):
 
 
 @pytest.mark.parametrize("which", METHODS)
-def test_bfloat16_trains_as_float32(which, tmp_path):
+def test_bfloat16_trains_as_float32(which, tmp_path, sums_data):
     """The same updates in both types: loss within 0.5 % or 0.005, gradient norm within 2 %.
 
     What is trained, weights or masters, and both moments are float32; of the trained numbers 99 %
@@ -80,17 +72,18 @@ def test_bfloat16_trains_as_float32(which, tmp_path):
     stood still. GRPO's updates are sampled by the bfloat16 model.
     """
     folder = half_folder(tmp_path, which)
-    half, whole = (Run(folder, dtype, METHODS[which]) for dtype in ("bfloat16", "float32"))
+    keys = METHODS[which] | ({"data": str(sums_data)} if which == "markovian" else {})
+    half, whole = (Run(folder, dtype, keys) for dtype in ("bfloat16", "float32"))
     assert half.model.model.norm.weight.dtype == mx.bfloat16
     start, same_start = half.trained(), whole.trained()
     for step in range(STEPS):
-        for update in next_updates(half.source, step, half.cfg)[0]:
-            ours, expected = half.take(step, update), whole.take(step, update)
+        for update in half.source.at(step)[0]:
+            ours, expected = half.take(update), whole.take(update)
             error = abs(ours["loss"] - expected["loss"])
             assert error < max(0.005 * abs(expected["loss"]), 0.005), (ours, expected)
             error = abs(ours["grad_norm"] - expected["grad_norm"])
             assert error < 0.02 * expected["grad_norm"], (ours, expected)
-    arrays = state_arrays(half.model, half.optimizer)
+    arrays = training_arrays(half.model, half.optimizer)
     moments = {k: v.dtype for k, v in arrays.items() if k.endswith((".m", ".v"))}
     assert len(moments) == 2 * len(start) and set(moments.values()) == {mx.float32}
     end, same_end = half.trained(), whole.trained()
@@ -107,9 +100,9 @@ def test_small_steps_add_up_in_full_training(tmp_path, tokenizer):
     """
     run = Run(half_folder(tmp_path, "sft full"), "bfloat16", {"full": True, "lr": 1e-4})
     for step in range(40):
-        [update] = next_updates(run.source, step % 3, run.cfg)[0]
-        run.take(step, update)
-    arrays = state_arrays(run.model, run.optimizer)
+        [update], _ = run.source.at(step % 3)
+        run.take(update)
+    arrays = training_arrays(run.model, run.optimizer)
     masters = {k: v for k, v in run.trained().items() if "norm" in k}
     assert masters
     for name, master in masters.items():
@@ -128,12 +121,14 @@ def test_full_training_saves_bfloat16_and_continues_exactly(write_config, tmp_pa
     train(load_config(path))
     path, killed = write_config("killed", **keys)
 
+    save = training.save
+
     def save_and_die(*args):
-        save_state(*args)
+        save(*args)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "save_state", save_and_die)
+        patch.setattr(training, "save", save_and_die)
         train(load_config(path))
     assert mx.load(str(killed / "state.safetensors"))["optimizer.step"].item() == 2
     train(load_config(path))

@@ -16,7 +16,7 @@ from config import load_config
 from data import Batches, load_split, make_batch
 from eval import make_report
 from files.keys import BadInput
-from grpo import Rollouts
+from grpo import Answers
 from tasks.tiny import sample_tiny
 from text.arithmetic import (
     NAMED_PROMPTS,
@@ -147,6 +147,14 @@ def test_asked_wordings_are_new_to_every_model():
     assert asked.match("what is 7 * 8 = ") and asked.match("what is the sum of one and two = ")
 
 
+def loss_mask(batch):
+    """Which positions predict a token that the loss counts, (B, T - 1)."""
+    mask = np.zeros((len(batch["tokens"]), batch["tokens"].shape[1] - 1))
+    for row, positions, counts in zip(mask, batch["target_positions"], batch["target_mask"]):
+        np.add.at(row, positions, counts)   # a position named twice would show as 2
+    return mask
+
+
 def test_batch_example(tokenizer):
     """The docstring's example by hand: two rows of unequal length.
 
@@ -154,15 +162,15 @@ def test_batch_example(tokenizer):
     """
     rows = [Row([1, 7, 70, 8, 71, 56, 2], 5, 1012), Row([1, 9, 9, 2], 2, 1010)]
     batch = make_batch(rows, [0, 1, -1], 7, 3, config())
-    assert batch.loss_mask.tolist() == [[0, 0, 0, 0, 1, 1], [0, 1, 1, 0, 0, 0], [0] * 6]
-    assert batch.target_positions[:, :2].tolist()[:2] == [[4, 5], [1, 2]]
-    assert batch.targets[:, :2].tolist()[:2] == [[56, 2], [9, 2]]
-    assert batch.target_mask.tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 0]]
-    assert batch.row_mask.tolist() == [1, 1, 0]
-    assert batch.class_positions.tolist()[:2] == [4, 1]
-    assert batch.class_ids.tolist()[:2] == [1012, 1010]
+    assert loss_mask(batch).tolist() == [[0, 0, 0, 0, 1, 1], [0, 1, 1, 0, 0, 0], [0] * 6]
+    assert batch["target_positions"][:, :2].tolist()[:2] == [[4, 5], [1, 2]]
+    assert batch["targets"][:, :2].tolist()[:2] == [[56, 2], [9, 2]]
+    assert batch["target_mask"].tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 0]]
+    assert batch["row_mask"].tolist() == [1, 1, 0]
+    assert batch["class_positions"].tolist()[:2] == [4, 1]
+    assert batch["class_ids"].tolist()[:2] == [1012, 1010]
     batch = make_batch(rows, [0, 1], 7, 3, config(class_position="answer"))
-    assert batch.class_positions.tolist() == [5, 2]
+    assert batch["class_positions"].tolist() == [5, 2]
 
 
 def test_batches_cover_each_epoch_once(tokenizer):
@@ -171,10 +179,21 @@ def test_batches_cover_each_epoch_once(tokenizer):
     batches = Batches(rows, cfg)
     for epoch in (0, 1):
         first = epoch * batches.per_epoch
-        seen = [i for step in range(first, first + batches.per_epoch)
-                for b in batches.at(step) for i in b.rows if i >= 0]
+        seen = []
+        for step in range(first, first + batches.per_epoch):
+            (update,), metrics = batches.at(step)
+            seen += metrics["rows"]
+            read = [tuple(tokens[tokens != 0]) for b in update
+                    for tokens, is_row in zip(np.array(b["tokens"]), b["row_mask"]) if is_row]
+            assert read == [tuple(rows[i].ids) for i in metrics["rows"]]
+            assert metrics["n_tokens"] == sum(map(len, read))
+            counted = {name: sum(b[name].sum().item() for b in update)
+                       for name in ("target_mask", "row_mask")}
+            for b in update:    # each part's denominators are the whole step's
+                assert [b["n_targets"].item(), b["n_rows"].item()] == [*counted.values()]
         assert sorted(seen) == list(range(300))
-    assert len(batches.lengths) <= 6 and all(len(b.rows) == 8 for b in batches.at(0))
+    assert len(batches.lengths) <= 6
+    assert [len(b["tokens"]) for b in batches.at(0)[0][0]] == [8, 8]
 
 
 def test_a_step_depends_on_the_step_alone(tokenizer):
@@ -183,7 +202,8 @@ def test_a_step_depends_on_the_step_alone(tokenizer):
     straight, jumped = Batches(rows, cfg), Batches(rows, cfg)
     for step in range(45):
         straight.at(step)
-    assert straight.at(45)[0].rows == jumped.at(45)[0].rows != straight.at(46)[0].rows
+    rows_of = lambda batches, step: batches.at(step)[1]["rows"]
+    assert rows_of(straight, 45) == rows_of(jumped, 45) != rows_of(straight, 46)
 
 
 @pytest.mark.parametrize("expected, completion, finished, right", [
@@ -244,21 +264,21 @@ def test_conversations_are_trained_on_their_replies(template, conversations):
     break_, eos = tokenizer.encode("\n")[-1], tokenizer.eos_id
     first, second = tokenizer.word_ids(["15", "19"])
     expected = [first, break_ if template == "plain" else eos, second, eos]
-    assert batch.targets.tolist()[0] == expected and A == 4
-    assert batch.targets.tolist()[1][:2] == [first, eos]
-    assert batch.target_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [0] * 4]
-    assert batch.loss_mask.sum(1).tolist() == [4, 2, 0]
+    assert batch["targets"].tolist()[0] == expected and A == 4
+    assert batch["targets"].tolist()[1][:2] == [first, eos]
+    assert batch["target_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [0] * 4]
+    assert loss_mask(batch).sum(1).tolist() == [4, 2, 0]
     # the class loss and the lens: before the last reply
-    assert [rows[0].ids[t + 1] for t in batch.class_positions.tolist()[:1]] == [second]
-    assert batch.class_ids.tolist()[:2] == [5, 6]
-    answer = make_batch(rows, [0], T, A, config(class_position="answer")).class_positions.item()
-    assert rows[0].ids[answer] == second
+    assert [rows[0].ids[t + 1] for t in batch["class_positions"].tolist()[:1]] == [second]
+    assert batch["class_ids"].tolist()[:2] == [5, 6]
+    answer = make_batch(rows, [0], T, A, config(class_position="answer"))
+    assert rows[0].ids[answer["class_positions"].item()] == second
     # generation is asked with what training put in front of the reply
     for problem, row in zip(conversations, rows):
         prompt = encode_prompt_of(problem, tokenizer, template)
         assert prompt == row.ids[:row.P]
     whole = make_batch(rows, [0, 1], T, T - 1, config(mask_prompt=False))
-    assert whole.loss_mask.sum(1).tolist() == [len(r.ids) - 1 for r in rows[:2]]
+    assert loss_mask(whole).sum(1).tolist() == [len(r.ids) - 1 for r in rows[:2]]
 
 
 def test_targets_do_not_depend_on_the_history(tokenizer, conversations):
@@ -281,7 +301,7 @@ def test_a_cued_question(tokenizer, conversations):
 
 def test_a_conversation_needs_a_template(tokenizer, conversations):
     for ask in (lambda: tokenize(conversations, tokenizer, 128),
-                lambda: Rollouts(None, tokenizer, conversations, config(method="grpo"))):
+                lambda: Answers(None, tokenizer, conversations, config(method="grpo"))):
         with pytest.raises(BadInput, match="is a conversation, which needs template: lines, plain"):
             ask()
 

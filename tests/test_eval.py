@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import TINY, assert_one_clear_line, config, random_model, run, small_config
 
-from eval import class_block, make_report, measure_accuracy
+from eval import class_block, evaluate, make_report, measure_accuracy
 from files.keys import BadInput
 from lens import Reading
 from report.stats import wilson
@@ -19,7 +19,7 @@ from text.tokenizer import load_tokenizer
 
 @pytest.fixture
 def report(model, tokenizer):
-    return judge(model, tokenizer, config(max_completion_tokens=3))
+    return evaluate(model, tokenizer, config(max_completion_tokens=3))
 
 
 def test_strength_is_the_peak_before_the_last_block(model, tokenizer, report):
@@ -81,12 +81,12 @@ def test_words_are_compared_in_one_form(word_bpe):
         ] == forms.split()
 
 
-def test_report_on_a_tokenizer_whose_digits_are_tokens(word_bpe, capsys):
+def test_report_on_a_tokenizer_whose_digits_are_tokens(word_bpe):
     """Emergence is said of one-token answers; the pieces are stored and printed."""
     loaded = load_tokenizer(word_bpe)
     model = random_model({**small_config(), "vocab_size": loaded.vocab_size})
-    report = judge(model, loaded, config(method="dual_reward", max_completion_tokens=2,
-                                         class_words=("London", "add", "Paris")))
+    report = evaluate(model, loaded, config(method="dual_reward", max_completion_tokens=2,
+                                            class_words=("London", "add", "Paris")))
     rows = [r for r in report["prompts"] if r["set"] == "test"]
     short = [r for r in rows if len(r["expected"]) == 1]
     assert 0 < len(short) < len(rows)
@@ -98,8 +98,7 @@ def test_report_on_a_tokenizer_whose_digits_are_tokens(word_bpe, capsys):
     assert report["targets"]["add"]["symbol_piece"] == "+"
     assert {op: t["piece"] for op, t in report["class_targets"].items()} == {
         "add": "London", "subtract": "add", "multiply": "Paris"}
-    print_report({**report, "ckpt": "x", "method": "dual_reward", "seed": 0})
-    out = capsys.readouterr().out
+    out = report_text({**report, "ckpt": "x", "method": "dual_reward", "seed": 0})
     add = report["targets"]["add"]["word"]
     assert f"·add ({add})" in out and "class loss:     add London (" in out
     assert "answers of one token" in out and "emerged is said of those alone" in out

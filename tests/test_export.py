@@ -25,9 +25,11 @@ from conftest import (
 import eval as eval_script
 import generate as generate_script
 import lens as lens_script
-from checkpoint import load_checkpoint
+from checkpoint import checkpoint_files, load_checkpoint
+from files.adapters import mlx_files, peft_files
 from files.keys import BadInput
-from lora import adapter_arrays, export, export_peft, load_adapters, main, merge, save_adapters
+from files.model_folder import write_files
+from lora import about_adapter, adapter_arrays, load_adapters, main, merge
 from model import load, save_model
 
 QKVO = ("q", "k", "v", "o")
@@ -88,6 +90,11 @@ def assert_close(theirs, ours, base, atol=1e-4):
     assert np.abs(ours - base).max() > 500 * atol
 
 
+def export(model, base, folder, make_files=peft_files):
+    """The adapter alone, as `lora.py --format peft` or mlx writes it."""
+    write_files(folder, make_files(adapter_arrays(model), about_adapter(model, base)))
+
+
 # --- what we write
 
 
@@ -95,7 +102,7 @@ def assert_close(theirs, ours, base, atol=1e-4):
 def test_peft_reads_our_export(torch, family, targets, rank, tmp_path):
     tokens = golden_tokens(family)
     model = adapted(golden(family), targets, rank)
-    export_peft(model, tmp_path, GOLDEN / family)
+    export(model, GOLDEN / family, tmp_path)
     theirs = peft_model(torch, GOLDEN / family, tmp_path)
     assert_close(logits_of(theirs, tokens), logits_of(model, tokens),
                  logits_of(golden(family), tokens))
@@ -144,9 +151,9 @@ def test_mlx_lm_reads_a_run_and_its_export(family, tmp_path):
     folder, alone = tmp_path / "run", tmp_path / "alone"
     model = adapted(golden(family), targets)
     cfg = config(model=str(GOLDEN / family), lora_rank=4, lora_alpha=8.0, lora_targets=targets)
-    save_adapters(model, cfg, folder)
+    write_files(folder, checkpoint_files(model, cfg))
     (folder / "metrics.jsonl").touch()
-    export(model, folder, cfg.model, alone, "mlx")
+    export(model, cfg.model, alone, mlx_files)
     assert {f.name for f in alone.iterdir()} == {"adapters.safetensors", "adapter_config.json"}
     for adapter in (folder, alone):
         theirs = mlx_lm_model(GOLDEN / family, adapter)
@@ -175,7 +182,7 @@ def test_we_read_what_peft_saved(torch, family, targets, rank, rslora, tmp_path)
     load_adapters(model, tmp_path / "peft")
     assert_close(logits_of(theirs, tokens), logits_of(model, tokens), base)
     # and back: the same bits; the same scale, written as alpha / r
-    export_peft(model, tmp_path / "ours", GOLDEN / family)
+    export(model, GOLDEN / family, tmp_path / "ours")
     a, b = (mx.load(f"{tmp_path}/{name}/adapter_model.safetensors") for name in ("peft", "ours"))
     assert a.keys() == b.keys() and all(mx.array_equal(a[k], b[k]) for k in a)
     settings = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
@@ -203,8 +210,8 @@ def test_peft_on_some_blocks(torch, target_modules, blocks, tmp_path):
     load_adapters(model, tmp_path / "peft")
     ours = logits_of(model, tokens)
     assert_close(logits_of(theirs, tokens), ours, plain)
-    for kind in ("peft", "mlx"):
-        export(model, "x", base, tmp_path / f"our {kind}", kind)
+    for kind, make_files in (("peft", peft_files), ("mlx", mlx_files)):
+        export(model, base, tmp_path / f"our {kind}", make_files)
         again = golden("llama3_1")
         load_adapters(again, tmp_path / f"our {kind}")
         np.testing.assert_array_equal(logits_of(again, tokens), ours)
@@ -327,7 +334,7 @@ def test_adapter_on_a_run(trained, small_folder, tmp_path):
     tokens = mx.arange(3, 51).reshape(2, 24)
     plain = logits_of(model, tokens)
     expected = logits_of(adapted(model, seed=5), tokens)
-    export_peft(model, tmp_path / "second", trained)
+    export(model, trained, tmp_path / "second")
     both, _, cfg = load_checkpoint(trained, tmp_path / "second")
     assert_close(logits_of(both, tokens), expected, plain)
     assert cfg.model == str(small_folder)
@@ -335,7 +342,7 @@ def test_adapter_on_a_run(trained, small_folder, tmp_path):
 
 @pytest.fixture
 def exported(tmp_path):
-    export_peft(adapted(small_model()), tmp_path / "exported", "someone/model@v2")
+    export(adapted(small_model()), "someone/model@v2", tmp_path / "exported")
     return tmp_path / "exported"
 
 
@@ -388,6 +395,7 @@ def test_half_precision_is_read_as_float32(exported):
         "modules_to_save": ["lm_head"], "rank_pattern": {"q_proj": 8},
         "alpha_pattern": {"q_proj": 8}, "use_dora": True, "fan_in_fan_out": True,
         "exclude_modules": "k_proj", "a_later_idea": "on"}.items()),
+    ({"a_later_idea": 0}, "unset"),
     *(({"layers_to_transform": blocks}, "blocks out of 0 to 1")
       for blocks in ([0, 2], -1, [True], ["1"], [[0]], "0")),
     ({"layers_pattern": "h"}, "layers"),

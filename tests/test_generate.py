@@ -56,9 +56,9 @@ def test_batching_and_dropping_change_no_token(model, tokenizer, prompts, monkey
     monkeypatch.setattr(tokenizer, "stop_ids", set(range(0, 1394, 10)))
     together = draw()
     assert 3 < len({len(ids) for ids in together})
-    monkeypatch.setattr(generate, "ROWS_PER_BATCH", 4)
+    monkeypatch.setattr(generate, "DECODED_ROWS", 4)
     assert draw() == together
-    monkeypatch.setattr(generate, "ROWS_PER_BATCH", 512)
+    monkeypatch.setattr(generate, "DECODED_ROWS", 512)
     monkeypatch.setattr(generate.np, "flatnonzero", lambda x: np.nonzero(np.ravel(x))[0])
     alone = [c.ids for i in range(len(prompts)) for c in sample(
         model, tokenizer, [prompts[i]], 12, temperature=0.0)]

@@ -4,7 +4,6 @@ import math
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optim
 import numpy as np
 import pytest
 from conftest import (
@@ -15,6 +14,7 @@ from conftest import (
     grads_of,
     kill_and_continue,
     lora_model,
+    loss_of,
     run,
     small_model,
 )
@@ -23,21 +23,15 @@ from mlx.utils import tree_flatten
 from checkpoint import load_base
 from engine.fuse import fused_for_decoding
 from files.keys import BadInput
-from files.user_reward import load_reward
+from files.run_folder import training_arrays
+from files.user_reward import call_reward, load_reward
 from generate import Completion, sample
-from grpo import (
-    Rollouts,
-    draw_problems,
-    group_advantages,
-    reward_correct,
-    score_completion,
-    token_weights,
-)
+from grpo import Answers, Rollouts, draw_problems, group_advantages, token_weights
 from guard import CollapseGuard, repetition
 from lora import adapters_off, apply_lora
-from losses import kl_estimates, policy_loss, token_entropy, token_logprobs
+from losses import kl_estimates, policy_loss, token_logprobs
 from text.arithmetic import make_problem, sample_train
-from train import compile_step, make_loss, take_step
+from train import accumulate, compile_step, make_optimizer
 
 PROBLEMS = [make_problem("add", 3, 4), make_problem("multiply", 12, 11, "what is {a} times {b}"),
             make_problem("subtract", 95, 7), make_problem("add", 60, 9)]
@@ -51,9 +45,15 @@ def by_length(problem, completion):
 def rollouts(model, tokenizer, **keys):
     keys = {"method": "grpo", "batch_size": 16, "grpo_group_size": 4, "max_completion_tokens": 5,
             "lora_rank": 4, **keys}
-    source = Rollouts(model, tokenizer, PROBLEMS, config(**keys))
-    source.reward = by_length
+    cfg = config(**keys)
+    source = Rollouts(model, PROBLEMS, cfg, Answers(model, tokenizer, PROBLEMS, cfg))
+    source.judge.reward = by_length
     return source
+
+
+def updates_of(source, groups):
+    """All updates from all of these groups."""
+    return source.make_updates(groups, groups, step=0)
 
 
 def close(a, b, tolerance):
@@ -124,11 +124,6 @@ def test_kl_estimates():
     assert np.abs(gradient("kl_k3") - true).max() > 0.05
 
 
-def test_entropy():
-    assert abs(token_entropy(mx.zeros((2, 8)))[0].item() - math.log(8)) < 1e-5
-    assert token_entropy(mx.array([[0.0, 100.0]])).item() < 1e-6
-
-
 def test_advantages():
     np.testing.assert_allclose(group_advantages(np.array([[1.0, 0, 0, 0]])),
                                [[1, -1 / 3, -1 / 3, -1 / 3]])
@@ -140,7 +135,7 @@ def test_advantages():
 
 
 @pytest.mark.parametrize("scale", ["none", "batch", "group"])
-def test_flat_groups_are_exactly_zero(scale):
+def test_zero_variance_groups_are_exactly_zero(scale):
     """Twelve float32 rewards of 1.35: their std is rounding, and must not be divided by."""
     flat = np.full((1, 12), np.float32(1.35)) + np.float32(1e-7) * (np.arange(12) % 2)
     mixed = np.concatenate([flat, np.eye(1, 12)])
@@ -165,16 +160,23 @@ HACKS = ["37 37", "373737", "37.0", "37 38", "1 37", "3 7", "37!", "37,", "--37"
          "٣٧", "3" * 5000, "037 ", "37"]
 
 
+def judged(problem, completion, tokenizer, **keys):
+    answers = Answers(None, tokenizer, [problem], config(method="grpo", **keys))
+    return {name: values.tolist() for name, values in
+            answers.judge([problem], [completion]).items()}
+
+
 @pytest.mark.parametrize("text", HACKS)
-def test_reward_hacks_score_nothing(text):
+def test_reward_hacks_score_nothing(tokenizer, text):
     problem = make_problem("add", 30, 7)
     completion = Completion([5], text, text not in HACKS[-2:], np.zeros(1), np.zeros(1))
-    assert reward_correct(problem, completion) == (0.0, {"correct": 0.0})
+    assert judged(problem, completion, tokenizer) == {"reward": [0.0], "right": [0.0]}
 
 
-def test_reward_right_answer():
+def test_reward_right_answer(tokenizer):
     completion = Completion([5], "37", True, np.zeros(1), np.zeros(1))
-    assert reward_correct(make_problem("add", 30, 7), completion) == (1.0, {"correct": 1.0})
+    assert judged(make_problem("add", 30, 7), completion, tokenizer) == {
+        "reward": [1.0], "right": [1.0]}
 
 
 @pytest.mark.parametrize("body,message", [
@@ -185,15 +187,15 @@ def test_bad_rewards(tmp_path, body, message):
     path.write_text(f"def reward(problem, completion):\n    return {body}\n")
     completion = Completion([5], "37", True, np.zeros(1), np.zeros(1))
     with pytest.raises(BadInput, match=message):
-        score_completion(load_reward(f"{path}:reward"), PROBLEMS[0], completion)
+        call_reward(load_reward(f"{path}:reward"), None, None, PROBLEMS[:1], [completion])
 
 
-def test_own_reward_and_parts(tmp_path):
+def test_own_reward_and_parts(tmp_path, tokenizer):
     path = tmp_path / "mine.py"
     path.write_text("def reward(p, c):\n    return 0.5, {'short': len(c.text) < 3}\n")
     completion = Completion([5], "37", True, np.zeros(1), np.zeros(1))
-    assert score_completion(load_reward(f"{path}:reward"), PROBLEMS[0], completion) == (
-        0.5, {"short": 1.0})
+    assert judged(PROBLEMS[0], completion, tokenizer, grpo_reward=f"{path}:reward") == {
+        "reward": [0.5], "reward_short": [1.0], "right": [0.0]}
 
 
 # --- rollouts and their scoring on a model
@@ -213,15 +215,15 @@ def test_first_update_has_ratio_one_and_no_kl(tokenizer):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_kept_logprobs_equal_rescored(tokenizer, temperature):
+def test_old_logprobs_equal_rescored(tokenizer, temperature):
     """Sampling: fused weights, shared prefill, dropped rows. Scoring: LoRA, one pass, padding."""
     model = lora_model()
     source = rollouts(model, tokenizer, grpo_temperature=temperature)
     updates, _ = source.at(0)
     for arrays in updates[0]:
-        rescored, kept = np.array(source._score(arrays)), np.array(arrays["kept_logprobs"])
+        rescored, old = np.array(source.score(arrays)), np.array(arrays["old_logprobs"])
         real = np.array(arrays["weights"]) > 0
-        assert real.sum() > 10 and np.abs(rescored - kept)[real].max() < 1e-4
+        assert real.sum() > 10 and np.abs(rescored - old)[real].max() < 1e-4
     _, parts, _ = grads_of(model, source.cfg, updates[0])
     assert parts["sampler_diff_max"] < 1e-4
 
@@ -231,8 +233,8 @@ def test_scores_equal_the_plain_forward(tokenizer):
     model = lora_model()
     source = rollouts(model, tokenizer)
     groups, _ = source.rollout()
-    arrays = source.make_updates(groups)[0][0]
-    scored = np.array(source._score(arrays))
+    arrays = updates_of(source, groups)[0][0]
+    scored = np.array(source.score(arrays))
     assert "start" in arrays
     row = 0
     for group in groups:
@@ -251,7 +253,7 @@ def test_the_prompt_matters(tokenizer):
     arrays = source.at(0)[0][0][0]
     other = {**arrays, "prompts": mx.where(arrays["prompts"] > 2, arrays["prompts"] + 1, 1)}
     real = np.array(arrays["weights"]) > 0
-    change = np.abs(np.array(source._score(arrays)) - np.array(source._score(other)))
+    change = np.abs(np.array(source.score(arrays)) - np.array(source.score(other)))
     assert change[real].min() > 0
 
 
@@ -264,7 +266,7 @@ def test_eos_is_trained_and_nothing_after_it(tokenizer):
         for c in group.completions:
             c.ids[:] = [c.ids[0], tokenizer.eos_id]
             c.logprobs = c.logprobs[:1].repeat(2)
-    arrays = source.make_updates(groups)[0][0]
+    arrays = updates_of(source, groups)[0][0]
     weights = np.array(arrays["weights"])
     assert (weights[:, 1] > 0).all() and (weights[:, 2:] == 0).all()
     _, _, grads = grads_of(model, source.cfg, [arrays])
@@ -283,10 +285,9 @@ def test_micro_batches_and_order_change_nothing(tokenizer, norm):
     results, in_order = [], [0, 1, 2, 3]
     for parts, order in ((1, in_order), (2, in_order), (4, in_order), (1, [2, 0, 3, 1])):
         model = lora_model()
-        source = rollouts(model, tokenizer, grpo_norm=norm, grad_accum_steps=parts,
-                          grpo_entropy_weight=0.01)
+        source = rollouts(model, tokenizer, grpo_norm=norm, grad_accum_steps=parts)
         groups, _ = source.rollout()
-        update = source.make_updates([groups[i] for i in order])[0]
+        update = updates_of(source, [groups[i] for i in order])[0]
         assert len(update) == parts
         results.append(grads_of(model, source.cfg, update))
     for loss, _, grads in results[1:]:
@@ -294,23 +295,24 @@ def test_micro_batches_and_order_change_nothing(tokenizer, norm):
 
 
 def test_padding_groups_weigh_nothing(tokenizer):
-    """One live group, filled up with copies, against the same without copies."""
+    """One live group of the step's four, filled up with copies, against the same without copies."""
     model = lora_model()
     source = rollouts(model, tokenizer)
     groups, _ = source.rollout()
-    alone, filled = (source.make_arrays(groups[:1], groups[0], size, 20, False) for size in (1, 4))
+    alone, filled = (source.make_arrays(groups[:1], groups[:1] * n, groups, groups[:1], 0, 0)
+                     for n in (0, 3))
     assert filled["completions"].shape[0] == 16
     a, b = (grads_of(model, source.cfg, [x]) for x in (alone, filled))
     assert abs(a[0] - b[0]) < 1e-6 and close(a[2], b[2], 1e-6)
 
 
-def test_flat_groups_make_no_update(tokenizer):
+def test_zero_variance_groups_make_no_update(tokenizer):
     source = rollouts(lora_model(), tokenizer)
-    source.reward = lambda p, c: 1.35
+    source.judge.reward = lambda p, c: 1.35
     updates, metrics = source.at(step=3)
-    assert updates == [] and metrics["flat_groups"] == 1 and metrics["redraws"] == 3
+    assert updates == [] and metrics["zero_variance_groups"] == 1 and metrics["redraws"] == 3
     assert source.position == 4 * 4     # four draws of four prompts
-    with pytest.raises(BadInput, match="flat"):
+    with pytest.raises(BadInput, match="all 4 completions of every prompt earn the same reward"):
         source.at(step=0)
 
 
@@ -324,38 +326,38 @@ def test_reference_is_the_start_and_fusing_changes_nothing(tokenizer):
     assert mx.array_equal(model(tokens), own) and not mx.array_equal(own, base)
 
 
-def test_later_epochs_use_the_kept_logprobs(tokenizer):
+def test_later_epochs_use_the_old_logprobs(tokenizer):
     """Second pass: the ratio is policy now over policy that sampled, 1 only by accident."""
     model = lora_model()
-    source = rollouts(model, tokenizer, grpo_epochs=2, grpo_minibatches=2)
+    source = rollouts(model, tokenizer, grpo_epochs=3)
     groups, _ = source.rollout()
-    updates = source.make_updates(groups)
-    assert len(updates) == 4 and [bool(u[0]["stale"].item()) for u in updates] == [0, 1, 1, 1]
+    updates = updates_of(source, groups)
+    assert [bool(u[0]["off_policy"].item()) for u in updates] == [0, 1, 1]
     model.load_weights([(k, v * 1.3) for k, v in tree_flatten(model.trainable_parameters())
                         if "lora_b" in k], strict=False)
     _, parts, _ = grads_of(model, source.cfg, updates[1])
     arrays = updates[1][0]
-    ratio = np.exp(np.array(source._score(arrays)) - np.array(arrays["kept_logprobs"]))
+    ratio = np.exp(np.array(source.score(arrays)) - np.array(arrays["old_logprobs"]))
     real = np.array(arrays["weights"]) > 0
     assert abs(parts["ratio_max"] - ratio[real].max()) < 1e-4
     assert parts["ratio_max"] > 1.01 and parts["kl_old"] > 0
 
 
-@pytest.mark.parametrize("keys,stale,scale", [
-    ({"grpo_kl_weight": 0, "grpo_entropy_weight": 0.1}, True, 1.0),
+@pytest.mark.parametrize("keys,off_policy,scale", [
+    ({"grpo_kl_weight": 0}, True, 1.0),
     # at the first update the old policy is the present one: only the KL term's value moves
     ({"grpo_kl_weight": 0.5}, False, 0.0)])
-def test_model_gradient_against_finite_differences(tokenizer, keys, stale, scale):
-    """The whole real path along random directions: policy and entropy term, then the KL term."""
+def test_model_gradient_against_finite_differences(tokenizer, keys, off_policy, scale):
+    """The whole real path along random directions: the policy term, then the KL term."""
     model = lora_model()
     source = rollouts(model, tokenizer, **keys)
-    arrays = [{**a, "stale": mx.array(stale), "advantages": a["advantages"] * scale}
+    arrays = [{**a, "off_policy": mx.array(off_policy), "advantages": a["advantages"] * scale}
               for a in source.at(0)[0][0]]
     _, _, grads = grads_of(model, source.cfg, arrays)
     check_finite_differences(model, lambda: grads_of(model, source.cfg, arrays)[0], grads)
 
 
-def test_stale_updates_measure_both_kls_exactly(tokenizer):
+def test_off_policy_updates_measure_both_kls_exactly(tokenizer):
     """All V one-token completions, each weighing what the old policy gives it: sums are exact.
 
     kl_old is KL(old || now), kl_k1 and kl_k3 are KL(now || reference), and the KL term's gradient
@@ -373,9 +375,9 @@ def test_stale_updates_measure_both_kls_exactly(tokenizer):
     now = log_policy(model)
     kl = lambda p, q: (mx.exp(p) * (p - q)).sum()
     batch = {"prompts": prompt, "completions": mx.arange(len(old))[:, None],        # (V, 1)
-             "kept_logprobs": old[:, None], "ref_logprobs": ref[:, None],
-             "weights": mx.exp(old)[:, None], "shares": mx.exp(old)[:, None],
-             "advantages": mx.zeros((len(old), 1)), "stale": mx.array(True)}
+             "old_logprobs": old[:, None], "ref_logprobs": ref[:, None],
+             "weights": mx.exp(old)[:, None], "mean_weights": mx.exp(old)[:, None],
+             "advantages": mx.zeros((len(old), 1)), "off_policy": mx.array(True)}
     _, parts, grads = grads_of(model, config(method="grpo", grpo_kl_weight=1.0), [batch])
     assert parts["kl_old"] == pytest.approx(kl(old, now).item(), rel=1e-4)
     exchanged = (mx.exp(old) * kl_estimates(now, old)["kl_k3"]).sum().item()
@@ -395,23 +397,27 @@ def test_skipping_leaves_everything_untouched(tokenizer):
     model = lora_model()
     source = rollouts(model, tokenizer, lr=0.1)
     updates, _ = source.at(0)
-    optimizer = optim.AdamW(0.1)
-    optimizer.init(model.trainable_parameters())
-    functions = compile_step(model, optimizer, make_loss(source.cfg, 0))
-    take_step(0, updates[0], *functions, optimizer, 0.1, source.cfg)    # momentum is no longer 0
-    before = {k: np.array(v) for k, v in state_arrays(model, optimizer).items()}
-    stale = {**updates[0][0], "stale": mx.array(True)}
-    far = {**stale, "kept_logprobs": stale["kept_logprobs"] - 5}
+    optimizer = make_optimizer(source.cfg, model)
+    loss_and_grads, update = compile_step(source.cfg, model, optimizer, loss_of(source.cfg))
+
+    def take(micro_batches):
+        grads, sums, maxima = accumulate(loss_and_grads, micro_batches, model.parts)
+        return update(grads, sums | maxima, 0.1)
+
+    take(updates[0])    # momentum is no longer 0
+    before = {k: np.array(v) for k, v in training_arrays(model, optimizer).items()}
+    late = {**updates[0][0], "off_policy": mx.array(True)}
+    far = {**late, "old_logprobs": late["old_logprobs"] - 5}
     broken = {**updates[0][0], "advantages": updates[0][0]["advantages"] * mx.nan}
-    late = {**stale, "kept_logprobs": stale["kept_logprobs"] + 0.8}
-    for batch, word in ((far, "skipped"), (broken, "skipped"), (late, "early_stop")):
-        record = take_step(1, [batch], *functions, optimizer, 0.1, source.cfg)
+    moved = {**late, "old_logprobs": late["old_logprobs"] + 0.8}
+    for batch, word in ((far, "skipped"), (broken, "skipped"), (moved, "early_stop")):
+        record = take([batch])
         assert record[word] == 1
-        after = state_arrays(model, optimizer)
+        after = training_arrays(model, optimizer)
         assert all(np.array_equal(before[k], np.array(after[k])) for k in before)
-    take_step(1, updates[0], *functions, optimizer, 0.1, source.cfg)
+    take(updates[0])
     assert not all(np.array_equal(before[k], np.array(v))
-                   for k, v in state_arrays(model, optimizer).items())
+                   for k, v in training_arrays(model, optimizer).items())
 
 
 def feed(guard, series):
@@ -496,8 +502,7 @@ def test_it_learns(write_config, tmp_path):
 
 def test_kill_and_resume_to_the_same_bits(write_config, tmp_path):
     """Weights, optimizer, draws, guard and best weights: an unbroken run and a killed one."""
-    keys = GRPO_KEYS | {"steps": 14, "grpo_reward": first_token_is_odd(tmp_path), "grpo_epochs": 2,
-                        "grpo_minibatches": 2}
+    keys = GRPO_KEYS | {"steps": 14, "grpo_reward": first_token_is_odd(tmp_path), "grpo_epochs": 2}
     path, whole = write_config("whole", **keys)
     run("train.py", path, check=0)
     path, killed = write_config("killed", **keys)
@@ -505,7 +510,9 @@ def test_kill_and_resume_to_the_same_bits(write_config, tmp_path):
     a, b = (mx.load(str(f / "state.safetensors"), return_metadata=True) for f in (whole, killed))
     assert a[0].keys() == b[0].keys() and any(k.startswith("best.") for k in a[0])
     assert all(np.array_equal(np.array(a[0][k]), np.array(b[0][k])) for k in a[0])
-    assert a[1] == b[1] and len(json.loads(a[1]["guard"])["recent"]) == 10
+    assert a[1] == b[1]
+    about = json.loads(a[1]["about"])
+    assert len(about["guard"]["recent"]) == 10 and about["position"] >= 14 * 4
     lines = [(f / "metrics.jsonl").read_text().splitlines() for f in (whole, killed)]
     clocks = ("seconds", "tokens_per_s", "peak_gib", "completions_per_s", "rollout_s", "score_s",
               "update_s")
@@ -550,7 +557,7 @@ def test_sft_run_is_merged_as_the_start(write_config, tmp_path, tokenizer):
     ({"full": "true"}, ["grpo_kl_weight", "full"]),
     ({"grpo_temperature": 0}, ["grpo_temperature", "above 0"]),
     ({"grpo_norm": "mean"}, ["grpo_norm", "constant, token, sequence"]),
-    ({"grpo_reward": "correct"}, ["flat", "SFT first"]),     # a random model is never right
+    ({"grpo_reward": "correct"}, ["earn the same", "SFT first"]),     # a random model: never right
     ({"mask_prompt": "false"}, ["mask_prompt", "sft or dual_reward"]),
 ])
 def test_bad_input(write_config, keys, words):
@@ -587,11 +594,12 @@ def test_bad_reward_function(write_config, tmp_path, body, word):
 
 
 def test_the_bundled_model_samples_what_it_scores():
-    """On the real weights: kept against rescored, at the size of a real step."""
+    """On the real weights: sampled against rescored, at the size of a real step."""
     model, tokenizer = load_base(TINY)
     apply_lora(model, 8, 16.0, ("q", "v"))
     cfg = config(method="grpo", batch_size=128)
-    source = Rollouts(model, tokenizer, sample_train(cfg), cfg)
+    problems = sample_train(cfg)
+    source = Rollouts(model, problems, cfg, Answers(model, tokenizer, problems, cfg))
     updates, metrics = source.at(0)
     _, parts, _ = grads_of(model, cfg, updates[0])
     assert parts["sampler_diff_max"] < 1e-4 and parts["ratio_max"] == 1

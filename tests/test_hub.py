@@ -142,7 +142,7 @@ def changed(folder, tmp_path):
 
 def find(server, *names, check=None, weights=True, **env):
     """find_folder in a process of its own, as an entry point calls it: one folder a line."""
-    code = ("from pathlib import Path; from config import run_main; from hub import find_folder; "
+    code = ("from config import run_main; from files.model_folder import find_folder; "
             f"run_main(lambda _: [print(find_folder(n, weights={weights})) for n in {names}]"
             " and None)")
     return run("-c", code, check=check, **{**server.env, **env})

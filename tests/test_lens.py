@@ -17,8 +17,7 @@ from conftest import (
 
 import lens
 import model as model_file
-from engine.recompute import read_logits
-from lens import final_distribution, read_prompts, read_taps, view_prompt
+from lens import final_distribution, read_prompts, read_taps, tap_statistics, view_prompt
 from model import Llama, gather_positions, load
 from report.page import lens_page
 from report.terminal import lens_table
@@ -47,11 +46,13 @@ def test_last_tap_is_the_model():
 
 
 def read_alone(logits, targets, k, final=None):
-    """read_logits on numpy logits (B, A, V), one tap, in the order of a Reading's fields."""
-    logits = mx.array(np.asarray(logits, np.float32))
-    final = logits if final is None else mx.array(np.asarray(final, np.float32))
-    arrays = read_logits(logits, mx.array(targets), k, *final_distribution(final))
-    return [np.array(a) for a in arrays]
+    """tap_statistics on numpy logits (B, A, V), one tap, in the order of a Reading's fields."""
+    B, A, V = np.shape(logits)
+    rows = lambda x: mx.array(np.asarray(x, np.float32).reshape(B * A, V))
+    logits, final = rows(logits), rows(logits if final is None else final)
+    targets = mx.array(targets).reshape(B * A, -1)
+    arrays = tap_statistics(logits, targets, k, *final_distribution(final))
+    return [np.array(a).reshape(B, A, *a.shape[1:]) for a in arrays]
 
 
 def test_ranks_and_ties_against_numpy():
@@ -137,8 +138,9 @@ MUTATIONS = {
     "scale cached": (Llama, "head", head_with_cached_scale),
     "position shifted": (lens, "gather_positions",
                          lambda resid, positions: gather_positions(resid, positions - 1)),
-    "mask dropped": (model_file, "attention", lambda q, k, v, scale, mask:
-                     mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=None)),
+    "mask dropped": (model_file, "attention", lambda q, k, v, mask:
+                     mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5,
+                                                          mask=None)),
 }
 
 
@@ -171,10 +173,12 @@ def test_words_follow_the_form_that_the_prompt_asks_for(word_bpe, tmp_path):
     raw = {**small_config(), "vocab_size": 900}
     folder = write_model(tmp_path / "m", raw, word_bpe)
     done = run("lens.py", "--ckpt", folder, "--prompt", "x is", "--words", "Paris", "London",
-               "--attribute", "Paris", "add", "--json", tmp_path / "v.json", check=0)
+               "--json", tmp_path / "v.json", check=0)
     words = json.loads((tmp_path / "v.json").read_text())["words"]
     assert [words[w]["piece"] for w in ("Paris", "London")] == ["·Paris", "·London"]
     assert f"'Paris', token ·Paris ({words['Paris']['id']}), at the last" in done.stdout
+    done = run("-m", "study.attribution", "--ckpt", folder, "--prompt", "x is",
+               "--words", "Paris", "add", check=0)
     assert "minus 'add' (tokens ·Paris (" in done.stdout
     model, loaded = random_model(raw), load_tokenizer(folder)
     for words, pieces in ((["Paris", "add"], ["Paris", "add"]), ([" Paris"], ["·Paris"]),

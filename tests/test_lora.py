@@ -8,8 +8,10 @@ import pytest
 from conftest import GOLDEN, adapted, config, small_model
 from mlx.utils import tree_flatten
 
+from checkpoint import checkpoint_files
 from files.keys import BadInput
-from lora import LoRALinear, adapter_arrays, apply_lora, load_adapters, merge, save_adapters
+from files.model_folder import write_files
+from lora import LoRALinear, adapter_arrays, apply_lora, load_adapters, merge
 from model import load
 
 TOKENS = mx.array(np.random.default_rng(0).integers(3, 300, (2, 12)))
@@ -44,7 +46,7 @@ def test_merge_is_apply(model):
 def test_save_then_load_is_bit_equal(tokenizer, tmp_path):
     model = adapted(small_model())
     cfg = config(lora_rank=4, lora_alpha=8.0, lora_targets=("q", "v", "o"))
-    save_adapters(model, cfg, tmp_path)
+    write_files(tmp_path, checkpoint_files(model, cfg))
     again = small_model()
     load_adapters(again, tmp_path)
     assert mx.array_equal(again(TOKENS), model(TOKENS))
@@ -67,7 +69,7 @@ def test_quantised_base(tmp_path):
 @pytest.fixture
 def saved(tokenizer, tmp_path):
     cfg = config(lora_rank=4, lora_alpha=8.0, lora_targets=("q", "v", "o"))
-    save_adapters(adapted(small_model()), cfg, tmp_path)
+    write_files(tmp_path, checkpoint_files(adapted(small_model()), cfg))
     return tmp_path
 
 

@@ -3,7 +3,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import config, small_model
+from conftest import config, loss_of, small_model
 from mlx.utils import tree_flatten
 
 from data import Batches
@@ -11,7 +11,6 @@ from losses import dual_reward_loss, masked_cross_entropy, token_logprobs
 from model import gather_positions
 from text.arithmetic import held_out, make_problem
 from text.rows import tokenize
-from train import batch_arrays, make_loss
 
 IDS = {"add": 1010, "subtract": 1011, "multiply": 1012}
 PROBLEMS = [make_problem("add", 3, 4), make_problem("multiply", 12, 11, "what is {a} times {b}"),
@@ -25,12 +24,13 @@ def one_batch(tokenizer, **keys):
     batches.padded[:] = max(batches.padded)  # one length, so that unequal rows share the batch
     batches.lengths = [int(max(batches.padded))]
     batches.per_epoch = 1
-    return cfg, batches.at(0)[0], rows
+    [[batch]], _ = batches.at(0)
+    return cfg, batch, rows
 
 
 def loss_and_grads(model, cfg, batch, block=0):
-    loss_and_grad = nn.value_and_grad(model, make_loss(cfg, block))
-    (loss, parts), grads = loss_and_grad(model, batch_arrays([batch])[0])
+    loss_and_grad = nn.value_and_grad(model, loss_of(cfg, block))
+    (loss, parts, _), grads = loss_and_grad(model, batch)
     return loss, parts, dict(tree_flatten(grads))
 
 
@@ -74,9 +74,9 @@ def test_sft_is_the_models_probability_of_the_answer(model, tokenizer):
 
 
 def test_mask_prompt_false_counts_every_token(model, tokenizer):
-    cfg, batch, rows = one_batch(tokenizer, mask_prompt=False)
+    _, batch, rows = one_batch(tokenizer, mask_prompt=False)
     every = sum(len(r.ids) - 1 for r in rows)
-    assert batch.loss_mask.sum().item() == every == batch.target_mask.sum().item()
+    assert batch["n_targets"].item() == every == batch["target_mask"].sum().item()
 
 
 def test_gathering_first_changes_nothing(model, tokenizer):
@@ -85,18 +85,19 @@ def test_gathering_first_changes_nothing(model, tokenizer):
     This holds in value and gradient.
     """
     _, batch, _ = one_batch(tokenizer)
-    n_targets = batch.target_mask.sum()
+    n_targets = batch["target_mask"].sum()
+    positions = batch["target_positions"]
 
     def full(model):
-        logits = model(batch.tokens)
-        chosen = mx.take_along_axis(logits, batch.target_positions[..., None], axis=1)
-        return masked_cross_entropy(token_logprobs(chosen, batch.targets), batch.target_mask,
+        logits = model(batch["tokens"])
+        chosen = mx.take_along_axis(logits, positions[..., None], axis=1)
+        return masked_cross_entropy(token_logprobs(chosen, batch["targets"]), batch["target_mask"],
                                     n_targets)
 
     def gathered(model):
-        resid = gather_positions(model.final_resid(batch.tokens), batch.target_positions)
+        resid = gather_positions(model.final_resid(batch["tokens"]), positions)
         logits = model.head(resid)
-        return masked_cross_entropy(token_logprobs(logits, batch.targets), batch.target_mask,
+        return masked_cross_entropy(token_logprobs(logits, batch["targets"]), batch["target_mask"],
                                     n_targets)
     (a, grad_a), (b, grad_b) = (nn.value_and_grad(model, f)(model) for f in (full, gathered))
     assert abs(a.item() - b.item()) < 1e-5
@@ -117,8 +118,8 @@ def test_gradients_against_finite_differences(tokenizer, keys):
     model = small_model(seed=3)
     cfg, batch, _ = one_batch(tokenizer, **keys)
     _, _, grads = loss_and_grads(model, cfg, batch)
-    loss_fn = make_loss(cfg, 0)
-    value = lambda: loss_fn(model, batch_arrays([batch])[0])[0].item()
+    loss_fn = loss_of(cfg)
+    value = lambda: loss_fn(model, batch)[0].item()
     rng = np.random.default_rng(1)
     for name in ("model.embed_tokens.weight", "model.layers.0.self_attn.v_proj.weight",
                  "model.layers.1.mlp.down_proj.weight", "model.norm.weight"):

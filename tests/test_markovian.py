@@ -1,8 +1,9 @@
 """Markovian training on real paths: what is hidden, what is scored, and where its gradient goes."""
 import json
 import random
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -27,6 +28,7 @@ from mlx.utils import tree_flatten
 from config import load_config
 from files.keys import BadInput
 from generate import Completion
+from grpo import Rollouts
 from lora import adapters_off
 from losses import token_logprobs
 from markovian import (
@@ -37,7 +39,6 @@ from markovian import (
     answer_rewards,
     encode_question,
     evaluate_chains,
-    share_of_answers,
 )
 from report.summary import summarize_chains
 from study.perturb import KINDS, perturb
@@ -68,8 +69,9 @@ def cot_model():
 
 def chains(model, cot, **keys):
     keys = {"method": "markovian", "batch_size": 16, "grpo_group_size": 4, "chain_tokens": 6,
-            "grpo_advantage": "group", "grpo_spread_floor": 0.1, "grpo_kl_weight": 0.1, **keys}
-    return Chains(model, cot, QUESTIONS, config(**keys))
+            "grpo_advantage": "group", "grpo_std_floor": 0.1, "grpo_kl_weight": 0.1, **keys}
+    cfg = config(**keys)
+    return Rollouts(model, QUESTIONS, cfg, Chains(model, cot, QUESTIONS, cfg))
 
 
 def largest(grads):
@@ -152,7 +154,7 @@ def test_judge_scores_both_and_the_config_chooses(cot):
         assert abs(metrics["actor_reward"] - metrics["frozen_reward"]) > 1e-3
         group = groups[0]
         with adapters_off(model) if scorer == "frozen" else nullcontext():
-            arrays = answer_arrays([source.questions[group.problem]],
+            arrays = answer_arrays([source.judge.questions[group.problem]],
                                    [c.ids for c in group.completions], cot)
             expected = np.array(answer_rewards(model, arrays))
         np.testing.assert_allclose(group.rewards, expected, atol=1e-4)
@@ -161,7 +163,7 @@ def test_judge_scores_both_and_the_config_chooses(cot):
 def test_eos_may_end_a_chain_and_the_limit_may(cot):
     """EOS is sampled, trained, and left out of what the scorer reads."""
     source = chains(cot_model(), cot, chain_tokens=3)
-    q = source.questions[QUESTIONS[0]]
+    q = source.judge.questions[QUESTIONS[0]]
     assert answer_prompt(q, [40, cot.eos_id], cot) == q.shown + [40] + q.header
     groups, metrics = source.rollout()
     assert metrics["truncated"] > 0 and metrics["length"] <= 3
@@ -170,12 +172,11 @@ def test_eos_may_end_a_chain_and_the_limit_may(cot):
 # --- the gradient
 
 
-@pytest.mark.parametrize("markovian, average", [(True, "mean"), (True, "softmax"), (False, "mean")])
-def test_answer_gradient_equals_finite_differences(markovian, average, cot):
+@pytest.mark.parametrize("markovian", [True, False])
+def test_answer_gradient_equals_finite_differences(markovian, cot):
     """The answer term alone, through rollouts, padding and the loss of train.py; it is not 0."""
     model = cot_model()
-    source = chains(model, cot, markovian=markovian, markovian_average=average,
-                    markovian_answer_weight=2.0)
+    source = chains(model, cot, markovian=markovian, markovian_answer_weight=2.0)
     updates, _ = source.at(0)
     cfg = config(**{**vars(source.cfg), "grpo_kl_weight": 0.0, "grpo_ratio": "base"})
     batches = [silent(arrays) for arrays in updates[0]]
@@ -197,17 +198,17 @@ def test_a_function_of_the_sum_of_advantages_has_no_gradient(cot):
     model = cot_model()
     source = chains(model, cot)
     groups, _ = source.rollout()
-    arrays = answer_arrays([source.questions[g.problem] for g in groups],
+    arrays = answer_arrays([source.judge.questions[g.problem] for g in groups],
                            [c.ids for g in groups for c in g.completions], cot)
 
     def published(model):
-        rewards = answer_rewards(model, arrays, slopes=True).reshape(4, 4)
+        rewards = answer_rewards(model, arrays, with_grad=True).reshape(4, 4)
         centred = rewards - rewards.mean(1, keepdims=True)
         spread = mx.sqrt((centred ** 2).sum(1, keepdims=True) / 3)
         return -(centred / (spread + 1e-8)).mean()
 
     def ours(model):
-        return -answer_rewards(model, arrays, slopes=True).mean()
+        return -answer_rewards(model, arrays, with_grad=True).mean()
     dead = dict(tree_flatten(nn.value_and_grad(model, published)(model)[1]))
     live = dict(tree_flatten(nn.value_and_grad(model, ours)(model)[1]))
     live = largest({k: np.array(v) for k, v in live.items()})
@@ -215,7 +216,7 @@ def test_a_function_of_the_sum_of_advantages_has_no_gradient(cot):
 
 
 @pytest.mark.parametrize("keys", [
-    {}, {"grpo_epochs": 2, "grpo_minibatches": 2}, {"grpo_advantage": "none"},
+    {}, {"grpo_epochs": 2}, {"grpo_advantage": "none"},
     {"grpo_advantage": "batch", "grpo_norm": "token"}, {"markovian_scorer": "frozen"},
     {"markovian": False}, {"markovian_answer_weight": 0.0}, {"grpo_ratio": "base"}])
 def test_kl_has_its_gradient_under_every_algorithm(keys, cot):
@@ -236,7 +237,7 @@ def test_kl_has_its_gradient_under_every_algorithm(keys, cot):
 def test_first_inner_step_has_ratio_one(cot):
     """PPO with inner epochs: exactly 1 at first, then against the kept log-probabilities."""
     model = cot_model()
-    source = chains(model, cot, grpo_epochs=2, grpo_minibatches=2)
+    source = chains(model, cot, grpo_epochs=2)
     updates, _ = source.at(0)
     _, parts, grads = grads_of(model, source.cfg, updates[0])
     assert parts["ratio_max"] == 1.0 and parts["ratio"] == pytest.approx(1, abs=1e-5)
@@ -260,43 +261,64 @@ def test_micro_batches_change_nothing(markovian, cot):
         assert difference(grads, found[0][2]) < 2e-5 * max(1, largest(found[0][2]))
 
 
-def test_ramp_and_shares(cot):
+def test_ramp(cot):
     source = chains(cot_model(), cot, markovian_ramp_steps=10, grpo_advantage="none")
     weights = [np.array(source.at(step)[0][0][0]["answer_weights"]).max() for step in (0, 5, 30)]
     assert weights[0] == 0 and weights[1] == pytest.approx(weights[2] / 2)
-    assert (share_of_answers(np.array([-1.0, -9]), "mean") == 1).all()
-    shares = share_of_answers(np.log([0.3, 0.1]), "softmax")
-    np.testing.assert_allclose(shares, [1.5, 0.5])
 
 
-def test_spread_floor_and_bound(cot):
-    """Groups that hardly differ stay small; one chain at -40 nats is bounded; flat ones are live
-    for the answer term only."""
+@contextmanager
+def worth(source, rewards):
+    """In it the source samples chains of two tokens, (P, G) of them, that are worth `rewards`."""
+    done = [Completion([40 + i, 2], "", True, np.zeros(2, np.float32), np.zeros(2, np.float32))
+            for i in range(rewards.size)]
+    judged = {name: rewards.reshape(-1) for name in ("actor", "frozen", "reward")}
+    with patch("grpo.sample", return_value=done), patch.object(source.judge, "judge",
+                                                               return_value=judged):
+        yield
+
+
+def group_of(source, rewards):
+    with worth(source, rewards):
+        return source.rollout()[0][0]
+
+
+def arrays_of(source, group):
+    return source.make_arrays([group], [], [group], [group], step=0, epoch=0)
+
+
+def test_std_floor_and_bound(cot):
+    """Groups that hardly differ stay small; one chain at -40 nats is bounded; those of no variance
+    are taken for the answer term only."""
     source = chains(cot_model(), cot, grpo_group_size=16, batch_size=16)
     tiny, far = np.full((1, 16), -2.0), np.full((1, 16), -2.0)
     tiny[0, 0], far[0, 0] = -2.01, -40
-    from_rewards = lambda r: group_of(source, r)
-    small = from_rewards(tiny)
-    assert small.spread == pytest.approx(0.1) and np.abs(small.advantages).max() < 0.11
-    spread_out = from_rewards(far)
-    wild = source.make_arrays([spread_out], spread_out, 1, 16, False)
+    small = group_of(source, tiny)
+    assert small.divisor == pytest.approx(0.1) and np.abs(small.advantages).max() < 0.11
+    wild = arrays_of(source, group_of(source, far))
     assert np.array(wild["advantages"]).min() >= -5
-    flat = from_rewards(np.full((1, 16), -2.0))
-    assert source.is_live(flat) and not flat.advantages.any()
-    assert not chains(cot_model(), cot, markovian_answer_weight=0.0).is_live(flat)
+    flat = np.full((1, 16), -2.0)
+    assert not group_of(source, flat).advantages.any()
+    with worth(source, flat):
+        updates, metrics = source.at(0)
+    assert len(updates) == 1 and metrics["zero_variance_groups"] == 1 and metrics["redraws"] == 0
+    assert not np.array(updates[0][0]["advantages"]).any()
+    assert np.array(updates[0][0]["answer_weights"]).all()
+    source = chains(cot_model(), cot, grpo_group_size=16, batch_size=16,
+                    markovian_answer_weight=0.0)
+    with worth(source, flat), pytest.raises(BadInput, match="nothing to compare"):
+        source.at(0)
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
-@pytest.mark.parametrize("average", ["mean", "softmax"])
-def test_answer_term_is_continuous_where_a_group_becomes_flat(scale, average, cot):
+def test_answer_term_is_continuous_where_a_groups_variance_vanishes(scale, cot):
     """Rewards that differ by nothing, by rounding or by a hair: the answer term weighs the same."""
-    source = chains(cot_model(), cot, batch_size=4, grpo_advantage=scale,
-                    markovian_average=average)
+    source = chains(cot_model(), cot, batch_size=4, grpo_advantage=scale)
     weights = []
     for gap in (0, 1e-7, 1e-5, 1e-3):
         group = group_of(source, np.array([[-2, -2, -2, -2 - gap]]))
         assert np.abs(group.advantages).max() <= gap / 0.1 * 4 / 3
-        weights.append(np.array(source.make_arrays([group], group, 1, 8, False)["answer_weights"]))
+        weights.append(np.array(arrays_of(source, group)["answer_weights"]))
     for other in weights:
         np.testing.assert_allclose(other, weights[0], rtol=2e-3)
 
@@ -317,27 +339,19 @@ def test_the_answer_term_takes_chains_as_sampled(cot):
     now, V = log_policy(), len(old)
     arrays = answer_arrays([question], [[i] for i in range(V)], cot)
     batch = arrays | {"prompts": prompt, "completions": mx.arange(V)[:, None],      # (V, 1)
-                      "kept_logprobs": old[:, None], "weights": mx.exp(old)[:, None],
-                      "shares": mx.exp(old)[:, None], "advantages": mx.zeros((V, 1)),
-                      "answer_weights": mx.exp(old), "stale": mx.array(True)}
+                      "old_logprobs": old[:, None], "weights": mx.exp(old)[:, None],
+                      "mean_weights": mx.exp(old)[:, None], "advantages": mx.zeros((V, 1)),
+                      "answer_weights": mx.exp(old), "off_policy": mx.array(True)}
     cfg = config(method="markovian", grpo_kl_weight=0.0)
     grads = grads_of(model, cfg, [batch])[2]
 
     def mean_reward(weights):
-        loss = lambda model: -(weights * answer_rewards(model, arrays, slopes=True)).sum()
+        loss = lambda model: -(weights * answer_rewards(model, arrays, with_grad=True)).sum()
         return {k: np.array(v) for k, v in
                 tree_flatten(nn.value_and_grad(model, loss)(model)[1])}
     exact = mean_reward(mx.exp(old))
     assert difference(grads, exact) < 1e-4 * largest(exact)
     assert difference(mean_reward(mx.exp(now)), exact) > 0.05 * largest(exact)
-
-
-def group_of(source, rewards):
-    from_ids = [Completion([40 + i, 2], "", True, np.zeros(2, np.float32), np.zeros(2, np.float32))
-                for i in range(rewards.shape[1])]
-    source.totals = rewards.size, 2 * rewards.size
-    prompt = source.questions[QUESTIONS[0]].prompt
-    return source.compare([(QUESTIONS[0], prompt)], from_ids, rewards)[0]
 
 
 # --- evaluation
@@ -371,14 +385,15 @@ def test_what_does_not_fit_is_an_error(cot):
         with pytest.raises(BadInput, match="exceed the model's context of 128"):
             evaluate_chains(model, cot, [long], cfg)
         with pytest.raises(BadInput, match="exceed the model's context of 128"):
-            Chains(model, cot, [*QUESTIONS, long], cfg)
+            problems = [*QUESTIONS, long]
+            Rollouts(model, problems, cfg, Chains(model, cot, problems, cfg))
 
 
 # --- whole commands
 
 
 KEYS = {"method": "markovian", "steps": 4, "batch_size": 16, "grpo_group_size": 4,
-        "grpo_advantage": "group", "grpo_spread_floor": 0.1, "chain_tokens": 6,
+        "grpo_advantage": "group", "grpo_std_floor": 0.1, "chain_tokens": 6,
         "max_completion_tokens": 3, "eval_every_steps": 2, "lens_every_steps": 0}
 
 
@@ -400,7 +415,7 @@ def test_a_run_reports_and_is_evaluated(keys, write_config, cot_folder, small_su
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if "valid" in r] == [0, 2, 4]
     steps = [r for r in records if "reward" in r]
-    for key in ("actor_reward", "frozen_reward", "kl_k3", "answer_loss", "flat_groups",
+    for key in ("actor_reward", "frozen_reward", "kl_k3", "answer_loss", "zero_variance_groups",
                 "repetition", "entropy", "actor_reward_p10"):
         assert all(key in r for r in steps) or keys and key == "answer_loss", key
     assert {"curves.png", "report.json"} <= {p.name for p in folder.iterdir()}
@@ -415,7 +430,7 @@ def test_a_run_reports_and_is_evaluated(keys, write_config, cot_folder, small_su
 
 def test_resume_to_the_same_bits(write_config, cot_folder, small_sums):
     """Killed after a saved state, with inner epochs and a ramp: the same weights and records."""
-    keys = KEYS | {"data": small_sums, "steps": 12, "grpo_epochs": 2, "grpo_minibatches": 2,
+    keys = KEYS | {"data": small_sums, "steps": 12, "grpo_epochs": 2,
                    "markovian_ramp_steps": 9, "eval_every_steps": 6, "save_every_steps": 3}
     path, whole = write_config("whole", model=cot_folder, **keys)
     run("train.py", path, check=0)
@@ -441,7 +456,7 @@ def assert_same_rewards(*folders):
     ({"data": "arithmetic"}, ("questions to reason about", "python -m tasks")),
     ({"chain_tokens": 200}, ("context of 128",)),
     ({"markovian_scorer": "frozen"}, ("frozen", "markovian_answer_weight: 0")),
-    ({"grpo_spread_floor": 0}, ("grpo_spread_floor", "0.1")),
+    ({"grpo_std_floor": 0}, ("grpo_std_floor", "0.1")),
     ({"chain_extraction": "legacy"}, ("chain_extraction", "anchored, simple, anchor")),
 ])
 def test_bad_input(keys, words, write_config, cot_folder, small_sums):

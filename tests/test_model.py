@@ -9,14 +9,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import FAMILIES, GOLDEN, lora_model, small_model
+from conftest import FAMILIES, GOLDEN, config, lora_model, small_model
 from mlx.utils import tree_flatten
 
-import model as model_module
+from engine import recompute
 from files.keys import BadInput
-from files.model_folder import INDEX, read_safetensors
-from losses import token_entropy, token_logprobs
-from model import gather_positions, load, parse_args, rope_periods
+from files.model_folder import BITS_OF, INDEX, is_finite, read_safetensors
+from losses import token_logprobs
+from model import FORMULAS, gather_positions, load, parse_args, rope, rope_periods
 
 
 @pytest.fixture(params=FAMILIES)
@@ -103,15 +103,15 @@ def test_llama3_periods_by_hand():
     assert ratio[0] == 1 and ratio[-1] == 8 and ((1.001 < ratio) & (ratio < 7.999)).any()
 
 
-def test_rope_against_complex_numbers():
+@pytest.mark.parametrize("rotate", [rope, FORMULAS["rope"]], ids=["used", "formula"])
+def test_rope_against_complex_numbers(rotate):
     """A rotation of pairs (x_i, x_{i+d/2}) is a product of complex numbers."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(1, 1, 5, 8)).astype(np.float32)
     periods = np.array([1, 7, 50, 333], np.float32)
     turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * (np.arange(5)[:, None] + 3) / periods)
     expected = np.concatenate([turned.real, turned.imag], -1)
-    ours = mx.fast.rope(mx.array(x), 8, traditional=False, base=None, scale=1.0, offset=3,
-                        freqs=mx.array(periods))
+    ours = rotate(mx.array(x), 3, mx.array(periods))
     np.testing.assert_allclose(np.array(ours), expected, atol=1e-5)
 
 
@@ -262,15 +262,15 @@ def test_weights_that_are_no_floats(broken, dtype):
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
 def test_is_finite_at_the_ends(dtype):
     """The largest numbers of either sign are finite; a NaN of any sign and payload is not."""
-    signed, _, infinity = model_module.BITS_OF[dtype]
+    signed, _, infinity = BITS_OF[dtype]
     sign = -2 ** (8 * dtype.size - 1)
     as_float = lambda *bits: mx.array(bits, signed).view(dtype)
     finite = as_float(infinity - 1, sign + infinity - 1, 0, sign, 1, sign + 1)
-    assert mx.isfinite(finite).all() and model_module.is_finite(finite)
+    assert mx.isfinite(finite).all() and is_finite(finite)
     for bits in (infinity, infinity + 1, sign - 2 * sign - 1):
         for value in (bits, sign + bits):
             ruined = as_float(*[0] * 40, value, sign)
-            assert not mx.isfinite(ruined).all() and not model_module.is_finite(ruined)
+            assert not mx.isfinite(ruined).all() and not is_finite(ruined)
 
 
 def test_truncated_file_is_noticed(tmp_path):
@@ -320,14 +320,22 @@ def test_positions_have_the_same_gradient():
         assert mx.abs(grad - theirs[name]).max() < 1e-5 * max(1, mx.abs(theirs[name]).max()), name
 
 
+def entropy(logits, ids):
+    """Of each row, in nats: a function of all its logits."""
+    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    return -(mx.exp(logprobs) * logprobs).sum(-1)
+
+
 @pytest.mark.parametrize("read", [
-    token_logprobs, lambda logits, ids: token_logprobs(logits / 0.7, ids),
-    lambda logits, ids: token_entropy(logits)], ids=["logprob", "temperature", "entropy"])
-@pytest.mark.parametrize("trained", ["stream", "unembedding"])
-def test_read_logits_is_head_then_read(read, trained, monkeypatch):
+    token_logprobs, lambda logits, ids: token_logprobs(logits / 0.7, ids), entropy],
+    ids=["logprob", "temperature", "entropy"])
+@pytest.mark.parametrize("trained,recomputed", [
+    ("stream", "none"), ("stream", "mlp"), ("unembedding", "none"), ("unembedding", "block")])
+def test_read_logits_is_head_then_read(read, trained, recomputed, monkeypatch):
     """Values and gradients, in parts of three rows of logits, against all logits at once."""
-    monkeypatch.setattr(model_module, "logit_rows", lambda *_: 3)
+    monkeypatch.setattr(recompute, "logit_rows", lambda *_: 3)
     model = small_model()
+    recompute.spare(model, config(recompute=recomputed))
     model.freeze()
     if trained == "unembedding":
         model.model.embed_tokens.unfreeze()
@@ -336,12 +344,14 @@ def test_read_logits_is_head_then_read(read, trained, monkeypatch):
     ids = mx.random.randint(0, model.args.vocab_size, (2, 5))
     parts = lambda resid: (weights * model.read_logits(read, resid, ids)).sum()
     plain = lambda resid: (weights * read(model.head(resid), ids)).sum()
-    for of in (mx.value_and_grad(parts), mx.compile(mx.value_and_grad(parts))):
+    # recomputing puts a trace's weights into the model: they are inputs and outputs, as in training
+    compiled = mx.compile(mx.value_and_grad(parts), inputs=[model.state], outputs=[model.state])
+    for of in (mx.value_and_grad(parts), compiled):
         value, grad = of(resid)
         expected, expected_grad = mx.value_and_grad(plain)(resid)
         np.testing.assert_allclose(value, expected, rtol=1e-5)
         np.testing.assert_allclose(grad, expected_grad, atol=1e-6, rtol=1e-4)
-    np.testing.assert_allclose(model.read_logits(read, resid, ids, slopes=False),
+    np.testing.assert_allclose(model.read_logits(read, resid, ids, with_grad=False),
                                read(model.head(resid), ids), rtol=1e-5)
     if trained == "unembedding":
         table = lambda fn: nn.value_and_grad(model, lambda: fn(resid))()[1]["model"][

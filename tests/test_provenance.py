@@ -4,10 +4,11 @@ import shutil
 
 from conftest import TINY, lora_model
 
+from checkpoint import checkpoint_files
 from config import Config, dump
 from files.disk import write_text
+from files.model_folder import write_files
 from files.provenance import hash_model, provenance
-from lora import save_adapters
 
 
 def test_hashes_follow_the_files(tmp_path):
@@ -20,14 +21,14 @@ def test_hashes_follow_the_files(tmp_path):
     assert hash_model(str(TINY))["weights"] == hashlib.sha256(text.encode()).hexdigest()
     run = tmp_path / "run"
     cfg = Config(model=str(copy), lora_rank=4)
-    save_adapters(lora_model(), cfg, run)
+    write_files(run, checkpoint_files(lora_model(), cfg))
     write_text(run / "config.yaml", dump(cfg))
     before = hash_model(str(run))
     assert before["weights"] != hash_model(str(copy))["weights"]
     assert before["tokenizer"] == hash_model(str(copy))["tokenizer"]
     (copy / "tokenizer_config.json").write_text("{}")
     assert hash_model(str(run))["tokenizer"] != before["tokenizer"]
-    save_adapters(lora_model(touched=False), cfg, run)
+    write_files(run, checkpoint_files(lora_model(touched=False), cfg))
     assert hash_model(str(run))["weights"] != before["weights"]
 
 

@@ -18,15 +18,16 @@ from conftest import (
 )
 from mlx.utils import tree_flatten
 
-from checkpoint import load_base, load_checkpoint
+from checkpoint import checkpoint_files, load_base, load_checkpoint
 from config import dump
 from engine import quant
 from engine.quant import HalfEmbedding, HalfLinear, QuantizedLinear, is_quantized, unquantize
 from files.disk import write_text
 from files.keys import BadInput
-from files.model_folder import save_safetensors
-from lora import adapter_arrays, apply_lora, load_adapters, merge, save_adapters
+from files.model_folder import save_safetensors, write_files
+from lora import adapter_arrays, apply_lora, load_adapters, merge
 from model import load
+from train import prepare_model
 
 mlx_lm = pytest.importorskip("mlx_lm.utils")
 TOKENS = mx.array([[1, 7, 20, 300, 5, 9, 11, 2]])
@@ -168,8 +169,8 @@ def test_qlora_adapter_round_trip_and_merge(bits, tmp_path, tokenizer):
     model.load_weights([(k, mx.random.normal(v.shape) * 0.1)
                         for k, v in adapter_arrays(model).items()], strict=False)
     expected = np.array(model(TOKENS))
-    save_adapters(model, config(lora_rank=4, lora_alpha=8.0, lora_targets=("q", "o", "down")),
-                  tmp_path)
+    cfg = config(lora_rank=4, lora_alpha=8.0, lora_targets=("q", "o", "down"))
+    write_files(tmp_path, checkpoint_files(model, cfg))
     other = base()
     load_adapters(other, tmp_path)
     np.testing.assert_array_equal(np.array(other(TOKENS)), expected)
@@ -185,8 +186,7 @@ def test_qlora_adapter_round_trip_and_merge(bits, tmp_path, tokenizer):
 def test_a_qlora_run_trains_evaluates_and_fuses(write_config, tmp_path):
     """The command line whole, on a base in 4 bits; GRPO goes on from it; the export is plain."""
     folder = write_model(tmp_path / "base", small_config() | {"intermediate_size": 64}, TINY)
-    keys = {"model": folder, "bits": 4, "bits_group_size": 32}
-    path, run_dir = write_config("qlora", **keys)
+    path, run_dir = write_config("qlora", model=folder, bits=4)
     run("train.py", path, check=0)
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert all(np.isfinite(r["loss"]) for r in records if "loss" in r)
@@ -196,7 +196,7 @@ def test_a_qlora_run_trains_evaluates_and_fuses(write_config, tmp_path):
     fused, _ = load(tmp_path / "fused")
     trained, _, _ = load_checkpoint(run_dir)
     np.testing.assert_allclose(np.array(fused(TOKENS)), np.array(trained(TOKENS)), atol=1e-3)
-    path, _ = write_config("second", model=run_dir, bits=8, bits_group_size=32)
+    path, _ = write_config("second", model=run_dir, bits=8)
     run("train.py", path, check=0)
 
 
@@ -237,11 +237,10 @@ def test_packed_tensors_that_are_ruined(name, change, words, tmp_path):
 def write_run(folder, model_name, seed, **keys):
     """A run's folder without the training: an adapter on what `load_base` gives."""
     cfg = config(model=str(model_name), lora_rank=4, lora_alpha=8.0, lora_targets=("q", "down"),
-                 bits_group_size=32, **keys)
-    model = adapted(load_base(model_name, cfg.dtype, cfg.bits, group_size=32)[0], ("q", "down"),
-                    seed=seed)
+                 **keys)
+    model = adapted(load_base(model_name, cfg.dtype, cfg.bits)[0], ("q", "down"), seed=seed)
     write_text(folder / "config.yaml", dump(cfg))
-    save_adapters(model, cfg, folder)
+    write_files(folder, checkpoint_files(model, cfg))
     return folder
 
 
@@ -284,10 +283,10 @@ def test_bits_through_a_chain_of_runs(own, asked, tmp_path):
 
 
 def test_bits_of_bad_input(tmp_path, write_config):
-    """Widths that groups do not divide, other bits than stored, all weights of a packed model."""
-    with pytest.raises(BadInput, match="groups of 64 do not divide the input width 176; no group"):
+    """Widths that groups do not divide, other bits than stored."""
+    with pytest.raises(BadInput, match="groups of 32 do not divide the input width 176; no group"):
         load(GOLDEN / "tinyllama", bits=4)
-    with pytest.raises(BadInput, match="width 32; set bits_group_size to 32"):
+    with pytest.raises(BadInput, match="width 32; take groups of 32"):
         quant.check_settings(4, 64, 32, "x")
     as_mlx_community("llama3_2", tmp_path / "q", 4, 64)
     with pytest.raises(BadInput, match="already quantised to 4 bits"):
@@ -296,4 +295,31 @@ def test_bits_of_bad_input(tmp_path, write_config):
     path, _ = write_config("c", bits=7)
     assert_one_clear_line(run("train.py", path), "bits = 7", "2, 3, 4, 5, 6, 8")
     path, _ = write_config("d", bits=4)
-    assert_one_clear_line(run("train.py", path), "groups of 64", "bits_group_size")
+    assert_one_clear_line(run("train.py", path), "groups of 32", "the input width 48",
+                          "train without bits")
+
+
+def test_a_packed_model_is_not_trained_whole(tmp_path):
+    """Its weights are codes; full: true asks for all of them."""
+    plain = write_model(tmp_path / "plain", small_config() | {"intermediate_size": 64}, TINY)
+    theirs, raw = mlx_lm.load_model(plain)
+    theirs, raw = mlx_lm.quantize_model(theirs, raw, 32, 4)
+    packed = write_model(tmp_path / "packed", small_config(), TINY)
+    mlx_lm.save_model(packed, theirs)
+    mlx_lm.save_config(raw, packed / "config.json")
+    with pytest.raises(BadInput, match="full: true cannot train .*packed, whose weights are quant"):
+        prepare_model(config(model=str(packed), full=True))
+    assert prepare_model(config(model=str(packed)))[0].parts == 1
+
+
+def test_groups_follow_each_rows_width(tmp_path):
+    """64 weights share a scale, or 32 in a row that 64 does not divide."""
+    folder = write_model(tmp_path / "m", small_config() | {"intermediate_size": 64}, TINY)
+    model, _ = load(folder, bits=4)
+    block = model.model.layers[0]
+    assert block.mlp.down_proj.group_size == 64 and block.mlp.up_proj.group_size == 32
+    assert quant.packed_settings(model) == {(4, 32), (4, 64)}
+    plain, _ = load(folder, "float32")
+    quant.quantize(plain, 4)
+    assert quant.packed_settings(plain) == {(4, 32), (4, 64)}
+    np.testing.assert_array_equal(np.array(model(TOKENS)), np.array(plain(TOKENS)))

@@ -7,18 +7,21 @@ import yaml
 from conftest import GOLDEN, ROOT, TINY, assert_one_clear_line, run
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from config import load_config
 from files.keys import BadInput
 from lens import read_prompts
 from model import load
-from study.findings import block_ranges, show
-from study.hypotheses import judge_all, test_hypothesis
+from study.document import TEMPLATES
+from study.findings import MARKS, block_ranges, question_lines, show
+from study.hypotheses import REMARKS, WITHDRAWN, judge_all, test_hypothesis
 from study.measure import measure_prediction
 from study.plan import load_study, plan
+from tasks.__main__ import DEFAULTS
+from tasks.tiny import sample_tiny
 from text.arithmetic import ASKED_WORDED, ONES, PHRASES, SYMBOLS, TENS
 
 test_hypothesis.__test__ = False    # it is not one of pytest's
 STUDY = ROOT / "study" / "plan.yaml"
+SELF_REWARD = f"{ROOT}/study/self_reward.py:self_reward"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -223,12 +226,12 @@ def test_whole_path_on_a_golden_model(golden_with_words, tmp_path):
     full["conditions"] = {name: full["conditions"][name] for name in chosen}
     full["conditions"]["sft_grpo"] = {"group": "main", "label": "SFT then GRPO", "after": "sft",
                                       "set": {"method": "grpo", "batch_size": 16,
-                                              "grpo_reward": "self"}}
+                                              "grpo_reward": SELF_REWARD}}
     full["conditions"]["dual_block_1"] = {
         "group": "block", "x": 1, "set": {"method": "dual_reward", "class_layer": 1}}
     full |= {"seeds": 2, "sweep_seeds": 1, "size": {"problems": 9, "pairs": 9, "swap_pairs": 4}}
     full["common"] |= {"steps": 3, "eval_every_steps": 3, "lens_every_steps": 3,
-                       "eval_prompts": 6, "lens_prompts": 6, "data_samples": 100}
+                       "eval_prompts": 6, "data_samples": 100}
     path, runs = tmp_path / "small.yaml", tmp_path / "runs"
     path.write_text(yaml.safe_dump(full))
     command = ("-m", "study", path, f"model={golden_with_words}", f"run_dir={runs}")
@@ -276,7 +279,8 @@ def test_results_say_what_the_generator_says():
     claims = {h["claim"] for q in plan for h in q["hypotheses"]}
     assert claims >= WITHDRAWN.keys() | REMARKS.keys()
     text, heading = (ROOT / "RESULTS.md").read_text(), "## What these runs do not show"
-    section = TEXT[TEXT.index(heading):TEXT.index("## Answers")]
+    template = (TEMPLATES / "study.md").read_text()
+    section = template[template.index(heading):template.index("## Answers")]
     assert section in text
     for claim in claims:
         [line] = [x for x in text.splitlines() if x[:2] == "- " and x[4:].startswith(f"{claim}:")]
@@ -290,12 +294,12 @@ def test_results_say_what_the_generator_says():
 
 def test_what_is_said_of_the_base_s_text_is_so():
     """8.0 % of its lines name the operation, half by "which operation is"; the lens agrees."""
-    rows = sample_tiny_corpus(load_config(ROOT / "configs/tiny_base.yaml", []))
+    rows = sample_tiny(DEFAULTS["tiny"]["samples"], DEFAULTS["tiny"]["seed"])
     naming = [p for p in rows if p.wording == "naming"]
     asked = sum(p.prompt.startswith("which operation is ") for p in naming)
     assert f"{len(naming) / len(rows):.1%}" == "8.0%" and abs(asked / len(naming) - 0.5) < 0.01
     model, tokenizer = load(TINY)
-    word = tokenizer.single_id("multiply")
+    [word] = tokenizer.word_ids(["multiply"])
     reading = read_prompts(model, [tokenizer.encode_prompt(text) for text in
                                    ("which operation is 7 * 8 ? ", "7 * 8 = ")], [[word]] * 2)
     is_top = reading.top_ids[:, :, 0, 0] == word                                    # (L+1, 2)

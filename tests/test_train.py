@@ -7,10 +7,9 @@ import sys
 import time
 
 import mlx.core as mx
-import mlx.optimizers as optim
 import numpy as np
 import pytest
-from conftest import ROOT, assert_one_clear_line, config, run, small_model
+from conftest import ROOT, assert_one_clear_line, config, loss_of, run, small_model
 from mlx.utils import tree_flatten
 
 from checkpoint import load_checkpoint
@@ -19,11 +18,12 @@ from data import Batches
 from engine import parallel
 from eval import measure_accuracy
 from files.keys import BadInput, Stopped
+from files.run_folder import Run
 from model import load
 from tasks.__main__ import write_task
 from text.arithmetic import make_problem, sample_train
 from text.rows import tokenize
-from train import compile_step, lr_at, make_optimizer, prepare_model, train
+from train import accumulate, compile_step, lr_at, make_optimizer, prepare_model, take_steps, train
 
 IDS = {"add": 1010, "subtract": 1011, "multiply": 1012}
 
@@ -32,13 +32,17 @@ def tokenized(problems, tokenizer):
     return tokenize(problems, tokenizer, 128, [IDS[p.operation] for p in problems])
 
 
-def steps(model, cfg, problems, tokenizer, block=0):
-    optimizer = make_optimizer(model, cfg)
+def steps(model, cfg, problems, tokenizer, loss=None):
+    """The records of cfg.steps steps, taken as train.take_steps takes them."""
     batches = Batches(tokenized(problems, tokenizer), cfg)
-    functions = compile_step(model, optimizer, make_loss(cfg, block))
-    metrics = [take_step(s, batch_arrays(batches.at(s)), *functions, optimizer, lr_at(s, cfg), cfg)
-               for s in range(cfg.steps)]
-    return metrics, optimizer
+    loss_and_grads, update = compile_step(cfg, model, make_optimizer(cfg, model),
+                                          loss or loss_of(cfg))
+    records = []
+    for s in range(cfg.steps):
+        [micro_batches], _ = batches.at(s)
+        grads, sums, maxima = accumulate(loss_and_grads, micro_batches, model.parts)
+        records.append(update(grads, sums | maxima, lr_at(s, cfg)))
+    return records
 
 
 def weights(path):
@@ -52,7 +56,7 @@ def test_sft_learns_eight_answers(model, tokenizer):
     problems = [make_problem("add", a, 90 - a) for a in range(3, 7)]
     problems += [make_problem("multiply", a, 5) for a in (3, 6, 9, 12)]
     cfg = config(full=True, steps=80, batch_size=8, lr=1e-2)
-    metrics, _ = steps(model, cfg, problems, tokenizer)
+    metrics = steps(model, cfg, problems, tokenizer)
     assert metrics[-1]["loss"] < 0.05 < metrics[0]["loss"]
     assert all(r["correct"] for r in measure_accuracy(model, tokenizer, problems, 4))
 
@@ -60,7 +64,7 @@ def test_sft_learns_eight_answers(model, tokenizer):
 def test_dual_reward_makes_the_word_top_1(model, tokenizer):
     cfg = config(method="dual_reward", full=True, steps=60, batch_size=16, lr=1e-2,
                  class_weight=0.5)
-    metrics, _ = steps(model, cfg, sample_train(cfg)[:64], tokenizer)
+    metrics = steps(model, cfg, sample_train(cfg)[:64], tokenizer)
     assert metrics[-1]["class_accuracy"] == 1.0
     assert metrics[-1]["class_loss"] < 0.1 < metrics[0]["class_loss"]
 
@@ -76,7 +80,7 @@ def test_accumulation_equals_one_batch(tokenizer):
         model = small_model()
         cfg = config(full=True, steps=3, batch_size=32, grad_accum_steps=parts, lr=1e-2,
                      mask_prompt=False)
-        metrics, _ = steps(model, cfg, problems, tokenizer)
+        metrics = steps(model, cfg, problems, tokenizer)
         results.append((metrics, dict(tree_flatten(model.parameters()))))
     for a, b in zip(results[0][0], results[1][0]):
         assert abs(a["loss"] - b["loss"]) < 1e-4 and abs(a["grad_norm"] - b["grad_norm"]) < 1e-3
@@ -97,9 +101,9 @@ def test_adamw_and_clipping_against_numpy(model, tokenizer):
     problems, name = sample_train(cfg)[:16], "model.layers.0.mlp.up_proj.weight"
     start = small_model()
     weight = np.array(dict(tree_flatten(start.parameters()))[name]).astype(np.float64)
-    metrics, _ = steps(model, cfg, problems, tokenizer)
-    batch = Batches(tokenized(problems, tokenizer), cfg).at(0)[0]
-    _, grads = nn.value_and_grad(start, make_loss(cfg, 0))(start, batch_arrays([batch])[0])
+    metrics = steps(model, cfg, problems, tokenizer)
+    [[batch]], _ = Batches(tokenized(problems, tokenizer), cfg).at(0)
+    _, grads = nn.value_and_grad(start, loss_of(cfg))(start, batch)
     grads = {k: np.array(g).astype(np.float64) for k, g in tree_flatten(grads)}
     norm = np.sqrt(sum((g ** 2).sum() for g in grads.values()))
     assert abs(norm - metrics[0]["grad_norm"]) < 1e-4 * norm and norm > 0.5
@@ -126,15 +130,11 @@ def test_few_traces(model, tokenizer):
     There are no more when the learning rate or counts change.
     """
     cfg = config(full=True, steps=12, batch_size=8, data_wordings=("symbolic", "worded"))
-    traced = []
-    loss_fn = make_loss(cfg, 0)
-    optimizer = optim.AdamW(1e-3)
-    optimizer.init(model.trainable_parameters())
-    batches = Batches(tokenized(sample_train(cfg)[:96], tokenizer), cfg)
-    functions = compile_step(model, optimizer, lambda *args: traced.append(1) or loss_fn(*args))
-    for s in range(12):
-        take_step(s, batch_arrays(batches.at(s)), *functions, optimizer, lr_at(s, cfg), cfg)
-    assert 1 < len(batches.lengths) and len(traced) <= len(batches.lengths) * parallel.count(8)
+    traced, loss = [], loss_of(cfg)
+    problems = sample_train(cfg)[:96]
+    steps(model, cfg, problems, tokenizer, lambda *args: traced.append(1) or loss(*args))
+    lengths = Batches(tokenized(problems, tokenizer), cfg).lengths
+    assert 1 < len(lengths) and len(traced) <= len(lengths) * parallel.count(8)
 
 
 # --- whole runs
@@ -225,8 +225,10 @@ def test_not_finite_stops_before_the_optimizer_moves(tokenizer, write_config):
     cfg = config(full=True, steps=1, batch_size=8)
     model.model.norm.weight = model.model.norm.weight * float("nan")
     before = {k: np.array(v) for k, v in tree_flatten(model.parameters())}
+    source = Batches(tokenized(sample_train(cfg)[:16], tokenizer), cfg)
     with pytest.raises(Stopped, match="step 1: loss nan, gradient norm nan"):
-        steps(model, cfg, sample_train(cfg)[:16], tokenizer)
+        take_steps(cfg, Run(ROOT, {}, writes=False), 0, model, make_optimizer(cfg, model),
+                   source, loss_of(cfg), lambda done: {})
     after = {k: np.array(v) for k, v in tree_flatten(model.parameters())}
     assert all(np.array_equal(v, before[k], equal_nan=True) for k, v in after.items())
 
@@ -267,8 +269,8 @@ def test_other_bad_input(write_config, small_folder, tmp_path):
     cases = [({"model": "no/such/folder"}, ("no model folder",)),
              ({"data_samples": 0}, ("is empty", "data_samples = 0")),
              ({"method": "dual_reward", "class_layer": 9}, ("class_layer = 9", "from 0 to 1")),
-             ({"data": tmp_path / "none"}, ("expected one of arithmetic",)),
-             ({"bits": 4}, ("groups of 64", "bits_group_size"))]
+             ({"data": tmp_path / "none"}, ("expected arithmetic, or a folder",)),
+             ({"bits": 4}, ("groups of 32 do not divide", "width 48", "train without bits"))]
     for i, (keys, words) in enumerate(cases):
         path, folder = write_config(f"bad{i}", **keys)
         assert_one_clear_line(run("train.py", path), *words)
@@ -278,7 +280,7 @@ def test_other_bad_input(write_config, small_folder, tmp_path):
     for split in ("train", "valid", "test"):
         (tmp_path / "rows" / f"{split}.jsonl").write_text(row + "\n")
     path, _ = write_config("word", data=tmp_path / "rows", method="dual_reward")
-    assert_one_clear_line(run("train.py", path), "target word 'zebra' is", "must be one token")
+    assert_one_clear_line(run("train.py", path), "target words must be one token", "'zebra' is")
     path, _ = write_config("run")
     run("train.py", path, check=0)
     os.remove(tmp_path / "runs" / "run" / "adapters.safetensors")

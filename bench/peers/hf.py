@@ -2,13 +2,11 @@
 
     PYTHON bench/peers/hf.py load MODEL COUNT
     PYTHON bench/peers/hf.py generate MODEL COUNT ROWS PROMPT_TOKENS COMPLETION_TOKENS
-    PYTHON bench/peers/hf.py sft MODEL COUNT ROWS TOKENS ANSWER_TOKENS [BLOCK]
+    PYTHON bench/peers/hf.py sft MODEL COUNT ROWS TOKENS ANSWER_TOKENS
 
 Loading reads every weight at the end: a file that is only mapped would otherwise be read in the
 first step. No row stops early. A step is forward, backward, clipping, AdamW, on rows that are there
-as ids. With BLOCK it is dual-reward, written as the prior work's users had to: the model's own
-loss, and the final norm and unembedding applied by hand to the stream behind the block, at the last
-prompt token. Prints one line of JSON: the median seconds, peak GiB.
+as ids. Prints one line of JSON: the median seconds, peak GiB.
 """
 import sys
 
@@ -16,7 +14,6 @@ import torch
 from clock import clock, random_prompts, report, torch_device
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-WEIGHT = 0.7    # of the class loss; changes no time
 work, folder, (count, *sizes) = sys.argv[1], sys.argv[2], map(int, sys.argv[3:])
 device = torch_device(torch)
 
@@ -41,7 +38,7 @@ def generation(N, T, C):
     return generate
 
 
-def training(rows, tokens, answer, block=None):
+def training(rows, tokens, answer):
     from peft import LoraConfig, get_peft_model  # load and generate do without it
     model = get_peft_model(load(), LoraConfig(
         r=16, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]))
@@ -50,20 +47,9 @@ def training(rows, tokens, answer, block=None):
     ids = torch.randint(3, model.config.vocab_size, (rows, tokens), device=device)
     labels = ids.clone()
     labels[:, :tokens - answer] = -100
-    class_ids = torch.randint(3, model.config.vocab_size, (rows,), device=device)
-
-    def compute_loss():
-        out = model(input_ids=ids, labels=labels, output_hidden_states=block is not None)
-        if block is None:
-            return out.loss
-        base = model.get_base_model()
-        resid = out.hidden_states[block + 1][:, tokens - answer - 1]        # (B, D)
-        class_loss = torch.nn.functional.cross_entropy(
-            base.lm_head(base.model.norm(resid)), class_ids)
-        return WEIGHT * class_loss + (1 - WEIGHT) * out.loss
 
     def step():
-        loss = compute_loss()
+        loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()

@@ -1,12 +1,11 @@
 """The logit lens at the last position by transformers or TransformerLens, timed: what a user would
 otherwise run.
 
-    PYTHON bench/peers/lens.py transformers|transformer_lens MODEL N T BATCH COUNT [all]
+    PYTHON bench/peers/lens.py transformers|transformer_lens MODEL N T BATCH COUNT
 
 N prompts of T random tokens, BATCH at a time, float32: final norm and unembedding at the embedding
-and after every block, log-probabilities, the five most probable tokens; with `all` also every other
-number that our read_prompts returns, for one target a prompt. Prints one line of JSON: the median
-seconds, peak GiB.
+and after every block, log-probabilities, the five most probable tokens. (Ours also gives each tap's
+entropy, KL, and a target's rank.) Prints one line of JSON: the median seconds, peak GiB.
 """
 import sys
 
@@ -15,9 +14,8 @@ from clock import clock, random_prompts, report, torch_device
 
 TOP = 5
 which, path, (N, T, B, count) = sys.argv[1], sys.argv[2], map(int, sys.argv[3:7])
-everything, device = sys.argv[7:] == ["all"], torch_device(torch)
+device = torch_device(torch)
 tokens = torch.tensor(random_prompts(path, N, T), device=device)
-targets = tokens[:, :1]
 if which == "transformers":
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval().to(device)
@@ -42,26 +40,10 @@ else:
         return model.unembed(model.ln_final(taps))
 
 
-def statistics_of(logits, logprobs, target, final):
-    """One tap's other numbers: logits, logprobs and the last tap's final (B, V), target (B, 1)."""
-    entropy = -(logprobs.exp() * logprobs).sum(-1)
-    kl = (final.exp() * (final - logprobs)).sum(-1)
-    chosen = logits.gather(-1, target)
-    rank, ties = (logits > chosen).sum(-1) + 1, (logits == chosen).sum(-1) - 1
-    at_final_top = logprobs.gather(-1, final.argmax(-1, keepdim=True)).exp()
-    return entropy, kl, rank, ties, logprobs.gather(-1, target), at_final_top
-
-
 def lens():
     with torch.no_grad():
-        for part, target in zip(tokens.split(B), targets.split(B)):
-            logits = read(part)
-            logprobs = torch.log_softmax(logits, -1)
-            logprobs.topk(TOP, -1)
-            if everything:
-                # tap by tap: faster than all at once
-                for tap in range(len(logits)):
-                    statistics_of(logits[tap], logprobs[tap], target, logprobs[-1])
+        for part in tokens.split(B):
+            torch.log_softmax(read(part), -1).topk(TOP, -1)
 
 
 report(clock(lens, count))
