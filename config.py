@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from files.config_checks import BITS, METHODS, ON_POLICY, owners_of, validate  # noqa: F401
-from files.keys import BadInput, Stopped, read_keys, write_keys
+from files.keys import BadInput, Collapsed, Stopped, read_keys, write_keys  # noqa: F401
 
 
 @dataclass

@@ -1,18 +1,13 @@
-"""Arithmetic problems whose test pairs are never seen, and batches that say what the loss counts.
+"""From a config to batches that say what the loss counts.
 
-    symbolic  "7 * 8 = " -> "56"      worded        "the product of seven and eight = "
-    asked     "what is 7 * 8 = "      asked_worded  "what is the product of seven and eight = "
-    masked    "7 ? 8 = ": nobody can know
+A problem is a prompt and its answer; arithmetic problems are made (text/arithmetic.py), all others
+are read from a folder of train.jsonl, valid.jsonl and test.jsonl, as `python -m tasks` writes them.
+text/rows.py turns a problem into a Row of token ids: prompt, answer, EOS. Here rows become batches:
 
-Ranges follow the prior work (multiply 2..20, add and subtract 1..99, divide up to 12 * 12). Where
-we differ: it drew train and validation rows from one pool, so half of its validation rows were
-training rows, and four of its nine evaluation prompts too. Here the *operand pairs* are partitioned
-before anything is drawn. A pair belongs to train, valid or test by a hash of its unordered numbers,
-so 3 * 4, 4 * 3, 4 - 3 and "the sum of three and four" are on one side, for every seed, every method
-and the bundled base model alike. The named evaluation prompts' pairs are test pairs.
+    7 * 8 = 56 EOS     position of "=" predicts 56, position of 56 predicts EOS: two targets
 
-Everything else is a folder of train.jsonl, valid.jsonl and test.jsonl (data=FOLDER), as `python -m
-tasks` writes them or by hand.
+The loss counts targets alone, and reads the model at their positions alone.
+Shapes: B rows, T tokens, A the largest number of targets in a row of the data.
 """
 from pathlib import Path
 
@@ -28,7 +23,7 @@ from text.jsonl import read_rows
 from text.rows import Row
 
 # --------------------------------------------------------------------------------------------------
-# from a config to problems, and to token ids
+# from a config to problems
 
 
 def read_problems(path: Path) -> list[Problem]:
@@ -60,8 +55,9 @@ def make_batch(rows: list[Row], indices: list[int], T: int, A: int,
                cfg: Config) -> dict[str, np.ndarray]:
     """Pad the rows to T tokens and say where their targets are.
 
-    targets  answer and EOS, of a conversation every reply and what ends it, or all tokens after
-             the first (mask_prompt false); A is the largest number of them in a row of the data
+    rows     Row: ids, P (length of the prompt), targets() as (start, stop), and of a conversation
+             the spans of its replies. Targets are the answer and EOS, of a conversation every reply
+             and what ends it, or all tokens after the first (mask_prompt false)
     indices  rows to take; -1 fills the batch up with a row of zeros that counts for nothing
     example  ids [1, 7, *, 8, =, 56, 2], P 5, A 3: target_positions [4, 5, 0],
              targets [56, 2, 7], target_mask [1, 1, 0]
@@ -76,8 +72,9 @@ def make_batch(rows: list[Row], indices: list[int], T: int, A: int,
         tokens[i, :len(row.ids)] = row.ids      # right padding: no real token looks to its right
         for start, stop in row.targets(cfg):
             is_before_target[i, start - 1:stop - 1] = 1     # position t predicts token t + 1
-        last = row.spans[-1][1] if row.spans else len(row.ids)
-        class_positions[i] = row.P - 1 if cfg.class_position == "prompt" else last - 2
+        eos = (row.spans[-1][1] if row.spans else len(row.ids)) - 1
+        # the class is read at the last prompt token; "answer": before EOS, a published error
+        class_positions[i] = row.P - 1 if cfg.class_position == "prompt" else eos - 1
         class_ids[i] = row.class_id
     # the ones first, in order; what fills up to A has mask 0
     positions = np.argsort(-is_before_target, axis=1, kind="stable")[:, :A]
@@ -86,8 +83,8 @@ def make_batch(rows: list[Row], indices: list[int], T: int, A: int,
         "target_positions": positions.astype(np.int32),                             # (B, A)
         "targets": np.take_along_axis(tokens, positions + 1, 1),                    # (B, A)
         "target_mask": np.take_along_axis(is_before_target, positions, 1),          # (B, A)
-        "class_positions": class_positions,     # (B,): last prompt token, or last answer token
-        "class_ids": class_ids,                 # (B,): what the class loss wants, mostly a word
+        "class_positions": class_positions,                                         # (B,)
+        "class_ids": class_ids,     # (B,): the token that the class loss wants, mostly a word
         "row_mask": np.array([i >= 0 for i in indices], np.float32),                # (B,)
     }
 
@@ -104,7 +101,10 @@ class Batches:
     def __init__(self, rows: list[Row], cfg: Config):
         self.rows, self.cfg = rows, cfg
         lengths = np.array([len(r.ids) for r in rows])
-        multiple = 4 if lengths.max() <= 32 else 8 if lengths.max() <= 64 else 32
+        multiple = 32
+        if lengths.max() <= 64:
+            multiple = 4 if lengths.max() <= 32 else 8
+        # each length rounded up to a multiple, at most the longest
         self.padded = np.minimum(-(-lengths // multiple) * multiple, lengths.max())
         self.A = max(sum(stop - start for start, stop in r.targets(cfg)) for r in rows)
         self.lengths = sorted(set(self.padded.tolist()))
@@ -130,13 +130,14 @@ class Batches:
         if epoch != self._epoch:
             self._epoch, self._plan = epoch, self._shuffle(epoch)
         T, indices = self._plan[k]
-        part = len(indices) // self.cfg.grad_accum_steps
-        batches = [make_batch(self.rows, indices[i:i + part], T, min(self.A, T - 1), self.cfg)
-                   for i in range(0, len(indices), part)]
-        counts = {"n_targets": np.float32(sum(b["target_mask"].sum() for b in batches)),
-                  "n_rows": np.float32(sum(b["row_mask"].sum() for b in batches))}
+        n = len(indices) // self.cfg.grad_accum_steps
+        micro_batches = [make_batch(self.rows, indices[i:i + n], T, min(self.A, T - 1), self.cfg)
+                         for i in range(0, len(indices), n)]
+        counts = {"n_targets": np.float32(sum(b["target_mask"].sum() for b in micro_batches)),
+                  "n_rows": np.float32(sum(b["row_mask"].sum() for b in micro_batches))}
+        # of several processes each takes its own; alone: all
         update = [{name: mx.array(value) for name, value in (batch | counts).items()}
-                  for batch in workers.mine(batches)]
+                  for batch in workers.mine(micro_batches)]
         rows = [i for i in indices if i >= 0]
         return [update], {"rows": rows, "n_tokens": sum(len(self.rows[i].ids) for i in rows)}
 
@@ -144,10 +145,10 @@ class Batches:
         """What `at` depends on beside rows, config and step: nothing."""
         return {}, {}
 
-    def restore(self, arrays: dict, about: dict) -> None:
+    def restore(self, arrays: dict, plain: dict) -> None:
         pass
 
-    def load(self) -> Load:
+    def memory_load(self) -> Load:
         """What one micro-batch asks of the model, for the memory estimate."""
         longest_prompt = max(row.P for row in self.rows)
         return supervised_load(self.cfg, max(self.lengths), self.A, longest_prompt)

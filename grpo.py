@@ -10,8 +10,8 @@ public code that tests hold against this one: study/prior_work.md.
     old policy        the weights that sampled; its log-probabilities come with the samples
     reference policy  the base model: this model with its adapters off; only the KL term reads it
 
-Level blindness: advantages compare inside a group, so a policy that gets worse everywhere sees
-nothing wrong. The KL term and guard.py are what does.
+Advantages compare inside a group, so they do not see a policy that gets worse everywhere. The KL
+term and guard.py watch for that.
 Shapes: P prompts, G completions of each, N = P * G, C tokens of the longest completion.
 """
 import time
@@ -76,10 +76,10 @@ def completion_logprobs(model: Llama, batch: dict[str, mx.array], temperature: f
     """log p of each completion token at the temperature it was sampled with, (N, C) nats."""
     resid = completion_resid(model, batch["prompts"], batch.get("start"), batch["completions"])
 
-    def read(logits, tokens):
+    def score(logits, tokens):      # called with the logits of a few rows at a time
         return token_logprobs(logits / temperature, tokens)
 
-    return model.read_logits(read, resid, batch["completions"], with_grad)
+    return model.read_logits(score, resid, batch["completions"], with_grad)
 
 
 def rollout_loss(cfg: Config, answer_rewards, model: Llama,
@@ -118,10 +118,9 @@ def rollout_loss(cfg: Config, answer_rewards, model: Llama,
         if cfg.grpo_kl_weight:
             loss = loss + cfg.grpo_kl_weight * (weights * means["kl_k2"]).sum()
     if "answer_weights" in batch:
-        # Markovian: the half of the gradient that the policy term lacks. Without a ratio: as in all
-        # of PPO what was sampled before, here the chain, stays the old policy's, and the answer
-        # behind it is given. Only the product of a chain's ratios would make it the present
-        # policy's: at 0.02 nats a token, 64 chains of 100 tokens would then count as 8
+        # Markovian: the half of the gradient that the policy term lacks. Without a ratio: the chain
+        # is taken as given, as PPO takes states. The ratio of a whole chain varies too much: at
+        # 0.02 nats a token, 64 chains of 100 tokens would count as 8
         rewards = answer_rewards(model, batch, with_grad=True)                  # (N,)
         sums["answer_loss"] = answer_reward_loss(rewards, batch["answer_weights"])
         loss = loss + sums["answer_loss"]
@@ -151,8 +150,10 @@ def advantage_divisors(rewards: np.ndarray, scale: str = "none", floor: float = 
              Zero-variance groups are no exception: Markovian training divides its answer term by
              the same, which would jump where a group's variance becomes zero
     """
-    P = len(rewards)
-    own = {"none": np.ones(P), "batch": np.full(P, rewards.std()), "group": rewards.std(1)}[scale]
+    if scale == "group":
+        own = rewards.std(1)
+    else:
+        own = np.full(len(rewards), rewards.std() if scale == "batch" else 1.0)
     return np.maximum(own, floor)[:, None]
 
 
@@ -216,7 +217,7 @@ def draw_problems(problems: list, seed: int, start: int, count: int) -> list:
 
 
 class Answers:
-    """What GRPO samples and how it is judged: answers, by a reward function.
+    """What GRPO samples and how it is rewarded: answers, by a reward function.
 
     markovian.Chains has the same members, for chains of thought.
     """
@@ -229,11 +230,11 @@ class Answers:
         self.reward = load_reward(cfg.grpo_reward)
         self.prompts = [encode_prompt_of(p, tokenizer) for p in problems]
 
-    def judge(self, asked: list[Problem], done: list[Completion]) -> dict[str, np.ndarray]:
+    def rewards(self, asked: list[Problem], done: list[Completion]) -> dict[str, np.ndarray]:
         """N completions' `reward`, its parts as reward_NAME, and `right`; (N,) each."""
-        right = np.array([grade(p.answer, c.text, c.finished) for p, c in zip(asked, done)], float)
         # 1 where the whole completion is the answer and it stopped by itself, else 0. No part
         # marks: substrings, lists of numbers and cut completions were each exploited somewhere
+        right = np.array([grade(p.answer, c.text, c.finished) for p, c in zip(asked, done)], float)
         if self.reward is None:
             return {"reward": right, "right": right}
         rewards = call_reward(self.reward, self.model, self.tokenizer, asked, done)
@@ -257,14 +258,14 @@ class Rollouts:
 
     `at` is a function of the weights, the seed and `position`, the number of problems drawn so far,
     so that a resumed run draws and samples what the uninterrupted one would have.
-    judge   Answers or markovian.Chains
+    task    Answers or markovian.Chains
     """
 
-    def __init__(self, model: Llama, problems: list[Problem], cfg: Config, judge):
-        self.model, self.cfg, self.judge = model, cfg, judge
+    def __init__(self, model: Llama, problems: list[Problem], cfg: Config, task):
+        self.model, self.cfg, self.task = model, cfg, task
         self.P, self.limit = cfg.batch_size // cfg.grpo_group_size, cfg.rollout_tokens
-        self.rows, self.position = list(zip(problems, judge.prompts)), 0
-        check_context(judge.prompts, self.limit, model)
+        self.rows, self.position = list(zip(problems, task.prompts)), 0
+        check_context(task.prompts, self.limit, model)
 
         def score(batch):
             return completion_logprobs(model, batch, cfg.grpo_temperature, with_grad=False)
@@ -276,8 +277,8 @@ class Rollouts:
         """What `at` depends on beside weights and seed: arrays, none here, and plain JSON."""
         return {}, {"position": self.position}
 
-    def restore(self, arrays: dict, about: dict) -> None:
-        self.position = about["position"]
+    def restore(self, arrays: dict, plain: dict) -> None:
+        self.position = plain["position"]
 
     def at(self, step: int) -> tuple[list[list[dict[str, mx.array]]], dict]:
         """Sample, reward and compare: (updates, metrics), an update being its micro-batches.
@@ -285,10 +286,11 @@ class Rollouts:
         No updates where no group carries a signal.
         raises   BadInput, if that happens at step 0: then the data is at fault
         """
-        start = time.perf_counter()
+        start, n_tokens = time.perf_counter(), 0
         for redraw in range(1 + REDRAWS):
             groups, metrics = self.rollout()
-            live = [g for g in groups if g.advantages.any() or not self.judge.needs_variance]
+            n_tokens += metrics["n_tokens"]
+            live = [g for g in groups if g.advantages.any() or not self.task.needs_variance]
             if live:
                 break
         if not live and step == 0:
@@ -299,10 +301,11 @@ class Rollouts:
                 "grpo_group_size, or train with SFT first")
         sampled = time.perf_counter()
         updates = self.make_updates(groups, live, step) if live else []
-        return updates, metrics | {"redraws": redraw, "rollout_s": sampled - start,
+        return updates, metrics | {"redraws": redraw, "n_tokens": n_tokens,
+                                   "rollout_s": sampled - start,
                                    "score_s": time.perf_counter() - sampled}
 
-    def load(self) -> Load:
+    def memory_load(self) -> Load:
         """What one micro-batch asks of the model, for the memory estimate."""
         return rollout_load(self.cfg, max(len(ids) for _, ids in self.rows), workers.size())
 
@@ -316,15 +319,15 @@ class Rollouts:
         first, last = workers.my_range(self.P)
         key = mx.random.key((cfg.seed << 32) + self.position)
         with fused_for_decoding(self.model):
-            done = sample(self.model, self.judge.tokenizer, [ids for _, ids in drawn[first:last]],
+            done = sample(self.model, self.task.tokenizer, [ids for _, ids in drawn[first:last]],
                           self.limit, G, cfg.grpo_temperature, key=key,
-                          many_lines=self.judge.many_lines, before=first, after=self.P - last)
+                          many_lines=self.task.many_lines, before=first, after=self.P - last)
         asked = [problem for problem, _ in drawn[first:last] for _ in range(G)]
-        done, judged = workers.gather_rows(done, self.judge.judge(asked, done))
-        self.position += self.P     # not before: a reward that raised is asked again after resuming
+        done, judged = workers.gather_rows(done, self.task.rewards(asked, done))
+        self.position += self.P     # only now: if the reward raised, resuming draws the same again
         rewards = judged["reward"].reshape(self.P, G)
         advantages = group_advantages(rewards, cfg.grpo_advantage, cfg.grpo_std_floor)
-        advantages = np.clip(advantages, -self.judge.max_advantage, self.judge.max_advantage)
+        advantages = np.clip(advantages, -self.task.max_advantage, self.task.max_advantage)
         divisors = advantage_divisors(rewards, cfg.grpo_advantage, cfg.grpo_std_floor)[:, 0]
         groups = [Group(problem, ids, done[i * G:(i + 1) * G], rewards[i], advantages[i],
                         float(divisors[i])) for i, (problem, ids) in enumerate(drawn)]
@@ -336,7 +339,7 @@ class Rollouts:
         return {
             "reward": float(rewards.mean()), "reward_std": float(rewards.std()),
             "reward_min": float(rewards.min()), "reward_max": float(rewards.max()),
-            **self.judge.summarize(judged, done),
+            **self.task.summarize(judged, done),
             "zero_variance_groups": float(zero_variance(rewards).mean()),
             **describe_completions(done),
             "repetition": float(np.mean([repetition(c.ids) for c in done])),
@@ -369,7 +372,8 @@ class Rollouts:
                     live: list[Group], step: int, epoch: int) -> dict[str, mx.array]:
         """One micro-batch: the chosen groups, and fillers that weigh nothing.
 
-        groups, live   all of the step, and those with a signal: the denominators
+        groups, live   all of the step, and those with a signal: the denominators of the loss, and
+                       of the means that are reported
         """
         cfg, limit = self.cfg, self.limit
         done = [c for g in chosen + fillers for c in g.completions]
@@ -394,4 +398,5 @@ class Rollouts:
             with adapters_off(self.model):
                 scores = map_rows(self.score, arrays, self.model.parts)
             arrays["ref_logprobs"] = mx.concatenate(scores)                     # (N, C)
-        return arrays | self.judge.arrays(chosen + fillers, arrays["weights"][:, 0], step)
+        row_weights = arrays["weights"][:, 0]       # every completion has a first token
+        return arrays | self.task.arrays(chosen + fillers, row_weights, step)

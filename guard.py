@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 import engine.blas  # noqa: F401  (before mlx)
 import numpy as np
 
-from config import Config, Stopped
+from config import Collapsed, Config
 from files.run_folder import restore_training, training_arrays
 
 MAX_MEAN_RATIO = 10  # of an update; above it the samples say nothing about the policy
@@ -102,7 +102,7 @@ class Guarded:
     def at(self, step: int) -> tuple[list, dict]:
         """The source's updates; none, and the best weights back, where the policy has collapsed.
 
-        raises   Stopped after CollapseGuard.MAX_REVERTS times; the best weights are then in place
+        raises   Collapsed after CollapseGuard.MAX_REVERTS times; the best weights are then in place
         """
         updates, metrics = self.source.at(step)
         verdict = self.guard.observe(metrics["reward"], metrics["reward_std"], metrics["entropy"],
@@ -112,7 +112,7 @@ class Guarded:
         elif verdict:
             restore_training(self.best, self.model, self.optimizer)
             if self.guard.reverts >= self.guard.MAX_REVERTS:
-                raise Stopped(f"step {step + 1}: the policy collapsed a "
+                raise Collapsed(f"step {step + 1}: the policy collapsed a "
                               f"{self.guard.reverts + 1}th time ({verdict}); the best weights are "
                               "saved. Lower lr, or raise grpo_kl_weight")
             self.guard.reverted()
@@ -121,12 +121,12 @@ class Guarded:
                                    "lr_scale": 0.5 ** self.guard.reverts}
 
     def state(self) -> tuple[dict, dict]:
-        arrays, about = self.source.state()
+        arrays, plain = self.source.state()
         best = {f"best.{name}": array for name, array in self.best.items()}
-        return arrays | best, about | {"guard": asdict(self.guard)}
+        return arrays | best, plain | {"guard": asdict(self.guard)}
 
-    def restore(self, arrays: dict, about: dict) -> None:
-        self.source.restore(arrays, about)
-        self.guard = CollapseGuard(**about["guard"])
+    def restore(self, arrays: dict, plain: dict) -> None:
+        self.source.restore(arrays, plain)
+        self.guard = CollapseGuard(**plain["guard"])
         self.best = {name.removeprefix("best."): array for name, array in arrays.items()
                      if name.startswith("best.")}

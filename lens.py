@@ -1,9 +1,9 @@
-"""The logit lens: what the residual stream says before the last block.
+"""The logit lens: what the residual stream already says after each block.
 
-*Logit lens* (nostalgebraist 2020): at each tap the model's own final norm and unembedding are
-applied, softmax(U . N(h)) in float32, with the statistics of that tap. It calls `model.head`, the
-very function that makes the model's logits, on the very stream that training and generation run, so
-at the last tap it *is* the model (what went wrong elsewhere: study/prior_work.md).
+*Logit lens* (nostalgebraist 2020): at each tap the model's own final norm and unembedding U are
+applied, softmax(U . norm(h)) in float32, with the statistics of that tap. It calls `model.head`,
+the very function that makes the model's logits, on the very stream that training and generation
+run, so at the last tap it *is* the model (what went wrong elsewhere: study/prior_work.md).
 A lens probability is not a belief: it depends on the residual's length too. So rank, entropy and
 the distance to the final distribution stand beside it.
 
@@ -49,7 +49,7 @@ class Reading:
     probs: np.ndarray       # (L+1, B, A, N) probability of each target
     ranks: np.ndarray       # (L+1, B, A, N) 1 + number of tokens with a strictly larger logit
     ties: np.ndarray        # (L+1, B, A, N) other tokens with the same logit; 0: the rank is sure
-    logprobs: np.ndarray    # (L+1, B, A, N) log of probs, where probs are too small to be told
+    logprobs: np.ndarray    # (L+1, B, A, N) log of probs; finite where probs underflow to 0
     entropy: np.ndarray     # (L+1, B, A)
     kl: np.ndarray          # (L+1, B, A) KL(last tap || this tap): 0 at L
     final_probs: np.ndarray  # (L+1, B, A) probability of the token the model ends up with
@@ -84,7 +84,7 @@ def tap_statistics(logits: mx.array, targets: mx.array, k: int, final_probs: mx.
     chosen = mx.take_along_axis(logits, targets, axis=-1)                           # (R, N)
     ranks, ties = [], []
     for n in range(targets.shape[1]):
-        # no sort: two reductions a target. float32, since bfloat16 logits tie by the hundred
+        # no sort: two reductions a target. The logits of a bfloat16 model tie by the hundred
         ranks.append((logits > chosen[:, n:n + 1]).sum(-1) + 1)
         ties.append((logits == chosen[:, n:n + 1]).sum(-1) - 1)
     logprobs = chosen - log_total[:, None]
@@ -119,26 +119,27 @@ def taps_at(model: Llama, tokens: mx.array, positions: mx.array) -> list[mx.arra
 def read_part(model: Llama, k: int, part: dict[str, mx.array]) -> list[mx.array]:
     """A Reading's arrays, (R, L+1, ...), of some rows: resids (R, L+1, D), targets (R, N).
 
-    A few taps' logits are made by one product, from the last tap on, which all are compared with,
-    and reduced in pieces that fit a CPU's cache. `mx.depends` chains the pieces: without it the
-    lazy graph would hold all logits at once.
+    In plain words: [tap_statistics(model.head(resid), targets, k, *final) for resid in resids],
+    the last tap first, since all are compared with it. But logits are large. So a few taps' are
+    made by one product, and reduced in pieces that fit a CPU's cache. mx.depends(x, y) is x, to be
+    computed after y: without it the lazy graph would hold all logits at once.
     """
     resids, targets = part["resids"].transpose(1, 0, 2), part["targets"]        # (L+1, R, D)
     (taps, R, _), V = resids.shape, model.args.vocab_size
     at_once = max(1, LOGITS_PER_CALL // (R * V))
     rows = max(1, LOGITS_IN_CACHE // V) if LINUX_CPU else R
-    final, last, done = None, [], []
+    final, previous, done = None, [], []
     for end in range(taps, 0, -at_once):
         group = resids[max(0, end - at_once):end]
-        logits = model.head(mx.depends(group, last) if last else group)         # (g, R, V)
+        logits = model.head(mx.depends(group, previous) if previous else group)  # (g, R, V)
         final = final or final_distribution(logits[-1])
         for tap_logits in logits[::-1]:
             pieces = []
             for i in range(0, R, rows):
                 few = slice(i, i + rows)
-                piece = mx.depends(tap_logits[few], last) if last else tap_logits[few]
-                last = list(tap_statistics(piece, targets[few], k, *(x[few] for x in final)))
-                pieces.append(last)
+                piece = mx.depends(tap_logits[few], previous) if previous else tap_logits[few]
+                previous = list(tap_statistics(piece, targets[few], k, *(x[few] for x in final)))
+                pieces.append(previous)
             done.append([mx.concatenate(arrays) for arrays in zip(*pieces)])
     return [mx.stack(arrays[::-1], axis=1) for arrays in zip(*done)]
 
@@ -237,8 +238,8 @@ def main(argv: list[str]) -> None:
                         help="take this adapter, ours, mlx-lm's or peft's, on top of --ckpt")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--words", nargs="*", default=[],
-                        help="words to follow at the last position, one token each; a set in one "
-                        "form, with a space before them or without, as the prompt's end asks")
+                        help="words to follow at the last position, one token each: all with a "
+                        "leading space or all without, whichever fits the prompt's end")
     parser.add_argument("--png", metavar="FILE")
     parser.add_argument("--html", metavar="FILE",
                         help="one self-contained page; a cell shows its ten top tokens on hover")
@@ -254,7 +255,7 @@ def main(argv: list[str]) -> None:
     print(lens_table(view, color=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
     if args.json:
         write_text(Path(args.json), json.dumps(view) + "\n")
-    # imported here: whoever trains, and reads taps on the way, draws no page
+    # imported here: training reads taps too, and draws no page
     from report.page import lens_page
     from report.plot import lens_heatmap
     if args.png:

@@ -1,4 +1,4 @@
-"""LoRA by hand: y = W x + scale * (x A) B, scale = alpha / rank, B = 0 at the start, W frozen.
+"""LoRA by hand: y = x W^T + scale * (x A) B, scale = alpha / rank, B = 0 at the start, W frozen.
 
 Source: LoRA 2106.09685. Where packages differ: PEFT users set alpha, mlx-lm takes the scale itself;
 we set alpha and print both. A ~ U(-1/sqrt(in), 1/sqrt(in)) as in mlx-lm. Adapters are saved in
@@ -46,13 +46,13 @@ class LoRALinear(nn.Module):
         if not self.enabled:
             return self.linear(x)
         update = (x @ self.lora_a.astype(x.dtype)) @ self.lora_b.astype(x.dtype)    # (..., out)
-        # cast back: a float32 scale would turn a bfloat16 model's whole residual stream to float32
-        return self.linear(x) + (self.scale * update).astype(x.dtype)
+        # scale is a Python number: a float32 array would widen a bfloat16 model's whole stream
+        return self.linear(x) + self.scale * update
 
     def fused(self) -> nn.Module:
         """The plain linear layer, the update added to its weight in float32 and then cast back.
 
-        A quantised weight is unpacked and stays so: rounding it again would eat the update.
+        A quantised weight comes back unquantised: rounding it again would erase the update.
         """
         if hasattr(self.linear, "dense"):
             self.linear = self.linear.dense()
@@ -78,7 +78,7 @@ def apply_lora(model: Llama, rank: int, alpha: float, targets: tuple[str, ...]) 
 
 
 def wrap(model: Llama, paths: list[str], rank: int, scale: float) -> None:
-    """`apply_lora` of the linear layers at these paths: of any blocks, not the same in each."""
+    """`apply_lora` for a list of paths, such as model.layers.0.self_attn.q_proj."""
     model.freeze()
     named = dict(model.named_modules())
     model.update_modules(tree_unflatten(
@@ -111,7 +111,7 @@ def adapters_off(model: Llama) -> Iterator[None]:
 
 
 def fingerprint(model: Llama) -> str:
-    """Tell bases of one shape apart by the final norm's gains, rounded alike for any load type."""
+    """Tell bases of one shape apart: a hash of the final norm's gains, the same for any dtype."""
     gains = np.array(model.model.norm.weight.astype(mx.bfloat16).astype(mx.float32))
     return hashlib.sha256(gains.tobytes()).hexdigest()[:16]
 
@@ -151,10 +151,6 @@ def load_adapters(model: Llama, folder: str | Path) -> None:
     arrays = [(name, array.astype(mx.float32)) for name, array in found.items()]
     model.load_weights(arrays, strict=False)    # all of them fit: just checked
     mx.eval(model.parameters())
-
-
-# --------------------------------------------------------------------------------------------------
-# from a run to its model
 
 
 if __name__ == "__main__":

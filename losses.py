@@ -1,13 +1,14 @@
 """The objectives: what training makes small.
 
 SFT is the mean next-token cross-entropy over the answer and EOS. Dual-reward adds a second one: at
-block c, at the last prompt token, the logit lens shall already say the operation's name,
+block c, at the last prompt token, the logit lens shall already say the class: the operation's word,
+such as "multiply".
 
-    L = w * CE(lens at block c, operation word) + (1 - w) * CE(answer and EOS).
+    L = w * CE(lens at block c, class) + (1 - w) * CE(answer and EOS)
 
 It is supervised, no reward is involved; the name is historical. Two switches reproduce published
-errors (study/prior_work.md): `answer_shift: false` compares the logits at position t with the token
-*at* t, not t+1; `class_position: answer` trains the class where nobody reads it.
+errors: `answer_shift: false` compares the logits at position t with the token *at* t, not t+1;
+`class_position: answer` trains the class where nobody reads it.
 
 GRPO's and Markovian training's terms stand below; grpo.py puts them together.
 """
@@ -30,7 +31,7 @@ def token_logprobs(logits: mx.array, tokens: mx.array) -> mx.array:
     return chosen - mx.logsumexp(logits, axis=-1)
 
 
-# The same with two arrays of the logits' size held for the gradient instead of six; tested equal
+# The same with one array of the logits' size kept for the gradient; tests hold the two equal
 FORMULAS = {"token_logprobs": token_logprobs}
 from engine.ops import token_logprobs  # noqa: E402, F811
 
@@ -52,36 +53,50 @@ def dual_reward_loss(class_loss: mx.array, answer_loss: mx.array, weight: mx.arr
     return weight * class_loss + (1 - weight) * answer_loss
 
 
-def supervised_loss(cfg: Config, block: int | None, model: Llama,
-                    batch: dict[str, mx.array]) -> tuple[mx.array, dict, dict]:
-    """SFT and dual-reward: the scalar, its parts to add up, and no maxima, of a micro-batch.
+def inputs_of(cfg: Config, batch: dict[str, mx.array]) -> tuple[mx.array, mx.array]:
+    """What the model reads, (B, T-1), and where it is asked for the targets, (B, A)."""
+    tokens, positions = batch["tokens"], batch["target_positions"]
+    if cfg.answer_shift:
+        return tokens[:, :-1], positions    # position t predicts t + 1: the last has no target
+    # the published error: the logits at t are compared with the token at t itself
+    return tokens, positions + 1
 
-    block   c, whose output the class loss reads; None for SFT
+
+def answer_cross_entropy(model: Llama, resid: mx.array, batch: dict[str, mx.array]) -> mx.array:
+    """Mean cross-entropy of the targets in nats; resid (B, A, D): tap L where they are read."""
+    logprobs = model.read_logits(token_logprobs, resid, batch["targets"])               # (B, A)
+    return masked_cross_entropy(logprobs, batch["target_mask"], batch["n_targets"])
+
+
+def sft_loss(cfg: Config, model: Llama, batch: dict[str, mx.array]) -> tuple[mx.array, dict, dict]:
+    """A micro-batch's loss, metrics to add up, and metrics to take the largest of: none.
+
     batch   data.Batches' arrays; n_targets and n_rows count the whole step, so that micro-batches
             add up to the step's mean
     """
-    tokens, positions = batch["tokens"], batch["target_positions"]      # (B, T), (B, A)
-    if cfg.answer_shift:
-        tokens = tokens[:, :-1]     # the last token predicts nothing
-    else:
-        positions = positions + 1   # the published error A: read at the target itself
+    tokens, positions = inputs_of(cfg, batch)
     # only positions that the loss reads leave the last block, and only they are unembedded
-    class_at_last = cfg.method == "dual_reward" and block + 1 == model.args.num_hidden_layers
-    stream = model.stream(tokens, positions=None if class_at_last else positions)
-    for tap, resid in enumerate(stream):                                # (B, T, D)
-        if tap - 1 == block:
-            class_resid = resid
-    answer_resid = gather_positions(resid, positions) if class_at_last else resid  # (B, A, D)
-    answer_logprobs = model.read_logits(token_logprobs, answer_resid, batch["targets"])  # (B, A)
-    answer_loss = masked_cross_entropy(answer_logprobs, batch["target_mask"], batch["n_targets"])
-    if cfg.method == "sft":
-        return answer_loss, {"answer_loss": answer_loss}, {}
+    resid = model.final_resid(tokens, positions=positions)                              # (B, A, D)
+    loss = answer_cross_entropy(model, resid, batch)
+    return loss, {"answer_loss": loss}, {}
 
-    # the lens at block c, one position a row. A head call of its own, not one for both: with
-    # class_weight 0 the answer's arithmetic is then SFT's to the bit
-    at_class = gather_positions(class_resid, batch["class_positions"][:, None])
-    class_logits = model.head(at_class)[:, 0]                           # (B, V)
-    class_logprobs = token_logprobs(class_logits, batch["class_ids"])   # (B,)
+
+def dual_loss(cfg: Config, block: int, model: Llama,
+              batch: dict[str, mx.array]) -> tuple[mx.array, dict, dict]:
+    """The same for dual-reward: the answer's loss, and the class's at block c."""
+    tokens, positions = inputs_of(cfg, batch)
+    # where the class is read from the last block, that block's other positions are needed too
+    class_at_last = block + 1 == model.args.num_hidden_layers
+    stream = model.stream(tokens, positions=None if class_at_last else positions)
+    for tap, resid in enumerate(stream):                                                # (B, T, D)
+        if tap == block + 1:    # tap l comes after block l - 1
+            class_resid = gather_positions(resid, batch["class_positions"][:, None])    # (B, 1, D)
+    resid = gather_positions(resid, positions) if class_at_last else resid              # (B, A, D)
+    answer_loss = answer_cross_entropy(model, resid, batch)
+    # the logit lens at block c. A head call of its own, not one for both: with class_weight 0 the
+    # answer's arithmetic is then SFT's to the bit
+    class_logits = model.head(class_resid)[:, 0]                                        # (B, V)
+    class_logprobs = token_logprobs(class_logits, batch["class_ids"])                   # (B,)
     class_loss = masked_cross_entropy(class_logprobs, batch["row_mask"], batch["n_rows"])
     is_right = mx.argmax(class_logits, axis=-1) == batch["class_ids"]
     # an array, since mx.compile would bake a Python number into the trace
@@ -108,7 +123,8 @@ def policy_loss(logprobs: mx.array, old_logprobs: mx.array, advantages: mx.array
     example       ratio 1.5, A 1, clip_high .28 -> -1.28; ratio 5, A -1, dual_clip 3 -> 3
     source        PPO 1707.06347; clip_high > clip_low: DAPO 2503.14476
     """
-    # beyond e^20 the gradient is clipped away in any case, and e^89 would be inf
+    # e^89 would be inf. Beyond e^20 the gradient is 0, which the clip below makes it in any case,
+    # but for a negative advantage without dual_clip
     ratio = mx.exp(mx.clip(logprobs - old_logprobs, -20, 20))
     clipped = mx.clip(ratio, 1 - clip_low, 1 + clip_high)
     # the smaller of the two: an update never gains from leaving the clip range
@@ -127,8 +143,8 @@ def kl_estimates(logprobs: mx.array, ref_logprobs: mx.array) -> dict[str, mx.arr
 
     k1 = d is unbiased but its gradient as a loss is zero on average; k2 = d^2 / 2 has exactly the
     gradient of the KL, so it is the one in the loss; k3 = e^-d + d - 1 is unbiased, never negative,
-    and the one to look at. d = log policy - log reference. Whoever sampled comes first: exchanged,
-    k3 estimates chi-square minus KL. source  Schulman, "Approximating KL"
+    and the one to look at. d = log policy - log reference. The policy that sampled comes first:
+    exchanged, k3 estimates chi-square minus KL. source  Schulman, "Approximating KL"
     """
     d = logprobs - ref_logprobs
     return {"kl_k1": d, "kl_k2": d * d / 2, "kl_k3": mx.exp(mx.clip(-d, -20, 20)) + d - 1}

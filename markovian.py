@@ -127,7 +127,7 @@ def answer_rewards(model: Llama, arrays: dict[str, mx.array], with_grad: bool = 
 
 
 class Chains:
-    """What Markovian training samples and how it is judged: chains, by log p(answer | chain).
+    """What Markovian training samples and how it is rewarded: chains, by log p(answer | chain).
 
     The same members as grpo.Answers.
     """
@@ -148,18 +148,18 @@ class Chains:
         self.actor = compiled(partial(answer_rewards, model))
         self.frozen = compiled(partial(answer_rewards, model))
 
-    def judge(self, asked: list[Problem], done: list[Completion]) -> dict[str, np.ndarray]:
+    def rewards(self, asked: list[Problem], done: list[Completion]) -> dict[str, np.ndarray]:
         """Rewards by the scorer; the other's beside them: the frozen judge cannot be bent."""
-        cfg, rewards = self.cfg, {"actor": [], "frozen": []}
+        cfg, found = self.cfg, {"actor": [], "frozen": []}
         G = cfg.grpo_group_size
         rows = G * -(-cfg.batch_size // G // cfg.grad_accum_steps)
         for i in range(0, len(done), rows):
             arrays = answer_arrays([self.questions[p] for p in asked[i:i + rows:G]],
                                    [c.ids for c in done[i:i + rows]], self.tokenizer)
-            rewards["actor"] += map_rows(self.actor, arrays, self.model.parts)
+            found["actor"] += map_rows(self.actor, arrays, self.model.parts)
             with adapters_off(self.model):
-                rewards["frozen"] += map_rows(self.frozen, arrays, self.model.parts)
-        judged = {name: np.concatenate(parts) for name, parts in rewards.items()}
+                found["frozen"] += map_rows(self.frozen, arrays, self.model.parts)
+        judged = {name: np.concatenate(parts) for name, parts in found.items()}
         return judged | {"reward": judged[cfg.markovian_scorer]}
 
     def summarize(self, judged: dict[str, np.ndarray], done: list[Completion]) -> dict:

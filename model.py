@@ -1,9 +1,9 @@
 """A Llama, from the checkpoint's folder to logits, with its residual stream open to view.
 
-One forward pass serves training, generation and the lens: `stream` yields the residual stream after
-the embedding and after every block, and `head` (final norm, then unembedding) turns any of them
-into logits. At the last tap that is the model's output; at an earlier tap it is the logit lens. So
-the lens cannot drift from the model it looks at.
+One forward pass serves training, generation and the lens: `stream` yields the residual stream (the
+hidden states) after the embedding, tap 0, and after every block, tap 1 to L. `head` (final norm,
+then unembedding) turns any of them into logits. At tap L that is the model's output; at an earlier
+tap it is the logit lens. So the lens cannot drift from the model it looks at.
 
 Families, told apart by config.json: Llama-2 and TinyLlama (plain RoPE), Llama-3.x (llama3-scaled
 RoPE, tied or untied unembedding), Qwen2.5 (bias on q, k, v). Parameter names equal the Hub
@@ -12,8 +12,8 @@ Sources: Llama 2307.09288, Llama 3 2407.21783, RMSNorm 1910.07467, RoPE 2104.098
 SwiGLU 2002.05202, Qwen2.5 2412.15115.
 
 Shapes, for the whole project: B batch, T tokens, S keys in view, D model width, H query heads,
-K key-value heads, d head width, F MLP width, V vocabulary, L blocks, r LoRA rank. Tap 0 is after
-the embedding, tap l after block l-1, up to tap L.
+K key-value heads, d head width, F MLP width, V vocabulary, L blocks, r LoRA rank. Blocks are
+counted from 0: "L5" in a table is block 5, and tap 6 comes after it.
 """
 import math
 from collections.abc import Callable, Iterator
@@ -40,7 +40,7 @@ from files.model_folder import (
 )
 from text.tokenizer import Tokenizer, load_tokenizer
 
-Edit = dict[int, Callable[[mx.array], mx.array]]     # tap -> what to make of the stream there
+Edit = dict[int, Callable[[mx.array], mx.array]]     # tap -> what replaces the stream there
 
 
 @dataclass
@@ -63,17 +63,17 @@ class ModelArgs:
 
 
 def parse_args(raw: dict, where: str) -> ModelArgs:
-    """config.json, old or new spelling; raises BadInput on what would be computed wrongly."""
+    """config.json, old or new spelling; raises BadInput on what is not implemented."""
     return ModelArgs(**read_model_config(raw, where))
 
 
 # --------------------------------------------------------------------------------------------------
-# the four formulas of a Llama
+# the four formulas of a Llama. What runs is the same computed faster: the import below them
 
 
 def rms_norm(x: mx.array, gain: mx.array, eps: float) -> mx.array:
     """x / rms(x) * gain: (..., D) -> (..., D). No mean is subtracted, no bias is added."""
-    # squares of bfloat16 numbers lose what distinguishes rows: the mean is taken in float32
+    # bfloat16 has 8 significant bits: too few for a mean of squares
     wide = x.astype(mx.float32)
     wide = wide * mx.rsqrt((wide * wide).mean(axis=-1, keepdims=True) + eps)            # (..., D)
     return gain * wide.astype(x.dtype)
@@ -82,7 +82,8 @@ def rms_norm(x: mx.array, gain: mx.array, eps: float) -> mx.array:
 def rope(x: mx.array, offset: int, periods: mx.array) -> mx.array:
     """Rotate each pair of features by position / period, so that q k^T sees relative positions.
 
-    x (B, H, T, d) at positions offset, offset + 1, ...; periods (d/2,) from rope_periods
+    x (B, H, T, d) at positions offset, offset + 1, ...; periods (d/2,), positions a radian, from
+    rope_periods
     """
     T, d = x.shape[-2:]
     angles = (offset + mx.arange(T))[:, None] / periods                                 # (T, d/2)
@@ -117,7 +118,7 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
 
 
 # The same four by faster kernels: mx.fast on Metal and CUDA, our own on a Linux CPU. Without the
-# last of these lines everything runs on the formulas above; a test holds values and gradients equal
+# last of these lines everything runs on the formulas above; test_ops.py holds the two equal
 FORMULAS = {f.__name__: f for f in (rms_norm, rope, attention, swiglu)}
 from engine.ops import attention, rms_norm, rope, swiglu  # noqa: E402, F811
 
@@ -127,8 +128,7 @@ def rope_periods(args: ModelArgs) -> mx.array:
 
     Plain RoPE turns pair i by position / theta^(2i/d). Llama 3's scaling leaves fast pairs
     (wavelength below C / high), slows slow ones by `factor` (above C / low), and blends between;
-    C is the original context. It acts at every position, the first included, so leaving it out
-    is never harmless.
+    C is the original context. It acts inside that context too, so leaving it out is never harmless.
     source   Llama 3.1 model card and transformers' modeling_rope_utils
     """
     d = args.head_dim
@@ -197,7 +197,8 @@ class Attention(nn.Module):
         v = v.reshape(B, T, -1, self.head_dim).transpose(0, 2, 1, 3)
         offset = cache.offset if cache else 0
         q, k = rope(q, offset, self._periods), rope(k, offset, self._periods)
-        # right padding needs no mask of its own, since no real token can look to its right
+        # right padding needs no mask of its own, since no real token can look to its right. Asked
+        # before the update: the mask counts the T new tokens itself
         mask = cache.mask(T) if cache else "causal"
         if cache:
             k, v = cache.update(k, v)                                               # (B, K, S, d)
@@ -278,27 +279,26 @@ class Llama(nn.Module):
                positions: mx.array | None = None) -> Iterator[mx.array]:
         """Yield the residual stream (B, T, D) at tap 0, 1, ..., L, each before the final norm.
 
-        tokens     (B, T) int32. A consumer that drops what it has read never holds more than one
-                   tap: nothing is computed before it is evaluated
+        tokens     (B, T) int32. MLX is lazy: evaluate a tap and drop it, and one is held at a time
         edit       {tap: function (B, T, D) -> (B, T, D)}: what the stream is replaced by at a tap;
                    the blocks above go on from there. Ablation, steering and patching are this
-        positions  (B, A): tap L there alone, (B, A, D); not with an edit of tap L. Nobody reads the
-                   last block's other rows, and its MLP is a large part of a shallow model
+        positions  (B, A): tap L has these positions only, (B, A, D), and cannot be edited. Nobody
+                   reads the last block's other rows, and its MLP is much of a shallow model
         """
         edit = edit or {}
         resid = self.model.embed_tokens(tokens)
         for tap in range(self.args.num_hidden_layers + 1):
             if tap > 0:
-                at_last = positions if tap == self.args.num_hidden_layers else None
+                wanted = positions if tap == self.args.num_hidden_layers else None
                 resid = self.run_block(self.model.layers[tap - 1], resid,
-                                       cache[tap - 1] if cache else None, at_last)
+                                       cache[tap - 1] if cache else None, wanted)
             if tap in edit:
                 resid = edit[tap](resid)
             yield resid
 
     def run_block(self, block: Block, resid: mx.array, cache: KVCache | None,
                   positions: mx.array | None) -> mx.array:
-        """The block itself; engine.memory.spare puts one here that recomputes activations."""
+        """The block itself; engine.recompute.spare puts one here that recomputes activations."""
         return block(resid, cache, positions)
 
     def final_resid(self, tokens: mx.array, cache: list[KVCache] | None = None,
@@ -314,14 +314,15 @@ class Llama(nn.Module):
     def last_resid(self, tokens: mx.array, cache: list[KVCache] | None = None) -> mx.array:
         """The same at the last position of tokens (B, T) alone: (B, D)."""
         B, T = tokens.shape
-        at_last = None if T == 1 else mx.full((B, 1), T - 1)
-        return self.final_resid(tokens, cache, positions=at_last)[:, 0]
+        last_token = None if T == 1 else mx.full((B, 1), T - 1)
+        return self.final_resid(tokens, cache, positions=last_token)[:, 0]
 
     def head(self, resid: mx.array) -> mx.array:
         """Final norm, then unembedding: (..., D) -> float32 logits (..., V).
 
-        The logit lens is this at an earlier tap. float32, because bfloat16 leaves a vocabulary of
-        128,256 about a thousand distinct logits: ranks become arbitrary.
+        The logit lens is this at an earlier tap. Softmax and ranks need float32. The product of a
+        bfloat16 model is rounded before: of 128,256 logits a few thousand are distinct, and the
+        lens counts ties.
         """
         return self.unembed(self.model.norm(resid)).astype(mx.float32)
 
@@ -335,8 +336,9 @@ class Llama(nn.Module):
                     with_grad: bool = True) -> mx.array:
         """read(logits, tokens) where a loss reads them: resid (B, A, D), tokens (B, A) -> (B, A).
 
-        engine.memory.spare puts one here that never holds all logits; with_grad tells it whether
-        a gradient will be asked for.
+        read      (logits (n, V), tokens (n,)) -> (n,), a function of each row alone
+        with_grad  whether a gradient will be asked for
+        engine.recompute.spare puts one here that makes the logits of few rows at a time.
         """
         return read(self.head(resid), tokens)
 

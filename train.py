@@ -1,4 +1,4 @@
-"""The one training loop. Methods differ in their batch source and loss, and nothing else.
+"""The one training loop. Methods differ in their batch source and loss (make_method).
 
     python train.py configs/sft.yaml                       # LoRA on the bundled model
     python train.py configs/sft_full.yaml                  # the same, all weights
@@ -8,10 +8,11 @@
     python train.py configs/sft.yaml lr=1e-3 steps=200     # any key on the command line
 
 One step: a batch as a pure function of (seed, step) -> loss and gradients of its micro-batches,
-summed -> finite? -> clip -> AdamW. Since nothing depends on a hidden position or random state, a
-run that was killed continues bit for bit from its last saved state: the same command again. A loss
-or gradient that is not finite stops the run before the optimizer has moved. GRPO samples a step's
-batch from the weights as they are, and may take several updates from it; guard.py watches.
+summed -> finite? -> clip -> AdamW. Nothing depends on a hidden position or random state, so that a
+run that was killed continues bit for bit from its last save: the same command again. A loss or
+gradient that is not finite stops the run before the optimizer has moved. GRPO and Markovian
+training sample a step's batch from the weights as they are, may take several updates from it, and
+have a guard (guard.py).
 """
 import sys
 import time
@@ -27,7 +28,7 @@ from mlx.utils import tree_flatten, tree_map
 from tqdm import tqdm
 
 from checkpoint import checkpoint_files, load_base
-from config import ON_POLICY, BadInput, Config, Stopped, load_config, run_main
+from config import ON_POLICY, BadInput, Collapsed, Config, Stopped, load_config, run_main
 from data import Batches, load_split
 from engine import memory, workers
 from engine.adamw import AdamW
@@ -45,7 +46,7 @@ from files.run_folder import (
     training_arrays,
 )
 from lora import apply_lora
-from losses import supervised_loss
+from losses import dual_loss, sft_loss
 from model import Llama
 from report.terminal import describe_run, format_collapse, format_line
 from text.rows import tokenize
@@ -57,10 +58,11 @@ BAR_KEYS = ("loss", "answer_loss", "class_loss", "class_accuracy", "reward", "en
 
 
 def make_method(cfg: Config, model: Llama, tokenizer: Tokenizer):
-    """The batch source and the loss of cfg.method: the only place where methods differ.
+    """The batch source and the loss of cfg.method.
 
     source.at(step) -> (updates, metrics), an update being a list of micro-batches; .state() and
-    .restore(...) carry what `at` depends on. loss(model, batch) -> (scalar, parts, maxima).
+    .restore(...) carry what `at` depends on. loss(model, batch) -> (scalar, metrics to add up over
+    micro-batches, metrics to take the largest of).
     """
     problems, context = load_split(cfg, "train"), model.args.max_position_embeddings
     if cfg.method not in ON_POLICY and any(p.hidden for p in problems):
@@ -68,22 +70,22 @@ def make_method(cfg: Config, model: Llama, tokenizer: Tokenizer):
                        f"this config has method {cfg.method}")
     if cfg.method == "sft":
         rows = tokenize(problems, tokenizer, context, template=cfg.template)
-        return Batches(rows, cfg), partial(supervised_loss, cfg, None)
+        return Batches(rows, cfg), partial(sft_loss, cfg)
     if cfg.method == "dual_reward":
         if not all(p.operation for p in problems):
             raise BadInput(f"method dual_reward needs an operation in every row of {cfg.data}; "
                            "some rows have none")
         wanted = class_ids(cfg, tokenizer, problems)
         rows = tokenize(problems, tokenizer, context, wanted, cfg.template)
-        return Batches(rows, cfg), partial(supervised_loss, cfg, class_block(cfg, model))
+        return Batches(rows, cfg), partial(dual_loss, cfg, class_block(cfg, model))
     # imported here: a supervised run starts without reading files that it does not use
     from grpo import Answers, Rollouts, rollout_loss
     if cfg.method == "grpo":
-        judge = Answers(model, tokenizer, problems, cfg)
-        return Rollouts(model, problems, cfg, judge), partial(rollout_loss, cfg, None)
+        task = Answers(model, tokenizer, problems, cfg)
+        return Rollouts(model, problems, cfg, task), partial(rollout_loss, cfg, None)
     from markovian import Chains, answer_rewards
-    judge = Chains(model, tokenizer, problems, cfg)
-    return Rollouts(model, problems, cfg, judge), partial(rollout_loss, cfg, answer_rewards)
+    task = Chains(model, tokenizer, problems, cfg)
+    return Rollouts(model, problems, cfg, task), partial(rollout_loss, cfg, answer_rewards)
 
 
 def prepare_model(cfg: Config) -> tuple[Llama, Tokenizer]:
@@ -98,11 +100,12 @@ def prepare_model(cfg: Config) -> tuple[Llama, Tokenizer]:
         if packed:
             raise BadInput(f"full: true cannot train {cfg.model}, whose weights are quantised "
                            f"({packed[0]}); train LoRA, or take the unquantised model")
-        model.unfreeze()    # a run's base was frozen under its adapter
+        model.unfreeze()    # merging an earlier run's adapter has left its base frozen
         model.parts = 1     # each part of a batch would hold gradients of all weights
     else:
         apply_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
-    spare(model, cfg)   # recomputed activations, logits in parts: the same numbers in less memory
+    # the same numbers in less memory: replaces model.run_block and model.read_logits
+    spare(model, cfg)
     mx.eval(model.parameters())
     return model, tokenizer
 
@@ -185,19 +188,43 @@ def accumulate(loss_and_grads, micro_batches: list[dict[str, mx.array]], parts: 
     return grads, sums, maxima
 
 
+class NotFinite(Stopped):
+    """A loss or gradient that is no number; micro_batches: what gave it."""
+
+    def __init__(self, message: str, micro_batches: list[dict[str, mx.array]]):
+        super().__init__(message)
+        self.micro_batches = micro_batches
+
+
+def take_step(step: int, cfg: Config, source, loss_and_grads, update, parts: int | None) -> dict:
+    """One step of the training: its metrics. raises  NotFinite, or what source.at raises"""
+    updates, metrics = source.at(step)      # each update: its micro-batches. SFT has one update
+    lr = lr_at(step, cfg) * metrics.get("lr_scale", 1.0)
+    for micro_batches in updates:
+        grads, sums, maxima = accumulate(loss_and_grads, micro_batches, parts)
+        grads, sums, maxima = workers.sum(grads, sums, maxima)      # one process: unchanged
+        try:
+            metrics |= update(grads, sums | maxima, lr)
+        except Stopped as error:
+            where = f"step {step + 1}: {error}, on rows {metrics['rows']}"
+            raise NotFinite(where, micro_batches) from None
+        if "early_stop" in metrics:         # the guard: no further update from these samples
+            break
+    return metrics
+
+
 def save(cfg: Config, run: Run, step: int, model: Llama, optimizer, source) -> None:
     """Write the weights, then all that continuing needs as one file, each by one rename."""
-    arrays, about = source.state()
-    run.save(step, checkpoint_files(model, cfg), arrays | training_arrays(model, optimizer), about)
+    arrays, state = source.state()
+    run.save(step, checkpoint_files(model, cfg), arrays | training_arrays(model, optimizer), state)
 
 
 def take_steps(cfg: Config, run: Run, done: int, model: Llama, optimizer, source, loss,
                look) -> None:
-    """Take steps done .. cfg.steps - 1.
+    """Take steps done .. cfg.steps - 1: log each, look inside and save where that is due.
 
     look     (steps done) -> what validation and the lens say, where they are due
-    raises   Stopped (not finite, or a collapse), BadInput (a user's reward), and KeyboardInterrupt
-             after a clean save
+    raises   NotFinite, Collapsed, BadInput (a user's reward); KeyboardInterrupt after a clean save
     """
     loss_and_grads, update = compile_step(cfg, model, optimizer, loss)
     block = class_block(cfg, model)
@@ -206,28 +233,19 @@ def take_steps(cfg: Config, run: Run, done: int, model: Llama, optimizer, source
     with workers.deferred_interrupts() as interrupted, bar:
         for step in range(done, cfg.steps):
             start, before, taken = time.perf_counter(), source.state(), optimizer.step.item()
-            updates = []
             try:
-                updates, metrics = source.at(step)      # each update: its micro-batches
-                lr = lr_at(step, cfg) * metrics.get("lr_scale", 1.0)
-                for micro_batches in updates:
-                    grads, sums, maxima = accumulate(loss_and_grads, micro_batches, model.parts)
-                    grads, sums, maxima = workers.sum(grads, sums, maxima)  # alone: unchanged
-                    metrics |= update(grads, sums | maxima, lr)
-                    if "early_stop" in metrics:
-                        break
-            except (BadInput, Stopped) as error:
-                if isinstance(error, Stopped) and not updates:  # the guard: the best weights
-                    run.write_files(checkpoint_files(model, cfg))
-                    raise
+                metrics = take_step(step, cfg, source, loss_and_grads, update, model.parts)
+            except Collapsed:       # the guard has put the best weights back
+                run.write_files(checkpoint_files(model, cfg))
+                raise
+            except (BadInput, NotFinite) as error:
                 # nothing is lost: the step begins anew when the run is continued; one that has
                 # moved the weights already, from the last save
                 if step and optimizer.step.item() == taken:
                     source.restore(*before)
                     save(cfg, run, step, model, optimizer, source)
-                if isinstance(error, Stopped):
-                    run.write_failed(step + 1, micro_batches)
-                    raise Stopped(f"step {step + 1}: {error}, on rows {metrics['rows']}") from None
+                if isinstance(error, NotFinite):
+                    run.write_failed(step + 1, error.micro_batches)
                 raise
             if run.writes and "collapsed" in metrics:
                 tqdm.write(format_collapse(step + 1, metrics), file=sys.stdout)
@@ -238,7 +256,7 @@ def take_steps(cfg: Config, run: Run, done: int, model: Llama, optimizer, source
             seen = look(step + 1)
             if seen:
                 tqdm.write(format_line(record, seen, block), file=sys.stdout)
-            stop = workers.any_of(interrupted)
+            stop = workers.any_of(interrupted)      # all processes end at one step
             due = cfg.save_every_steps and (step + 1) % cfg.save_every_steps == 0
             if stop or due or step + 1 == cfg.steps:
                 save(cfg, run, step + 1, model, optimizer, source)
@@ -277,7 +295,7 @@ def train(cfg: Config, with_base: bool = True) -> dict:
     source, loss = make_method(whole, model, tokenizer)
     valid = load_split(cfg, "valid")
     optimizer = make_optimizer(cfg, model)
-    needed = memory.prepare(cfg, model, raw, replace(source.load(), valid=len(valid)))
+    needed = memory.prepare(cfg, model, raw, replace(source.memory_load(), valid=len(valid)))
     # a Hub name or a data folder may stand for something else when the run is continued
     inputs = {"model": hash_frozen(model), "data": hash_rows([*source.rows, *valid]),
               "processes": str(workers.size())}
@@ -309,10 +327,10 @@ def train(cfg: Config, with_base: bool = True) -> dict:
 def resume(run: Run, model: Llama, optimizer: AdamW, source) -> int:
     """Put the last save back, in all processes; returns the steps done, 0 if there is none."""
     saved = run.restore(training_arrays(model, optimizer))
-    done, arrays, about = workers.from_first(saved)     # alone: unchanged
+    done, arrays, state = workers.from_first(saved)     # alone: unchanged
     if done:
         restore_training(arrays, model, optimizer)
-        source.restore(arrays, about)
+        source.restore(arrays, state)
     return done
 
 

@@ -29,7 +29,7 @@ from files.model_folder import save_safetensors
 from generate import sample
 from grpo import Answers, Rollouts, rollout_loss
 from lens import read_prompts
-from losses import supervised_loss
+from losses import dual_loss, sft_loss
 from model import Llama, load, parse_args
 from text.arithmetic import Problem
 from text.rows import Row
@@ -95,9 +95,10 @@ def make_method(cfg: Config, model: Llama, tokenizer, sizes: dict):
     """The batch source and the loss, as train.make_method's, on rows or prompts of random ids."""
     prompts = random_prompts(cfg.model, max(256, sizes["rows"]), sizes["tokens"])
     if cfg.method != "grpo":
-        block = class_block(cfg, model) if cfg.method == "dual_reward" else None
         rows = [Row(ids, len(ids) - sizes["answer"], class_id=5) for ids in prompts]
-        return Batches(rows, cfg), partial(supervised_loss, cfg, block)
+        if cfg.method == "sft":
+            return Batches(rows, cfg), partial(sft_loss, cfg)
+        return Batches(rows, cfg), partial(dual_loss, cfg, class_block(cfg, model))
     tokenizer.stop_ids = set()      # every completion has the same length on every side
     rewards, judge = random.Random(0), Answers(model, tokenizer, [], cfg)
     judge.prompts = prompts
@@ -122,7 +123,7 @@ def training_call(work: str, folder: str, sizes: dict, keys: list[str], about: d
     source, loss = make_method(cfg, model, tokenizer, sizes)
     optimizer = make_optimizer(cfg, model)
     # the limits of a real run
-    about["estimated_gib"] = memory.prepare(cfg, model, raw, source.load())["peak"]
+    about["estimated_gib"] = memory.prepare(cfg, model, raw, source.memory_load())["peak"]
     loss_and_grads, update = compile_step(cfg, model, optimizer, loss)
     steps, about["losses"] = itertools.count(), []
 

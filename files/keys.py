@@ -18,7 +18,11 @@ class BadInput(ValueError):
 
 
 class Stopped(RuntimeError):
-    """A guard stopped the run (exit code 3): the message names step and reason."""
+    """The run stopped (exit code 3): the message names step and reason."""
+
+
+class Collapsed(Stopped):
+    """The guard gave up on a policy (guard.py); the best weights are back in place."""
 
 
 def parse_value(text, kind) -> object:

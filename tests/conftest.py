@@ -27,7 +27,7 @@ from mlx.utils import tree_flatten  # noqa: E402
 from config import Config  # noqa: E402
 from grpo import rollout_loss  # noqa: E402
 from lora import adapter_arrays, apply_lora  # noqa: E402
-from losses import supervised_loss  # noqa: E402
+from losses import dual_loss, sft_loss  # noqa: E402
 from markovian import answer_rewards  # noqa: E402
 from model import Llama, parse_args  # noqa: E402
 from tasks.__main__ import write_task  # noqa: E402
@@ -134,7 +134,7 @@ def loss_of(cfg, block=0):
         return partial(rollout_loss, cfg, answer_rewards)
     if cfg.method == "grpo":
         return partial(rollout_loss, cfg, None)
-    return partial(supervised_loss, cfg, block)
+    return partial(sft_loss, cfg) if cfg.method == "sft" else partial(dual_loss, cfg, block)
 
 
 def grads_of(model, cfg, micro_batches):

@@ -37,7 +37,7 @@ class Run:
         self.model, tokenizer = prepare_model(self.cfg)
         self.source, loss = make_method(self.cfg, self.model, tokenizer)
         if self.cfg.method == "grpo":
-            self.source.judge.reward = lambda problem, completion: sum(completion.ids) % 5
+            self.source.task.reward = lambda problem, completion: sum(completion.ids) % 5
         self.optimizer = make_optimizer(self.cfg, self.model)
         self.loss_and_grads, self.update = compile_step(self.cfg, self.model, self.optimizer, loss)
 

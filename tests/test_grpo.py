@@ -47,7 +47,7 @@ def rollouts(model, tokenizer, **keys):
             "lora_rank": 4, **keys}
     cfg = config(**keys)
     source = Rollouts(model, PROBLEMS, cfg, Answers(model, tokenizer, PROBLEMS, cfg))
-    source.judge.reward = by_length
+    source.task.reward = by_length
     return source
 
 
@@ -308,7 +308,7 @@ def test_padding_groups_weigh_nothing(tokenizer):
 
 def test_zero_variance_groups_make_no_update(tokenizer):
     source = rollouts(lora_model(), tokenizer)
-    source.judge.reward = lambda p, c: 1.35
+    source.task.reward = lambda p, c: 1.35
     updates, metrics = source.at(step=3)
     assert updates == [] and metrics["zero_variance_groups"] == 1 and metrics["redraws"] == 3
     assert source.position == 4 * 4     # four draws of four prompts

@@ -154,7 +154,7 @@ def test_judge_scores_both_and_the_config_chooses(cot):
         assert abs(metrics["actor_reward"] - metrics["frozen_reward"]) > 1e-3
         group = groups[0]
         with adapters_off(model) if scorer == "frozen" else nullcontext():
-            arrays = answer_arrays([source.judge.questions[group.problem]],
+            arrays = answer_arrays([source.task.questions[group.problem]],
                                    [c.ids for c in group.completions], cot)
             expected = np.array(answer_rewards(model, arrays))
         np.testing.assert_allclose(group.rewards, expected, atol=1e-4)
@@ -163,7 +163,7 @@ def test_judge_scores_both_and_the_config_chooses(cot):
 def test_eos_may_end_a_chain_and_the_limit_may(cot):
     """EOS is sampled, trained, and left out of what the scorer reads."""
     source = chains(cot_model(), cot, chain_tokens=3)
-    q = source.judge.questions[QUESTIONS[0]]
+    q = source.task.questions[QUESTIONS[0]]
     assert answer_prompt(q, [40, cot.eos_id], cot) == q.shown + [40] + q.header
     groups, metrics = source.rollout()
     assert metrics["truncated"] > 0 and metrics["length"] <= 3
@@ -198,7 +198,7 @@ def test_a_function_of_the_sum_of_advantages_has_no_gradient(cot):
     model = cot_model()
     source = chains(model, cot)
     groups, _ = source.rollout()
-    arrays = answer_arrays([source.judge.questions[g.problem] for g in groups],
+    arrays = answer_arrays([source.task.questions[g.problem] for g in groups],
                            [c.ids for g in groups for c in g.completions], cot)
 
     def published(model):
@@ -273,7 +273,7 @@ def worth(source, rewards):
     done = [Completion([40 + i, 2], "", True, np.zeros(2, np.float32), np.zeros(2, np.float32))
             for i in range(rewards.size)]
     judged = {name: rewards.reshape(-1) for name in ("actor", "frozen", "reward")}
-    with patch("grpo.sample", return_value=done), patch.object(source.judge, "judge",
+    with patch("grpo.sample", return_value=done), patch.object(source.task, "rewards",
                                                                return_value=judged):
         yield
 
