@@ -16,7 +16,7 @@ run: .venv/ready  ## train dual-reward on the bundled model and show the classif
 test: .venv/ready_dev  ## all tests, offline
 	OPENBLAS_NUM_THREADS=1 $(PY) -m pytest -q -n 2
 
-PLAIN_TESTS = bfloat16 fastexp train losses generate lens
+PLAIN_TESTS = bfloat16 ops train losses generate lens
 test-plain: .venv/ready_dev  ## training, sampling and lens on the path of Metal and CUDA, on a Linux CPU
 	NANOLENS_PLAIN=1 OPENBLAS_NUM_THREADS=1 $(PY) -m pytest -q -n 2 $(PLAIN_TESTS:%=tests/test_%.py)
 

@@ -41,7 +41,7 @@ class Config:
     # symbolic, worded; asked, asked_worded, masked: only to look at (data.py's top has examples)
     data_wordings: tuple[str, ...] = ("symbolic",)
     mask_prompt: bool = True        # loss on answer and EOS only; false: on every token
-    # what rows are put in: none (as they are) | lines | plain | cued | chat (tokenizer.py's top);
+    # what rows are put in: none (as they are) | lines | plain | cued | chat (files/chat.py's top);
     # the loss is then on every reply. Rows {"messages": [...]} of a data folder need one
     template: str = "none"
 

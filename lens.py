@@ -112,6 +112,7 @@ def taps_at(model: Llama, tokens: mx.array, positions: mx.array) -> list[mx.arra
             taps.append(resid if tap == L else gather_positions(resid, part["positions"]))
         return taps
 
+    # rows are independent, so a Linux CPU reads parts of them side by side
     parts = map_rows(read, {"tokens": tokens, "positions": positions}, model.parts)
     return [mx.concatenate(taps) for taps in zip(*parts)]
 
@@ -173,6 +174,7 @@ def read_taps(model: Llama, tokens: mx.array, positions: mx.array, targets: mx.a
 def pad_prompts(prompts: list[list[int]]) -> tuple[mx.array, mx.array]:
     """Right-pad prompts: tokens (B, T), and the position of each one's last token (B, 1)."""
     T = max(map(len, prompts))
+    # on the right: causal attention never looks there, so that no mask is needed
     tokens = mx.array([ids + [0] * (T - len(ids)) for ids in prompts])
     return tokens, mx.array([[len(ids) - 1] for ids in prompts])
 
@@ -203,6 +205,7 @@ def view_prompt(model: Llama, tokenizer: Tokenizer, prompt: str, words: list[str
     check_context([ids], 0, model)
     chosen = tokenizer.word_ids(words, ids)
     T = len(ids)
+    # at every position the same words; without any, one token that nobody reads
     targets = mx.broadcast_to(mx.array(chosen or [0]), (1, T, max(len(chosen), 1)))
     reading = read_taps(model, mx.array([ids]), mx.arange(T)[None], targets,
                         min(k, model.args.vocab_size))
@@ -212,6 +215,7 @@ def view_prompt(model: Llama, tokenizer: Tokenizer, prompt: str, words: list[str
         return [[tokenizer.piece(i), round(float(p), 6)] for i, p in top]
 
     taps = range(len(reading.entropy))
+    # tap l is after block l - 1: "L0" is the first block's
     names = ["embed"] + [f"L{l}" for l in range(len(taps) - 1)]
     series = {}
     for n, word in enumerate(words):

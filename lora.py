@@ -79,7 +79,7 @@ def apply_lora(model: Llama, rank: int, alpha: float, targets: tuple[str, ...]) 
 
 def wrap(model: Llama, paths: list[str], rank: int, scale: float) -> None:
     """`apply_lora` for a list of paths, such as model.layers.0.self_attn.q_proj."""
-    model.freeze()
+    model.freeze()      # everything: only what is thawed below has gradients and optimizer state
     named = dict(model.named_modules())
     model.update_modules(tree_unflatten(
         [(path, LoRALinear(named[path], rank, scale)) for path in paths]))
@@ -91,7 +91,7 @@ def wrap(model: Llama, paths: list[str], rank: int, scale: float) -> None:
 
 def merge(model: Llama) -> None:
     """Fuse every LoRALinear into a plain linear layer, in place."""
-    for block in model.model.layers:
+    for block in model.model.layers:    # block by block, so that each's old weights can go
         fused = [(name, module.fused()) for name, module in block.named_modules()
                  if isinstance(module, LoRALinear)]
         block.update_modules(tree_unflatten(fused))
@@ -103,7 +103,7 @@ def adapters_off(model: Llama) -> Iterator[None]:
     layers = [m for _, m in model.named_modules() if isinstance(m, LoRALinear)]
     try:
         for layer in layers:
-            layer.enabled = False
+            layer.enabled = False       # a plain attribute: functions compiled before do not see it
         yield
     finally:
         for layer in layers:

@@ -360,8 +360,8 @@ class Llama(nn.Module):
 
 
 def load(path_or_hub_name: str | Path, dtype: str | mx.Dtype | None = None,
-         bits: int | None = None, group_size: int | None = None, make_layer=None,
-         ) -> tuple[Llama, Tokenizer | None]:
+         bits: int | None = None,
+         group_size: int | None = None) -> tuple[Llama, Tokenizer | None]:
     """Return (model, tokenizer) from a folder or Hub name; tokenizer None where there is none.
 
     path_or_hub_name  also NAME@REVISION; a checkpoint that is quantised, in mlx-community's layout,
@@ -370,7 +370,6 @@ def load(path_or_hub_name: str | Path, dtype: str | mx.Dtype | None = None,
     bits          2, 3, 4, 5, 6 or 8 quantises the blocks' linear layers, in groups of group_size
                   (32, 64, 128; None: 64 where that divides a row, else 32); embedding and
                   unembedding stay, on a CPU in their own 16 bits
-    make_layer    see files.model_folder.fill_weights
     raises        BadInput
     """
     folder = find_folder(path_or_hub_name)
@@ -378,6 +377,7 @@ def load(path_or_hub_name: str | Path, dtype: str | mx.Dtype | None = None,
     model = Llama(parse_args(raw, f"{folder}/config.json"))
     dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
     found, where = read_weights(folder, model.args.tie_word_embeddings), str(folder)
+    make_layer = None       # each layer takes its tensors as they are
     if bits or raw.get("quantization") or raw.get("quantization_config"):
         # QLoRA's base: weights as small codes in groups, see there
         from engine.quant import layer_maker
@@ -389,8 +389,7 @@ def load(path_or_hub_name: str | Path, dtype: str | mx.Dtype | None = None,
 def load_tokenizer_for(model: Llama, folder: Path) -> Tokenizer | None:
     """The folder's tokenizer, if it has one; raises BadInput where an id has no row."""
     tokenizer = load_tokenizer(folder)
-    if tokenizer:
-        # MLX looks a row up without asking whether it is there: it would read other memory
+    if tokenizer:   # MLX looks up a row that is not there without a word
         tokenizer.check_rows(model.args.vocab_size)
     return tokenizer
 

@@ -90,7 +90,7 @@ def make_method(cfg: Config, model: Llama, tokenizer: Tokenizer):
 
 def prepare_model(cfg: Config) -> tuple[Llama, Tokenizer]:
     """Load the base, make LoRA's arrays or all weights trainable; random numbers from cfg.seed."""
-    mx.random.seed(cfg.seed)
+    mx.random.seed(cfg.seed)    # of LoRA's A, or of all weights from scratch
     model, tokenizer = load_base(cfg.model, cfg.dtype, cfg.bits, cfg.from_scratch)
     if tokenizer is None:
         raise BadInput(f"{cfg.model} has no tokenizer.model and no tokenizer.json; "
@@ -111,7 +111,9 @@ def prepare_model(cfg: Config) -> tuple[Llama, Tokenizer]:
 
 
 def make_optimizer(cfg: Config, model: Llama) -> AdamW:
+    # MLX's default has no bias correction: its first step would be three times the lr
     optimizer = AdamW(cfg.lr, weight_decay=cfg.weight_decay, bias_correction=True)
+    # now, not at the first update: the compiled functions and a restore need the state to be there
     optimizer.init(model.trainable_parameters())
     return optimizer
 
@@ -125,8 +127,9 @@ def lr_at(step: int, cfg: Config) -> float:
         return cfg.lr * (step + 1) / cfg.lr_warmup_steps
     if cfg.lr_schedule == "constant":
         return cfg.lr
-    done = (step - cfg.lr_warmup_steps) / max(cfg.steps - cfg.lr_warmup_steps, 1)
-    return cfg.lr * 0.5 * (1 + np.cos(np.pi * done))
+    # 0 at the first step behind the warm-up; 1 would be reached one step after the last
+    progress = (step - cfg.lr_warmup_steps) / max(cfg.steps - cfg.lr_warmup_steps, 1)
+    return cfg.lr * 0.5 * (1 + np.cos(np.pi * progress))
 
 
 def compile_step(cfg: Config, model: Llama, optimizer: optim.Optimizer, loss):
@@ -137,6 +140,7 @@ def compile_step(cfg: Config, model: Llama, optimizer: optim.Optimizer, loss):
     """
     @partial(mx.compile, inputs=[model.state], outputs=[model.state])
     def loss_and_grads(batch):
+        # gradients of the trainable parameters alone: frozen ones cost no memory
         return nn.value_and_grad(model, loss)(model, batch)
 
     state = [model.state, optimizer.state]
@@ -156,9 +160,11 @@ def compile_step(cfg: Config, model: Llama, optimizer: optim.Optimizer, loss):
             verdict = harmful(record, cfg)
             if verdict:
                 return record | {verdict: 1}    # the optimizer is left alone
+        # a loss can be finite while a gradient is not: sqrt and exp overflow on the way back
         if not np.isfinite([record["loss"], record["grad_norm"]]).all():
             raise Stopped(f"loss {record['loss']}, gradient norm {record['grad_norm']}")
-        optimizer.learning_rate = lr
+        optimizer.learning_rate = lr    # an array in its state, so the trace sees each new value
+        # clipped by the norm of all gradients together, which keeps their direction
         scale = min(1.0, cfg.grad_clip / max(record["grad_norm"], 1e-12)) if cfg.grad_clip else 1.0
         apply(grads, mx.array(scale))
         mx.eval(optimizer.state)    # or the next step would grow this step's graph
@@ -174,13 +180,14 @@ def accumulate(loss_and_grads, micro_batches: list[dict[str, mx.array]], parts: 
     """
     grads = None
     for batch in micro_batches:
-        for (loss, more_sums, more_maxima), more in map_rows(loss_and_grads, batch, parts):
+        # a Linux CPU takes parts of the batch side by side; elsewhere there is one part
+        for (loss, more_sums, more_maxima), more_grads in map_rows(loss_and_grads, batch, parts):
             more_sums = {"loss": loss, **more_sums}
             if grads is None:
-                grads, sums, maxima = more, more_sums, more_maxima
+                grads, sums, maxima = more_grads, more_sums, more_maxima
             else:
                 # float32: 16 bits would lose a micro-batch in the sum of many
-                grads = tree_map(lambda g, h: g.astype(mx.float32) + h, grads, more)
+                grads = tree_map(lambda g, h: g.astype(mx.float32) + h, grads, more_grads)
                 sums = tree_map(mx.add, sums, more_sums)
                 maxima = tree_map(mx.maximum, maxima, more_maxima)
         # here, or the activations of all micro-batches would wait in one graph
@@ -215,7 +222,7 @@ def take_step(step: int, cfg: Config, source, loss_and_grads, update, parts: int
 
 def save(cfg: Config, run: Run, step: int, model: Llama, optimizer, source) -> None:
     """Write the weights, then all that continuing needs as one file, each by one rename."""
-    arrays, state = source.state()
+    arrays, state = source.state()      # nothing for SFT; GRPO: problems drawn, the guard's memory
     run.save(step, checkpoint_files(model, cfg), arrays | training_arrays(model, optimizer), state)
 
 
@@ -232,6 +239,7 @@ def take_steps(cfg: Config, run: Run, done: int, model: Llama, optimizer, source
                dynamic_ncols=True)
     with workers.deferred_interrupts() as interrupted, bar:
         for step in range(done, cfg.steps):
+            # to put back what a failed step has changed: the source moves before the weights do
             start, before, taken = time.perf_counter(), source.state(), optimizer.step.item()
             try:
                 metrics = take_step(step, cfg, source, loss_and_grads, update, model.parts)
@@ -293,8 +301,9 @@ def train(cfg: Config, with_base: bool = True) -> dict:
     whole = replace(cfg, batch_size=cfg.batch_size * workers.size(),
                     grad_accum_steps=cfg.grad_accum_steps * workers.size())
     source, loss = make_method(whole, model, tokenizer)
-    valid = load_split(cfg, "valid")
+    valid = load_split(cfg, "valid")    # operand pairs, or rows, that training never sees
     optimizer = make_optimizer(cfg, model)
+    # refuses what will not fit, with what would make it fit
     needed = memory.prepare(cfg, model, raw, replace(source.memory_load(), valid=len(valid)))
     # a Hub name or a data folder may stand for something else when the run is continued
     inputs = {"model": hash_frozen(model), "data": hash_rows([*source.rows, *valid]),

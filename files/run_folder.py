@@ -85,8 +85,9 @@ class Run:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata()
         if "about" not in metadata:
-            raise BadInput(f"cannot continue {self.folder}: an older version wrote it; give "
-                           "another run_dir, or overwrite=true to start over")
+            raise BadInput(f"cannot continue {self.folder}, which another version wrote ({path} "
+                           "says nothing of its step); give another run_dir, or overwrite=true to "
+                           "start over")
         about = json.loads(metadata["about"])
         changed = [name for name, value in self.inputs.items()
                    if about["inputs"].get(name, value) != value]
@@ -232,7 +233,12 @@ def check_is_run(folder: Path) -> None:
 
 def check_same_run(cfg: Config, config: Path) -> None:
     """Raises BadInput where the folder's config.yaml says something else than cfg."""
-    stored = resolved(load_config(config))
+    try:
+        stored = resolved(load_config(config))
+    except BadInput as error:   # the first mistake says enough
+        raise BadInput(f"cannot continue {config.parent}, which another version wrote "
+                       f"({str(error).partition(';')[0]}); give another run_dir, or "
+                       "overwrite=true to start over") from None
     differ = [f"{k} was {stored.get(k)!r}, is {v!r}" for k, v in resolved(cfg).items()
               if k not in NOT_THE_RUN and stored.get(k) != v]
     differ += [f"{k} was {v!r}, is not used" for k, v in stored.items() if k not in resolved(cfg)]

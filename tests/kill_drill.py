@@ -37,19 +37,19 @@ from tasks.__main__ import write_task  # noqa: E402
 
 COMMON = {"model": ROOT / "models/tiny", "steps": 12, "batch_size": 16, "lora_rank": 4,
           "lora_alpha": 8, "save_every_steps": 2, "eval_every_steps": 4, "eval_prompts": 16,
-          "lens_every_steps": 4, "lens_prompts": 4}
+          "lens_every_steps": 4}
 METHODS = {
     "sft": {"method": "sft"},
     "sft_full": {"method": "sft", "full": "true"},
     "dual_reward": {"method": "dual_reward", "grad_accum_steps": 2},
-    # a rate that grows until the policy collapses: at step 20 the guard puts the best weights back
-    "grpo": {"method": "grpo", "steps": 24, "batch_size": 32, "grpo_group_size": 4, "lr": "0.1",
+    # a rate that grows until the policy collapses: at step 21 the guard puts the best weights back
+    "grpo": {"method": "grpo", "steps": 24, "batch_size": 32, "grpo_group_size": 4, "lr": "0.2",
              "lr_warmup_steps": 100, "lr_schedule": "constant", "grpo_epochs": 2,
-             "grpo_minibatches": 2},
+             "grpo_kl_stop": 0},
     "markovian": {"method": "markovian", "model": ROOT / "models/tiny_cot", "batch_size": 8,
                   "grpo_group_size": 4,
-                  "grpo_advantage": "group", "grpo_spread_floor": 0.1, "grpo_epochs": 2,
-                  "grpo_minibatches": 2, "markovian_ramp_steps": 9, "chain_tokens": 8,
+                  "grpo_advantage": "group", "grpo_std_floor": 0.1, "grpo_epochs": 2,
+                  "markovian_ramp_steps": 9, "chain_tokens": 8,
                   "max_completion_tokens": 3, "eval_prompts": 24, "lens_every_steps": 0},
 }
 CLOCKS = {"seconds", "tokens_per_s", "peak_gib", "completions_per_s", "rollout_s", "score_s",

@@ -3,19 +3,19 @@ import ctypes
 
 import engine.blas
 import mlx.core as mx
-import mlx.optimizers as optim
 import numpy as np
 import pytest
 from conftest import TINY, TINY_COT, config, lora_model, small_config, write_model
 from mlx.utils import tree_flatten
 
 from engine import parallel
-from engine.parallel import cut, side_by_side
+from engine.parallel import map_rows
+from engine.recompute import spare
 from generate import sample
 from lens import Reading, read_prompts
 from model import load
 from text.tokenizer import load_tokenizer
-from train import compile_step, load_source, make_loss, next_updates, take_step
+from train import accumulate, compile_step, make_method, make_optimizer, prepare_model
 
 OPENBLAS = ctypes.CDLL(engine.blas.LOADED) if engine.blas.LOADED else None
 
@@ -37,16 +37,43 @@ def whole(monkeypatch):
     monkeypatch.setattr(engine.blas, "PARTS", 1)
 
 
+def cut(batch, *args, **keys):
+    """The parts that map_rows makes of a batch."""
+    parts = []
+
+    def keep(part):
+        parts.append(part)
+        return mx.array(len(parts))
+
+    assert [n.item() for n in map_rows(keep, batch, *args, **keys)] == [
+        *range(1, len(parts) + 1)]      # a result each, in the parts' order
+    return parts
+
+
 def test_rows_are_cut_scalars_are_not(two_cores):
     batch = {"prompts": mx.arange(4), "rows": mx.arange(24).reshape(8, 3), "n": mx.array(5.0),
-             "start": None}
+             "start": None, "both": (mx.arange(2), mx.array([[7]]))}
     first, second = cut(batch | {"shared": mx.array([[7, 8]])})
     assert first["prompts"].tolist() == [0, 1] and second["prompts"].tolist() == [2, 3]
     assert second["rows"].tolist() == mx.arange(12, 24).reshape(4, 3).tolist()
     assert first["n"].item() == second["n"].item() == 5 and first["start"] is None
     assert first["shared"].tolist() == second["shared"].tolist() == [[7, 8]]
+    assert [x.tolist() for x in second["both"]] == [[1], [[7]]]
     assert len(cut({"rows": mx.arange(3)})) == 1        # they would leave a rest
-    assert len(cut({"rows": mx.arange(1)})) == 1
+    assert len(cut({"prompts": mx.arange(3), "rows": mx.arange(6)})) == 1
+    assert len(cut({"rows": mx.arange(1)})) == len(cut({"n": mx.array(5.0)})) == 1
+
+
+def test_parts_are_no_more_than_a_limit_and_hold_no_more_rows(two_cores, monkeypatch):
+    rows = lambda parts: [part["x"].tolist() for part in parts]
+    assert rows(cut({"x": mx.arange(4)}, 1)) == [[0, 1, 2, 3]]      # as model.parts says
+    assert rows(cut({"x": mx.arange(4)}, 8)) == [[0, 1], [2, 3]]
+    assert rows(cut({"x": mx.arange(5)}, rows=2)) == [[0], [1, 2], [3, 4]]
+    assert rows(cut({"x": mx.arange(5)}, rows=9)) == [[0, 1], [2, 3, 4]]
+    assert rows(cut({"x": mx.arange(5)}, 1, rows=4)) == [[0, 1], [2, 3, 4]]
+    whole(monkeypatch)
+    assert rows(cut({"x": mx.arange(4)})) == [[0, 1, 2, 3]]
+    assert rows(cut({"x": mx.arange(4)}, rows=2)) == [[0, 1], [2, 3]]
 
 
 def test_more_cores_than_python_can_feed(two_cores, monkeypatch):
@@ -58,44 +85,58 @@ def test_more_cores_than_python_can_feed(two_cores, monkeypatch):
 
 
 def test_parts_have_streams_of_their_own(two_cores):
-    """Uneven generators: each goes on to its own end, in the parts' order."""
+    """In the parts' order, two at a time, on the same two streams again; a lone one on none."""
     seen = []
 
-    def run(n):
-        for i in range(n):
-            seen.append((n, i, mx.default_stream(mx.cpu)))
-            yield mx.ones(2) * i
-        return n
+    def run(part):
+        seen.append((part["x"].tolist(), mx.default_stream(mx.cpu)))
+        return part["x"] * 2
 
     outside = mx.default_stream(mx.cpu)
-    assert side_by_side(run, [3, 1]) == [3, 1]
-    assert [(n, i) for n, i, _ in seen] == [(3, 0), (1, 0), (3, 1), (3, 2)]
-    first, second = seen[0][2], seen[1][2]
+    results = map_rows(run, {"x": mx.arange(5)}, rows=1)
+    assert [x.tolist() for x in results] == [[0], [2], [4], [6], [8]]
+    assert [x for x, _ in seen] == [[0], [1], [2], [3], [4]]
+    first, second, third, fourth, alone = (stream for _, stream in seen)
     assert first != second and outside not in (first, second)
-    assert seen[2][2] == seen[3][2] == first
+    assert (third, fourth, alone) == (first, second, outside)
     assert mx.default_stream(mx.cpu) == outside
 
 
 @pytest.mark.skipif(OPENBLAS is None, reason="the bundled BLAS has one thread")
-def test_blas_has_all_cores_again(two_cores):
-    """One thread while parts are evaluated; after an error too."""
-    def run(part):
-        assert OPENBLAS.openblas_get_num_threads() == 1
-        yield mx.ones(1)
-        if part:
+def test_blas_has_all_cores_again(two_cores, monkeypatch):
+    """One thread while parts are evaluated, all of them for a whole; after an error too."""
+    threads, evaluate = [], mx.eval
+
+    def watched(*arrays):
+        threads.append(OPENBLAS.openblas_get_num_threads())
+        evaluate(*arrays)
+        if failing:
             raise ValueError("in the middle")
 
-    side_by_side(run, [0, 0])
-    assert OPENBLAS.openblas_get_num_threads() == 2
+    monkeypatch.setattr(mx, "eval", watched)
+    OPENBLAS.openblas_set_num_threads(2)
+    failing, rows = False, {"x": mx.ones((2, 3))}
+    map_rows(lambda part: part["x"], rows)
+    map_rows(lambda part: part["x"], rows, 1)
+    assert threads == [1, 2] and OPENBLAS.openblas_get_num_threads() == 2
+    failing = True
     with pytest.raises(ValueError, match="in the middle"):
-        side_by_side(run, [0, 1])
-    assert OPENBLAS.openblas_get_num_threads() == 2
+        map_rows(lambda part: part["x"], rows)
+    assert threads == [1, 2, 1] and OPENBLAS.openblas_get_num_threads() == 2
+
+    def broken(part):
+        raise ValueError("while it is built")
+
+    outside = mx.default_stream(mx.cpu)
+    with pytest.raises(ValueError, match="while it is built"):
+        map_rows(broken, rows)
+    assert OPENBLAS.openblas_get_num_threads() == 2 and mx.default_stream(mx.cpu) == outside
 
 
 @pytest.mark.parametrize("method,more", [
     ("sft", {}), ("dual_reward", {"grad_accum_steps": 2}), ("sft", {"recompute": "block"}),
-    ("grpo", {}), ("grpo", {"batch_size": 4, "recompute": "mlp"}), ("grpo", {
-        "grad_accum_steps": 2, "grpo_entropy_weight": 0.1}), ("markovian", {})])
+    ("grpo", {}), ("grpo", {"batch_size": 4, "recompute": "mlp"}),
+    ("grpo", {"grad_accum_steps": 2}), ("markovian", {})])
 def test_a_step_of_parts_is_the_step(method, more, tokenizer, sums_data, two_cores, monkeypatch):
     """Loss, every metric and the weights after two steps, of a batch cut in two and of the whole.
 
@@ -107,28 +148,32 @@ def test_a_step_of_parts_is_the_step(method, more, tokenizer, sums_data, two_cor
     if method == "markovian":
         keys |= {"data": str(sums_data), "chain_tokens": 6}
         tokenizer = load_tokenizer(TINY_COT)
-    source_folder = TINY_COT if method == "markovian" else TINY
+    cfg, source_folder = config(**keys), TINY_COT if method == "markovian" else TINY
     results = []
     for parts in (1, 2):
         monkeypatch.setattr(engine.blas, "PARTS", parts)
-        cfg, model = config(**keys), lora_model(source=source_folder)
-        model.recompute = cfg.recompute
-        source = load_source(cfg, model, tokenizer)
-        if method in ("grpo", "markovian"):
-            source.reward = lambda problem, completion: float(sum(completion.ids) % 5)
-        optimizer = optim.AdamW(cfg.lr)
-        optimizer.init(model.trainable_parameters())
-        functions = compile_step(model, optimizer, make_loss(cfg, 0))
+        model, cut_into = lora_model(source=source_folder), []
+        spare(model, cfg)
+        source, loss = make_method(cfg, model, tokenizer)
+        if method == "grpo":
+            source.task.reward = lambda problem, completion: float(sum(completion.ids) % 5)
+        loss_and_grads, update = compile_step(cfg, model, make_optimizer(cfg, model), loss)
+
+        def counted(batch, of=loss_and_grads, seen=cut_into):
+            seen.append(len(batch["row_mask"] if "row_mask" in batch else batch["completions"]))
+            return of(batch)
+
         metrics = []
         for step in range(2):
-            for update in next_updates(source, step, cfg)[0]:
-                assert [len(cut(batch)) for batch in update] == [parts] * len(update)
-                metrics.append(take_step(step, update, *functions, optimizer, cfg.lr, cfg))
-        results.append((metrics, dict(tree_flatten(model.trainable_parameters()))))
-    (one, weights), (two, same_weights) = results
+            for micro_batches in source.at(step)[0]:
+                grads, sums, maxima = accumulate(counted, micro_batches, model.parts)
+                metrics.append(update(grads, sums | maxima, cfg.lr))
+        results.append((metrics, cut_into, dict(tree_flatten(model.trainable_parameters()))))
+    (one, pieces, weights), (two, halves, same_weights) = results
     assert len(one) == len(two) > 0
+    assert halves == [n // 2 for n in pieces for _ in range(2)]
     for a, b in zip(one, two):
-        assert a.keys() == b.keys()
+        assert a.keys() == b.keys() and a["loss"]
         for name in a:
             np.testing.assert_allclose(a[name], b[name], rtol=1e-3, atol=1e-5, err_msg=name)
     for name, value in weights.items():
@@ -159,10 +204,18 @@ def test_completions_of_parts(temperature, tokenizer, two_cores, monkeypatch):
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
 
 
-def test_quantised_models_keep_batches_whole(tmp_path, two_cores):
-    """Each part would unpack every matrix again."""
+def test_quantised_and_fully_trained_models_keep_batches_whole(tmp_path, two_cores):
+    """Each part would unpack every matrix again, or hold gradients of all weights.
+
+    It is said of the model: another one in the same process is cut as before.
+    """
     folder = write_model(tmp_path / "m", small_config() | {"intermediate_size": 64}, TINY)
-    load(folder)
-    assert parallel.count(8) == 2
-    load(folder, bits=4, group_size=32)
-    assert parallel.count(8) == 1
+    assert load(folder, bits=4)[0].parts == 1
+    assert prepare_model(config(model=str(folder), bits=4))[0].parts == 1
+    assert prepare_model(config(model=str(folder), full=True))[0].parts == 1
+    assert parallel.count(1) == 1
+    lora = prepare_model(config(model=str(folder)))[0]
+    assert load(folder)[0].parts is None and lora.parts is None
+    assert parallel.count(lora.parts) == parallel.count(8) == 2
+    prompts = {"tokens": mx.array([[1, 7], [1, 8]])}
+    assert len(cut(prompts, load(folder, bits=4)[0].parts)) == 1 and len(cut(prompts)) == 2

@@ -11,23 +11,25 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import mlx.core as mx
+import numpy as np
 import pytest
-from conftest import ROOT, assert_one_clear_line, run
+from conftest import ROOT, assert_one_clear_line, config, lora_model, run
 from kill_drill import METHODS, differences, run_killed, run_whole, tensors, write_data
+from mlx.utils import tree_map
 
 import lora
-import model
 import train as training
 from config import load_config
-from files import run_folder
+from files import model_folder, run_folder
 from files.keys import BadInput, Stopped
-from grpo import Rollouts
+from grpo import Answers, Rollouts
 from train import train
 
 GRPO = {"method": "grpo", "batch_size": 16, "grpo_group_size": 4, "max_completion_tokens": 4,
-        "lr": "1e-2", "grpo_epochs": 2, "grpo_minibatches": 2, "eval_every_steps": 0,
+        "lr": "1e-2", "grpo_epochs": 4, "grpo_kl_stop": 0, "eval_every_steps": 0,
         "lens_every_steps": 0}
 
 
@@ -44,6 +46,11 @@ def wait_for(process, condition):
 
 def contents(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def about(folder):
+    """What a run's state says beside its arrays."""
+    return json.loads(tensors(folder / "state.safetensors")[1]["about"])
 
 
 def odd_reward(tmp_path):
@@ -100,12 +107,63 @@ def test_state_of_another_shape(write_config):
     path, folder = write_config()
     run("train.py", path, check=0)
     (folder / "report.json").unlink()
-    arrays = mx.load(str(folder / "state.safetensors"))
+    state = folder / "state.safetensors"
+    arrays = mx.load(str(state))
     mx.eval(arrays)
     name = next(k for k in arrays if k.endswith("lora_a"))
     arrays[name] = arrays[name][:, :2]
-    mx.save_safetensors(str(folder / "state.safetensors"), arrays, {"step": "6"})
+    mx.save_safetensors(str(state), arrays, tensors(state)[1])
     assert_one_clear_line(run("train.py", path), "of another shape", name)
+
+
+@pytest.mark.parametrize("method", ["sft", "grpo"])
+def test_interrupted_runs_end_bit_identical(write_config, tmp_path, monkeypatch, method):
+    """Ctrl-C within a step: the step is finished and saved, and the same command continues."""
+    keys = {"save_every_steps": 0}
+    if method == "grpo":
+        keys = GRPO | keys | {"grpo_reward": odd_reward(tmp_path), "lens_every_steps": 3}
+    path, whole = write_config("whole", **keys)
+    train(load_config(path))
+    path, folder = write_config("interrupted", **keys)
+    look_inside = training.look_inside
+
+    def interrupt(*args):
+        if args[-1] == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return look_inside(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "look_inside", interrupt)
+        train(load_config(path))
+    assert about(folder)["step"] == 3 and not (folder / "report.json").exists()
+    train(load_config(path))
+    assert differences(whole, folder) == []
+
+
+def test_a_run_of_another_version(write_config):
+    """Its config has keys that are gone, or its state keeps its step elsewhere: one short line."""
+    path, folder = write_config(steps=2)
+    train(load_config(path))
+    (folder / "report.json").unlink()
+    config, state = folder / "config.yaml", folder / "state.safetensors"
+    arrays = dict(mx.load(str(state)))
+    mx.eval(arrays)
+    mx.save_safetensors(str(state), arrays, {"format": "mlx", "step": "2"})
+    before = contents(folder)
+    text = config.read_text()
+    for more, words in (("", "state.safetensors says nothing of its step"),
+                        ("lens_prompts: 8\ncache_limit_gib: null\n", "unknown key 'lens_prompts'")):
+        config.write_text(text + more)
+        done = run("train.py", path)
+        assert_one_clear_line(done, f"cannot continue {folder}, which another version wrote", words,
+                              "another run_dir", "overwrite=true")
+        assert len(done.stderr) < 600 and "cache_limit_gib" not in done.stderr
+        config.write_text(text)
+        # but for the lock, which holds the last process' id
+        assert contents(folder) | {".lock": b""} == before | {".lock": b""}
+    config.write_text(text + "lens_prompts: 8\n")
+    train(load_config(path, ["overwrite=true"]))
+    assert config.read_text() == text and (folder / "report.json").exists()
 
 
 # --- what else a continued run depends on
@@ -141,42 +199,135 @@ def test_another_model_or_data_under_the_same_name(write_config, small_folder, t
 @pytest.mark.parametrize("save_every", [2, 0])
 def test_a_step_half_taken_is_not_saved(write_config, tmp_path, monkeypatch, save_every):
     """A guard stops the second of a step's four updates: continued, the step is taken whole."""
-    keys = GRPO | {"grpo_reward": odd_reward(tmp_path), "grpo_kl_stop": 0,
-                   "save_every_steps": save_every}
+    keys = GRPO | {"grpo_reward": odd_reward(tmp_path), "save_every_steps": save_every}
     path, whole = write_config("whole", **keys)
     train(load_config(path))
     path, folder = write_config("stopped", **keys)
-    calls, take_step = [], training.take_step
+    calls, compile_step = [], training.compile_step
 
-    def stop(*args):
-        calls.append(1)
-        if len(calls) == 4 * 3 + 2:
-            raise Stopped("step 4: loss nan")
-        return take_step(*args)
+    def stopping(*args):
+        loss_and_grads, update = compile_step(*args)
 
-    monkeypatch.setattr(training, "take_step", stop)
-    with pytest.raises(Stopped):
+        def stop(*args):
+            calls.append(1)
+            if len(calls) == 4 * 3 + 2:
+                raise Stopped("loss nan, gradient norm nan")
+            return update(*args)
+
+        return loss_and_grads, stop
+
+    monkeypatch.setattr(training, "compile_step", stopping)
+    with pytest.raises(Stopped, match=r"^step 4: loss nan, .* on rows \[12, 16\]$"):
         train(load_config(path))
-    state = folder / "state.safetensors"
-    assert tensors(state)[1]["step"] == "2" if save_every else not state.exists()
+    assert json.loads((folder / "failed_batch.json").read_text())["step"] == 4
+    state, adapters = folder / "state.safetensors", folder / "adapters.safetensors"
+    assert about(folder)["step"] == 2 if save_every else not state.exists()
+    if save_every:      # what eval.py loads is what was saved then, and no half of a step
+        saved, _ = tensors(state)
+        assert tensors(adapters)[0] == {name.removeprefix("trainable."): array for name, array
+                                        in saved.items() if name.startswith("trainable.")}
+    else:
+        assert not adapters.exists()
     train(load_config(path))
-    assert differences(whole, folder) in ([], ["failed_batch.json"])
+    assert differences(whole, folder) == ["failed_batch.json"]
+
+
+def turning_reward(monkeypatch, turns_at):
+    """A reward that turns round once so many problems are drawn, whatever process draws them."""
+    rollout, judge = Rollouts.rollout, Answers.judge
+
+    def located(self):
+        turned.position = self.position
+        return rollout(self)
+
+    def turned(self, asked, done):
+        judged = judge(self, asked, done)
+        return judged | {"reward": judged["reward"] - 5.0 * (turned.position >= turns_at)}
+
+    monkeypatch.setattr(Rollouts, "rollout", located)
+    monkeypatch.setattr(Answers, "judge", turned)
+
+
+@pytest.mark.parametrize("dies_at", [14, 20])
+def test_a_collapse_comes_out_the_same_after_a_kill(write_config, tmp_path, monkeypatch, dies_at):
+    """Stopped between the best step and the collapse, whose best weights then come out of the
+    file, and between the collapse and the end: the halved learning rate is kept."""
+    keys = GRPO | {"grpo_reward": odd_reward(tmp_path), "steps": 24, "grpo_epochs": 2,
+                   "lr_schedule": "constant"}
+    turning_reward(monkeypatch, turns_at=4 * 13)
+    path, whole = write_config("whole", **keys)
+    train(load_config(path))
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    [collapse] = [r["step"] for r in lines if "collapsed" in r]
+    assert 14 < collapse < 20
+    path, folder = write_config("killed", **keys)
+    save = training.save
+
+    def save_and_die(cfg, run, step, *args):
+        save(cfg, run, step, *args)
+        if step == dies_at:
+            raise ZeroDivisionError
+
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(training, "save", save_and_die)
+        train(load_config(path))
+    arrays, _ = tensors(folder / "state.safetensors")
+    assert any(name.startswith("best.optimizer.") for name in arrays)
+    assert about(folder)["guard"]["reverts"] == (dies_at > collapse)
+    train(load_config(path))
+    assert differences(whole, folder) == []
+    before, after = (next(r["lr"] for r in lines if r["step"] == step)
+                     for step in (collapse - 1, collapse + 1))
+    assert after == pytest.approx(before / 2, rel=1e-9)
+
+
+def test_restoring_keeps_the_order_of_compiled_functions():
+    """mx.compile tells arrays apart by their order alone: a file's may exchange both moments."""
+    def three_steps(exchange):
+        model = lora_model()
+        cfg = config(method="sft", lr=1e-2)
+        optimizer = training.make_optimizer(cfg, model)
+        state = [model.state, optimizer.state]
+
+        @partial(mx.compile, inputs=state, outputs=state)
+        def step(grads):
+            optimizer.update(model, grads)
+
+        mx.random.seed(3)
+        for i in range(3):
+            step(tree_map(lambda p: mx.random.normal(p.shape), model.trainable_parameters()))
+            arrays = run_folder.training_arrays(model, optimizer)
+            if exchange:    # each second moment before its first, as a file may hold them
+                place = {name.rpartition(".")[0]: i for i, name in enumerate(arrays)}
+                arrays = dict(sorted(arrays.items(), key=lambda item: (
+                    place[item[0].rpartition(".")[0]], item[0].endswith(".m"))))
+            run_folder.restore_training(arrays, model, optimizer)
+        return {k: np.array(v) for k, v in run_folder.training_arrays(model, optimizer).items()}
+
+    expected, found = three_steps(False), three_steps(True)
+    assert expected.keys() == found.keys()
+    assert all(np.array_equal(expected[name], found[name]) for name in expected)
 
 
 def test_a_reward_that_fails_in_a_redraw(write_config, tmp_path, monkeypatch):
     """Step 3 draws again, since all its groups are flat, and fails: continued, it redraws."""
     keys = GRPO | {"grpo_reward": odd_reward(tmp_path), "save_every_steps": 0}
-    judge = Rollouts.judge
+    judge, rollout = Answers.judge, Rollouts.rollout
+
+    def located(self):
+        flat.position = self.position
+        return rollout(self)
 
     def flat(self, asked, done):
         judged = judge(self, asked, done)
-        if self.position == flat.fails_at:
+        if flat.position == flat.fails_at:
             flat.fails_at = None
             raise BadInput("reward")
         # 4 problems a step: the third step's
-        return judged | {"reward": judged["reward"] * (self.position != 8)}
+        return judged | {"reward": judged["reward"] * (flat.position != 8)}
 
-    monkeypatch.setattr(Rollouts, "judge", flat)
+    monkeypatch.setattr(Rollouts, "rollout", located)
+    monkeypatch.setattr(Answers, "judge", flat)
     flat.fails_at = None
     path, whole = write_config("whole", **keys)
     train(load_config(path))
@@ -187,8 +338,7 @@ def test_a_reward_that_fails_in_a_redraw(write_config, tmp_path, monkeypatch):
     path, folder = write_config("failed", **keys)
     with pytest.raises(BadInput, match="reward"):
         train(load_config(path))
-    assert tensors(folder / "state.safetensors")[1] | {"position": "8", "step": "2"} == \
-        tensors(folder / "state.safetensors")[1]
+    assert about(folder) | {"position": 8, "step": 2} == about(folder)
     train(load_config(path))
     assert differences(whole, folder) == []
 
@@ -217,7 +367,7 @@ def test_best_is_the_first_of_the_highest(write_config, tmp_path, monkeypatch, f
     assert judged["layers"] == ended["layers"] and judged["config"]["steps"] == 6
     # started over, nothing of it is left
     path, _ = write_config(**keys | {"overwrite": "true", "steps": 1})
-    monkeypatch.setattr(training, "inspect", lambda *_: None)
+    monkeypatch.setattr(training, "inspect", lambda *_: {})
     train(load_config(path))
     assert not (folder / "best").exists()
 
@@ -308,7 +458,7 @@ def test_no_permission(write_config, monkeypatch, tmp_path):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, refuse, raising=False)
             with pytest.raises(BadInput, match=words):
-                with run_folder.open_run(load_config(path)):
+                with run_folder.open_run(load_config(path), {}, writes=True):
                     pass
     (tmp_path / "file").write_text("")
     path, _ = write_config("file", run_dir=tmp_path / "file" / "run")
@@ -343,7 +493,7 @@ def test_disk_full_in_any_save(write_config, monkeypatch, full):
     path, whole = write_config("whole", **keys)
     train(load_config(path))
     weights = "model.safetensors" if full == "true" else "adapters.safetensors"
-    save = model.save_safetensors
+    save = model_folder.save_safetensors
     for i, (name, count) in enumerate(((f"best/{weights}", 0), (f"full_1/{weights}", 1),
                                        ("state.safetensors", 1), (f"full_3/{weights}", 3))):
         path, folder = write_config(f"full_{i}", **keys)
@@ -360,12 +510,12 @@ def test_disk_full_in_any_save(write_config, monkeypatch, full):
                 resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
         with monkeypatch.context() as patch:
-            for module in (model, lora, run_folder):
+            for module in (model_folder, run_folder):
                 patch.setattr(module, "save_safetensors", limited)
             with pytest.raises(BadInput, match=f"could not write .*{name}.*free some disk space"):
                 train(load_config(path))
         assert not [p for p in folder.rglob("*") if ".tmp" in p.name]
-        steps = [int(tensors(p)[1]["step"]) for p in folder.glob("state.safetensors")]
+        steps = [about(folder)["step"] for _ in folder.glob("state.safetensors")]
         assert steps == ([2 * count] if count else [])
         if count:
             lora.load_checkpoint(folder)
