@@ -23,6 +23,9 @@ test-plain: .venv/ready_dev  ## training, sampling and lens on the path of Metal
 lint: .venv/ready_dev  ## ruff
 	$(PY) -m ruff check .
 
+table: .venv/ready_dev  ## the line counts of README's file table, written anew
+	$(PY) tests/test_layout.py readme
+
 gate: .venv/ready  ## before you train: is there a gap? on the bundled model, with its two small helpers trained first (15 minutes)
 	$(PY) -m gate.conversations make_train runs/tiny_turns_data kind=tiny_turns n=32000
 	$(PY) -m gate.judge make_train runs/tiny_judge_data
@@ -71,4 +74,4 @@ tiny_cot: .venv/ready  ## the same for the one that can write chains (20 minutes
 clean:  ## remove the virtual environment and all runs
 	rm -rf .venv .venv-bench runs
 
-.PHONY: help setup run test test-plain gate kill lint study results markovian fullsize bench bench-peers growth tiny tiny_cot clean
+.PHONY: help setup run test test-plain gate kill lint table study results markovian fullsize bench bench-peers growth tiny tiny_cot clean

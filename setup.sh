@@ -1,5 +1,5 @@
 #!/bin/sh
-# Everything a fresh machine needs: .venv with the packages of a requirements file, and on Linux an OpenBLAS (see blas.py).
+# Everything a fresh machine needs: .venv with the packages of a requirements file, and on Linux an OpenBLAS (see engine/blas.py).
 #   sh setup.sh [requirements.txt]      CUDA=1 takes MLX's CUDA backend on Linux
 set -eu
 requirements=${1:-requirements.txt}
@@ -9,7 +9,7 @@ python=${PYTHON:-python3}
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements" 2>&1 | grep -v '^WARNING: Location' || true
 [ -z "${CUDA:-}" ] || { .venv/bin/python -m pip install --quiet "mlx[cuda13]>=0.32,<0.33" && .venv/bin/python -m pip uninstall --quiet --yes mlx-cpu; }
 .venv/bin/python -c 'import mlx.core, scipy, matplotlib, tokenizers, sentencepiece, jinja2, yaml' || { echo "error: packages are missing; see pip's messages above" >&2; exit 2; }
-if [ "$(uname -s)" = Linux ] && [ -z "${CUDA:-}" ] && ! .venv/bin/python -c 'import blas, sys; sys.exit(not blas.LOADED)' 2>/dev/null; then
+if [ "$(uname -s)" = Linux ] && [ -z "${CUDA:-}" ] && ! .venv/bin/python -c 'import engine.blas, sys; sys.exit(not engine.blas.LOADED)' 2>/dev/null; then
     if [ "$(id -u)" = 0 ]; then root=""; else root="sudo -n"; fi
     echo "installing libopenblas0 (MLX trains about ten times faster with it)"
     { $root apt-get update -qq && $root apt-get install -qq -y libopenblas0; } >/dev/null 2>&1 ||

@@ -112,8 +112,9 @@ def rollout_curves(records: list[dict], path: str | Path, title: str) -> None:
     if not rows:
         return
     figure, axes = plt.subplots(2, 4, figsize=(14, 5.5), sharex=True, layout="constrained")
+    # without a guard the key is missing
     reverts = [b["step"] for a, b in zip(rows, rows[1:])
-               if b.get("reverts", 0) > a.get("reverts", 0)]      # without a guard there are none
+               if b.get("reverts", 0) > a.get("reverts", 0)]
     for axis, (label, keys) in zip(axes.flat, panels.items()):
         for key in keys:
             points = [(r["step"], r[key]) for r in rows if r.get(key) is not None]

@@ -124,7 +124,8 @@ def drill_table(header: str, labels: dict, reports: Reports, accuracy: str,
                 ten = values[:10] if end == "first" else values[-10:]
                 cells.append(f"{statistics.mean(ten):.{digits}f}")
             rows.append([labels[name][0], str(seed), share_text(report[accuracy]), *cells,
-                         str(sum(r.get("skipped", 0) for r in steps)), str(steps[-1]["reverts"])])
+                         str(sum(r.get("skipped", 0) for r in steps)),
+                         str(steps[-1].get("reverts", 0))])
     return table(header.split(" | "), rows)
 
 

@@ -500,6 +500,13 @@ def test_it_learns(write_config, tmp_path):
     assert (folder / "curves.png").exists()
 
 
+def test_curves_without_a_guard(write_config, tmp_path):
+    path, folder = write_config(**GRPO_KEYS, grpo_guard="false", steps=3, eval_every_steps=0,
+                                grpo_reward=first_token_is_odd(tmp_path))
+    run("train.py", path, check=0)
+    assert (folder / "curves.png").exists()
+
+
 def test_kill_and_resume_to_the_same_bits(write_config, tmp_path):
     """Weights, optimizer, draws, guard and best weights: an unbroken run and a killed one."""
     keys = GRPO_KEYS | {"steps": 14, "grpo_reward": first_token_is_odd(tmp_path), "grpo_epochs": 2}

@@ -1,4 +1,4 @@
-"""The house: who imports whom, how long a file may be, what an import does, a README that is true."""
+"""The house: who imports whom, how long a file may be, what an import does, a true README."""
 import ast
 import io
 import json
@@ -10,8 +10,10 @@ import tokenize
 import pytest
 from conftest import ROOT, TINY, run
 
+from config import load_config
+
 SPINE = ("model", "lens", "lora", "losses", "data", "grpo", "train")
-GROUND, WINGS = ("engine", "files", "report", "text"), ("tasks", "study", "gate", "bench")
+GROUND, WINGS = ("engine", "files", "text", "report"), ("tasks", "study", "gate", "bench")
 FILES = sorted(str(p.relative_to(ROOT)) for folder in ("", *GROUND, *WINGS)
                for p in (ROOT / folder).glob("**/*.py" if folder else "*.py"))
 SOURCES = {name: (ROOT / name).read_text() for name in FILES}
@@ -50,7 +52,7 @@ def part_of(name):
 
 
 def test_arrows_point_one_way():
-    """engine, files, report, text -> root -> tasks, study, gate, bench; no wing knows another."""
+    """engine, files, text, report -> root -> the wings; a wing knows no other wing."""
     wrong = []
     for name in FILES:
         for other in imports_of(name):
@@ -87,7 +89,8 @@ def test_file_rules(name):
     assert not silent, f"imports in functions without a reason, lines {silent}"
     long = [f"{f.name} ({f.end_lineno - f.lineno + 1})" for f in ast.walk(TREES[name])
             if isinstance(f, ast.FunctionDef) and f.end_lineno - f.lineno >= 65]
-    if name != "engine/blas.py" and "peers" not in name and re.search(r"^(import|from) mlx", SOURCES[name], re.M):
+    imports_mlx = re.search(r"^(import|from) mlx", SOURCES[name], re.M)
+    if imports_mlx and name != "engine/blas.py" and "peers" not in name:
         assert 0 < SOURCES[name].find("\nimport engine.blas") < SOURCES[name].find("mlx.core")
     assert not long, f"functions of more than 65 lines: {long}"
 
@@ -166,19 +169,60 @@ def test_importing_has_no_effect():
     assert all(line.startswith("note: ") for line in done.stderr.splitlines())
 
 
+ROW = re.compile(r"^\| `(\w+(?:\.py|/))` \| (\d+) \|", re.M)   # of README's file table
+
+
+def sizes():
+    """What README's file table counts: {"train.py": lines, "engine/": lines, ...}."""
+    root = {name: lines_of([name]) for name in FILES if "/" not in name}
+    return root | {f"{part}/": lines_of([name for name in FILES if part_of(name) == part])
+                   for part in (*GROUND, *WINGS)}
+
+
+def write_table():
+    """Put today's line counts into the rows of README's file table; the rest stays."""
+    lines, readme = sizes(), ROOT / "README.md"
+    readme.write_text(ROW.sub(lambda row: f"| `{row[1]}` | {lines[row[1]]} |", readme.read_text()))
+
+
 def test_readme_line_counts_and_files():
     readme = (ROOT / "README.md").read_text()
-    table = dict(re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", readme, re.M))
-    assert table.keys() == {name for name in FILES if "/" not in name}
-    wrong = {n: lines_of([n]) for n, lines in table.items() if int(lines) != lines_of([n])}
-    assert not wrong, f"README's file table is out of date: {wrong}"
-    folders = dict(re.findall(r"^\| `(\w+)/` \| (\d+) \|", readme, re.M))
-    parts = {part: lines_of([n for n in FILES if part_of(n) == part]) for part in (*GROUND, *WINGS)}
-    assert {part: int(lines) for part, lines in folders.items()} == parts
-    for config in re.findall(r"`(\w+\.yaml)`", readme):
-        assert (ROOT / "configs" / config).exists() or config in ("config.yaml", "plan.yaml"), config
+    table = {name: int(lines) for name, lines in ROW.findall(readme)}
+    assert table == sizes(), "README's file table is out of date: `make table` counts anew"
+    assert len(readme.splitlines()) <= 170
+    pages = [readme, *(page.read_text() for page in ROOT.glob("docs/*.md"))]
+    for config in re.findall(r"`(?:configs/)?(\w+\.yaml)`", "".join(pages)):
+        known = (ROOT / "configs" / config).exists()
+        assert known or config in ("config.yaml", "plan.yaml"), config
+
+
+def test_files_that_documents_name():
+    """Links of README and docs lead to files; so do paths and configs in their commands."""
+    missing = []
+    for page in (ROOT / "README.md", *ROOT.glob("docs/*.md")):
+        text = page.read_text()
+        paths = [page.parent / link for link in re.findall(r"\]\(([^)#:]+)\)", text)]
+        paths += [ROOT / path for path in re.findall(
+            r"(?<![\w/.])(?:configs|docs|engine|files|gate|report|study|tasks|tests|text)/"
+            r"[\w/]+\.\w+", text)]
+        paths += [ROOT / name for name in re.findall(r"python (\w+\.py)", text)]
+        paths += [ROOT / file_of(module) if file_of(module) else ROOT / module
+                  for module in re.findall(r"python -m ([\w.]+\w)", text) if module != "venv"]
+        missing += [f"{page.name}: {path}" for path in paths if not path.exists()]
+    assert not missing
+
+
+def test_keys_that_documents_name():
+    """Each `train.py CONFIG key=value ...` of README and docs is a config without a mistake."""
+    pages = "".join(p.read_text() for p in (ROOT / "README.md", *ROOT.glob("docs/*.md")))
+    commands = re.findall(r"train\.py (configs/\w+\.yaml)((?: \w+=[^\s`]+)*)", pages)
+    assert len(commands) >= 8
+    for path, words in commands:
+        load_config(ROOT / path, words.split())
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] == ["readme"]:
+        write_table()
     for what, (measured, cap) in house().items():
         print(f"{what:<40}{measured:>8}  (at most {cap})")

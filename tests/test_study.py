@@ -319,9 +319,9 @@ def test_results_say_what_the_generator_says():
         assert (line[2] == MARKS["withdrawn"]) == (claim in WITHDRAWN)
         said = WITHDRAWN.get(claim) or REMARKS.get(claim)
         assert line.endswith(said) if said else "But:" not in line and "Withdrawn" not in line
-    readme = (ROOT / "README.md").read_text()
+    pages = "".join((ROOT / page).read_text() for page in ("README.md", "docs/methods.md"))
     for wrong in ("readable, not used.", "Block 4 costs less", '("373737")'):
-        assert wrong not in readme
+        assert wrong not in pages
 
 
 def test_what_is_said_of_the_base_s_text_is_so():
@@ -337,6 +337,6 @@ def test_what_is_said_of_the_base_s_text_is_so():
     is_top = reading.top_ids[:, :, 0, 0] == word                                    # (L+1, 2)
     assert is_top[2:, 0].all() and not is_top[:2, 0].any() and not is_top[:, 1].any()
     assert f"{reading.probs[5, 0, 0, 0]:.0%}" == "74%"      # after block 4
-    for page in ("README.md", "RESULTS.md", "models/tiny/README.md"):
+    for page in ("README.md", "docs/methods.md", "RESULTS.md", "models/tiny/README.md"):
         text = (ROOT / page).read_text()
         assert "which operation is 7 * 8 ?" in text and "8.0 %" in text and "74 %" in text, page
