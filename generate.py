@@ -68,7 +68,7 @@ def pad_completions(done: list[Completion], limit: int) -> tuple[np.ndarray, ...
     return ids, logprobs, mask
 
 
-def describe_completions(done: list[Completion]) -> dict[str, float]:
+def completion_stats(done: list[Completion]) -> dict[str, float]:
     """Means over sampled completions: tokens, share cut by the limit, nats a token."""
     return {"length": float(np.mean([len(c.ids) for c in done])),
             "truncated": float(np.mean([not c.finished for c in done])),

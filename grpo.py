@@ -27,14 +27,7 @@ from engine.fuse import fused_for_decoding
 from engine.memory import Load, rollout_load
 from engine.parallel import map_rows
 from files.user_reward import call_reward, load_reward
-from generate import (
-    Completion,
-    check_context,
-    describe_completions,
-    left_pad,
-    pad_completions,
-    sample,
-)
+from generate import Completion, check_context, completion_stats, left_pad, pad_completions, sample
 from guard import repetition
 from lora import adapters_off
 from losses import answer_reward_loss, kl_estimates, policy_loss, token_logprobs
@@ -341,7 +334,7 @@ class Rollouts:
             "reward_min": float(rewards.min()), "reward_max": float(rewards.max()),
             **self.task.summarize(judged, done),
             "zero_variance_groups": float(zero_variance(rewards).mean()),
-            **describe_completions(done),
+            **completion_stats(done),
             "repetition": float(np.mean([repetition(c.ids) for c in done])),
             "n_tokens": sum(len(c.ids) for c in done),
             "rows": [self.position - self.P, self.position],

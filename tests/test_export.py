@@ -25,11 +25,11 @@ from conftest import (
 import eval as eval_script
 import generate as generate_script
 import lens as lens_script
-from checkpoint import checkpoint_files, load_checkpoint
+from checkpoint import checkpoint_files, load_checkpoint, main
 from files.adapters import mlx_files, peft_files
 from files.keys import BadInput
 from files.model_folder import write_files
-from lora import about_adapter, adapter_arrays, load_adapters, main, merge
+from lora import about_adapter, adapter_arrays, load_adapters, merge
 from model import load, save_model
 
 QKVO = ("q", "k", "v", "o")

@@ -202,8 +202,8 @@ def test_without_weights_then_offline(server, small_folder):
 
 
 def test_load_and_save_from_scratch_ask_for_no_weights(server, tmp_path):
-    code = ("from model import load, save_model; from pathlib import Path; "
-            "m, t = load('someone/whole', from_scratch=True); assert t; "
+    code = ("from model import save_model; from checkpoint import load_base; from pathlib import Path; "
+            "m, t = load_base('someone/whole', from_scratch=True); assert t; "
             f"save_model(m, Path({str(tmp_path / 'out')!r}), 'someone/whole')")
     run("-c", code, check=0, **server.env)
     assert "model.safetensors" not in [file for file, _ in server.files("someone/whole")]

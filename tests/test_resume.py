@@ -20,7 +20,8 @@ from conftest import ROOT, assert_one_clear_line, config, lora_model, run
 from kill_drill import METHODS, differences, run_killed, run_whole, tensors, write_data
 from mlx.utils import tree_map
 
-import lora
+import checkpoint
+import eval as eval_script
 import train as training
 from config import load_config
 from files import model_folder, run_folder
@@ -234,7 +235,7 @@ def test_a_step_half_taken_is_not_saved(write_config, tmp_path, monkeypatch, sav
 
 def turning_reward(monkeypatch, turns_at):
     """A reward that turns round once so many problems are drawn, whatever process draws them."""
-    rollout, judge = Rollouts.rollout, Answers.judge
+    rollout, judge = Rollouts.rollout, Answers.rewards
 
     def located(self):
         turned.position = self.position
@@ -245,7 +246,7 @@ def turning_reward(monkeypatch, turns_at):
         return judged | {"reward": judged["reward"] - 5.0 * (turned.position >= turns_at)}
 
     monkeypatch.setattr(Rollouts, "rollout", located)
-    monkeypatch.setattr(Answers, "judge", turned)
+    monkeypatch.setattr(Answers, "rewards", turned)
 
 
 @pytest.mark.parametrize("dies_at", [14, 20])
@@ -312,7 +313,7 @@ def test_restoring_keeps_the_order_of_compiled_functions():
 def test_a_reward_that_fails_in_a_redraw(write_config, tmp_path, monkeypatch):
     """Step 3 draws again, since all its groups are flat, and fails: continued, it redraws."""
     keys = GRPO | {"grpo_reward": odd_reward(tmp_path), "save_every_steps": 0}
-    judge, rollout = Answers.judge, Rollouts.rollout
+    judge, rollout = Answers.rewards, Rollouts.rollout
 
     def located(self):
         flat.position = self.position
@@ -327,7 +328,7 @@ def test_a_reward_that_fails_in_a_redraw(write_config, tmp_path, monkeypatch):
         return judged | {"reward": judged["reward"] * (flat.position != 8)}
 
     monkeypatch.setattr(Rollouts, "rollout", located)
-    monkeypatch.setattr(Answers, "judge", flat)
+    monkeypatch.setattr(Answers, "rewards", flat)
     flat.fails_at = None
     path, whole = write_config("whole", **keys)
     train(load_config(path))
@@ -350,7 +351,7 @@ def test_a_reward_that_fails_in_a_redraw(write_config, tmp_path, monkeypatch):
 def test_best_is_the_first_of_the_highest(write_config, tmp_path, monkeypatch, full):
     """Its weights are those of a run that ends there; eval.py judges it as it does a run."""
     keys = {"full": full, "lr_schedule": "constant", "save_every_steps": 4}    # 6 steps
-    monkeypatch.setattr(training, "inspect", lambda *args: {
+    monkeypatch.setattr(eval_script, "inspect", lambda *args: {
         "step": args[3], "valid_accuracy": (0.2, 0.5, None, 0.7, 0.4, 0.7, 0.6)[args[3]]})
     monkeypatch.setattr(training, "format_line", lambda *_: "")
     path, folder = write_config(**keys)
@@ -367,7 +368,7 @@ def test_best_is_the_first_of_the_highest(write_config, tmp_path, monkeypatch, f
     assert judged["layers"] == ended["layers"] and judged["config"]["steps"] == 6
     # started over, nothing of it is left
     path, _ = write_config(**keys | {"overwrite": "true", "steps": 1})
-    monkeypatch.setattr(training, "inspect", lambda *_: {})
+    monkeypatch.setattr(eval_script, "inspect", lambda *_: {})
     train(load_config(path))
     assert not (folder / "best").exists()
 
@@ -518,8 +519,8 @@ def test_disk_full_in_any_save(write_config, monkeypatch, full):
         steps = [about(folder)["step"] for _ in folder.glob("state.safetensors")]
         assert steps == ([2 * count] if count else [])
         if count:
-            lora.load_checkpoint(folder)
-            lora.load_checkpoint(folder / "best")
+            checkpoint.load_checkpoint(folder)
+            checkpoint.load_checkpoint(folder / "best")
         train(load_config(path))
         assert differences(whole, folder) == []
 
