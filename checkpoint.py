@@ -4,14 +4,13 @@ A run may be trained on another run: its `model:` names that folder. Then the lo
 merged into the base first, so that the top one alone separates the policy from where it started.
 The command `python lora.py` fuses and exports.
 """
-import argparse
 from pathlib import Path
 
 import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from config import BadInput, Config, load_config
+from config import BadInput, Config, Parser, load_config
 from files.adapters import mlx_files, peft_files
 from files.disk import read_json
 from files.hub import find_folder
@@ -126,7 +125,7 @@ def check_new(folder: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Fuse a run's adapter into its base model, or write the adapter alone.")
     parser.add_argument("--ckpt", required=True,
                         help="run folder; with --adapter any model folder or Hub name")

@@ -6,6 +6,7 @@ Precedence: dataclass < file < command line. Every mistake is collected and repo
 `BadInput` is what all files raise for something the user can mend; `run_main` turns it into one
 line and exit code 2.
 """
+import argparse
 import dataclasses
 import os
 import sys
@@ -38,10 +39,10 @@ class Config:
     data: str = "arithmetic"
     data_samples: int = 5000        # training rows drawn of arithmetic
     data_operations: tuple[str, ...] = ("add", "subtract", "multiply")
-    # symbolic, worded; asked, asked_worded, masked: only to look at (data.py's top has examples)
+    # symbolic, worded; asked, asked_worded, masked: only to look at. Examples: text/arithmetic.py
     data_wordings: tuple[str, ...] = ("symbolic",)
     mask_prompt: bool = True        # loss on answer and EOS only; false: on every token
-    # what rows are put in: none (as they are) | lines | plain | cued | chat (files/chat.py's top);
+    # what rows are put in: none (as they are) | lines | plain | cued | chat (text/chat.py's top);
     # the loss is then on every reply. Rows {"messages": [...]} of a data folder need one
     template: str = "none"
 
@@ -51,8 +52,8 @@ class Config:
     # the step's rows in so many equal parts: less memory, same gradient
     grad_accum_steps: int = 1
     lr: float = 1e-3
-    lr_warmup_steps: int = 0        # linear, from 0
-    lr_schedule: str = "cosine"     # cosine (to 0 at the last step) | constant
+    lr_warmup_steps: int = 0        # linear: lr / n at the first step, lr at the n-th
+    lr_schedule: str = "cosine"     # cosine (towards 0 after the last step) | constant
     weight_decay: float = 0.0
     grad_clip: float = 1.0          # largest global norm of the gradient; 0: no clipping
 
@@ -154,6 +155,13 @@ def resolved(cfg: Config) -> dict:
 def dump(cfg: Config) -> str:
     """The resolved config as YAML text that `load_config` reads back to an equal Config."""
     return write_keys(resolved(cfg))
+
+
+class Parser(argparse.ArgumentParser):
+    """Of every command's words: a mistake in them is bad input like any other, one line."""
+
+    def error(self, message: str):
+        raise BadInput(f"{message}; --help shows what {self.prog} expects")
 
 
 def run_main(main) -> None:

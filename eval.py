@@ -12,7 +12,6 @@ not in it (what prior code counted instead: study/prior_work.md).
     python eval.py --ckpt runs/dual_reward --compare runs/sft        # exact McNemar, same problems
     python eval.py --ckpt models/tiny data_wordings=symbolic,worded  # any model; any config key
 """
-import argparse
 import json
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import engine.blas  # noqa: F401  (before mlx)
 import numpy as np
 
 from checkpoint import checkpoint_files, load_base, load_checkpoint
-from config import BadInput, Config, load_config, load_overrides, resolved, run_main
+from config import BadInput, Config, Parser, load_config, load_overrides, resolved, run_main
 from data import load_split
 from engine import memory
 from engine.memory import LENS_PROMPTS
@@ -224,7 +223,7 @@ def finish(cfg: Config, run: Run, estimated: float, with_base: bool) -> dict:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Accuracy and classifier report of a run or model.")
     parser.add_argument("--ckpt", required=True, help="run folder, model folder or Hub name")
     parser.add_argument("--adapter", metavar="FOLDER",

@@ -8,7 +8,6 @@ no draw. (The usual Gumbel trick needs two logarithms for every entry of the voc
 
     python generate.py --ckpt runs/sft --prompt "7 * 8 = " --temperature 0.8 --top-p 0.95 --seed 1
 """
-import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from checkpoint import load_checkpoint
-from config import BadInput, run_main
+from config import BadInput, Parser, run_main
 from engine.cache import KVCache
 from engine.memory import CACHED_TOKENS, DECODED_ROWS
 from engine.ops import blocked_reduction, exp
@@ -247,7 +246,7 @@ def stream_text(model: Llama, tokenizer: Tokenizer, prompt: list[int], max_compl
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description="Complete prompts, printing as they grow.")
+    parser = Parser(description="Complete prompts, printing as they grow.")
     parser.add_argument("--ckpt", required=True, help="run folder, model folder or Hub name")
     parser.add_argument("--adapter", metavar="FOLDER",
                         help="take this adapter, ours, mlx-lm's or peft's, on top of --ckpt")

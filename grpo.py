@@ -4,8 +4,8 @@ A completion's advantage is its reward minus the mean of its group's others, so 
 needed (DeepSeekMath 2402.03300). This file makes the batches and the loss; the optimizer stays in
 train.py. Where we differ from the paper: the mean leaves the completion itself out (RLOO
 2402.14740) and is not divided by the group's standard deviation, and the loss is divided by a
-constant, not by each completion's length (Dr. GRPO 2503.20783); both are options. Mistakes of
-public code that tests hold against this one: study/prior_work.md.
+constant, not by each completion's length (Dr. GRPO 2503.20783). The last two are options.
+Mistakes of public code that tests hold against this one: study/prior_work.md.
 
     old policy        the weights that sampled; its log-probabilities come with the samples
     reference policy  the base model: this model with its adapters off; only the KL term reads it
@@ -38,7 +38,8 @@ from text.tokenizer import Tokenizer
 
 ZERO_VARIANCE = 1e-6    # a group whose rewards differ by less carries no signal
 REDRAWS = 3             # fresh prompts, where no group of a step carries one
-PAD_GROUPS = 8          # updates hold a multiple of so many groups: few shapes, few compiled traces
+PAD_GROUPS = 8          # micro-batches are padded to a multiple of so many groups: few shapes, so
+                        # that few traces are compiled
 
 
 # --------------------------------------------------------------------------------------------------
@@ -128,8 +129,8 @@ def rollout_loss(cfg: Config, answer_rewards, model: Llama,
 def zero_variance(rewards: np.ndarray) -> np.ndarray:
     """Which of P groups carry no signal: (P, G) -> (P,) bool.
 
-    Tested on the range itself: dividing by (std + 1e-8) turns twelve float32 rewards of 1.35, whose
-    std is 2e-7 by rounding, into advantages near 1.
+    Tested on the range itself: the standard deviation of equal rewards can be 2e-7 by rounding, and
+    divided by (std + 1e-8) they would have advantages near 1.
     """
     return np.ptp(rewards, axis=1) < ZERO_VARIANCE
 
@@ -225,8 +226,8 @@ class Answers:
 
     def rewards(self, asked: list[Problem], done: list[Completion]) -> dict[str, np.ndarray]:
         """N completions' `reward`, its parts as reward_NAME, and `right`; (N,) each."""
-        # 1 where the whole completion is the answer and it stopped by itself, else 0. No part
-        # marks: substrings, lists of numbers and cut completions were each exploited somewhere
+        # 1 where the whole completion is the answer and it stopped by itself, else 0. No partial
+        # credit: substrings, lists of numbers and cut completions were each exploited somewhere
         right = np.array([grade(p.answer, c.text, c.finished) for p, c in zip(asked, done)], float)
         if self.reward is None:
             return {"reward": right, "right": right}
@@ -242,7 +243,7 @@ class Answers:
                         "length_wrong": float(lengths[~right].mean()) if not right.all() else None}
 
     def arrays(self, groups: list[Group], row_weights: mx.array, step: int) -> dict[str, mx.array]:
-        """What a micro-batch holds beside the completions: nothing."""
+        """What a micro-batch holds beside the completions; answers need nothing more."""
         return {}
 
 
@@ -351,18 +352,20 @@ class Rollouts:
         parts = [p for p in parts if p or workers.size() > 1]       # as many for every process
         n_groups = -(-max(map(len, parts)) // PAD_GROUPS) * PAD_GROUPS
         n_groups = min(n_groups, -(-self.P // cfg.grad_accum_steps))
+        micro_batches = []
+        for part in workers.mine(parts):
+            chosen = [live[i] for i in part]
+            fillers = [live[0]] * (n_groups - len(chosen))
+            micro_batches.append(self.make_arrays(chosen, fillers, groups, live, step))
         updates = []
         for epoch in range(cfg.grpo_epochs):
-            micro_batches = []
-            for part in workers.mine(parts):
-                chosen = [live[i] for i in part]
-                fillers = [live[0]] * (n_groups - len(chosen))
-                micro_batches.append(self.make_arrays(chosen, fillers, groups, live, step, epoch))
-            updates.append(micro_batches)
+            # whether weights have moved since the sampling; nothing else differs between updates
+            off_policy = mx.array(epoch > 0)
+            updates.append([batch | {"off_policy": off_policy} for batch in micro_batches])
         return updates
 
     def make_arrays(self, chosen: list[Group], fillers: list[Group], groups: list[Group],
-                    live: list[Group], step: int, epoch: int) -> dict[str, mx.array]:
+                    live: list[Group], step: int) -> dict[str, mx.array]:
         """One micro-batch: the chosen groups, and fillers that weigh nothing.
 
         groups, live   all of the step, and those with a signal: the denominators of the loss, and
@@ -380,8 +383,7 @@ class Rollouts:
             "prompts": prompts, "completions": mx.array(completions),
             "old_logprobs": mx.array(old_logprobs), "weights": mx.array(weights),
             "advantages": mx.array(advantages.astype(np.float32)),              # (N, 1)
-            "mean_weights": mx.array(mask / count_tokens(live)),
-            "off_policy": mx.array(epoch > 0),      # whether weights moved since the sampling
+            "mean_weights": mx.array(mask / count_tokens(live)),    # for means that are reported
         }
         if start is not None:
             arrays["start"] = start
@@ -391,5 +393,5 @@ class Rollouts:
             with adapters_off(self.model):
                 scores = map_rows(self.score, arrays, self.model.parts)
             arrays["ref_logprobs"] = mx.concatenate(scores)                     # (N, C)
-        row_weights = arrays["weights"][:, 0]       # every completion has a first token
+        row_weights = arrays["weights"][:, 0]       # a completion's own: its first token is real
         return arrays | self.task.arrays(chosen + fillers, row_weights, step)

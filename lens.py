@@ -4,8 +4,8 @@
 applied, softmax(U . norm(h)) in float32, with the statistics of that tap. It calls `model.head`,
 the very function that makes the model's logits, on the very stream that training and generation
 run, so at the last tap it *is* the model (what went wrong elsewhere: study/prior_work.md).
-A lens probability is not a belief: it depends on the residual's length too. So rank, entropy and
-the distance to the final distribution stand beside it.
+A lens probability is not a belief: norm and unembedding were trained to read the last tap alone. So
+rank, entropy and the distance to the final distribution stand beside it.
 
 Memory: of a (rows, V) array of logits a few numbers per row are kept. Never (taps, B, T, V).
 
@@ -15,7 +15,6 @@ Memory: of a (rows, V) array of logits a few numbers per row are kept. Never (ta
 Its relatives stand in study/: the Jacobian lens, direct logit attribution, probes, edits.
 Shapes: A positions of a row, N targets at each, R = B * A rows to read, k top tokens.
 """
-import argparse
 import json
 import os
 import sys
@@ -28,7 +27,7 @@ import mlx.core as mx
 import numpy as np
 
 from checkpoint import load_checkpoint
-from config import BadInput, run_main
+from config import BadInput, Parser, run_main
 from engine.memory import LENS_ROWS, LOGITS_IN_CACHE, LOGITS_PER_CALL
 from engine.ops import LINUX_CPU, blocked_reduction, exp, logsumexp, top_tokens
 from engine.parallel import map_rows
@@ -48,7 +47,7 @@ class Reading:
     ties: np.ndarray        # (L+1, B, A, N) other tokens with the same logit; 0: the rank is sure
     logprobs: np.ndarray    # (L+1, B, A, N) log of probs; finite where probs underflow to 0
     entropy: np.ndarray     # (L+1, B, A)
-    kl: np.ndarray          # (L+1, B, A) KL(last tap || this tap): 0 at L
+    kl: np.ndarray          # (L+1, B, A) KL(last tap || this tap); at L 0 up to rounding
     final_probs: np.ndarray  # (L+1, B, A) probability of the token the model ends up with
     top_ids: np.ndarray     # (L+1, B, A, k) most probable first
     top_probs: np.ndarray   # (L+1, B, A, k)
@@ -71,6 +70,14 @@ def tap_statistics(logits: mx.array, targets: mx.array, k: int, final_probs: mx.
 
     targets (R, N) int32; the rest is final_distribution's: KL compares with the last tap
     """
+    ranks, ties = [], []
+    for n in range(targets.shape[1]):
+        # no sort: two reductions a target. The logits of a bfloat16 model tie by the hundred.
+        # Before the shift below, which rounds small differences away
+        chosen = mx.take_along_axis(logits, targets[:, n:n + 1], axis=-1)           # (R, 1)
+        ranks.append((logits > chosen).sum(-1) + 1)
+        ties.append((logits == chosen).sum(-1) - 1)
+    top = top_tokens(logits, k)                                                     # (R, k)
     logits = logits - blocked_reduction(mx.max, logits)[:, None]                    # (R, V)
     weights = exp(logits)           # once: on a CPU it costs more than all else here
     total = blocked_reduction(mx.sum, weights)                                      # (R,)
@@ -78,20 +85,13 @@ def tap_statistics(logits: mx.array, targets: mx.array, k: int, final_probs: mx.
     entropy = log_total - blocked_reduction(mx.sum, weights * logits) / total
     # KL(q || p) = sum q (log q - log p), with log p = logits - log_total
     kl = log_total - blocked_reduction(mx.sum, final_probs * logits) - final_entropy
-    chosen = mx.take_along_axis(logits, targets, axis=-1)                           # (R, N)
-    ranks, ties = [], []
-    for n in range(targets.shape[1]):
-        # no sort: two reductions a target. The logits of a bfloat16 model tie by the hundred
-        ranks.append((logits > chosen[:, n:n + 1]).sum(-1) + 1)
-        ties.append((logits == chosen[:, n:n + 1]).sum(-1) - 1)
-    logprobs = chosen - log_total[:, None]
 
-    def prob_of(ids):
-        return mx.exp(mx.take_along_axis(logits, ids, axis=-1) - log_total[:, None])
+    def logprobs_of(ids):
+        return mx.take_along_axis(logits, ids, axis=-1) - log_total[:, None]
 
-    top = top_tokens(logits, k)                                                     # (R, k)
+    logprobs = logprobs_of(targets)                                                 # (R, N)
     return (mx.exp(logprobs), mx.stack(ranks, -1), mx.stack(ties, -1), logprobs, entropy, kl,
-            prob_of(final_top)[:, 0], top, prob_of(top))
+            mx.exp(logprobs_of(final_top))[:, 0], top, mx.exp(logprobs_of(top)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -237,7 +237,7 @@ def view_prompt(model: Llama, tokenizer: Tokenizer, prompt: str, words: list[str
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Show what every block would answer, by the logit lens.")
     parser.add_argument("--ckpt", required=True, help="run folder, model folder or Hub name")
     parser.add_argument("--adapter", metavar="FOLDER",

@@ -2,7 +2,7 @@
 
 Source: LoRA 2106.09685. Where packages differ: PEFT users set alpha, mlx-lm takes the scale itself;
 we set alpha and print both. A ~ U(-1/sqrt(in), 1/sqrt(in)) as in mlx-lm. Adapters are saved in
-mlx-lm's format, PEFT's is written and read too; in both places they give the same logits. Loading
+mlx-lm's format, PEFT's is written and read too; mlx-lm and PEFT then give the same logits. Loading
 is strict (files/adapters.py).
 
     python lora.py --ckpt runs/sft --out fused                  # fuse: a folder in the Hub's layout
@@ -52,6 +52,7 @@ class LoRALinear(nn.Module):
     def fused(self) -> nn.Module:
         """The plain linear layer, the update added to its weight in float32 and then cast back.
 
+        In place: this wrapper would then add the update twice, so it is done with (`merge`).
         A quantised weight comes back unquantised: rounding it again would erase the update.
         """
         if hasattr(self.linear, "dense"):
@@ -111,7 +112,10 @@ def adapters_off(model: Llama) -> Iterator[None]:
 
 
 def fingerprint(model: Llama) -> str:
-    """Tell bases of one shape apart: a hash of the final norm's gains, the same for any dtype."""
+    """Tell bases of one shape apart: a hash of the final norm's gains as bfloat16.
+
+    So it is the same for a checkpoint loaded in float32 and in bfloat16.
+    """
     gains = np.array(model.model.norm.weight.astype(mx.bfloat16).astype(mx.float32))
     return hashlib.sha256(gains.tobytes()).hexdigest()[:16]
 

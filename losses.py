@@ -7,8 +7,8 @@ such as "multiply".
     L = w * CE(lens at block c, class) + (1 - w) * CE(answer and EOS)
 
 It is supervised, no reward is involved; the name is historical. Two switches reproduce published
-errors: `answer_shift: false` compares the logits at position t with the token *at* t, not t+1;
-`class_position: answer` trains the class where nobody reads it.
+errors (study/prior_work.md): `answer_shift: false` compares the logits at position t with the token
+*at* t, not t+1; `class_position: answer` trains the class where nobody reads it.
 
 GRPO's and Markovian training's terms stand below; grpo.py puts them together.
 """
@@ -54,7 +54,10 @@ def dual_reward_loss(class_loss: mx.array, answer_loss: mx.array, weight: mx.arr
 
 
 def inputs_of(cfg: Config, batch: dict[str, mx.array]) -> tuple[mx.array, mx.array]:
-    """What the model reads, (B, T-1), and where it is asked for the targets, (B, A)."""
+    """What the model reads, and where it is asked for the targets, (B, A).
+
+    returns  tokens (B, T-1) and positions; the published error reads all T
+    """
     tokens, positions = batch["tokens"], batch["target_positions"]
     if cfg.answer_shift:
         return tokens[:, :-1], positions    # position t predicts t + 1: the last has no target
@@ -99,7 +102,7 @@ def dual_loss(cfg: Config, block: int, model: Llama,
     class_logprobs = token_logprobs(class_logits, batch["class_ids"])                   # (B,)
     class_loss = masked_cross_entropy(class_logprobs, batch["row_mask"], batch["n_rows"])
     is_right = mx.argmax(class_logits, axis=-1) == batch["class_ids"]
-    # an array, since mx.compile would bake a Python number into the trace
+    # 1 - w in float32
     loss = dual_reward_loss(class_loss, answer_loss, mx.array(cfg.class_weight))
     return loss, {"answer_loss": answer_loss, "class_loss": class_loss,
                   "class_accuracy": (is_right * batch["row_mask"]).sum() / batch["n_rows"]}, {}

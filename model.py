@@ -11,9 +11,9 @@ checkpoint's keys, so loading renames nothing.
 Sources: Llama 2307.09288, Llama 3 2407.21783, RMSNorm 1910.07467, RoPE 2104.09864, GQA 2305.13245,
 SwiGLU 2002.05202, Qwen2.5 2412.15115.
 
-Shapes, for the whole project: B batch, T tokens, S keys in view, D model width, H query heads,
-K key-value heads, d head width, F MLP width, V vocabulary, L blocks, r LoRA rank. Blocks are
-counted from 0: "L5" in a table is block 5, and tap 6 comes after it.
+Shapes, for the whole project: B batch, T tokens, A positions asked for, S keys in view, D model
+width, H query heads, K key-value heads, d head width, F MLP width, V vocabulary, L blocks, r LoRA
+rank. Blocks are counted from 0: "L5" in a table is block 5, and tap 6 comes after it.
 """
 import math
 from collections.abc import Callable, Iterator
@@ -117,8 +117,8 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     return gate * mx.sigmoid(gate) * up
 
 
-# The same four by faster kernels: mx.fast on Metal and CUDA, our own on a Linux CPU. Without the
-# last of these lines everything runs on the formulas above; test_ops.py holds the two equal
+# The same four by faster kernels: mx.fast's, and on a Linux CPU our own for swiglu and float32
+# attention. Without the last of these lines all runs on the formulas; test_ops.py holds both equal
 FORMULAS = {f.__name__: f for f in (rms_norm, rope, attention, swiglu)}
 from engine.ops import attention, rms_norm, rope, swiglu  # noqa: E402, F811
 
@@ -282,8 +282,8 @@ class Llama(nn.Module):
         tokens     (B, T) int32. MLX is lazy: evaluate a tap and drop it, and one is held at a time
         edit       {tap: function (B, T, D) -> (B, T, D)}: what the stream is replaced by at a tap;
                    the blocks above go on from there. Ablation, steering and patching are this
-        positions  (B, A): tap L has these positions only, (B, A, D), and cannot be edited. Nobody
-                   reads the last block's other rows, and its MLP is much of a shallow model
+        positions  (B, A): tap L has these positions only, (B, A, D), and so has an edit there.
+                   Nobody reads the last block's other rows, and its MLP is much of a shallow model
         """
         edit = edit or {}
         resid = self.model.embed_tokens(tokens)
@@ -303,10 +303,7 @@ class Llama(nn.Module):
 
     def final_resid(self, tokens: mx.array, cache: list[KVCache] | None = None,
                     edit: Edit | None = None, positions: mx.array | None = None) -> mx.array:
-        """The residual stream at tap L: what `head` turns into the model's logits.
-
-        (B, T, D), or at some positions (B, A) alone (B, A, D)
-        """
+        """The stream at tap L, what `head` reads: (B, T, D), or at positions (B, A) (B, A, D)."""
         for resid in self.stream(tokens, cache, edit, positions):
             pass
         return resid
@@ -379,7 +376,7 @@ def load(path_or_hub_name: str | Path, dtype: str | mx.Dtype | None = None,
     found, where = read_weights(folder, model.args.tie_word_embeddings), str(folder)
     make_layer = None       # each layer takes its tensors as they are
     if bits or raw.get("quantization") or raw.get("quantization_config"):
-        # QLoRA's base: weights as small codes in groups, see there
+        # QLoRA's base: weights as small codes in groups
         from engine.quant import layer_maker
         make_layer = layer_maker(model, found, raw, bits, group_size, dtype, where)
     fill_weights(model, found, dtype or default_dtype(), make_layer, where)
@@ -389,7 +386,7 @@ def load(path_or_hub_name: str | Path, dtype: str | mx.Dtype | None = None,
 def load_tokenizer_for(model: Llama, folder: Path) -> Tokenizer | None:
     """The folder's tokenizer, if it has one; raises BadInput where an id has no row."""
     tokenizer = load_tokenizer(folder)
-    if tokenizer:   # MLX looks up a row that is not there without a word
+    if tokenizer:   # MLX reads past the end of the embedding silently
         tokenizer.check_rows(model.args.vocab_size)
     return tokenizer
 

@@ -7,12 +7,12 @@
     python train.py configs/markovian_sums.yaml            # chains that must carry the answer
     python train.py configs/sft.yaml lr=1e-3 steps=200     # any key on the command line
 
-One step: a batch as a pure function of (seed, step) -> loss and gradients of its micro-batches,
-summed -> finite? -> clip -> AdamW. Nothing depends on a hidden position or random state, so that a
-run that was killed continues bit for bit from its last save: the same command again. A loss or
-gradient that is not finite stops the run before the optimizer has moved. GRPO and Markovian
-training sample a step's batch from the weights as they are, may take several updates from it, and
-have a guard (guard.py).
+One step: a batch -> loss and gradients of its micro-batches, summed -> finite? -> clip -> AdamW.
+A supervised batch is a pure function of (seed, step). GRPO and Markovian training sample one from
+the weights, the seed and a position that is saved, and may take several updates from it. So a run
+that was killed continues bit for bit from its last save: the same command again. A loss or gradient
+that is not finite stops the run before the optimizer has moved; the guard of sampled training
+(guard.py) skips such an update.
 """
 import sys
 import time
@@ -83,7 +83,7 @@ def make_method(cfg: Config, model: Llama, tokenizer: Tokenizer):
     if cfg.method == "grpo":
         task = Answers(model, tokenizer, problems, cfg)
         return Rollouts(model, problems, cfg, task), partial(rollout_loss, cfg, None)
-    from markovian import Chains, answer_rewards  # nor GRPO
+    from markovian import Chains, answer_rewards  # GRPO has no use for it
     task = Chains(model, tokenizer, problems, cfg)
     return Rollouts(model, problems, cfg, task), partial(rollout_loss, cfg, answer_rewards)
 
@@ -104,7 +104,8 @@ def prepare_model(cfg: Config) -> tuple[Llama, Tokenizer]:
         model.parts = 1     # each part of a batch would hold gradients of all weights
     else:
         apply_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
-    # the same numbers in less memory: replaces model.run_block and model.read_logits
+    # where memory is short, activations and logits are made again for the gradient: the same
+    # numbers. Puts other functions at model.run_block and model.read_logits
     spare(model, cfg)
     mx.eval(model.parameters())
     return model, tokenizer
@@ -190,7 +191,7 @@ def accumulate(loss_and_grads, micro_batches: list[dict[str, mx.array]], parts: 
                 grads = tree_map(lambda g, h: g.astype(mx.float32) + h, grads, more_grads)
                 sums = tree_map(mx.add, sums, more_sums)
                 maxima = tree_map(mx.maximum, maxima, more_maxima)
-        # here, or the activations of all micro-batches would wait in one graph
+        # the sums are evaluated here, or one graph would hold all micro-batches' activations
         mx.eval(grads, sums, maxima)
     return grads, sums, maxima
 
@@ -309,7 +310,7 @@ def train(cfg: Config, with_base: bool = True) -> dict:
     inputs = {"model": hash_frozen(model), "data": hash_rows([*source.rows, *valid]),
               "processes": str(workers.size())}
     if cfg.method in ON_POLICY and cfg.grpo_guard:
-        from guard import Guarded  # as in update
+        from guard import Guarded  # supervised runs have none
         source = Guarded(source, model, optimizer)
     # opened after all that can be wrong with the input: a mistake leaves no folder behind
     expected = training_arrays(model, optimizer)

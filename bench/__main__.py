@@ -33,7 +33,7 @@ import engine.blas
 from bench import fullsize
 from bench.limit import limit_seconds, minimal_flops, parameters
 from bench.ours import ROOT, llama_config, own_command, run_other, write_random_model
-from config import run_main
+from config import Parser, run_main
 from files.disk import read_json, read_json_lines, write_text
 from files.hub import find_folder
 from files.keys import BadInput
@@ -223,7 +223,7 @@ def times(side: dict) -> str:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Measure speed and memory, ours and peers'.")
+    parser = Parser(description="Measure speed and memory, ours and peers'.")
     parser.add_argument("--json", metavar="FILE", help="write the numbers")
     parser.add_argument("--only", metavar="WORK", action="append",
                         help=f"of {', '.join(SIZES)}; may be given repeatedly")

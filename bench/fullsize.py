@@ -9,13 +9,12 @@ Llama-3.1-8B's and Qwen2.5-32B's, in 4 bits and with a few of their blocks, and 
 the rest. Every work runs in a process of its own: its peak memory is its own. (Beside transformers
 and peft: `python -m bench --shape 1b`.)
 """
-import argparse
 import json
 import sys
 from pathlib import Path
 
 from bench.ours import TRAINING, llama_config, own_command, run_other, write_random_model
-from config import Config, run_main
+from config import Config, Parser, run_main
 from engine import memory
 from files.keys import BadInput
 from model import parse_args
@@ -52,7 +51,7 @@ def arithmetic() -> list[str]:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description="Full-size shapes with random weights.")
+    parser = Parser(description="Full-size shapes with random weights.")
     parser.add_argument("words", nargs="*", metavar="WORK or key=value",
                         help=f"{', '.join(WORKS)}; none: all")
     parser.add_argument("--folder", type=Path, default=Path("runs/fullsize"),

@@ -9,7 +9,6 @@ own count of operations (limit.minimal_flops). Time may not grow faster than tha
 than that or linearly. (Slower is no feat: what a call costs in any case flattens a curve.) Memory
 is the process' peak less what it held before the model was loaded.
 """
-import argparse
 import json
 import sys
 import tempfile
@@ -20,7 +19,7 @@ import numpy as np
 from bench.__main__ import SIZES
 from bench.limit import minimal_flops
 from bench.ours import llama_config, own_command, run_other, write_random_model
-from config import run_main
+from config import Parser, run_main
 from files.disk import read_json, write_text
 from files.keys import BadInput
 from model import parse_args
@@ -80,7 +79,7 @@ def line(curve: dict) -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description="How time and memory grow with each size.")
+    parser = Parser(description="How time and memory grow with each size.")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--only", action="append", metavar="SIZE", help=", ".join(SWEEPS))
     args = parser.parse_args(argv)

@@ -266,6 +266,7 @@ def quantize(model: nn.Module, bits: int, group_size: int | None = None) -> None
         mx.eval(packed[-1][1].parameters())
         layer.weight = None
     model.update_modules(tree_unflatten(packed))
+    model.parts = 1     # as in layer_maker
 
 
 def block_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:

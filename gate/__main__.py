@@ -17,12 +17,11 @@ Read in this order: checks, drafts, conversations (the benchmark), clean (does a
 untouched?), replies, judge, settings, verdict, evaluate, and here the tables for a person.
 self_instruct writes training data.
 """
-import argparse
 from pathlib import Path
 
 import engine.blas  # noqa: F401  (before mlx)
 
-from config import run_main
+from config import Parser, run_main
 from files.disk import read_json_lines
 from files.keys import BadInput, Stopped
 from files.provenance import read_report
@@ -135,7 +134,7 @@ def compare_folders(first: str, second: str) -> dict:
 
 def main(argv: list[str]) -> None:
     """Exit code 0 for GO, or where there is nothing to decide; else raises Stopped, code 3."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m gate", description="Base against instruct model on a benchmark of "
         "conversations, before a training run.")
     parser.add_argument("config", nargs="?", help="a gate's YAML file, such as "

@@ -24,7 +24,7 @@ import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 
 from checkpoint import load_base, load_checkpoint
-from config import load_overrides, run_main
+from config import Parser, load_overrides, run_main
 from files.disk import write_text
 from files.keys import BadInput
 from files.provenance import provenance
@@ -97,7 +97,7 @@ def run_all(runs: list[Run], arguments: list[str], workers: int) -> list[str]:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m study",
+    parser = Parser(prog="python -m study",
                                      description="Run the study and write RESULTS.md.")
     parser.add_argument("file", nargs="?", default=str(PLAN))
     parser.add_argument("--smoke", action="store_true", help="tiny: shows that everything works")

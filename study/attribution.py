@@ -6,14 +6,13 @@ happen without them.
 
     python -m study.attribution --ckpt runs/dual_reward --prompt "23 + 45 = " --words 68 22
 """
-import argparse
 
 import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
 
 from checkpoint import load_checkpoint
-from config import run_main
+from config import Parser, run_main
 from files.keys import BadInput
 from generate import check_context
 from lens import pad_prompts
@@ -94,7 +93,7 @@ def attribution_table(model: Llama, tokenizer: Tokenizer, prompt: str, words: li
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m study.attribution",
+    parser = Parser(prog="python -m study.attribution",
                                      description="Who wrote a word's logit: blocks and heads.")
     parser.add_argument("--ckpt", required=True, help="run folder, model folder or Hub name")
     parser.add_argument("--prompt", required=True)

@@ -16,7 +16,6 @@ A run that hides the question should lose more than one that shows it: that diff
 problems, is the *fragility*. A judge scores the run's chains and its base's, question hidden: what
 it gains is what the chains tell a reader that was not trained with them.
 """
-import argparse
 import json
 import random
 import string
@@ -26,7 +25,7 @@ import engine.blas  # noqa: F401  (before mlx)
 import numpy as np
 
 from checkpoint import load_checkpoint
-from config import Config, run_main
+from config import Config, Parser, run_main
 from data import load_split
 from files.disk import write_text
 from files.keys import BadInput
@@ -177,7 +176,7 @@ def print_report(report: dict) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m study.perturb",
+    parser = Parser(prog="python -m study.perturb",
                                      description="Damage a run's chains; let others read them.")
     parser.add_argument("--ckpt", required=True, help="run folder of method markovian")
     parser.add_argument("--compare", metavar="RUN2", help="another such run, the same data")

@@ -23,7 +23,6 @@ ordinary prompts (Makelov et al. 2311.17030), hence the patch from a real prompt
 
     python -m study.probe --ckpt runs/dual_reward [--json FILE] [key=value ...]
 """
-import argparse
 import json
 import random
 from collections.abc import Callable
@@ -37,7 +36,7 @@ import numpy as np
 from scipy.optimize import minimize
 
 from checkpoint import load_checkpoint
-from config import Config, load_config, load_overrides, run_main
+from config import Config, Parser, load_config, load_overrides, run_main
 from data import read_problems
 from files.disk import write_text
 from files.keys import BadInput
@@ -488,7 +487,7 @@ def claims_table(result: dict) -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m study.probe",
+    parser = Parser(prog="python -m study.probe",
                                      description="Four claims about the operation in the stream.")
     parser.add_argument("--ckpt", required=True, help="run folder, model folder or Hub name")
     parser.add_argument("--pairs", type=int, default=200, help="operand pairs of each split")

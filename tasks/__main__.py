@@ -10,11 +10,10 @@ A row is {"prompt", "response"} and what else training must know of it: "operati
 question to reason about "hidden", the prompt without the question, and "letters", its options. The
 same command writes the same bytes. Other bytes are never written over.
 """
-import argparse
 import random
 from pathlib import Path
 
-from config import BadInput, Config, run_main
+from config import BadInput, Config, Parser, run_main
 from files.disk import json_lines, write_text
 from files.hub import find_folder
 from tasks.published import SOURCES, SPLITS, cut_articles, load_questions
@@ -123,7 +122,7 @@ def write_task(name: str, out: Path, command: str = "", **given) -> dict[str, li
 
 def parse(argv: list[str]) -> tuple[str, Path, dict]:
     """(name, folder, the options given); raises BadInput for those that the data set lacks."""
-    parser = argparse.ArgumentParser(prog="python -m tasks", description="Write a data set.")
+    parser = Parser(prog="python -m tasks", description="Write a data set.")
     parser.add_argument("name", help=", ".join(NAMES))
     parser.add_argument("out", type=Path, help="the folder to write")
     parser.add_argument("--from", metavar="FOLDER", help="its files; without: the Hub's")

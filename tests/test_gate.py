@@ -279,7 +279,7 @@ def test_wrong_gate_files(parts, words, expected):
 
 def test_bad_input(parts, tmp_path, monkeypatch):
     here = parts / "sums.yaml"
-    assert "the following arguments are required: --ckpt" in run("eval.py", check=2).stderr
+    assert_one_clear_line(run("eval.py"), "the following arguments are required: --ckpt", "--help")
     assert_one_clear_line(run("-m", "gate"), "nothing to compare", "--paired")
     assert_one_clear_line(run("-m", "gate", tmp_path / "no.yaml"), "no config file")
     (tmp_path / "taken").mkdir()

@@ -202,14 +202,16 @@ def test_own_reward_and_parts(tmp_path, tokenizer):
 
 
 def test_first_update_has_ratio_one_and_no_kl(tokenizer):
-    """Adapters untouched: ratio exactly 1, KL exactly 0, and a policy gradient all the same."""
+    """Adapters untouched: ratio exactly 1, no KL, and a policy gradient all the same."""
     model = lora_model(touched=False)
     source = rollouts(model, tokenizer)
     updates, metrics = source.at(0)
     _, parts, grads = grads_of(model, source.cfg, updates[0])
     assert [parts[k] for k in ("ratio", "ratio_max")] == pytest.approx([1, 1], abs=1e-5)
     assert parts["ratio_max"] == 1.0
-    assert [parts[k] for k in ("kl_k1", "kl_k2", "kl_k3", "kl_old")] == [0, 0, 0, 0]
+    # the reference is scored in other parts of the batch, which some CPUs round differently
+    assert [parts[k] for k in ("kl_k1", "kl_k2", "kl_k3")] == pytest.approx([0] * 3, abs=1e-6)
+    assert parts["kl_old"] == 0
     assert parts["clip_high"] == parts["clip_low"] == parts["dual_clip"] == 0
     assert max(np.abs(g).max() for g in grads.values()) > 0
 
@@ -299,10 +301,11 @@ def test_padding_groups_weigh_nothing(tokenizer):
     model = lora_model()
     source = rollouts(model, tokenizer)
     groups, _ = source.rollout()
-    alone, filled = (source.make_arrays(groups[:1], groups[:1] * n, groups, groups[:1], 0, 0)
+    alone, filled = (source.make_arrays(groups[:1], groups[:1] * n, groups, groups[:1], step=0)
                      for n in (0, 3))
     assert filled["completions"].shape[0] == 16
-    a, b = (grads_of(model, source.cfg, [x]) for x in (alone, filled))
+    first = {"off_policy": mx.array(False)}
+    a, b = (grads_of(model, source.cfg, [x | first]) for x in (alone, filled))
     assert abs(a[0] - b[0]) < 1e-6 and close(a[2], b[2], 1e-6)
 
 

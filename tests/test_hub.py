@@ -202,7 +202,8 @@ def test_without_weights_then_offline(server, small_folder):
 
 
 def test_load_and_save_from_scratch_ask_for_no_weights(server, tmp_path):
-    code = ("from model import save_model; from checkpoint import load_base; from pathlib import Path; "
+    code = ("from pathlib import Path; from model import save_model; "
+            "from checkpoint import load_base; "
             "m, t = load_base('someone/whole', from_scratch=True); assert t; "
             f"save_model(m, Path({str(tmp_path / 'out')!r}), 'someone/whole')")
     run("-c", code, check=0, **server.env)

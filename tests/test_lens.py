@@ -69,6 +69,13 @@ def test_ranks_and_ties_against_numpy():
         assert ties[index] == (row == chosen).sum() - 1
 
 
+def test_ranks_see_differences_that_the_largest_logit_would_round_away():
+    """20 + 1e-8 is 20 in float32: ranks compare the logits themselves, as the model made them."""
+    logits = np.array([[[20, 1e-8, 2e-8, 3e-8]]], np.float32)
+    _, ranks, ties, *_ = read_alone(logits, np.array([[[1, 2, 3]]]), 1)
+    assert ranks.tolist() == [[[4, 3, 2]]] and not ties.any()
+
+
 @pytest.mark.parametrize("V", [50, 1280])   # the second is reduced and searched in groups of 128
 def test_statistics_against_numpy(V):
     """Log-probability, entropy, KL from the last tap and its token's probability, in float64."""

@@ -284,7 +284,7 @@ def group_of(source, rewards):
 
 
 def arrays_of(source, group):
-    return source.make_arrays([group], [], [group], [group], step=0, epoch=0)
+    return source.make_arrays([group], [], [group], [group], step=0)
 
 
 def test_std_floor_and_bound(cot):
