@@ -39,7 +39,7 @@ kill: .venv/ready  ## kill -9 at 100 random moments, then the same command: ever
 study: .venv/ready  ## the study: every condition, then RESULTS.md; goes on where it stopped (90 minutes on two cores; STUDY=smoke: two)
 	$(PY) -m study $(if $(filter smoke,$(STUDY)),--smoke)
 
-results: .venv/ready  ## every number of docs/methods.md: three seeds of each method (40 minutes)
+results: .venv/ready  ## every number of docs/training.md: three seeds of each method (40 minutes)
 	$(PY) -m study.results
 
 markovian: .venv/ready  ## every number of RESULTS.md's part on Markovian training (an hour on two cores)

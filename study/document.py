@@ -1,6 +1,6 @@
 """The one writer of documents: Markdown templates with numbers put in, none of them typed.
 
-templates/study.md and markovian.md are RESULTS.md's two parts, training.md is docs/methods.md.
+templates/study.md and markovian.md are RESULTS.md's two parts, training.md is docs/training.md.
 """
 import os
 import platform

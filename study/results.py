@@ -1,4 +1,4 @@
-"""Every number of docs/methods.md, and of RESULTS.md's part on Markovian training.
+"""Every number of docs/training.md, and of RESULTS.md's part on Markovian training.
 
 Three seeds a condition. Finished runs are not repeated, so an interrupted command continues.
 
@@ -130,7 +130,7 @@ def drill_table(header: str, labels: dict, reports: Reports, accuracy: str,
 
 
 # --------------------------------------------------------------------------------------------------
-# docs/methods.md
+# docs/training.md
 
 
 def training_table(reports: Reports) -> str:
@@ -189,7 +189,7 @@ def write_training() -> None:
         cells=table(["test problems", "base right, %", "n"],
                     [[cell, share_text(share), str(share["n"])]
                      for cell, share in json.loads(base.read_text())["accuracy_by"].items()]))
-    path = Path("docs/methods.md")
+    path = Path("docs/training.md")
     _, heading, speed = path.read_text().partition("\n## Speed")    # the benchmark's: it stays
     write_text(path, text + heading + speed)
     print(text)
