@@ -139,7 +139,7 @@ def main(argv: list[str]) -> None:
     check_new(args.out)
     model, _, cfg = load_checkpoint(args.ckpt, args.adapter)
     if not adapter_arrays(model):
-        raise BadInput(f"{args.ckpt} has no adapter to fuse; it is already a whole model: give an "
+        raise BadInput(f"{args.ckpt} has no adapter; it is already a whole model: give an "
                        "adapter with --adapter FOLDER")
     name, base = (args.adapter, args.ckpt) if args.adapter else (args.ckpt, cfg.model)
     if args.format != "hub":

@@ -197,7 +197,10 @@ def make_report(ckpt: str | Path, with_base: bool, compare: str | None = None,
         base_model, base_tokenizer = load_base(cfg.model, cfg.dtype, cfg.bits)
         report["base"] = {"ckpt": cfg.model, **evaluate(base_model, base_tokenizer, cfg)}
     if compare:
-        other_model, other_tokenizer, _ = load_checkpoint(compare)
+        other_model, other_tokenizer, other_cfg = load_checkpoint(compare)
+        if other_cfg and (other_cfg.method == "markovian") != (cfg.method == "markovian"):
+            raise BadInput(f"--compare {compare} has method {other_cfg.method}, {ckpt} has "
+                           f"{cfg.method}; expected both with chains of thought, or both without")
         other = {"ckpt": str(compare), **evaluate(other_model, other_tokenizer, cfg)}
         pair = [[row["correct"] for row in r["prompts"] if row["set"] == "test"]
                 for r in (report, other)]
@@ -208,6 +211,8 @@ def make_report(ckpt: str | Path, with_base: bool, compare: str | None = None,
 def finish(cfg: Config, run: Run, estimated: float, with_base: bool) -> dict:
     """Evaluate the saved weights, as eval.py would, beside the base; write report and pictures."""
     peak = memory.peak_gib()    # of training: evaluating may load the base as well
+    # may take longer than the training: all test problems, whatever eval_prompts is
+    run.say("testing on all test problems ...")
     report = make_report(run.folder, with_base)
     report |= {"peak_gib": round(peak, 3), "estimated_peak_gib": round(estimated, 3)}
     print(report_text(report))

@@ -257,10 +257,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    if args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1 or args.max_tokens < 1:
-        raise BadInput(f"temperature {args.temperature}, top-k {args.top_k}, top-p {args.top_p}, "
-                       f"max-tokens {args.max_tokens}: expected at least 0, at least 0, "
-                       "above 0 and at most 1, at least 1")
+    # in this form NaN is refused too: no comparison holds for it
+    if not (0 <= args.temperature < np.inf and args.top_k >= 0 and 0 < args.top_p <= 1
+            and args.max_tokens >= 1):
+        raise BadInput(f"--temperature {args.temperature} (expected at least 0), "
+                       f"--top-k {args.top_k} (at least 0), --top-p {args.top_p} (above 0, at most "
+                       f"1), --max-tokens {args.max_tokens} (at least 1): one is out of range")
     model, tokenizer, _ = load_checkpoint(args.ckpt, args.adapter)
     for n, text in enumerate(args.prompt):
         print(text, end="", flush=True)

@@ -268,6 +268,8 @@ def main(argv: list[str]) -> None:
         lens_heatmap(view, args.png)
     if args.html:
         write_text(Path(args.html), lens_page(view))
+    if args.png or args.html or args.json:
+        print("wrote " + ", ".join(filter(None, (args.png, args.html, args.json))))
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def load_adapters(model: Llama, folder: str | Path) -> None:
     expected = adapter_arrays(model)
     # by the names in the file, which are those that its owner can look for
     check_tensors(found, to_peft(expected) if about["is_peft"] else expected,
-                  f"adapter {folder} on this model (it was trained on {about['base']})")
+                  f"adapter {folder} on this model (trained on {about['base']}: load it there)")
     check_numbers(found, file)
     found = from_peft(found) if about["is_peft"] else found
     if about["fingerprint"] not in (None, fingerprint(model)):

@@ -100,7 +100,7 @@ def available_gib() -> float:
 
 def weight_bytes(raw: dict, cfg: Config) -> int:
     """A model's weights once loaded as cfg says, from its config.json: nothing is allocated."""
-    args = SimpleNamespace(**read_model_config(raw, "config.json"))
+    args = SimpleNamespace(**read_model_config(raw, f"{cfg.model}/config.json"))
     on_cpu, stored = default_dtype() is not None, None
     own = DTYPES.get(raw.get("dtype") or raw.get("torch_dtype"), mx.bfloat16)
     kind = DTYPES[cfg.dtype] if cfg.dtype else default_dtype() or own

@@ -61,8 +61,8 @@ def validate(cfg, given: set[str]) -> list[str]:
     for key in sorted(given):
         owners = owners_of(key)
         if cfg.method in METHODS and cfg.method not in owners:
-            mistakes.append(f"{key} belongs to method {' or '.join(owners)}, "
-                            f"and this config has method {cfg.method}; remove one")
+            mistakes.append(f"{key} belongs to method {' or '.join(owners)}, and this config has "
+                            f"method {cfg.method}; leave {key} out, or take another method")
     if cfg.memory_limit_gib is not None and not 0 < cfg.memory_limit_gib < 2 ** 20:
         mistakes.append(f"memory_limit_gib = {cfg.memory_limit_gib}: expected a number above 0")
     if cfg.lora_alpha <= 0:

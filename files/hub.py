@@ -36,8 +36,9 @@ def find_folder(name: str | Path, weights: bool = True) -> Path:
                        "give another, or check its permissions") from None
     repo, at, revision = str(name).partition("@")
     if not REPO.fullmatch(repo):
-        raise BadInput(f"no model folder {str(name)!r} (from {Path.cwd()}); give a folder in the "
-                       "Hub's layout, or a Hub name such as meta-llama/Llama-3.2-1B")
+        raise BadInput(f"no model folder {str(name)!r} (from {Path.cwd()}); give a run such "
+                       "as runs/sft, a folder in the Hub's layout, or a Hub name such as "
+                       "meta-llama/Llama-3.2-1B")
     if at and not REVISION.fullmatch(revision):
         raise BadInput(f"{str(name)!r}: {revision!r} is no revision; expected a branch, tag or "
                        f"commit of {repo} behind the @, such as {repo}@main")

@@ -49,7 +49,8 @@ def parse_value(text, kind) -> object:
             raise ValueError    # nan would pass every check of a range
         return value
     except ValueError:
-        raise ValueError({"int": "a whole number", "float": "a number"}[kind.__name__]) from None
+        expected = {"int": "a whole number", "float": "a finite number"}
+        raise ValueError(expected[kind.__name__]) from None
 
 
 def read_yaml(path: Path) -> list[tuple[str, object, int]]:

@@ -118,7 +118,7 @@ class Run:
 
     def say(self, line: str) -> None:
         if self.writes:
-            print(line)
+            print(line, flush=True)
 
     def log(self, record: dict) -> None:
         """Append a line to metrics.jsonl."""

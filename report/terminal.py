@@ -83,14 +83,20 @@ def report_text(report: dict) -> str:
              "test pairs never seen in training; 95 % Wilson intervals"]
     lines += chain_lines(report) if "chains" in report else accuracy_lines(report)
     lines += target_lines(report)
-    lines.append("\n  block   answer                  operation word          "
-                 "symbol                  entropy    (mean probability, median rank)")
+    heads = {"answer": "answer", "operation": "operation word", "symbol": "symbol"}
+    lines.append("\n  block   " + "".join(f"{heads[name]:<24}" for name in series_of(report))
+                 + "entropy    (mean probability, median rank)")
     for layer in reversed(report["layers"]):
         cells = "".join(f"{layer[name]['prob']:.4f}  #{layer[name]['rank']:<14.0f}"
-                        for name in report["strength"])
+                        for name in series_of(report))
         output = "   (the output itself)" if layer["last"] else ""
         lines.append(f"  L{layer['layer']:<6} {cells}{layer['entropy']:.2f}{output}")
     return "\n".join(lines)
+
+
+def series_of(report: dict) -> list[str]:
+    """The series that are told: where no problem names an operation, the answer's alone."""
+    return list(report["strength"]) if report["targets"] else ["answer"]
 
 
 def target_lines(report: dict) -> list[str]:
@@ -127,10 +133,11 @@ def accuracy_lines(report: dict) -> list[str]:
     keys |= {f"  {cell}": ("accuracy_by", cell) for cell in report["accuracy_by"]}
     keys |= {f"  the prior work's {name} prompts": ("accuracy_named", name)
              for name in report["accuracy_named"]}
-    keys[f"operation word top-1 at L{report['class']['layer']}"] = ("class", "top1")
+    if report["targets"]:
+        keys[f"operation word top-1 at L{report['class']['layer']}"] = ("class", "top1")
     keys["answers of one token"] = ("one_token_answers",)
     keys |= {f"{name} emerged (> {EMERGED})": ("strength", name, "emerged")
-             for name in report["strength"]}
+             for name in series_of(report)}
     if any(r["one_token_answers"]["value"] != 1 for r in reports):
         keys["first token emerged, all answers"] = ("strength", "answer", "first_token", "emerged")
     lines = [head]
@@ -205,11 +212,14 @@ def lens_table(view: dict, color: bool, width: int = 12) -> str:
     for tap in reversed(range(len(view["taps"]))):
         lines.append(f"{view['taps'][tap]:<7}"
                      + "".join(cell(*cells[0]) for cells in view["top"][tap])
-                     + f"{view['entropy'][tap][-1]:5.2f} {view['kl'][tap][-1]:6.2f}")
+                     + f"{view['entropy'][tap][-1]:5.2f} {abs(view['kl'][tap][-1]):6.2f}")
     for word, series in view["words"].items():
         steps = "  ".join(f"{name} {p:.2f} (#{r})" for name, p, r in
                           zip(view["taps"], series["prob"], series["rank"]))
         lines.append(f"{word!r}, token {series['piece']} ({series['id']}), at the last position, "
                      f"probability (rank): {steps}; "
                      f"onset {series['onset'] or 'none'}, peak {series['peak']}")
+    if view["words"]:
+        lines.append("before the last block: onset, where the probability rises to "
+                     f"{EMERGED} and stays for 3 blocks; peak, where it is largest")
     return "\n".join(lines)

@@ -167,7 +167,11 @@ def test_compare_with_itself_and_print(small_folder):
     assert report["compare"]["accuracy"] == report["accuracy"]
     out = report_text({**report, "base": report["compare"]})
     assert "McNemar, exact: 0 solved only by this" in out
-    assert "100 - 43 =" in out and "(the output itself)" in out
+    assert "100 - 43 =" in out and "(the output itself)" in out and "operation word" in out
+    # rows of a user's data name no operation: its columns would be the answer's under another name
+    out = report_text({**report, "targets": {}})
+    assert "answer emerged" in out
+    assert "operation word top-1" not in out and "symbol emerged" not in out
 
 
 def test_command_line(small_folder, tmp_path):

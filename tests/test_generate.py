@@ -178,8 +178,9 @@ def test_command_line():
     assert ask(*hot, "--top-k", 1).stdout == "3 + 4 = 7\n"
 
 
-@pytest.mark.parametrize("words", [("--temperature", -1), ("--top-p", 0), ("--top-k", -1),
-                                   ("--max-tokens", 0)])
+@pytest.mark.parametrize("words", [
+    ("--temperature", -1), ("--temperature", "nan"), ("--temperature", "inf"), ("--top-p", 0),
+    ("--top-k", -1), ("--max-tokens", 0)])
 def test_bad_values(words):
     done = run("generate.py", "--ckpt", TINY, "--prompt", "3 + 4 = ", *words)
     assert_one_clear_line(done, words[0].strip("-"), "expected")

@@ -175,7 +175,7 @@ def test_what_does_not_fit_is_refused_with_advice(write_config):
     assert_one_clear_line(done, "0.1 are there", "recompute=block", "grad_accum_steps=8", "bits=4")
     path, _ = write_config("d", memory_limit_gib=0.00001)
     assert_one_clear_line(run("train.py", path), "weights", "try bits=4")
-    for value, expected in (("-1", "above 0"), ("nan", "expected a number"), ("0", "above 0")):
+    for value, expected in (("-1", "above 0"), ("nan", "a finite number"), ("0", "above 0")):
         path, _ = write_config("e", memory_limit_gib=value)
         assert_one_clear_line(run("train.py", path), "memory_limit_gib", expected)
     assert not folder.exists()
@@ -240,9 +240,11 @@ def test_inspections_and_sampling_need_what_is_estimated(parts, monkeypatch):
     estimated = {"lens": memory.inspection_bytes(model.args, lens_alone, load),
                  "validation": memory.inspection_bytes(model.args, decoding_alone, load),
                  "sampling": sampling["sampling"] - fused}
-    measured = {"lens": most_at_once(read_prompts, model, prompts, [[5, 6, 7]] * 64),
-                "validation": most_at_once(decode, model, prompts, 1, 0),
-                "sampling": most_at_once(decode, model, prompts[:8], 8, 1.0)}
+    calls = {"lens": (read_prompts, model, prompts, [[5, 6, 7]] * 64),
+             "validation": (decode, model, prompts, 1, 0),
+             "sampling": (decode, model, prompts[:8], 8, 1.0)}
+    # the most of three: where another process has a core, two parts may not be at work at once
+    measured = {name: max(most_at_once(*call) for _ in range(3)) for name, call in calls.items()}
     ratios = {name: round(estimated[name] / measured[name], 3) for name in measured}
     assert all(0.875 < ratio < 1.125 for ratio in ratios.values()), (ratios, measured)
     whole = memory.estimate(model.args, cfg, load, 0)
