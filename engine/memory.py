@@ -176,7 +176,7 @@ def decoding_bytes(args, rows: int, cached: int, width: int, copies: int) -> int
 
 
 def inspection_bytes(args, cfg: Config, load: Load, width: int = 4) -> int:
-    """What train.inspect needs: validation prompts decoded greedily, then the lens at their ends.
+    """What eval.inspect needs: validation prompts decoded greedily, then the lens at their ends.
 
     Both read all prompts of a batch in one pass without gradients: a block's results are there at
     once, since operations are handed out long before they are done.
@@ -232,7 +232,7 @@ def step_bytes(args, cfg: Config, load: Load, width: int = 4) -> dict[str, int]:
         rows = -(-rows // 2)    # their parts go back in any order
     block = load.tokens * width
     # moments are float32 always, LoRA's weights too; all weights are what they are, with masters
-    # beside 16 bits (train.AdamW). Micro-batches are added up in float32
+    # beside 16 bits (engine/adamw.py). Micro-batches are added up in float32
     gradient = 4
     if cfg.full:
         gradient = DTYPES[cfg.dtype].size if cfg.dtype else width

@@ -285,11 +285,6 @@ def packed_settings(model: nn.Module) -> set[tuple[int, int]]:
             if isinstance(layer, QuantizedLinear)}
 
 
-def is_quantized(model: nn.Module) -> bool:
-    """Whether some weights are packed: they cannot be trained, or quantised again."""
-    return any(isinstance(m, (QuantizedLinear, HalfLinear)) for _, m in model.named_modules())
-
-
 def unquantize(model: nn.Module, dtype: mx.Dtype) -> None:
     """Make every packed layer a plain one, in place: for a checkpoint that others read."""
     plain = []

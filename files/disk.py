@@ -113,6 +113,22 @@ def read_json_lines(path: Path) -> list[dict]:
     return rows
 
 
+def read_each_line(text: str, read: Callable[[dict], object]) -> tuple[list, list[tuple]]:
+    """`read` of every JSON line, and what it refuses: ([result, ...], [(line number, error), ...]).
+
+    read     raises ValueError, KeyError, TypeError or AttributeError. Empty lines are left out
+    """
+    results, bad = [], []
+    for number, line in enumerate(text.split("\n"), 1):     # splitlines would cut at U+2028 too
+        if not line.strip():
+            continue
+        try:
+            results.append(read(json.loads(line)))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            bad.append((number, error))
+    return results, bad
+
+
 # --------------------------------------------------------------------------------------------------
 # what a JSON file from outside may hold
 

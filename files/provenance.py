@@ -18,8 +18,8 @@ from engine import blas
 from files.hub import find_folder
 from files.model_folder import root_model, weight_files
 
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
-                   "chat_template.jinja")
+HASHED_TEXTS = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
+                "chat_template.jinja")
 
 
 def hash_file(path: Path) -> str:
@@ -42,7 +42,7 @@ def hash_model(name: str) -> dict[str, str]:
     def digest(paths):
         return hashlib.sha256(repr([(p.name, hash_file(p)) for p in paths]).encode()).hexdigest()
 
-    texts = [folder / file for file in TOKENIZER_FILES if (folder / file).exists()]
+    texts = [folder / file for file in HASHED_TEXTS if (folder / file).exists()]
     return {"weights": digest(weights), "tokenizer": digest(texts)}
 
 

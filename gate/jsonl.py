@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from files.disk import append_text, json_lines, read_json_lines, write_text
+from files.disk import append_text, json_lines, read_each_line, read_json_lines, write_text
 from files.keys import BadInput
 
 
@@ -21,15 +21,8 @@ def read_text(path: str | Path, expected: str) -> str:
 
 def read_rows(path: str | Path, read: Callable[[dict], object], expected: str) -> list:
     """`read` of each line's object; BadInput names the lines that it refuses (ValueError)."""
-    rows, bad = [], []
-    # splitlines would cut at U+2028 too
-    for number, line in enumerate(read_text(path, expected).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(read(json.loads(line)))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            bad.append(f"{path}:{number}: {str(error)[:200]}")
+    rows, refused = read_each_line(read_text(path, expected), read)
+    bad = [f"{path}:{number}: {str(error)[:200]}" for number, error in refused]
     if bad:
         raise BadInput(f"{'; '.join(bad[:4])}{' ...' if bad[4:] else ''}; {len(bad)} bad lines, "
                        f"expected {expected}")

@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten
 from checkpoint import checkpoint_files, load_base, load_checkpoint
 from config import dump
 from engine import quant
-from engine.quant import HalfEmbedding, HalfLinear, QuantizedLinear, is_quantized, unquantize
+from engine.quant import HalfEmbedding, HalfLinear, QuantizedLinear, unquantize
 from files.disk import write_text
 from files.keys import BadInput
 from files.model_folder import save_safetensors, write_files
@@ -31,6 +31,11 @@ from train import prepare_model
 
 mlx_lm = pytest.importorskip("mlx_lm.utils")
 TOKENS = mx.array([[1, 7, 20, 300, 5, 9, 11, 2]])
+
+
+def is_quantized(model):
+    """Whether some weights are packed."""
+    return any(isinstance(m, (QuantizedLinear, HalfLinear)) for _, m in model.named_modules())
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])

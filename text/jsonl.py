@@ -7,10 +7,10 @@ Other columns that are read: "wording" (a name for a kind of question, which rep
 "hidden" (of a question to reason about: the prompt without the question) and "letters" (its
 options, such as "ABCD").
 """
-import json
 from pathlib import Path
 
 from config import BadInput
+from files.disk import read_each_line
 from text.chat import check_messages
 
 EXPECTED = ('expected {"prompt": "...", "response": "...", "operation": "..."} or '
@@ -24,18 +24,12 @@ def read_rows(path: Path) -> list[dict]:
     raises     BadInput, which names the first bad lines
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines cuts at U+2028 too
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"could not read {path} ({error}); "
                        "a data folder holds train.jsonl, valid.jsonl and test.jsonl") from None
-    rows, bad = [], []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(read_row(json.loads(line)))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            bad.append(f"line {number} ({error!r})")
+    rows, refused = read_each_line(text, read_row)
+    bad = [f"line {number} ({error!r})" for number, error in refused]
     if bad:
         raise BadInput(f"{path}: {len(bad)} bad rows: {', '.join(bad[:5])}; {EXPECTED}")
     return rows

@@ -38,17 +38,21 @@ def encode_prompt_of(problem: Problem, tokenizer: Tokenizer, template: str = "no
     """
     if template != "none":
         return tokenizer.encode_messages(messages_of(problem)[:-1], template)[0]
+    check_is_question(problem)
+    return tokenizer.encode_prompt(problem.prompt)
+
+
+def check_is_question(problem: Problem) -> None:
     if problem.messages:
         raise BadInput(f"the row with the reply {problem.answer[:40]!r} is a conversation, which "
                        "needs template: lines, plain or chat (methods sft and dual_reward)")
-    return tokenizer.encode_prompt(problem.prompt)
 
 
 def encode_problem(problem: Problem, tokenizer: Tokenizer, template: str = "none",
                    class_id: int = 0) -> Row:
     """The same with the answer and what ends it: all that training reads."""
     if template == "none":
-        encode_prompt_of(problem, tokenizer)
+        check_is_question(problem)
         return Row(*tokenizer.encode_pair(problem.prompt, problem.answer), class_id)
     ids, spans = tokenizer.encode_messages(messages_of(problem), template, reply_follows=False)
     return Row(ids, spans[-1][0], class_id, tuple(spans))

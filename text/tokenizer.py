@@ -8,7 +8,6 @@ may stop at any of several ids. (4) Text is text: "<|im_end|>" typed by a user n
 control token of that name.
 """
 import functools
-import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ import sentencepiece
 import tokenizers
 
 from config import BadInput
-from files.disk import Kind, read_fields
+from files.disk import Kind, read_fields, read_json
 
 is_id = lambda value: type(value) is int and 0 <= value < 2 ** 31
 IDS = Kind("a token's id, or a list of such", lambda v: is_id(v) or (
@@ -149,7 +148,7 @@ class Tokenizer:
 
     def encode_messages(self, messages: list[dict[str, str]], template: str,
                         reply_follows: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids of a conversation, and (start, stop) of its replies; see files/chat.py."""
+        """Ids of a conversation, and (start, stop) of its replies; see text/chat.py."""
         # imported here: only conversations need it, and the sandbox that it loads
         from text.chat import encode_messages
         return encode_messages(self, messages, template, reply_follows)
@@ -244,10 +243,7 @@ class Tokenizer:
 
 
 def read_optional_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as error:
-        raise BadInput(f"{path} is not valid JSON ({error}); fetch it again") from None
+    return read_json(path) if path.exists() else {}
 
 
 def read_chat_template(folder: Path, settings: dict) -> str | None:
