@@ -12,11 +12,9 @@ from mlx.utils import tree_flatten
 
 from config import BadInput, Config, Parser, load_config
 from files.adapters import mlx_files, peft_files
-from files.disk import read_json
-from files.hub import find_folder
-from files.model_folder import model_files, root_model, write_files
+from files.model_folder import model_files, read_origin, root_model, write_files
 from lora import about_adapter, adapter_arrays, load_adapters, merge
-from model import Llama, load, load_tokenizer_for, parse_args, save_model
+from model import Llama, load, load_tokenizer_for, parse_args
 from text.tokenizer import Tokenizer
 
 
@@ -24,9 +22,7 @@ def checkpoint_files(model: Llama, cfg: Config) -> dict:
     """What a run saves for eval.py and others, {file name: content}: adapter or all weights."""
     if not cfg.full:
         return mlx_files(adapter_arrays(model), about_adapter(model, cfg.model))
-    origin = find_folder(root_model(cfg.model), weights=False)
-    return model_files(origin, dict(tree_flatten(model.parameters())), model.args.rope_theta,
-                       model.args.rope_scaling)
+    return model_files(model, cfg.model)
 
 
 def init_weights(model: Llama) -> None:
@@ -47,35 +43,34 @@ def init_weights(model: Llama) -> None:
 
 def load_base(name: str | Path, dtype: str | None = None, bits: int | None = None,
               from_scratch: bool = False,
-              group_size: int | None = None) -> tuple[Llama, Tokenizer | None]:
+              group_size: int | None = None) -> tuple[Llama, Tokenizer]:
     """`model.load`, where name may also be a run: its adapter is merged first.
 
-    So that an adapter trained on top is all that separates the policy from where it started, and
-    switching it off gives the reference.
     from_scratch  random weights from MLX's current random state; of the folder only config.json and
             the tokenizer are read
     dtype   goes for the whole chain of runs under name; None: each run's own
     bits    a run's own quantised base stays as it was trained on until its adapter is merged; then
             its layers are quantised to these bits, unless it had the same: then they stay, and
             those that the adapter was merged into stay plain, or rounding would eat the update
-    raises  BadInput
+    raises  BadInput, also where there is no tokenizer
     """
     if from_scratch:
-        folder = find_folder(root_model(name), weights=False)
-        model = Llama(parse_args(read_json(folder / "config.json"), f"{folder}/config.json"))
+        folder, raw = read_origin(name)
+        model = Llama(parse_args(raw, f"{folder}/config.json"))
         init_weights(model)
-        return model, load_tokenizer_for(model, folder)
-    if root_model(name) == name:
-        return load(name, dtype, bits, group_size)
-    model, tokenizer, _ = load_checkpoint(name, dtype=dtype)
-    if not bits:
+        tokenizer = load_tokenizer_for(model, folder)
+    elif root_model(name) == name:
+        model, tokenizer = load(name, dtype, bits, group_size)
+    else:
+        model, tokenizer, _ = load_checkpoint(name, dtype=dtype)
+        if bits:
+            from engine.quant import packed_settings, quantize  # QLoRA alone needs it
+            stored = packed_settings(model)
         merge(model)
-        return model, tokenizer
-    from engine.quant import packed_settings, quantize  # QLoRA alone needs it
-    stored = packed_settings(model)
-    merge(model)
-    if {b for b, _ in stored} != {bits}:
-        quantize(model, bits, group_size)
+        if bits and {b for b, _ in stored} != {bits}:
+            quantize(model, bits, group_size)
+    if tokenizer is None:
+        raise BadInput(f"{name} has no tokenizer.model and no tokenizer.json; add the model's own")
     return model, tokenizer
 
 
@@ -91,7 +86,7 @@ def load_checkpoint(ckpt: str | Path, adapter: str | Path | None = None,
     folder, cfg = Path(ckpt), None
     if (folder / "config.yaml").exists():
         cfg = load_config(folder / "config.yaml")
-        # a whole model's last file (model.save_model)
+        # a whole model's last file (files/model_folder.py)
         if not any((folder / name).exists() for name in ("adapters.safetensors", "config.json")):
             raise BadInput(f"run folder {folder} holds no weights yet; "
                            f"finish it with `python train.py {folder}/config.yaml`")
@@ -101,14 +96,10 @@ def load_checkpoint(ckpt: str | Path, adapter: str | Path | None = None,
                        f"unknown; give --ckpt BASE --adapter {folder} (load_adapters does it on a "
                        "model you loaded)")
     base, top = (cfg.model, folder) if own and adapter is None else (ckpt, adapter)
-    if cfg:
-        model, tokenizer = load_base(base, dtype or cfg.dtype, cfg.bits)
-    else:
-        model, tokenizer = load_base(base, dtype)
+    own_dtype, bits = (cfg.dtype, cfg.bits) if cfg else (None, None)
+    model, tokenizer = load_base(base, dtype or own_dtype, bits)
     if top is not None:
         load_adapters(model, top)
-    if tokenizer is None:
-        raise BadInput(f"{base} has no tokenizer.model and no tokenizer.json; add the model's own")
     return model, tokenizer, cfg
 
 
@@ -127,10 +118,7 @@ def check_new(folder: Path) -> None:
 def main(argv: list[str]) -> None:
     parser = Parser(
         description="Fuse a run's adapter into its base model, or write the adapter alone.")
-    parser.add_argument("--ckpt", required=True,
-                        help="run folder; with --adapter any model folder or Hub name")
-    parser.add_argument("--adapter", metavar="FOLDER", help="take this adapter, ours, mlx-lm's or "
-                        "peft's, on top of --ckpt")
+    parser.add_checkpoint()
     parser.add_argument("--out", required=True, type=Path, help="folder to write, new or empty")
     parser.add_argument("--format", choices=("hub", "peft", "mlx"), default="hub",
                         help="hub: base and adapter fused, in the Hub's layout (default); peft, "
@@ -153,5 +141,5 @@ def main(argv: list[str]) -> None:
     merge(model)
     from engine.quant import unquantize  # as above
     unquantize(model, model.model.norm.weight.dtype)
-    save_model(model, args.out, root_model(base))
+    write_files(args.out, model_files(model, base))
     print(f"fused {name} into {args.out}")

@@ -14,8 +14,18 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-from files.config_checks import BITS, METHODS, ON_POLICY, owners_of, validate  # noqa: F401
-from files.keys import BadInput, Collapsed, Stopped, read_keys, write_keys  # noqa: F401
+from files.keys import (  # noqa: F401
+    BITS,
+    METHODS,
+    ON_POLICY,
+    BadInput,
+    Collapsed,
+    Stopped,
+    owners_of,
+    read_keys,
+    validate,
+    write_keys,
+)
 
 
 @dataclass
@@ -152,13 +162,14 @@ def resolved(cfg: Config) -> dict:
             if f.name != "overwrite" and cfg.method in owners_of(f.name)}
 
 
-def dump(cfg: Config) -> str:
-    """The resolved config as YAML text that `load_config` reads back to an equal Config."""
-    return write_keys(resolved(cfg))
-
-
 class Parser(argparse.ArgumentParser):
     """Of every command's words: a mistake in them is bad input like any other, one line."""
+
+    def add_checkpoint(self) -> None:
+        """What most commands look at: --ckpt, and --adapter on top of it."""
+        self.add_argument("--ckpt", required=True, help="run folder, model folder or Hub name")
+        self.add_argument("--adapter", metavar="FOLDER",
+                          help="take this adapter, ours, mlx-lm's or peft's, on top of --ckpt")
 
     def error(self, message: str):
         raise BadInput(f"{message}; --help shows what {self.prog} expects")

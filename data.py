@@ -19,8 +19,7 @@ from config import BadInput, Config
 from engine import workers
 from engine.memory import Load, supervised_load
 from text.arithmetic import Problem, held_out, sample_train
-from text.jsonl import read_rows
-from text.rows import Row
+from text.rows import Row, read_rows
 
 # --------------------------------------------------------------------------------------------------
 # from a config to problems

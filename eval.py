@@ -24,15 +24,13 @@ from data import load_split
 from engine import memory
 from engine.memory import LENS_PROMPTS
 from files.disk import write_text
-from files.provenance import provenance
-from files.run_folder import Run
+from files.run_folder import Run, provenance
 from generate import sample
 from lens import Reading, read_prompts
 from model import Llama
-from report.plot import plot_run
-from report.stats import mcnemar
-from report.summary import (
+from report.stats import (
     SERIES,
+    mcnemar,
     peak_of_prompt,
     summarize_accuracy,
     summarize_chains,
@@ -41,8 +39,7 @@ from report.summary import (
 )
 from report.terminal import report_text
 from text.arithmetic import NAMED_PROMPTS, Problem, evenly, grade, named_problems
-from text.rows import encode_prompt_of
-from text.targets import answer_lengths, name_targets, series_ids
+from text.rows import answer_lengths, encode_prompt_of, name_targets, series_ids
 from text.tokenizer import Tokenizer
 
 # --------------------------------------------------------------------------------------------------
@@ -217,6 +214,7 @@ def finish(cfg: Config, run: Run, estimated: float, with_base: bool) -> dict:
     report |= {"peak_gib": round(peak, 3), "estimated_peak_gib": round(estimated, 3)}
     print(report_text(report))
     title = f"{cfg.method}, {cfg.model}, seed {cfg.seed}"
+    from report.plot import plot_run  # most of a second, which a run needs at its end only
     pictures = plot_run(run.records, run.folder, title)
     # last: its presence says that the run is finished
     write_text(run.folder / "report.json", json.dumps(report, indent=1) + "\n")
@@ -228,11 +226,8 @@ def finish(cfg: Config, run: Run, estimated: float, with_base: bool) -> dict:
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(
-        description="Accuracy and classifier report of a run or model.")
-    parser.add_argument("--ckpt", required=True, help="run folder, model folder or Hub name")
-    parser.add_argument("--adapter", metavar="FOLDER",
-                        help="take this adapter, ours, mlx-lm's or peft's, on top of --ckpt")
+    parser = Parser(description="Accuracy and classifier report of a run or model.")
+    parser.add_checkpoint()
     parser.add_argument("--base", action="store_true",
                         help="evaluate the model it was trained from as well")
     parser.add_argument("--compare", metavar="RUN2",

@@ -17,7 +17,7 @@ import numpy as np
 
 from checkpoint import load_checkpoint
 from config import BadInput, Parser, run_main
-from engine.cache import KVCache
+from engine.decode import KVCache
 from engine.memory import CACHED_TOKENS, DECODED_ROWS
 from engine.ops import blocked_reduction, exp
 from engine.parallel import map_rows
@@ -247,9 +247,7 @@ def stream_text(model: Llama, tokenizer: Tokenizer, prompt: list[int], max_compl
 
 def main(argv: list[str]) -> None:
     parser = Parser(description="Complete prompts, printing as they grow.")
-    parser.add_argument("--ckpt", required=True, help="run folder, model folder or Hub name")
-    parser.add_argument("--adapter", metavar="FOLDER",
-                        help="take this adapter, ours, mlx-lm's or peft's, on top of --ckpt")
+    parser.add_checkpoint()
     parser.add_argument("--prompt", required=True, action="append", help="may be given repeatedly")
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--temperature", type=float, default=0.0, help="0: most probable token")

@@ -23,7 +23,7 @@ import numpy as np
 
 from config import BadInput, Config
 from engine import workers
-from engine.fuse import fused_for_decoding
+from engine.decode import fused_for_decoding
 from engine.memory import Load, rollout_load
 from engine.parallel import map_rows
 from files.user_reward import call_reward, load_reward

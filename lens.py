@@ -237,11 +237,8 @@ def view_prompt(model: Llama, tokenizer: Tokenizer, prompt: str, words: list[str
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(
-        description="Show what every block would answer, by the logit lens.")
-    parser.add_argument("--ckpt", required=True, help="run folder, model folder or Hub name")
-    parser.add_argument("--adapter", metavar="FOLDER",
-                        help="take this adapter, ours, mlx-lm's or peft's, on top of --ckpt")
+    parser = Parser(description="Show what every block would answer, by the logit lens.")
+    parser.add_checkpoint()
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--words", nargs="*", default=[],
                         help="words to follow at the last position, one token each: all with a "
@@ -262,11 +259,11 @@ def main(argv: list[str]) -> None:
     if args.json:
         write_text(Path(args.json), json.dumps(view) + "\n")
     # imported here: training reads taps too, and draws no page
-    from report.page import lens_page
-    from report.plot import lens_heatmap
     if args.png:
+        from report.plot import lens_heatmap  # most of a second
         lens_heatmap(view, args.png)
     if args.html:
+        from report.page import lens_page  # as above
         write_text(Path(args.html), lens_page(view))
     if args.png or args.html or args.json:
         print("wrote " + ", ".join(filter(None, (args.png, args.html, args.json))))

@@ -24,19 +24,16 @@ import engine.blas  # noqa: F401  (before mlx: an OpenBLAS that is loaded later 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
-from engine.cache import KVCache
+from engine.decode import KVCache
 from files.disk import read_json
-from files.hub import find_folder
 from files.model_folder import (
     DTYPES,
     default_dtype,
     fill_weights,
-    model_files,
+    find_folder,
     read_model_config,
     read_weights,
-    write_files,
 )
 from text.tokenizer import Tokenizer, load_tokenizer
 
@@ -298,7 +295,7 @@ class Llama(nn.Module):
 
     def run_block(self, block: Block, resid: mx.array, cache: KVCache | None,
                   positions: mx.array | None) -> mx.array:
-        """The block itself; engine.recompute.spare puts one here that recomputes activations."""
+        """The block itself; engine.memory.spare puts one here that recomputes activations."""
         return block(resid, cache, positions)
 
     def final_resid(self, tokens: mx.array, cache: list[KVCache] | None = None,
@@ -335,7 +332,7 @@ class Llama(nn.Module):
 
         read      (logits (n, V), tokens (n,)) -> (n,), a function of each row alone
         with_grad  whether a gradient will be asked for
-        engine.recompute.spare puts one here that makes the logits of few rows at a time.
+        engine.memory.spare puts one here that makes the logits of few rows at a time.
         """
         return read(self.head(resid), tokens)
 
@@ -353,7 +350,7 @@ class Llama(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# from a folder or a Hub name to a model, and back
+# from a folder or a Hub name to a model
 
 
 def load(path_or_hub_name: str | Path, dtype: str | mx.Dtype | None = None,
@@ -389,10 +386,3 @@ def load_tokenizer_for(model: Llama, folder: Path) -> Tokenizer | None:
     if tokenizer:   # MLX reads past the end of the embedding silently
         tokenizer.check_rows(model.args.vocab_size)
     return tokenizer
-
-
-def save_model(model: Llama, folder: Path, source: str | Path) -> None:
-    """Write a folder in the Hub's layout: weights; config and tokenizer as the source has them."""
-    origin = find_folder(source, weights=False)
-    write_files(folder, model_files(origin, dict(tree_flatten(model.parameters())),
-                                    model.args.rope_theta, model.args.rope_scaling))

@@ -33,24 +33,23 @@ from data import Batches, load_split
 from engine import memory, workers
 from engine.adamw import AdamW
 from engine.parallel import map_rows
-from engine.recompute import spare
 from eval import class_block, finish, look_inside
-from files.provenance import require_gate
+from files.model_folder import read_origin
 from files.run_folder import (
     Run,
     check_free,
     hash_frozen,
     hash_rows,
     open_for_all,
+    require_gate,
     restore_training,
     training_arrays,
 )
 from lora import apply_lora
 from losses import dual_loss, sft_loss
-from model import Llama
+from model import Llama, parse_args
 from report.terminal import describe_run, format_collapse, format_line
-from text.rows import tokenize
-from text.targets import class_ids
+from text.rows import class_ids, tokenize
 from text.tokenizer import Tokenizer
 
 BAR_KEYS = ("loss", "answer_loss", "class_loss", "class_accuracy", "reward", "entropy", "kl_k3",
@@ -92,9 +91,6 @@ def prepare_model(cfg: Config) -> tuple[Llama, Tokenizer]:
     """Load the base, make LoRA's arrays or all weights trainable; random numbers from cfg.seed."""
     mx.random.seed(cfg.seed)    # of LoRA's A, or of all weights from scratch
     model, tokenizer = load_base(cfg.model, cfg.dtype, cfg.bits, cfg.from_scratch)
-    if tokenizer is None:
-        raise BadInput(f"{cfg.model} has no tokenizer.model and no tokenizer.json; "
-                       "add the model's own")
     if cfg.full:
         packed = [path for path, layer in model.named_modules() if hasattr(layer, "dense")]
         if packed:
@@ -106,7 +102,7 @@ def prepare_model(cfg: Config) -> tuple[Llama, Tokenizer]:
         apply_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
     # where memory is short, activations and logits are made again for the gradient: the same
     # numbers. Puts other functions at model.run_block and model.read_logits
-    spare(model, cfg)
+    memory.spare(model, cfg)
     mx.eval(model.parameters())
     return model, tokenizer
 
@@ -228,14 +224,14 @@ def save(cfg: Config, run: Run, step: int, model: Llama, optimizer, source) -> N
 
 
 def take_steps(cfg: Config, run: Run, done: int, model: Llama, optimizer, source, loss,
-               look) -> None:
+               look, block: int) -> None:
     """Take steps done .. cfg.steps - 1: log each, look inside and save where that is due.
 
+    block    the class loss's, for the printed line
     look     (steps done) -> what validation and the lens say, where they are due
     raises   NotFinite, Collapsed, BadInput (a user's reward); KeyboardInterrupt after a clean save
     """
     loss_and_grads, update = compile_step(cfg, model, optimizer, loss)
-    block = class_block(cfg, model)
     bar = tqdm(total=cfg.steps, initial=done, disable=None if run.writes else True, unit="step",
                dynamic_ncols=True)
     with workers.deferred_interrupts() as interrupted, bar:
@@ -296,7 +292,8 @@ def train(cfg: Config, with_base: bool = True) -> dict:
     workers.connect()
     if cfg.require_gate and workers.rank() == 0:
         require_gate(cfg.require_gate, cfg.model)
-    raw = memory.before_loading(cfg)
+    folder, raw = read_origin(cfg.model)
+    memory.before_loading(parse_args(raw, f"{folder}/config.json"), raw, cfg)
     model, tokenizer = prepare_model(cfg)
     # all processes plan the step that they take together, and each takes its micro-batches
     whole = replace(cfg, batch_size=cfg.batch_size * workers.size(),
@@ -312,6 +309,7 @@ def train(cfg: Config, with_base: bool = True) -> dict:
     if cfg.method in ON_POLICY and cfg.grpo_guard:
         from guard import Guarded  # supervised runs have none
         source = Guarded(source, model, optimizer)
+    block = class_block(cfg, model)
     # opened after all that can be wrong with the input: a mistake leaves no folder behind
     expected = training_arrays(model, optimizer)
     with open_for_all(cfg, inputs, expected) as (run, done, arrays, state):
@@ -323,7 +321,7 @@ def train(cfg: Config, with_base: bool = True) -> dict:
                     "or give overwrite=true to train again")
             return run.report()
         trainable = sum(v.size for _, v in tree_flatten(model.trainable_parameters()))
-        run.say(describe_run(cfg, trainable, class_block(cfg, model), done))
+        run.say(describe_run(cfg, trainable, block, done))
         run.say(memory.describe(needed))
         if cfg.method == "dual_reward":
             wanted = sorted({row.class_id for row in source.rows})
@@ -334,7 +332,7 @@ def train(cfg: Config, with_base: bool = True) -> dict:
             look(0)
         elif done == cfg.steps:     # killed before its report
             run.write_files(checkpoint_files(model, cfg))
-        take_steps(cfg, run, done, model, optimizer, source, loss, look)
+        take_steps(cfg, run, done, model, optimizer, source, loss, look, block)
         return finish(cfg, run, needed["peak"], with_base) if run.writes else {}
 
 

@@ -35,9 +35,9 @@ from bench.limit import limit_seconds, minimal_flops, parameters
 from bench.ours import ROOT, llama_config, own_command, run_other, write_random_model
 from config import Parser, run_main
 from files.disk import read_json, read_json_lines, write_text
-from files.hub import find_folder
 from files.keys import BadInput
-from files.provenance import provenance
+from files.model_folder import find_folder
+from files.run_folder import provenance
 from model import ModelArgs, parse_args
 
 ROUNDS, LENS_PEER_BATCH = 3, 64     # the peers' lens is fastest at 64 prompts

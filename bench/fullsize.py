@@ -43,7 +43,7 @@ def arithmetic() -> list[str]:
         for label, keys in (("float32", {"dtype": "float32"}), ("16 bits", {"dtype": "bfloat16"}),
                             ("4 bits", {"bits": 4})):
             found = [memory.estimate(args, cfg, memory.Load(512, 64, 64),
-                                     memory.weight_bytes(raw, cfg))
+                                     memory.weight_bytes(args, raw, cfg))
                      for cfg in (Config(**keys), Config(recompute="block", **keys))]
             lines.append(f"{name:13}  {label:8}  weights {found[0]['weights']:6.1f}  peak "
                          f"{found[0]['peak']:6.1f}, recompute=block {found[1]['peak']:6.1f} GiB")

@@ -1,4 +1,4 @@
-"""What a run needs: an estimate before it starts, limits while it runs, the truth at its end.
+"""What a run needs: an estimate before it starts, limits while it runs, and ways to need less.
 
     peak = process + weights + trained (gradient, Adam's state)
            + the largest of: a step, sampling its rollouts, an inspection on the way
@@ -10,14 +10,18 @@ An inspection decodes hundreds of validation prompts at once and holds logits of
 step's batch is small and the vocabulary is not, it needs the most. MLX's CPU backend allocates up
 to a hundred operations ahead: there the memory limit is set to the estimate, which makes it wait
 and costs no time (far below the need it would cost half).
+
+To need less, `spare` puts two methods on a model, in place of model.run_block and
+model.read_logits: activations are computed again for the gradient, and logits never exist all at
+once. Values and gradients stay what they were; a test holds them equal to the plain ones.
 """
 import os
 import re
 import resource
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
@@ -26,10 +30,7 @@ from mlx.utils import tree_flatten
 
 from config import ON_POLICY, BadInput, Config
 from engine import blas, parallel
-from engine.recompute import logit_rows
-from files.disk import read_json
-from files.hub import find_folder
-from files.model_folder import DTYPES, default_dtype, read_model_config, root_model
+from files.model_folder import DTYPES, default_dtype
 
 GIB = 2 ** 30
 # how much is done at once: generate.py's rows and KV cache, lens.py's rows and logits
@@ -44,6 +45,10 @@ DRAWN = 9           # to draw a token: logits, shifted, exp, sum so far, ... (ge
 FINAL = 14          # two exps and what is between (lens.final_distribution)
 # pieces and products that wait in line where weights are packed (quant.PIECE)
 UNPACKED = 36 * 2 ** 21 * 4
+LOGITS_AT_ONCE = 2 ** 19    # in training: 2 MiB; some ten such arrays wait in line
+
+# --------------------------------------------------------------------------------------------------
+# the estimate
 
 
 @dataclass
@@ -98,9 +103,11 @@ def available_gib() -> float:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
 
 
-def weight_bytes(raw: dict, cfg: Config) -> int:
-    """A model's weights once loaded as cfg says, from its config.json: nothing is allocated."""
-    args = SimpleNamespace(**read_model_config(raw, f"{cfg.model}/config.json"))
+def weight_bytes(args, raw: dict, cfg: Config) -> int:
+    """A model's weights once loaded as cfg says, from its config.json: nothing is allocated.
+
+    args, raw   model.ModelArgs, and the config.json that they were read of
+    """
     on_cpu, stored = default_dtype() is not None, None
     own = DTYPES.get(raw.get("dtype") or raw.get("torch_dtype"), mx.bfloat16)
     kind = DTYPES[cfg.dtype] if cfg.dtype else default_dtype() or own
@@ -219,7 +226,7 @@ def step_bytes(args, cfg: Config, load: Load, width: int = 4) -> dict[str, int]:
     if default_dtype():     # a GPU's own attention keeps none
         attention, softmax = attention + softmax, 0
     kept = {"none": attention + mlp, "mlp": attention, "block": D + 2 * kv}[cfg.recompute]
-    # sampling reads each adapted float32 matrix with its update added (engine.fuse)
+    # sampling reads each adapted float32 matrix with its update added (engine/decode.py)
     fused = 0 if cfg.full or cfg.bits or width < 4 or not load.cached else sum(
         a * b for a, b in map(matrix_shapes(args).get, cfg.lora_targets))
     unpacked = UNPACKED + 20 * load.tokens * F * width if cfg.bits and default_dtype() else 0
@@ -274,7 +281,7 @@ def advice(args, cfg: Config, load: Load, raw: dict, limit: float) -> str:
         share = cfg.grad_accum_steps / changed.grad_accum_steps
         part = replace(load, tokens=int(load.tokens * share),
                        logit_rows=int(load.logit_rows * share))
-        return estimate(args, changed, part, weight_bytes(raw, changed))["peak"]
+        return estimate(args, changed, part, weight_bytes(args, raw, changed))["peak"]
 
     rows = cfg.batch_size
     if cfg.method in ON_POLICY:
@@ -306,22 +313,15 @@ def describe(found: dict[str, float]) -> str:
     return f"memory, GiB: {', '.join(parts)}; estimated peak {found['peak']:.2f}"
 
 
-def check_weights(cfg: Config, raw: dict) -> None:
-    """Before loading: raises BadInput where the weights alone are too much."""
-    limit, needed = cfg.memory_limit_gib or available_gib(), weight_bytes(raw, cfg) / GIB
+def before_loading(args, raw: dict, cfg: Config) -> None:
+    """Raises BadInput where the weights alone are too much; args, raw as for weight_bytes."""
+    limit, needed = cfg.memory_limit_gib or available_gib(), weight_bytes(args, raw, cfg) / GIB
     if needed > limit:
         smaller = "bits=4" if not cfg.bits and not cfg.full else "a smaller model"
         raise BadInput(f"the weights of {cfg.model} take {needed:.1f} GiB and {limit:.1f} GiB are "
                        f"there; try {smaller}")
-
-
-def before_loading(cfg: Config) -> dict:
-    """The model's config.json; raises BadInput where its weights alone are too much."""
-    raw = read_json(find_folder(root_model(cfg.model), weights=False) / "config.json")
-    check_weights(cfg, raw)
     if cfg.full or cfg.bits or raw.get("quantization") or raw.get("quantization_config"):
         blas.operations_in_own_order()  # said before MLX evaluates anything
-    return raw
 
 
 def prepare(cfg: Config, model: nn.Module, raw: dict, load: Load) -> dict[str, float]:
@@ -349,3 +349,126 @@ def set_limits(cfg: Config, found: dict[str, float]) -> None:
         mx.set_wired_limit(mx.device_info()["max_recommended_working_set_size"])
     if cfg.memory_limit_gib:
         mx.set_memory_limit(int(cfg.memory_limit_gib * GIB))
+
+
+# --------------------------------------------------------------------------------------------------
+# less memory: activations computed again, logits of few rows at a time
+
+
+def spare(model: nn.Module, cfg: Config) -> None:
+    """Have model recompute activations as cfg.recompute says, and read logits in parts; in place.
+
+    recompute  what the backward pass computes again instead of keeping: none; mlp: a block's second
+               half, whose F-wide products are most of its activations; block: both halves
+    """
+    if cfg.recompute != "none":
+        model.run_block = partial(run_block, model, cfg.recompute)
+    model.read_logits = partial(read_logits, model, logit_rows(model.args, cfg.recompute),
+                                cfg.recompute != "none")
+
+
+def checkpoint(fn, *modules: nn.Module):
+    """fn, whose inner results the backward pass computes again instead of keeping them.
+
+    modules  what fn reads weights of. `mx.checkpoint` differentiates arguments alone: trainable
+             weights that fn just closes over would get gradient 0, without a word
+    source   Chen 1604.06174
+    """
+    def run(weights, *args):
+        for module, own in zip(modules, weights):
+            module.update(own)
+        return fn(*args)
+
+    return lambda *args: mx.checkpoint(run)([m.trainable_parameters() for m in modules], *args)
+
+
+def run_block(model: nn.Module, recompute: str, block: nn.Module, resid: mx.array, cache,
+              positions: mx.array | None) -> mx.array:
+    """A block whose activations are not kept; resid (B, T, D) -> (B, T, D), or (B, A, D)."""
+    # the last block's activations are wanted at once: keeping them costs nothing; and one token
+    # behind a cache is decoding, which has no backward pass
+    is_last = block is model.model.layers[-1]
+    if is_last or positions is not None or (cache and resid.shape[1] == 1):
+        return block(resid, cache, positions)
+    if recompute == "mlp":
+        transform = checkpoint(block.transform, block.post_attention_layernorm, block.mlp)
+        return transform(block.attend(resid, cache))
+    if cache is None:
+        return checkpoint(block, block)(resid)
+    return recompute_behind_cache(block, resid, cache)
+
+
+def recompute_behind_cache(block: nn.Module, resid: mx.array, cache) -> mx.array:
+    """The whole block, nothing kept but what goes in and out, keys and values included."""
+    offset = cache.offset   # as it is now: `run` runs again in the backward pass
+
+    def run(resid, *past):
+        own = type(cache)(cache.capacity, cache.start)
+        own.offset = offset
+        own.keys, own.values = past or (None, None)
+        return block(resid, own), own.keys, own.values
+
+    past = (cache.keys, cache.values) if offset else ()
+    resid, cache.keys, cache.values = checkpoint(run, block)(resid, *past)
+    cache.offset += resid.shape[1]
+    return resid
+
+
+def logit_rows(args, recompute: str) -> int:
+    """For how many rows logits exist at once in training; more where memory is not scarce."""
+    at_once = LOGITS_AT_ONCE * (1 if blas.linux_cpu() or recompute != "none" else 32)
+    # BLAS packs the whole table for each product, which a large one's few rows would not repay
+    least = 32 if args.vocab_size * args.hidden_size > 2 ** 26 else 16
+    return max(least, at_once // args.vocab_size)
+
+
+def read_logits(model: nn.Module, rows: int, recompute: bool, read, resid: mx.array,
+                tokens: mx.array, with_grad: bool = True) -> mx.array:
+    """read(head(resid), tokens): resid (B, A, D), tokens (B, A) -> what read gives, (B, A).
+
+    read       a function of each row alone
+    with_grad  whether a gradient will be asked for
+    Logits are by far the largest arrays of a step, so they exist for `rows` rows at a time, for
+    value and gradient both: a row's value is one number with a gradient J (D,), and going back only
+    multiplies that by the row's cotangent. Where the unembedding itself is trained they exist all
+    at once or, with `recompute`, twice. source  Liger 2410.10989
+    """
+    table = model.model.embed_tokens if model.args.tie_word_embeddings else model.lm_head
+    flat = tokens.reshape(-1)
+    starts = range(0, tokens.size, rows)
+    if table.trainable_parameters():
+        if not recompute or len(starts) == 1:
+            return read(model.head(resid), tokens)
+        resid = resid.reshape(-1, resid.shape[-1])
+        parts = []
+        for i in starts:
+            read_part = checkpoint(lambda part, i=i: read(model.head(part), flat[i:i + rows]),
+                                   model.model.norm, table)
+            parts.append(read_part(resid[i:i + rows]))
+        return mx.concatenate(parts).reshape(tokens.shape)
+
+    @mx.custom_function
+    def read_all(normed):
+        values, J = [], []
+        for i in starts:
+            x, ids = normed[i:i + rows], flat[i:i + rows]
+            if values:      # first the part before, or all logits would be there at once
+                x = mx.depends(x, [values[-1], *J[-1:]])
+
+            def of(x, ids=ids):
+                return read(model.unembed(x).astype(mx.float32), ids)
+
+            if with_grad:
+                value, row_grad = mx.vjp(of, [x], [mx.ones(len(ids))])
+                values += value
+                J += row_grad
+            else:
+                values.append(of(x))
+        return mx.concatenate(values), mx.concatenate(J) if J else mx.zeros(0)
+
+    @read_all.vjp
+    def gradient(normed, cotangents, outputs):
+        return (cotangents[0][:, None] * outputs[1]).astype(normed.dtype)
+
+    normed = model.model.norm(resid.reshape(-1, resid.shape[-1]))
+    return read_all(normed)[0].reshape(tokens.shape)

@@ -1,4 +1,10 @@
-"""A model's folder in the Hub's layout: config.json and safetensors, trusted only when checked.
+"""A model's folder: from a name to its files, from its files to tensors, and back.
+
+A name is a local folder, or a Hub repository of which only what a model needs is fetched, all of
+one commit: the small files come first, then the safetensors that its index names. A token
+(HF_TOKEN, `hf auth login`) goes to the Hub in a header and nowhere else.
+
+    python generate.py --ckpt meta-llama/Llama-3.2-1B@main --prompt "23 + 45 = "
 
 A folder is a stranger's word until checked. JSON and safetensors are parsed and nothing in it is
 executed (`auto_map` and Python files are never looked at); an index may only name files beside it,
@@ -9,6 +15,7 @@ import re
 from pathlib import Path
 
 import engine.blas  # noqa: F401  (before mlx)
+import huggingface_hub  # what it needs for the network is loaded where it is first used
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
@@ -41,6 +48,12 @@ TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
 SHARD = re.compile(r"\w[\w.+=-]*\.safetensors")
 OTHER_WEIGHTS = {".bin", ".ckpt", ".gguf", ".h5", ".npz", ".pt", ".pth", ".safetensors"}
 LARGE = 2 ** 30     # bytes of weights from which memory is scarcer than time
+REPO = re.compile(r"(?!models/|runs/)\w[\w.-]*/\w[\w.-]*", re.ASCII)
+REVISION = re.compile(r"\w(?:[\w+=#@/-]|\.(?!\.))*")    # branch, tag or commit; no path, so no ..
+SMALL_FILES = ("config.json", INDEX, *TOKENIZER_FILES)
+
+# --------------------------------------------------------------------------------------------------
+# from a name to a folder
 
 
 def root_model(name: str | Path) -> str | Path:
@@ -50,10 +63,98 @@ def root_model(name: str | Path) -> str | Path:
     return name
 
 
-# --------------------------------------------------------------------------------------------------
-# config.json
+def find_folder(name: str | Path, weights: bool = True) -> Path:
+    """A local folder as it is, else the Hub's NAME or NAME@REVISION, from network or cache.
 
+    weights   False: only the config and the tokenizer are fetched
+    returns   a Hub's folder is named after its commit
+    raises    BadInput, which says what to run
+    """
+    try:
+        folder = Path(name).expanduser()
+        if folder.is_dir():
+            return folder
+    except (OSError, RuntimeError) as error:    # no permission, name too long; ~nobody
+        raise BadInput(f"model folder {one_line(name)!r} cannot be read ({one_line(error)}); "
+                       "give another, or check its permissions") from None
+    repo, at, revision = str(name).partition("@")
+    if not REPO.fullmatch(repo):
+        raise BadInput(f"no model folder {str(name)!r} (from {Path.cwd()}); give a run such "
+                       "as runs/sft, a folder in the Hub's layout, or a Hub name such as "
+                       "meta-llama/Llama-3.2-1B")
+    if at and not REVISION.fullmatch(revision):
+        raise BadInput(f"{str(name)!r}: {revision!r} is no revision; expected a branch, tag or "
+                       f"commit of {repo} behind the @, such as {repo}@main")
+    return fetch_model(str(name), repo, revision or "main", weights)
+
+
+def read_origin(name: str | Path) -> tuple[Path, dict]:
+    """Folder and config.json of a model, or of the model under a run; no weights are fetched."""
+    folder = find_folder(root_model(name), weights=False)
+    return folder, read_json(folder / "config.json")
+
+
+def fetch_model(name: str, repo: str, revision: str, weights: bool) -> Path:
+    """The folder of a Hub model, named after its commit, from network or cache; raises BadInput.
+
+    weights   False: only the config and the tokenizer are fetched
+    """
+    folder = fetch(repo, revision, SMALL_FILES)
+    where = ("in the Hub cache (HF_HUB_OFFLINE is set: unset it where there is a network)"
+             if huggingface_hub.constants.HF_HUB_OFFLINE else "on the Hub")
+    if not is_file(folder / "config.json"):
+        raise BadInput(f"{name} has no config.json {where}: not a model in the Hub's layout "
+                       "(an adapter, a data set or GGUF?); name the model itself")
+    wanted = sorted(set(read_index(folder).values())) or [WEIGHTS]
+    absent = lambda: [file for file in wanted if not is_file(folder / file)]
+    if weights and absent():
+        # by commit: a push in between would mix two versions
+        fetch(repo, folder.name, ["config.json", *wanted], f"it lacks {', '.join(absent()[:8])}")
+        if absent():
+            raise BadInput(f"{name} has no {', '.join(absent()[:8])} {where}; only safetensors "
+                           f"weights are read ({WEIGHTS}, or the shards of {INDEX}); where a pull "
+                           f"request holds them, give {repo}@refs/pr/NUMBER")
+    return folder
+
+
+def fetch(repo: str, revision: str, files: list[str], lacks: str = "") -> Path:
+    """The snapshot folder of a Hub repository with those of the files that it has, and no other.
+
+    lacks   what to say of the cache where the Hub is not reachable, if that is known
+    """
+    command = f".venv/bin/hf download {repo}" + f" --revision {revision}" * (revision != "main")
+    mend = f"run `{command}` where there is a network, or give a local folder"
+    try:
+        return Path(huggingface_hub.snapshot_download(repo, revision=revision,
+                                                      allow_patterns=list(files)))
+    except huggingface_hub.errors.GatedRepoError:
+        raise BadInput(f"{repo} is gated: accept its licence at https://huggingface.co/{repo}, "
+                       "then run `.venv/bin/hf auth login` or set HF_TOKEN") from None
+    except huggingface_hub.errors.RepositoryNotFoundError:
+        raise BadInput(f"no folder {repo!r} here and no such model on the Hub; check the spelling, "
+                       "or for a private or gated model run `.venv/bin/hf auth login`") from None
+    except huggingface_hub.errors.RevisionNotFoundError:
+        raise BadInput(f"{repo} has no revision {revision!r} on the Hub; expected one of its "
+                       f"branches, tags or commits: give {repo}@REVISION as listed at "
+                       f"https://huggingface.co/{repo}/commits/main, or {repo} alone") from None
+    except (huggingface_hub.errors.LocalEntryNotFoundError,
+            huggingface_hub.errors.OfflineModeIsEnabled) as error:
+        what = repo if revision == "main" else f"{repo}@{revision}"
+        partly = hasattr(error, "snapshot_path")    # then its own text says what lacks
+        why = lacks or one_line(error if partly else error.__cause__ or error).split(". ")[0]
+        state = "only partly" if lacks or partly else "not"
+        net = ("HF_HUB_OFFLINE is set" if huggingface_hub.constants.HF_HUB_OFFLINE
+               else "the Hub is not reachable")
+        raise BadInput(f"no folder {repo!r} here, {what} is {state} in the Hub cache, and {net} "
+                       f"({why}); {mend}") from None
+    except Exception as error:  # the Hub's, the HTTP library's, the disk's: all mean the same
+        raise BadInput(f"the Hub did not deliver {repo} ({one_line(error)}); {mend}; if it refuses "
+                       "the token, run `.venv/bin/hf auth login`") from None
+
+
+# --------------------------------------------------------------------------------------------------
 # config.json: what each value must be, and what it is where it is left out
+
 FIELDS = {
     "hidden_size": (COUNT, REQUIRED), "intermediate_size": (COUNT, REQUIRED),
     "num_hidden_layers": (COUNT, REQUIRED), "num_attention_heads": (COUNT, REQUIRED),
@@ -338,17 +439,16 @@ def save_safetensors(path: Path, arrays: dict[str, mx.array],
                        "free some disk space: what was saved before is intact") from None
 
 
-def model_files(origin: Path, arrays: dict[str, mx.array], rope_theta: float,
-                rope_scaling: dict | None) -> dict[str, dict | str | bytes]:
-    """A whole model as {file name: content}: weights; config and tokenizer as the origin has them.
+def model_files(model: nn.Module, source: str | Path) -> dict[str, dict | str | bytes]:
+    """A whole model as {file name: content}: weights; config and tokenizer as the source has them.
 
     config.json comes last: its presence says that all is there.
     """
-    raw = read_json(origin / "config.json")
+    (origin, raw), arrays = read_origin(source), dict(tree_flatten(model.parameters()))
     raw.pop("quantization", None)       # the weights are plain
     raw.pop("quantization_config", None)
     # both spellings: mlx-lm reads the older alone, and takes theta 10,000 where it is not there
-    raw["rope_theta"], raw["rope_scaling"] = rope_theta, rope_scaling
+    raw["rope_theta"], raw["rope_scaling"] = model.args.rope_theta, model.args.rope_scaling
     raw["dtype"] = str(arrays["model.norm.weight"].dtype).removeprefix("mlx.core.")
     raw["torch_dtype"] = raw["dtype"]
     beside = {f.name: f.read_bytes() for f in origin.iterdir() if f.name in TOKENIZER_FILES}

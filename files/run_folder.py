@@ -3,6 +3,8 @@
 A kill may come at any moment, also inside a save. So every file is written beside its place and
 renamed; the state, one file, is written last, and what it counts as done is on the disk before it;
 what is ahead of it (records, best/) is what the continued run writes again.
+A report says what made its numbers: the very weights, versions, commit. So `require_gate` can ask
+before a training run whether a gate (`python -m gate`) said GO for them.
 
     config.yaml  metrics.jsonl  state.safetensors  adapters.safetensors or model.safetensors
     best/  report.json  emergence.png  curves.png
@@ -12,8 +14,10 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import TextIO
 
@@ -21,13 +25,22 @@ import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path
 from safetensors import safe_open
 
-from config import BadInput, Config, dump, load_config, resolved
-from engine import workers
+from config import BadInput, Config, load_config, resolved, write_keys
+from engine import blas, workers
 from files.disk import append_text, json_lines, read_json_lines, write_text
-from files.model_folder import check_tensors, read_safetensors, save_safetensors, write_files
+from files.model_folder import (
+    check_tensors,
+    find_folder,
+    read_safetensors,
+    root_model,
+    save_safetensors,
+    weight_files,
+    write_files,
+)
 
 # in the order in which overwrite=true removes them, a kill in between leaving nothing to continue;
 # config.yaml is replaced, last
@@ -37,6 +50,8 @@ RUN_FILES = ("state.safetensors", "report.json", "metrics.jsonl", "best", "adapt
 LOCK = ".lock"
 # keys that change where and how a run is carried out, and none of its numbers
 NOT_THE_RUN = ("run_dir", "memory_limit_gib")
+HASHED_TEXTS = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
+                "chat_template.jinja")
 
 
 def training_arrays(model: nn.Module, optimizer: optim.Optimizer) -> dict[str, mx.array]:
@@ -172,9 +187,10 @@ class Run:
 
 
 @contextmanager
-def open_run(cfg: Config, inputs: dict[str, str], writes: bool) -> Iterator[Run]:
+def open_run(cfg: Config, keys: dict, inputs: dict[str, str], writes: bool) -> Iterator[Run]:
     """Make or re-open the run folder; within, no other process can.
 
+    keys     resolved(cfg), which config.yaml stores
     inputs   hashes of what the run reads and does not store
     writes   False in all but the first of several processes, which leave the folder alone
     raises   BadInput rather than overwrite something else, or train beside another process
@@ -187,7 +203,7 @@ def open_run(cfg: Config, inputs: dict[str, str], writes: bool) -> Iterator[Run]
     check_is_run(folder)    # before a file is made in it
     with lock_run(folder) as lock:
         if config.exists() and not cfg.overwrite:
-            check_same_run(cfg, config)
+            check_same_run(keys, config)
         try:
             lock.truncate(0)
             lock.write(f"{os.getpid()} on {os.uname().nodename}\n")
@@ -198,7 +214,7 @@ def open_run(cfg: Config, inputs: dict[str, str], writes: bool) -> Iterator[Run]
         except OSError as error:
             raise unwritable(folder, error) from None
         if cfg.overwrite or not config.exists():
-            write_text(config, dump(cfg))
+            write_text(config, write_keys(keys))
         yield Run(folder, inputs, writes)
 
 
@@ -209,11 +225,12 @@ def open_for_all(cfg: Config, inputs: dict[str, str],
 
     raises   BadInput, also where the processes were given different things
     """
-    workers.differences({k: v for k, v in resolved(cfg).items() if k not in NOT_THE_RUN}
+    keys = resolved(cfg)
+    workers.differences({k: v for k, v in keys.items() if k not in NOT_THE_RUN}
                         | {f"the {name} itself": value for name, value in inputs.items()})
     with ExitStack() as held:       # the run folder's lock
         with workers.told_to_all():
-            run = held.enter_context(open_run(cfg, inputs, writes=workers.rank() == 0))
+            run = held.enter_context(open_run(cfg, keys, inputs, workers.rank() == 0))
             saved = run.restore(expected)
         yield run, *workers.from_first(saved)
 
@@ -248,17 +265,17 @@ def check_is_run(folder: Path) -> None:
                        "(it has no config.yaml); give another run_dir")
 
 
-def check_same_run(cfg: Config, config: Path) -> None:
-    """Raises BadInput where the folder's config.yaml says something else than cfg."""
+def check_same_run(keys: dict, config: Path) -> None:
+    """Raises BadInput where the folder's config.yaml says something else than keys."""
     try:
         stored = resolved(load_config(config))
     except BadInput as error:   # the first mistake says enough
         raise BadInput(f"cannot continue {config.parent}, which another version wrote "
                        f"({str(error).partition(';')[0]}); give another run_dir, or "
                        "overwrite=true to start over") from None
-    differ = [f"{k} was {stored.get(k)!r}, is {v!r}" for k, v in resolved(cfg).items()
+    differ = [f"{k} was {stored.get(k)!r}, is {v!r}" for k, v in keys.items()
               if k not in NOT_THE_RUN and stored.get(k) != v]
-    differ += [f"{k} was {v!r}, is not used" for k, v in stored.items() if k not in resolved(cfg)]
+    differ += [f"{k} was {v!r}, is not used" for k, v in stored.items() if k not in keys]
     if differ:
         raise BadInput(f"{config.parent} holds a run with another config ({'; '.join(differ)}); "
                        "give another run_dir, or overwrite=true to start over")
@@ -306,6 +323,10 @@ def remove_leftovers(folder: Path) -> None:
                 path.unlink()
 
 
+# --------------------------------------------------------------------------------------------------
+# what a number was made from
+
+
 def hash_frozen(model: nn.Module) -> str:
     """Tell apart models by what training leaves alone; the trained part is in the state."""
     trained = dict(tree_flatten(model.trainable_parameters()))
@@ -324,3 +345,67 @@ def hash_rows(rows: list) -> str:
     for row in rows:
         digest.update(repr(row).encode())
     return digest.hexdigest()[:16]
+
+
+def hash_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_model(name: str) -> dict[str, str]:
+    """SHA-256 of a model's weights and tokenizer: {weights, tokenizer}; of a run, its adapter too.
+
+    Of several files, the hash of their names and hashes.
+    """
+    weights, place = [], str(name)
+    while root_model(place) != place:   # a run: its adapter, on whatever it was trained on
+        weights.append(Path(place) / "adapters.safetensors")
+        place = str(load_config(Path(place) / "config.yaml").model)
+    folder = find_folder(place)
+    weights += weight_files(folder)
+
+    def digest(paths):
+        return hashlib.sha256(repr([(p.name, hash_file(p)) for p in paths]).encode()).hexdigest()
+
+    texts = [folder / file for file in HASHED_TEXTS if (folder / file).exists()]
+    return {"weights": digest(weights), "tokenizer": digest(texts)}
+
+
+def provenance() -> dict:
+    """What produced a number: package versions, device, commit."""
+    root = str(Path(__file__).parent.parent)
+
+    def git(*words):
+        return subprocess.run(["git", "-C", root, *words], capture_output=True, text=True)
+
+    commit, status = git("rev-parse", "HEAD"), git("status", "--porcelain")
+    return {"mlx": version("mlx"), "numpy": np.__version__, "device": str(mx.default_device()),
+            "blas": blas.LOADED or "bundled", "commit": commit.stdout.strip() or "unknown",
+            # null where git is not there to say
+            "commit_changed": bool(status.stdout.strip()) if status.returncode == 0 else None}
+
+
+def read_report(path: Path, mend: str) -> dict:
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(report, dict):
+            raise ValueError
+        return report
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or "not a report"
+        raise BadInput(f"{path} cannot be read ({why}); {mend}") from None
+
+
+def require_gate(path: str, model: str) -> None:
+    """Raises BadInput unless a gate says GO for these very weights: before a training run."""
+    run = "run `python -m gate CONFIG` first, and give its FOLDER/gate.json"
+    report = read_report(Path(path), f"require_gate asks for a passed gate: {run}")
+    if report.get("verdict") != "GO":
+        why = "; ".join(report.get("reasons", [])[:3]) or "it compared nothing"
+        raise BadInput(f"require_gate: {path} says {report.get('verdict', 'nothing')} ({why}); "
+                       "training would teach what is there already, or cannot be measured: choose "
+                       "another task or benchmark, or drop require_gate")
+    stored = report.get("models", {}).get("base", {})
+    if stored.get("weights") != hash_model(model)["weights"]:
+        raise BadInput(f"require_gate: {path} is about other weights ({stored.get('name')}) than "
+                       f"model = {model}; {run}")

@@ -24,7 +24,7 @@ import engine.blas  # noqa: F401  (before mlx)
 from config import Parser, run_main
 from files.disk import read_json_lines
 from files.keys import BadInput, Stopped
-from files.provenance import read_report
+from files.run_folder import read_report
 from gate.evaluate import run_gate
 from gate.judge import LEAST_KAPPA, LEAST_LABELS, LEAST_LOW
 from gate.settings import GateConfig

@@ -34,7 +34,7 @@ from pathlib import Path
 from config import run_main
 from files.disk import json_lines, write_text
 from files.keys import BadInput, read_keys
-from files.provenance import hash_file
+from files.run_folder import hash_file
 from gate import drafts
 from gate.checks import Verdict, check_turn, find, mistake_in, normalise, term_pattern
 from gate.drafts import Draft, Turn

@@ -16,7 +16,7 @@ import engine.blas  # noqa: F401  (before mlx)
 from checkpoint import load_base, load_checkpoint
 from files.disk import append_text, json_lines, read_json_lines, write_text
 from files.keys import BadInput
-from files.provenance import hash_model, provenance
+from files.run_folder import hash_model, provenance
 from gate import judge
 from gate.clean import check_base
 from gate.conversations import Conversation, read_benchmark
@@ -95,10 +95,7 @@ def load_model(name: str, bits: int | None):
     """A run as it was trained, or a model in so many bits; with its tokenizer."""
     if (Path(name) / "config.yaml").exists():
         return load_checkpoint(name)[:2]
-    model, tokenizer = load_base(name, bits=bits)
-    if tokenizer is None:
-        raise BadInput(f"{name} has no tokenizer.model and no tokenizer.json; add the model's own")
-    return model, tokenizer
+    return load_base(name, bits=bits)
 
 
 # --- the judge's part

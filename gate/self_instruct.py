@@ -34,7 +34,7 @@ import mlx.core as mx
 from config import run_main
 from files.disk import json_lines, write_text
 from files.keys import BadInput, read_keys
-from files.provenance import hash_file, hash_model, provenance
+from files.run_folder import hash_file, hash_model, provenance
 from gate import jsonl
 from gate.clean import check_base
 from gate.evaluate import load_model

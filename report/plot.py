@@ -1,33 +1,20 @@
 """Pictures from the numbers that runs and lenses write; nothing is computed or loaded here.
 
 Conventions: the last block is always on top and always drawn; one picture shows one named quantity
-with its scale.
+with its scale. matplotlib takes most of a second to load, so the commands that draw at their end
+import this file there.
 """
-import importlib.util
 import io
-import sys
 from pathlib import Path
 
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 
 from files.disk import write_bytes
 from report.stats import mean_interval
 
-
-def import_at_first_use(name: str):
-    """A module that is loaded when first asked for something: importlib's own recipe."""
-    spec = importlib.util.find_spec(name)
-    spec.loader = importlib.util.LazyLoader(spec.loader)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 matplotlib.use("Agg")  # draw into files, also where there is no screen
-# most of a second, which training needs at its end only
-plt = sys.modules.get("matplotlib.pyplot") or import_at_first_use("matplotlib.pyplot")
 
 
 def save_figure(figure, path: str | Path) -> None:

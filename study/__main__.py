@@ -27,7 +27,7 @@ from checkpoint import load_base, load_checkpoint
 from config import Parser, load_overrides, run_main
 from files.disk import write_text
 from files.keys import BadInput
-from files.provenance import provenance
+from files.run_folder import provenance
 from study.findings import write_study
 from study.measure import measure, trajectory
 from study.plan import Run, load_study, plan

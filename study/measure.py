@@ -17,7 +17,7 @@ from report.stats import EMERGED, auc_within, depth
 from study.attribution import contributions
 from study.probe import fit_probe, four_claims, matched_problems
 from text.arithmetic import Problem, held_out
-from text.targets import answer_lengths, class_ids, series_ids, target_ids
+from text.rows import answer_lengths, class_ids, series_ids, target_ids
 from text.tokenizer import Tokenizer
 
 WORDINGS = ("symbolic", "asked", "worded", "asked_worded")

@@ -45,7 +45,7 @@ from model import Edit, Llama, gather_positions
 from report.stats import bootstrap_mean
 from study.jacobian import jacobian, last_token_stream, read_transported, word_directions
 from text.arithmetic import Problem, make_problem, phrases_of, split_of
-from text.targets import target_ids
+from text.rows import target_ids
 from text.tokenizer import Tokenizer
 
 L2_GRID = (1e-3, 1e-2, 1e-1, 1.0)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from config import BadInput, Config, Parser, run_main
 from files.disk import json_lines, write_text
-from files.hub import find_folder
+from files.model_folder import find_folder
 from tasks.published import SOURCES, SPLITS, cut_articles, load_questions
 from tasks.sums import held_out_tiny_cot, sample_sums, sample_tiny_cot
 from tasks.tiny import sample_tiny, write_tiny_tokenizer

@@ -9,11 +9,10 @@ from conftest import TINY, assert_one_clear_line, config, random_model, run, sma
 from eval import class_block, evaluate, make_report, measure_accuracy
 from files.keys import BadInput
 from lens import Reading
-from report.stats import wilson
-from report.summary import summarize_classifier
+from report.stats import summarize_classifier, wilson
 from report.terminal import report_text
 from text.arithmetic import Problem, held_out, make_problem, named_problems
-from text.targets import class_ids, target_ids
+from text.rows import class_ids, target_ids
 from text.tokenizer import load_tokenizer
 
 

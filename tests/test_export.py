@@ -28,9 +28,9 @@ import lens as lens_script
 from checkpoint import checkpoint_files, load_checkpoint, main
 from files.adapters import mlx_files, peft_files
 from files.keys import BadInput
-from files.model_folder import write_files
+from files.model_folder import model_files, write_files
 from lora import about_adapter, adapter_arrays, load_adapters, merge
-from model import load, save_model
+from model import load
 
 QKVO = ("q", "k", "v", "o")
 ALL = (*QKVO, "gate", "up", "down")
@@ -114,7 +114,7 @@ def test_fused_folder(torch, family, tmp_path):
     model = adapted(golden(family), targets)
     ours, base = logits_of(model, tokens), logits_of(golden(family), tokens)
     merge(model)
-    save_model(model, tmp_path, GOLDEN / family)
+    write_files(tmp_path, model_files(model, GOLDEN / family))
     assert_close(logits_of(transformers_model(torch, tmp_path), tokens), ours, base)
     assert_close(logits_of(mlx_lm_model(tmp_path), tokens), ours, base, atol=1e-3)
 
@@ -135,7 +135,7 @@ def test_fused_folder_of_a_base_from_transformers_5(torch, family, rope, tmp_pat
     model = adapted(load(base, "float32")[0])
     ours = logits_of(model, tokens)
     merge(model)
-    save_model(model, tmp_path / "fused", base)
+    write_files(tmp_path / "fused", model_files(model, base))
     assert_close(logits_of(mlx_lm_model(tmp_path / "fused"), tokens), ours,
                  logits_of(load(base, "float32")[0], tokens))
     np.testing.assert_allclose(logits_of(transformers_model(torch, tmp_path / "fused"), tokens),

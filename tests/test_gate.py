@@ -9,7 +9,7 @@ from conftest import ROOT, TINY, assert_one_clear_line, run, small_config, write
 
 from config import Config, load_config
 from files.keys import BadInput, Stopped
-from files.provenance import hash_model
+from files.run_folder import hash_model
 from gate import replies as replying
 from gate.__main__ import compare_folders, main, print_gate
 from gate.conversations import Conversation, Turn, write_benchmark

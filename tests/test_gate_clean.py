@@ -7,7 +7,7 @@ from conftest import GOLDEN, lora_model
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from checkpoint import checkpoint_files
-from config import Config, dump
+from config import Config, resolved, write_keys
 from files.disk import write_text
 from files.keys import BadInput
 from files.model_folder import write_files
@@ -62,7 +62,7 @@ def test_identity(tokenizer, tmp_path):
     check_identity("chat_models/Qwen2.5-32B", tokenizer)    # the folder above is not the model
     run = tmp_path / "run"
     write_files(run, checkpoint_files(lora_model(), Config(lora_rank=4)))
-    write_text(run / "config.yaml", dump(Config(lora_rank=4)))
+    write_text(run / "config.yaml", write_keys(resolved(Config(lora_rank=4))))
     with pytest.raises(BadInput, match="run of this repository.*models/tiny"):
         check_identity(run, tokenizer)
 

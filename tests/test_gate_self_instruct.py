@@ -27,7 +27,7 @@ from config import Config, load_config
 from data import load_split
 from engine import memory
 from files.keys import BadInput
-from files.provenance import hash_file
+from files.run_folder import hash_file
 from gate import jsonl, self_instruct
 from gate.jsonl import append_rows
 from gate.self_instruct import (
@@ -387,7 +387,8 @@ def test_the_prior_works_training_by_arithmetic():
     assert cfg.lora_alpha / cfg.lora_rank == 1 and cfg.batch_size // cfg.grad_accum_steps == 2
     assert (cfg.bits, cfg.mask_prompt, cfg.template) == (4, True, "cued")
     # two rows of the longest length there fit the 48 GB that it ran in
-    weights = memory.weight_bytes(SHAPES["Qwen2.5-32B"], replace(cfg, dtype="bfloat16"))
+    weights = memory.weight_bytes(args, SHAPES["Qwen2.5-32B"],
+                                  replace(cfg, dtype="bfloat16"))
     found = memory.estimate(args, cfg, memory.Load(2 * 1024, 1024, 2 * 512), weights)
     assert weights < 23e9 and found["peak"] < 44
 

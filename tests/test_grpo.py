@@ -21,7 +21,7 @@ from conftest import (
 from mlx.utils import tree_flatten
 
 from checkpoint import load_base
-from engine.fuse import fused_for_decoding
+from engine.decode import fused_for_decoding
 from files.keys import BadInput
 from files.run_folder import training_arrays
 from files.user_reward import call_reward, load_reward

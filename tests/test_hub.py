@@ -15,11 +15,10 @@ import mlx.core as mx
 import pytest
 from conftest import GOLDEN, assert_one_clear_line, run
 
-from files import hub
+from files import disk, model_folder
 from files.disk import read_json
-from files.hub import find_folder
 from files.keys import BadInput
-from files.model_folder import INDEX, open_weights, read_index, weight_files
+from files.model_folder import INDEX, find_folder, open_weights, read_index, weight_files
 
 TOKEN = "hf_secret" + "0123456789" * 3
 OLD, NEW = "a" * 40, "b" * 40       # commits
@@ -143,7 +142,7 @@ def changed(folder, tmp_path):
 
 def find(server, *names, check=None, weights=True, **env):
     """find_folder in a process of its own, as an entry point calls it: one folder a line."""
-    code = ("from config import run_main; from files.hub import find_folder; "
+    code = ("from config import run_main; from files.model_folder import find_folder; "
             f"run_main(lambda _: [print(find_folder(n, weights={weights})) for n in {names}]"
             " and None)")
     return run("-c", code, check=check, **{**server.env, **env})
@@ -202,10 +201,10 @@ def test_without_weights_then_offline(server, small_folder):
 
 
 def test_load_and_save_from_scratch_ask_for_no_weights(server, tmp_path):
-    code = ("from pathlib import Path; from model import save_model; "
+    code = ("from pathlib import Path; from files.model_folder import model_files, write_files; "
             "from checkpoint import load_base; "
             "m, t = load_base('someone/whole', from_scratch=True); assert t; "
-            f"save_model(m, Path({str(tmp_path / 'out')!r}), 'someone/whole')")
+            f"write_files(Path({str(tmp_path / 'out')!r}), model_files(m, 'someone/whole'))")
     run("-c", code, check=0, **server.env)
     assert "model.safetensors" not in [file for file, _ in server.files("someone/whole")]
     assert open_weights(tmp_path / "out")
@@ -248,14 +247,14 @@ def test_unknown_revision(server):
 @pytest.mark.parametrize("name", ["someone/whole@", "someone/whole@../../x", "someone/whole@/etc",
                                   "someone/whole@a b", "someone/whole@a\\b", "someone/whole@a..b"])
 def test_revision_is_no_path(name, monkeypatch):
-    monkeypatch.setattr(hub.huggingface_hub, "snapshot_download",
+    monkeypatch.setattr(model_folder.huggingface_hub, "snapshot_download",
                         lambda *_, **__: pytest.fail("asked the Hub"))
     with pytest.raises(BadInput, match="no revision; expected a branch, tag or commit"):
         find_folder(name)
 
 
 def test_local_folder_wins(tmp_path, monkeypatch):
-    monkeypatch.setattr(hub.huggingface_hub, "snapshot_download",
+    monkeypatch.setattr(model_folder.huggingface_hub, "snapshot_download",
                         lambda *_, **__: pytest.fail("asked the Hub"))
     monkeypatch.chdir(tmp_path)
     for name in ("someone/whole", "someone/whole@v2", "a@b/c@d"):
@@ -355,9 +354,9 @@ def test_token_that_comes_back_is_scrubbed(server, monkeypatch):
     assert TOKEN[3:] not in done.stdout + done.stderr
     done = find(server, "someone/whole", HF_TOKEN="")    # of a login, so not in the environment
     assert_one_clear_line(done, "bad header")
-    assert hub.one_line(f"b'Bearer {TOKEN}x' \x1b[2J{TOKEN}") == "b'Bearer <token>' ?[2J<token>"
+    assert disk.one_line(f"b'Bearer {TOKEN}x' \x1b[2J{TOKEN}") == "b'Bearer <token>' ?[2J<token>"
     monkeypatch.setenv("HF_TOKEN", "api_org_x\n")     # of another shape
-    assert hub.one_line("no user api_org_x at https://a.b/c@d") == "no user <token> at https://a.b/c@d"
+    assert disk.one_line("no user api_org_x at https://a.b/c@d") == "no user <token> at https://a.b/c@d"
 
 
 def test_token_that_no_header_can_hold(server):

@@ -40,7 +40,7 @@ from markovian import (
     encode_question,
     evaluate_chains,
 )
-from report.summary import summarize_chains
+from report.stats import summarize_chains
 from study.perturb import KINDS, perturb
 from tasks.__main__ import PUBLISHED_KEYS, write_task
 from tasks.published import make_question

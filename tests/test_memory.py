@@ -23,7 +23,7 @@ from mlx.utils import tree_flatten
 
 from bench.fullsize import SHAPES
 from config import Config, load_config
-from engine import blas, memory, parallel, recompute
+from engine import blas, memory, parallel
 from generate import choose, sample_batch
 from lens import read_prompts
 from lora import apply_lora
@@ -68,10 +68,10 @@ def test_recomputing_changes_no_gradient(kept, which, full, sums_data, monkeypat
     `mx.checkpoint` gives weights that its function closes over gradient 0, and a cache written
     twice would shift positions. The logits come in parts of 3 rows.
     """
-    monkeypatch.setattr(recompute, "logit_rows", lambda *_: 3)
+    monkeypatch.setattr(memory, "logit_rows", lambda *_: 3)
     model, cfg, micro_batches = one_step(which, full, sums_data)
     expected_loss, _, expected = grads_of(model, cfg, micro_batches)
-    recompute.spare(model, replace(cfg, recompute=kept))
+    memory.spare(model, replace(cfg, recompute=kept))
     loss, _, grads = grads_of(model, cfg, micro_batches)
     assert max(np.abs(g).max() for g in expected.values()) > 1e-4
     assert all(np.abs(g).max() > 0 for k, g in expected.items())
@@ -84,10 +84,10 @@ def test_published_sizes_by_arithmetic():
     """Parameters of the model cards: 1.236, 8.030 and 32.764 billion, in float32."""
     for name, billions in (("Llama-3.2-1B", 1.236), ("Llama-3.1-8B", 8.030),
                            ("Qwen2.5-32B", 32.764)):
-        found = memory.weight_bytes(SHAPES[name], Config(dtype="float32")) / 4e9
-        assert abs(found - billions) < 0.001, (name, found)
         args = parse_args(SHAPES[name], name)
         assert isinstance(args, ModelArgs)
+        found = memory.weight_bytes(args, SHAPES[name], Config(dtype="float32")) / 4e9
+        assert abs(found - billions) < 0.001, (name, found)
         biases = 64 * (5120 + 2 * 1024) if "Qwen" in name else 0
         full = memory.trained_numbers(args, Config(full=True)) + biases
         assert abs(full / 1e9 - billions) < 0.001
@@ -104,7 +104,7 @@ def test_weights_and_trained_are_counted_as_they_are(keys, small_folder, tmp_pat
     held = sum(v.nbytes for _, v in tree_flatten(model.parameters())) - (
         0 if cfg.full else 4 * trained)
     raw = json.loads((folder / "config.json").read_text())
-    assert held == memory.weight_bytes(raw | {"torch_dtype": "float32"}, cfg)
+    assert held == memory.weight_bytes(model.args, raw | {"torch_dtype": "float32"}, cfg)
 
 
 def family_folder(source, folder, packed=0, skip=()):
@@ -139,7 +139,7 @@ def test_weights_of_every_family_are_counted_as_they_are(family, keys, stored, t
                                 **stored)
     model, _ = load(folder, keys.get("dtype"), keys.get("bits"))
     held = sum(v.nbytes for _, v in tree_flatten(model.parameters()))
-    assert held == memory.weight_bytes(raw, config(**keys))
+    assert held == memory.weight_bytes(model.args, raw, config(**keys))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -161,7 +161,7 @@ def test_more_memory_for_more_rows_less_when_recomputed():
     peak = lambda load=load, **keys: memory.estimate(args, Config(**keys), load, 2 ** 32)["peak"]
     assert peak(recompute="block") < peak(recompute="mlp") < peak()
     # of logits, which exist for a few rows at a time: a hundred, where memory is not scarce
-    assert recompute.logit_rows(args, "none") * parallel.count() < load.logit_rows
+    assert memory.logit_rows(args, "none") * parallel.count() < load.logit_rows
     more_rows = memory.Load(512, 64, 2048)
     assert peak() < peak(memory.Load(1024, 64, 512)) and peak() == peak(more_rows)
     assert peak(full=True) < peak(more_rows, full=True)     # all at once

@@ -12,7 +12,7 @@ import pytest
 from conftest import FAMILIES, GOLDEN, config, lora_model, small_model
 from mlx.utils import tree_flatten
 
-from engine import recompute
+from engine import memory
 from files.keys import BadInput
 from files.model_folder import BITS_OF, INDEX, is_finite, read_safetensors
 from losses import token_logprobs
@@ -333,9 +333,9 @@ def entropy(logits, ids):
     ("stream", "none"), ("stream", "mlp"), ("unembedding", "none"), ("unembedding", "block")])
 def test_read_logits_is_head_then_read(read, trained, recomputed, monkeypatch):
     """Values and gradients, in parts of three rows of logits, against all logits at once."""
-    monkeypatch.setattr(recompute, "logit_rows", lambda *_: 3)
+    monkeypatch.setattr(memory, "logit_rows", lambda *_: 3)
     model = small_model()
-    recompute.spare(model, config(recompute=recomputed))
+    memory.spare(model, config(recompute=recomputed))
     model.freeze()
     if trained == "unembedding":
         model.model.embed_tokens.unfreeze()

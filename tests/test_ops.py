@@ -8,7 +8,7 @@ from conftest import run
 import losses
 import model
 from engine import ops
-from engine.cache import KVCache
+from engine.decode import KVCache
 
 FORMULAS = model.FORMULAS | losses.FORMULAS
 
@@ -189,7 +189,7 @@ def test_compiled_rope(shape):
 def test_the_plain_path_is_what_metal_and_cuda_take():
     """NANOLENS_PLAIN=1, in a process of its own: MLX's functions, whole batches, nothing else."""
     code = ("import engine.blas, mlx.core as mx; from engine import ops, parallel; "
-            "from engine.recompute import logit_rows; from checkpoint import load_base; "
+            "from engine.memory import logit_rows; from checkpoint import load_base; "
             "args = load_base('models/tiny')[0].args; "
             "print(ops.exp is mx.exp, engine.blas.linux_cpu(), parallel.count(8), "
             "logit_rows(args, 'none') * args.vocab_size > 2 ** 23)")

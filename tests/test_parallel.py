@@ -9,8 +9,8 @@ from conftest import TINY, TINY_COT, config, lora_model, small_config, write_mod
 from mlx.utils import tree_flatten
 
 from engine import parallel
+from engine.memory import spare
 from engine.parallel import map_rows
-from engine.recompute import spare
 from generate import sample
 from lens import Reading, read_prompts
 from model import load

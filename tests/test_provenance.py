@@ -5,10 +5,10 @@ import shutil
 from conftest import TINY, lora_model
 
 from checkpoint import checkpoint_files
-from config import Config, dump
+from config import Config, resolved, write_keys
 from files.disk import write_text
 from files.model_folder import write_files
-from files.provenance import hash_model, provenance
+from files.run_folder import hash_model, provenance
 
 
 def test_hashes_follow_the_files(tmp_path):
@@ -22,7 +22,7 @@ def test_hashes_follow_the_files(tmp_path):
     run = tmp_path / "run"
     cfg = Config(model=str(copy), lora_rank=4)
     write_files(run, checkpoint_files(lora_model(), cfg))
-    write_text(run / "config.yaml", dump(cfg))
+    write_text(run / "config.yaml", write_keys(resolved(cfg)))
     before = hash_model(str(run))
     assert before["weights"] != hash_model(str(copy))["weights"]
     assert before["tokenizer"] == hash_model(str(copy))["tokenizer"]

@@ -19,7 +19,7 @@ from conftest import (
 from mlx.utils import tree_flatten
 
 from checkpoint import checkpoint_files, load_base, load_checkpoint
-from config import dump
+from config import resolved, write_keys
 from engine import quant
 from engine.quant import HalfEmbedding, HalfLinear, QuantizedLinear, unquantize
 from files.disk import write_text
@@ -244,7 +244,7 @@ def write_run(folder, model_name, seed, **keys):
     cfg = config(model=str(model_name), lora_rank=4, lora_alpha=8.0, lora_targets=("q", "down"),
                  **keys)
     model = adapted(load_base(model_name, cfg.dtype, cfg.bits)[0], ("q", "down"), seed=seed)
-    write_text(folder / "config.yaml", dump(cfg))
+    write_text(folder / "config.yaml", write_keys(resolved(cfg)))
     write_files(folder, checkpoint_files(model, cfg))
     return folder
 

@@ -459,7 +459,7 @@ def test_no_permission(write_config, monkeypatch, tmp_path):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, refuse, raising=False)
             with pytest.raises(BadInput, match=words):
-                with run_folder.open_run(load_config(path), {}, writes=True):
+                with run_folder.open_run(load_config(path), {}, {}, writes=True):
                     pass
     (tmp_path / "file").write_text("")
     path, _ = write_config("file", run_dir=tmp_path / "file" / "run")

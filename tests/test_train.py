@@ -228,7 +228,7 @@ def test_not_finite_stops_before_the_optimizer_moves(tokenizer, write_config):
     source = Batches(tokenized(sample_train(cfg)[:16], tokenizer), cfg)
     with pytest.raises(Stopped, match="step 1: loss nan, gradient norm nan"):
         take_steps(cfg, Run(ROOT, {}, writes=False), 0, model, make_optimizer(cfg, model),
-                   source, loss_of(cfg), lambda done: {})
+                   source, loss_of(cfg), lambda done: {}, 4)
     after = {k: np.array(v) for k, v in tree_flatten(model.parameters())}
     assert all(np.array_equal(v, before[k], equal_nan=True) for k, v in after.items())
 

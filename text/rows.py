@@ -1,9 +1,72 @@
-"""From a problem to token ids: what a model reads, what it shall answer, where each begins."""
+"""From JSON lines to problems, to token ids, to the tokens that loss and lens look for.
+
+    {"prompt": "7 * 8 = ", "response": "56", "operation": "multiply"}
+    {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
+
+Other columns that are read: "wording" (a name for a kind of question, which reports tell apart),
+"hidden" (of a question to reason about: the prompt without the question) and "letters" (its
+options, such as "ABCD").
+Looked for are the answer's first token, the operation's word, the operator's symbol, never mixed.
+Words of a set are compared in one form, with a space before them or without (Tokenizer.word_ids),
+and reports say which by piece and id.
+"""
+from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
 
 from config import BadInput, Config
-from text.arithmetic import Problem
+from files.disk import read_each_line
+from text.arithmetic import SYMBOLS, Problem, evenly, stable_hash
 from text.tokenizer import Tokenizer
+
+EXPECTED = ('expected {"prompt": "...", "response": "...", "operation": "..."} or '
+            '{"messages": [{"role": "user", "content": "..."}, ...]}')
+
+
+# --------------------------------------------------------------------------------------------------
+# from a file to problems
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Rows as {prompt, answer, operation, wording, hidden, letters, messages}.
+
+    messages   of a conversation: (role, content) of all of it; prompt and answer are its last two
+    raises     BadInput, which names the first bad lines
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"could not read {path} ({error}); "
+                       "a data folder holds train.jsonl, valid.jsonl and test.jsonl") from None
+    rows, refused = read_each_line(text, read_row)
+    bad = [f"line {number} ({error!r})" for number, error in refused]
+    if bad:
+        raise BadInput(f"{path}: {len(bad)} bad rows: {', '.join(bad[:5])}; {EXPECTED}")
+    return rows
+
+
+def read_row(row: dict) -> dict:
+    """One row; raises ValueError, KeyError or TypeError."""
+    messages = ()
+    if "messages" in row:
+        from text.chat import check_messages  # jinja2 and templates: conversations alone need it
+        check_messages(row["messages"], reply_follows=False)
+        messages = tuple((m["role"], m["content"]) for m in row["messages"])
+        row = {"prompt": messages[-2][1], "response": messages[-1][1]} | row
+    found = {"prompt": row["prompt"], "answer": row["response"],
+             "operation": row.get("operation", ""), "wording": row.get("wording", "file"),
+             "hidden": row.get("hidden", ""), "letters": row.get("letters", "")}
+    if not all(isinstance(value, str) for value in found.values()):
+        raise ValueError("every value must be a string")
+    if not found["prompt"] or not found["answer"]:
+        raise ValueError("prompt and response must be non-empty strings")
+    return found | {"messages": messages}
+
+
+# --------------------------------------------------------------------------------------------------
+# from a problem to ids: what a model reads, what it shall answer, where each begins
 
 
 @dataclass
@@ -72,3 +135,119 @@ def tokenize(problems: list[Problem], tokenizer: Tokenizer, context: int,
                            f"answer, and the model's context is {context}; shorten the row")
         rows.append(row)
     return rows
+
+
+# --------------------------------------------------------------------------------------------------
+# which tokens are looked for
+
+
+def last_token(tokenizer: Tokenizer, problems: list[Problem], template: str = "none") -> int:
+    """What stands before the position that the lens reads: the prompts' commonest last token.
+
+    One for all problems: a word has one token in a report, however a user's rows may end.
+    """
+    prompts = [encode_prompt_of(p, tokenizer, template) for p in evenly(problems, 100)]
+    return Counter(ids[-1] for ids in prompts).most_common(1)[0][0]
+
+
+def target_ids(tokenizer: Tokenizer, problems: list[Problem], target: str,
+               template: str = "none") -> dict[str, int]:
+    """The one token of each operation's word or symbol, all in one form (Tokenizer.word_ids).
+
+    raises   BadInput where a word or symbol is not one token
+    """
+    operations = sorted({p.operation for p in problems} - {""})
+    if not operations:
+        return {}
+    named = SYMBOLS if target == "symbol" else {}
+    before = [last_token(tokenizer, problems, template)]
+    # the form that suits all four operations, or problems without subtraction could be read in
+    # another than the one that was trained
+    others = [op for op in SYMBOLS if op not in operations]
+    others = others if set(operations) <= set(SYMBOLS) else []
+    try:
+        ids = tokenizer.word_ids([named.get(op, op) for op in operations + others], before)
+    except BadInput:        # one that no problem asks for may be in the way
+        ids = tokenizer.word_ids([named.get(op, op) for op in operations], before)
+    return dict(zip(operations, ids))
+
+
+def class_word_ids(cfg: Config, tokenizer: Tokenizer, problems: list[Problem]) -> dict[str, int]:
+    """The token that the class loss wants for each operation, but for class_target answer, random.
+
+    class_words are a set of their own, in one form.
+    """
+    if cfg.class_words:
+        before = [last_token(tokenizer, problems, cfg.template)]
+        return dict(zip(cfg.data_operations, tokenizer.word_ids(list(cfg.class_words), before)))
+    target = "symbol" if cfg.class_target == "symbol" else "word"
+    return target_ids(tokenizer, problems, target, cfg.template)
+
+
+def class_ids(cfg: Config, tokenizer: Tokenizer, problems: list[Problem]) -> list[int]:
+    """The token that the class loss wants for each problem, by cfg.class_target and class_words.
+
+    The two controls depend on the prompt's text alone, so a problem keeps its target in every epoch
+    and for every seed: it can be learnt by heart, but not from what the problem asks.
+    """
+    if cfg.class_target == "answer":
+        rows = [encode_problem(p, tokenizer, cfg.template) for p in problems]
+        return [row.ids[row.P] for row in rows]
+    if cfg.class_target == "random":
+        return [stable_hash(p.prompt) % tokenizer.vocab_size for p in problems]
+    ids = class_word_ids(cfg, tokenizer, problems)
+    if cfg.class_target == "shuffled":
+        words = [ids[op] for op in cfg.data_operations if op in ids]
+        return [words[stable_hash(p.prompt) % len(words)] for p in problems]
+    return [ids[p.operation] for p in problems]
+
+
+def series_ids(tokenizer: Tokenizer, problems: list[Problem],
+               template: str = "none") -> tuple[list[list[int]], np.ndarray]:
+    """Each problem's prompt as ids, and the tokens of SERIES, (B, 3).
+
+    Rows of a user's data without an operation follow the answer in all three series.
+    """
+    words = target_ids(tokenizer, problems, "word", template)
+    symbols = target_ids(tokenizer, problems, "symbol", template)
+    prompts, ids = [], []
+    for p in problems:
+        row = encode_problem(p, tokenizer, template)
+        answer = row.ids[row.P]
+        prompts.append(row.ids[:row.P])
+        ids.append([answer, words.get(p.operation, answer), symbols.get(p.operation, answer)])
+    return prompts, np.array(ids)
+
+
+def answer_lengths(tokenizer: Tokenizer, problems: list[Problem],
+                   template: str = "none") -> np.ndarray:
+    """Tokens of each problem's answer without what ends it, (B,).
+
+    example  models/tiny: "56" -> 1; SmolLM2, whose digits are tokens: "56" -> 2
+    """
+    lengths = []
+    for p in problems:
+        row = encode_problem(p, tokenizer, template)
+        stop = row.spans[-1][1] if row.spans else len(row.ids)
+        # a chat template may write nothing that ends a reply
+        lengths.append(stop - row.P - (row.ids[stop - 1] in tokenizer.reserved_ids))
+    return np.array(lengths)
+
+
+def name_targets(tokenizer: Tokenizer, problems: list[Problem], test: list[Problem],
+                 cfg: Config) -> dict:
+    """Which tokens the series follow in problems, which the class loss trained for those of test.
+
+    By id and piece: whether "add" was looked for with its space before it decides what is found.
+    """
+    words = target_ids(tokenizer, problems, "word", cfg.template)
+    symbols = target_ids(tokenizer, problems, "symbol", cfg.template)
+    trained = (class_word_ids(cfg, tokenizer, test) if cfg.method == "dual_reward"
+               and cfg.class_target not in ("answer", "random") else {})
+    return {
+        "targets": {op: {"word": words[op], "word_piece": tokenizer.piece(words[op]),
+                         "symbol": symbols[op], "symbol_piece": tokenizer.piece(symbols[op])}
+                    for op in words},
+        "class_targets": {op: {"id": token, "piece": tokenizer.piece(token)}
+                          for op, token in trained.items()},
+    }
