@@ -211,6 +211,8 @@ def chains_table(reports: Reports) -> str:
     rows = []
     for label, name in (("base, question hidden", "markovian"),
                         ("base, question shown", "markovian_shown")):
+        if name not in reports:
+            continue
         base = reports[name][0]["base"]["chains"]
         rows.append([label, *(share_text(base[key]) for key in SHARES),
                      f"{base['reward']['value']:.2f}", f"{base['chain_tokens']['value']:.1f}", ""])

@@ -4,6 +4,7 @@
     python -m tasks gsm8k data/gsm8k                    # from the Hub; then data=data/gsm8k
     python -m tasks gsm8k data/gsm8k --from FOLDER      # from files that lie here
     python -m tasks sums runs/sums --terms 6 --largest 9
+    python -m tasks few_shot runs/one_digit --shots 3 --digits 1    # what `make real` reads
     python -m tasks tiny runs/tiny_data --tokenizer models/tiny     # what `make tiny` reads
 
 A row is {"prompt", "response"} and what else training must know of it: "operation", "wording"; of a
@@ -16,6 +17,7 @@ from pathlib import Path
 from config import BadInput, Config, Parser, run_main
 from files.disk import json_lines, write_text
 from files.model_folder import find_folder
+from tasks.few_shot import sample_few_shot
 from tasks.published import SOURCES, SPLITS, cut_articles, load_questions
 from tasks.sums import held_out_tiny_cot, sample_sums, sample_tiny_cot
 from tasks.tiny import sample_tiny, write_tiny_tokenizer
@@ -23,7 +25,8 @@ from text.arithmetic import Problem, held_out
 from text.tokenizer import load_tokenizer
 
 GENERATED = {
-    "sums": "sums of --terms numbers from 1 to --largest",
+    "sums": "sums of --terms numbers from 1 to --largest, behind --shots worked examples",
+    "few_shot": "sums, differences and products with results of --digits, behind --shots examples",
     "tiny": "the text of models/tiny",
     "tiny_cot": "the text of models/tiny_cot: sums and chains of thought",
 }
@@ -32,12 +35,14 @@ DEFAULTS = {    # the options that a data set has, and their values; None in tra
     **{name: {"from": "", "skip_bad": False, "samples": None, "seed": 0} for name in SOURCES},
     "wiki": {"from": "", "skip_bad": False, "samples": 20000, "test": 1024, "context": 200,
              "target": 100, "model": "meta-llama/Llama-3.1-8B-Instruct"},
-    "sums": {"samples": 5000, "test": 600, "terms": 15, "largest": 99, "seed": 0},
+    "sums": {"samples": 5000, "test": 600, "terms": 15, "largest": 99, "shots": 0, "seed": 0},
+    "few_shot": {"samples": 3000, "test": 480, "shots": 3, "digits": 1, "fold": 0, "seed": 0},
     "tiny": {"samples": 200000, "seed": 0, "tokenizer": ""},
     "tiny_cot": {"samples": 200000, "test": 300, "terms": 6, "largest": 9, "seed": 0,
                  "tokenizer": ""},
 }
-LEAST = {"samples": 1, "test": 1, "terms": 2, "largest": 1, "context": 1, "target": 1, "seed": 0}
+LEAST = {"samples": 1, "test": 1, "terms": 2, "largest": 1, "context": 1, "target": 1, "seed": 0,
+         "shots": 0, "fold": 0}
 # how long the published settings let a chain of each data set be, and what else they say of it
 PUBLISHED_KEYS = {
     "gsm8k": "chain_tokens=100", "mmlu": "chain_tokens=150", "arc": "chain_tokens=50",
@@ -53,7 +58,10 @@ def make_split(name: str, split: str, options: dict) -> list[Problem]:
     """The problems of train, valid or test; raises BadInput, also where there are none."""
     train, seed = split == "train", options.get("seed")
     count = options["samples"] if train else options.get("test")
-    size = [options[key] for key in ("terms", "largest") if key in options]
+    size = [options[key] for key in ("terms", "largest", "shots") if key in options]
+    if name == "few_shot":
+        return sample_few_shot(split, count, options["shots"], options["digits"], options["fold"],
+                               seed)
     if name == "sums":
         return sample_sums(split, count, *size, seed)
     if name == "tiny_cot":
@@ -132,6 +140,9 @@ def parse(argv: list[str]) -> tuple[str, Path, dict]:
     parser.add_argument("--seed", type=int, help="which training rows")
     parser.add_argument("--terms", type=int, help="how many numbers are added")
     parser.add_argument("--largest", type=int, help="the largest of them")
+    parser.add_argument("--shots", type=int, help="worked examples in front of every prompt")
+    parser.add_argument("--digits", type=int, help="of the results, 1 or 2")
+    parser.add_argument("--fold", type=int, help="which quarter of the operand pairs is tested")
     parser.add_argument("--context", type=int, help="tokens of an article that are shown")
     parser.add_argument("--target", type=int, help="tokens behind them that are scored")
     parser.add_argument("--model", help="whose tokens, a folder or a Hub name")

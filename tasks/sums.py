@@ -23,17 +23,36 @@ def draw_terms(rng: random.Random, terms: int, largest: int, split: str) -> tupl
                    "give more terms, or larger ones")
 
 
-def sample_sums(split: str, count: int, terms: int, largest: int, seed: int) -> list[Problem]:
-    """Sums of `terms` numbers up to `largest`; those of valid and test are of no seed."""
+def sample_sums(split: str, count: int, terms: int, largest: int, shots: int,
+                seed: int) -> list[Problem]:
+    """Sums of `terms` numbers up to `largest`; those of valid and test are of no seed.
+
+    shots    worked examples in front, of training sums, the same in all rows: what a pretrained
+             model needs to see. The hidden prompt shows them too, and hides the question alone
+    """
     rng = random.Random(seed if split == "train" else split)
-    drawn = [draw_terms(rng, terms, largest, split) for _ in range(count)]
-    return [make_question(SUMS, " + ".join(map(str, numbers)), str(sum(numbers)))
+    drawn = []
+    for _ in range(20 * count):
+        numbers = draw_terms(rng, terms, largest, split)
+        # of few terms there are few sums, and each is judged once; the two to nine repeats of
+        # RESULTS.md's data, which have no shots, stay as published
+        if split == "train" or not shots or numbers not in drawn:
+            drawn.append(numbers)
+        if len(drawn) == count:
+            break
+    rng, head = random.Random(f"shots {seed}"), SUMS
+    for _ in range(shots):
+        worked = draw_terms(rng, terms, largest, "train")
+        head += (f"\nQuestion: {' + '.join(map(str, worked))}\nReasoning:"
+                 f"{write_chain(worked, 'steps')}{HEADER} {sum(worked)}\n")
+    return [make_question(head, " + ".join(map(str, numbers)), str(sum(numbers)))
             for numbers in drawn]
 
 
 def write_chain(terms: tuple[int, ...], style: str) -> str:
-    """A chain of thought in one of the bundled model's three styles.
+    """A chain of thought: a worked example's, or in one of the bundled model's three styles.
 
+    steps    " 12 + 7 = 19. 19 + 30 = 49.": each sum written out
     running  " 12 + 7 = 19 + 30 = 49": the last number is the answer
     list     " 12 and 7 and 30": all that is needed, the adding left to do
     about    " about 50": the sum rounded to tens, from which it can be told one time in ten
@@ -42,8 +61,12 @@ def write_chain(terms: tuple[int, ...], style: str) -> str:
         return " " + " and ".join(map(str, terms))
     if style == "about":
         return f" about {(sum(terms) + 5) // 10 * 10}"
-    text, total = f" {terms[0]}", terms[0]
+    text, total = "" if style == "steps" else f" {terms[0]}", terms[0]
     for term in terms[1:]:
+        if style == "steps":
+            text += f" {total} + {term} = {total + term}."
+            total += term
+            continue
         total += term
         text += f" + {term} = {total}"
     return text

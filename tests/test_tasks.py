@@ -4,6 +4,7 @@ Everything is read back from the folder that `python -m tasks` writes, as traini
 """
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import pyarrow
@@ -15,6 +16,7 @@ from data import load_split, read_problems
 from files.keys import BadInput
 from markovian import HEADER
 from tasks.__main__ import DEFAULTS, NAMES, make_split, parse, write_task
+from tasks.few_shot import FOLDS
 from tasks.published import (
     HIDDEN,
     SOURCES,
@@ -27,7 +29,7 @@ from tasks.published import (
 from tasks.sums import write_chain
 from tasks.tiny import sample_tiny
 from text.answers import extract, is_right
-from text.arithmetic import side_of
+from text.arithmetic import SYMBOLS, side_of
 from text.tokenizer import load_tokenizer
 
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -231,6 +233,58 @@ def test_sums(tmp_path):
     assert all(asked(p).count("+") == 14 for p in default)
 
 
+def shown_pairs(problem) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
+    """(the shots', the question's) operand pair, read from the text itself, whatever its order."""
+    *shots, question = problem.prompt.splitlines()
+    pair = lambda line: tuple(sorted(re.findall(r"[0-9]+", line)[:2]))
+    return [pair(line) for line in shots], pair(question)
+
+
+@pytest.mark.parametrize("digits, results", [(1, range(10)), (2, range(10, 100))])
+def test_few_shot(digits, results, tmp_path):
+    """Each problem is tested once over the folds; no test pair is trained on, or shown solved."""
+    tested = []
+    for fold in range(FOLDS):
+        splits = write_task("few_shot", tmp_path / str(fold), digits=digits, fold=fold, test=10**6)
+        tested += [(p.operation, p.prompt.splitlines()[-1]) for p in splits["test"]]
+        pairs = {split: {shown_pairs(p)[1] for p in rows} for split, rows in splits.items()}
+        assert not pairs["test"] & pairs["train"] and not pairs["test"] & pairs["valid"]
+        assert not pairs["valid"] & pairs["train"]
+        everything = [p for rows in splits.values() for p in rows]
+        assert len({p.prompt for p in everything}) == len(everything)
+        for p in everything:
+            *shots, question = p.prompt.splitlines()
+            assert len(shots) == 3 and set(shown_pairs(p)[0]) <= pairs["train"]
+            for line in [*shots, question + p.answer]:
+                left, right = line.split(" = ")
+                assert eval(left) == int(right) and int(right) in results
+            assert SYMBOLS[p.operation] in question
+        assert {p.wording for p in everything} == {"one_digit" if digits == 1 else "two_digit"}
+    assert len(tested) == len(set(tested)) == (152 if digits == 1 else 8998)
+
+
+def test_the_seed_moves_training_and_shots_and_never_the_test(tmp_path):
+    questions = lambda rows: [p.prompt.splitlines()[-1] for p in rows]
+    a, b = (write_task("few_shot", tmp_path / str(seed), digits=2, samples=30, seed=seed)
+            for seed in (0, 1))
+    assert questions(a["test"]) == questions(b["test"])
+    assert questions(a["train"]) != questions(b["train"])
+    assert a["test"][0].prompt != b["test"][0].prompt       # other shots
+
+
+def test_worked_sums(tmp_path):
+    """Behind worked examples the hidden prompt still shows them, and no held-out sum is one."""
+    splits = write_task("sums", tmp_path, terms=3, largest=9, samples=50, shots=2)
+    terms = lambda line: tuple(sorted(map(int, re.findall("[0-9]+", line))))
+    for p in splits["test"] + splits["train"]:
+        assert p.hidden.count("\nAnswer: ") == 2 and p.hidden.count(HIDDEN) == 1
+        *shots, own = re.findall(r"Question: (.*)", p.prompt)
+        assert sum(terms(own)) == int(p.answer) and own not in p.hidden
+        assert all(side_of(terms(shot)) == "train" for shot in shots)
+    assert len(set(splits["test"])) == len(splits["test"])
+    assert write_chain((5, 9, 8), "steps") == " 5 + 9 = 14. 14 + 8 = 22."
+
+
 def test_chain_styles():
     terms = (12, 7, 30)
     assert write_chain(terms, "running") == " 12 + 7 = 19 + 30 = 49"
@@ -313,6 +367,9 @@ def test_other_bytes_are_never_written_over(tmp_path):
     (("arc", "out", "--from", FIXTURES / "wiki" / "none"), ("none",)),
     (("sums", "out", "--context", 5), ("--context", "--terms, --largest")),
     (("sums", "out", "--samples", 0), ("--samples 0", "at least 1")),
+    (("few_shot", "out", "--digits", 3), ("--digits 3", "expected 1 or 2")),
+    (("few_shot", "out", "--fold", 4), ("--fold 4", "expected 0 to 3")),
+    (("few_shot", "out", "--shots", 500), ("--shots 500", "give fewer shots")),
 ])
 def test_bad_input(words, expected, tmp_path):
     assert_one_clear_line(run("-m", "tasks", *words), *expected)

@@ -1,0 +1,125 @@
+"""SmolLM2-135M's part of docs/real_models.md: every method on a real Llama, each problem once.
+
+    python -m study.real        # needs models/smollm2 (make smollm2); two hours on two cores
+
+One-digit results: about 150 problems exist, so there are four folds (tasks/few_shot.py), each with
+its own training pairs, worked examples and seed. Over the folds every problem is tested once, by a
+run that never saw its pair. Two-digit results and chains: one split, several seeds. Finished runs
+are not repeated, so an interrupted command continues.
+"""
+import statistics
+from pathlib import Path
+
+from config import run_main
+from files.disk import write_text
+from report.stats import interval_text, mcnemar, paired_bootstrap, wilson
+from study.document import fill, seeds_text, table
+from study.results import chains_table, finished_run, gain_lines, machine_text
+from tasks.__main__ import write_task
+from tasks.few_shot import FOLDS
+
+DOCUMENT = Path("docs/real_models.md")
+HEADING = "\n## SmolLM2-135M"       # what stands below it is this file's
+FAR = ["class_weight=0.7", "steps=500", "batch_size=4"]
+ONE_DIGIT = {   # name: (label, config, overrides)
+    "sft": ("SFT", "sft", []),
+    "dual_reward": ("dual-reward, w 0.2", "dual_reward", []),
+    "dual_reward_w07": ("dual-reward, w 0.7, 500 steps of 4 rows", "dual_reward", FAR),
+    "grpo": ("GRPO, 40 steps of 8 prompts by 8", "grpo", []),
+}
+LONGER = ["steps=400"]
+TWO_DIGITS = {
+    "sft": ("SFT", "sft", LONGER), "dual_reward": ("dual-reward, w 0.2", "dual_reward", LONGER),
+}
+SEEDS = (0, 1, 2)
+CHAIN_SEEDS = (0, 1)
+Reports = dict[str, list[dict]]     # arm -> report.json of each fold or seed
+
+
+def runs_of(task: str, arms: dict, folds: dict[int, Path]) -> Reports:
+    """Train every arm on every fold's or seed's data."""
+    return {name: [finished_run(f"{task}_{name}", seed, f"smollm2_{config}",
+                                [*overrides, f"data={data}", "eval_every_steps=0"])
+                   for seed, data in folds.items()]
+            for name, (_, config, overrides) in arms.items()}
+
+
+def rights(reports: list[dict]) -> dict[str, float]:
+    """{problem: share of the runs that solve it}: the unit is the problem, not the run."""
+    solved = {}
+    for report in reports:
+        for row in report["prompts"]:
+            question = row["prompt"].splitlines()[-1]       # the shots differ from fold to fold
+            solved.setdefault((row["operation"], question), []).append(row["correct"])
+    return {problem: statistics.mean(each) for problem, each in sorted(solved.items())}
+
+
+def share(values: list[float]) -> str:
+    """The mean with a Wilson interval as of so many problems tested once."""
+    n = len(values)
+    return interval_text(wilson(round(n * statistics.mean(values)), n), 100, 1)
+
+
+def word_top1(reports: list[dict]) -> str:
+    """The operation's word at the trained block: over folds all problems, over seeds the mean."""
+    values = [report["class"]["top1"]["value"] for report in reports]
+    n = len(rights(reports))
+    weights = [report["class"]["top1"]["n"] for report in reports]
+    mean = sum(v * w for v, w in zip(values, weights)) / sum(weights)
+    return interval_text(wilson(round(n * mean), n), 100, 1)
+
+
+def minutes(reports: list[dict]) -> str:
+    return f"{statistics.mean(report['seconds'] for report in reports) / 60:.1f}"
+
+
+def arms_table(reports: Reports, labels: dict) -> str:
+    """One row an arm, the base first; differences are paired over the same problems."""
+    first = next(iter(reports.values()))
+    base = [report["base"] for report in first]
+    solved = lambda runs: list(rights(runs).values())
+    rows = [["base", share(solved(base)), seeds_text([r["accuracy"]["value"] for r in base]),
+             "", "", word_top1(base), "", ""]]
+    for name, of_arm in reports.items():
+        own = solved(of_arm)
+        gap = lambda other, own=own: interval_text(
+            paired_bootstrap(solved(other), own), 100, 1, "+")
+        rows.append([labels[name][0], share(own),
+                     seeds_text([r["accuracy"]["value"] for r in of_arm]), gap(base),
+                     "" if name == "sft" else gap(reports["sft"]), word_top1(of_arm),
+                     minutes(of_arm), f"{max(r['peak_gib'] for r in of_arm):.2f}"])
+    return table(["", "right, %", "each", "over the base, points", "over SFT, points",
+                  "word top-1 at L16, %", "minutes", "GiB"], rows)
+
+
+def against_sft(reports: Reports) -> str:
+    """McNemar: each problem is tested once, so an arm solves it or does not."""
+    dual, sft = (list(map(bool, rights(reports[name]).values())) for name in ("dual_reward", "sft"))
+    test = mcnemar(dual, sft)
+    return (f"{test['only_first']} problems only dual-reward (w 0.2) solves, {test['only_second']} "
+            f"only SFT; McNemar exact p = {test['p']:.2g}")
+
+
+def main(argv: list[str]) -> None:
+    folds = {fold: Path(f"runs/real_data/one_digit_{fold}") for fold in range(FOLDS)}
+    for fold, data in folds.items():
+        write_task("few_shot", data, fold=fold)
+    two, sums = Path("runs/real_data/two_digits"), Path("runs/sums_of_three")
+    write_task("few_shot", two, digits=2)
+    write_task("sums", sums, terms=3, largest=9, shots=3)
+    one = runs_of("one_digit", ONE_DIGIT, folds)
+    chains = {"markovian": [finished_run("real_markovian", seed, "smollm2_markovian", [])
+                            for seed in CHAIN_SEEDS]}
+    two_digits = runs_of("two_digits", TWO_DIGITS, dict.fromkeys(SEEDS, two))
+    text = fill("smollm2", machine=machine_text(one["sft"][0]), n=len(rights(one["sft"])),
+                one_digit=arms_table(one, ONE_DIGIT), paired=against_sft(one),
+                two_digits=arms_table(two_digits, TWO_DIGITS),
+                n_two=len(rights(two_digits["sft"][:1])), seeds=", ".join(map(str, SEEDS)),
+                chains=chains_table(chains), gains=gain_lines(chains["markovian"]))
+    above = DOCUMENT.read_text().partition(HEADING)[0]
+    write_text(DOCUMENT, above.rstrip("\n") + "\n" + text)
+    print(text)
+
+
+if __name__ == "__main__":
+    run_main(main)
