@@ -245,7 +245,8 @@ def test_few_shot(digits, results, tmp_path):
     """Each problem is tested once over the folds; no test pair is trained on, or shown solved."""
     tested = []
     for fold in range(FOLDS):
-        splits = write_task("few_shot", tmp_path / str(fold), digits=digits, fold=fold, test=10**6)
+        splits = write_task("few_shot", tmp_path / str(fold), digits=digits, fold=fold,
+                            samples=10**6, test=10**6)
         tested += [(p.operation, p.prompt.splitlines()[-1]) for p in splits["test"]]
         pairs = {split: {shown_pairs(p)[1] for p in rows} for split, rows in splits.items()}
         assert not pairs["test"] & pairs["train"] and not pairs["test"] & pairs["valid"]
