@@ -40,7 +40,8 @@ from report.summary import (
     summarize_lens,
 )
 from report.terminal import report_text
-from text.arithmetic import NAMED_PROMPTS, Problem, evenly, grade, named_problems
+from text.arithmetic import NAMED_PROMPTS, Problem, evenly, grade_reply, named_problems
+from text.chat import STOPS
 from text.rows import encode_prompt_of
 from text.targets import answer_lengths, name_targets, series_ids
 from text.tokenizer import Tokenizer
@@ -74,19 +75,16 @@ def measure_accuracy(model: Llama, tokenizer: Tokenizer, problems: list[Problem]
     """Complete and grade problems: [{prompt, expected, generated, correct, operation, wording}].
 
     For a conversation, complete its last reply, given the earlier turns. Stop at EOS; where all
-    replies are single-line and the template is not chat, also at a line break.
+    replies are single-line and the template is not chat, also at a line break. In a template a
+    question to reason about is answered with a whole solution, of which the final answer counts.
     """
     prompts = [encode_prompt_of(p, tokenizer, template) for p in problems]
     many_lines = template != "none" and (
-        template == "chat" or any("\n" in p.answer for p in problems))
-    stops = ()
-    if many_lines:
-        from text.chat import STOPS  # conversations alone need it
-        stops = STOPS[template]
+        template == "chat" or any(p.hidden or "\n" in p.answer for p in problems))
     done = sample(model, tokenizer, prompts, max_completion_tokens, many_lines=many_lines,
-                  stops=stops)
+                  stops=STOPS[template] if many_lines else ())
     return [{"prompt": p.prompt, "expected": p.answer, "generated": c.text.strip(),
-             "correct": grade(p.answer, c.text, c.finished),
+             **grade_reply(p, c.text, c.finished),
              "operation": p.operation, "wording": p.wording} for p, c in zip(problems, done)]
 
 
@@ -131,8 +129,9 @@ def evaluate(model: Llama, tokenizer: Tokenizer, cfg: Config) -> dict:
     test = load_split(cfg, "test")
     if cfg.method == "markovian":
         return evaluate_on_chains(model, tokenizer, test, cfg)
-    if any(p.hidden for p in test):
-        raise BadInput(f"data {cfg.data} holds questions to reason about; give method=markovian")
+    if cfg.template == "none" and any(p.hidden for p in test):
+        raise BadInput(f"data {cfg.data} holds questions to reason about; give method=markovian, "
+                       "or for an instruct model template=chat max_completion_tokens=256")
     named = {name: named_problems(name) for name in NAMED_PROMPTS
              if cfg.data == "arithmetic"}
     problems = test + [p for group in named.values() for p in group]
