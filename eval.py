@@ -38,7 +38,7 @@ from report.stats import (
     summarize_lens,
 )
 from report.terminal import report_text
-from text.arithmetic import NAMED_PROMPTS, Problem, evenly, grade, named_problems
+from text.arithmetic import NAMED_PROMPTS, Problem, evenly, grade_reply, named_problems
 from text.rows import answer_lengths, encode_prompt_of, name_targets, series_ids
 from text.tokenizer import Tokenizer
 
@@ -71,11 +71,12 @@ def measure_accuracy(model: Llama, tokenizer: Tokenizer, problems: list[Problem]
     """Complete and grade problems: [{prompt, expected, generated, correct, operation, wording}].
 
     For a conversation, complete its last reply, given the earlier turns. Stop at EOS; where all
-    replies are single-line and the template is not chat, also at a line break.
+    replies are single-line and the template is not chat, also at a line break. In a template a
+    question to reason about is answered with a whole solution, of which the final answer counts.
     """
     prompts = [encode_prompt_of(p, tokenizer, template) for p in problems]
     many_lines = template != "none" and (
-        template == "chat" or any("\n" in p.answer for p in problems))
+        template == "chat" or any(p.hidden or "\n" in p.answer for p in problems))
     stops = ()
     if many_lines:
         from text.chat import STOPS  # conversations alone need it
@@ -83,7 +84,7 @@ def measure_accuracy(model: Llama, tokenizer: Tokenizer, problems: list[Problem]
     done = sample(model, tokenizer, prompts, max_completion_tokens, many_lines=many_lines,
                   stops=stops)
     return [{"prompt": p.prompt, "expected": p.answer, "generated": c.text.strip(),
-             "correct": grade(p.answer, c.text, c.finished),
+             **grade_reply(p, c.text, c.finished),
              "operation": p.operation, "wording": p.wording} for p, c in zip(problems, done)]
 
 
@@ -128,8 +129,9 @@ def evaluate(model: Llama, tokenizer: Tokenizer, cfg: Config) -> dict:
     test = load_split(cfg, "test")
     if cfg.method == "markovian":
         return evaluate_on_chains(model, tokenizer, test, cfg)
-    if any(p.hidden for p in test):
-        raise BadInput(f"data {cfg.data} holds questions to reason about; give method=markovian")
+    if cfg.template == "none" and any(p.hidden for p in test):
+        raise BadInput(f"data {cfg.data} holds questions to reason about; give method=markovian, "
+                       "or for an instruct model template=chat max_completion_tokens=256")
     named = {name: named_problems(name) for name in NAMED_PROMPTS
              if cfg.data == "arithmetic"}
     problems = test + [p for group in named.values() for p in group]

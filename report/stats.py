@@ -309,8 +309,10 @@ def summarize_accuracy(rows: list[dict]) -> dict:
     cells = {}
     for row in test:
         cells.setdefault(f"{row['operation']} {row['wording']}".strip(), []).append(row["correct"])
+    invalid = [row["invalid"] for row in test if "invalid" in row]     # of whole solutions
     return {
         "accuracy": share(lambda row: row["set"] == "test"),
+        **({"invalid": wilson(sum(invalid), len(invalid))} if invalid else {}),
         "accuracy_by": {cell: wilson(sum(correct), len(correct))
                         for cell, correct in sorted(cells.items())},
         "accuracy_add_subtract": share(

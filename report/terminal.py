@@ -130,6 +130,7 @@ def accuracy_lines(report: dict) -> list[str]:
     head, reports = columns_of(report)
     keys = {"accuracy, all test problems": ("accuracy",),
             "accuracy, add and subtract": ("accuracy_add_subtract",)}
+    keys |= {"no answer to read (invalid)": ("invalid",)} if "invalid" in report else {}
     keys |= {f"  {cell}": ("accuracy_by", cell) for cell in report["accuracy_by"]}
     keys |= {f"  the prior work's {name} prompts": ("accuracy_named", name)
              for name in report["accuracy_named"]}

@@ -18,7 +18,7 @@ from config import BadInput, Config, Parser, run_main
 from files.disk import json_lines, write_text
 from files.model_folder import find_folder
 from tasks.few_shot import sample_few_shot
-from tasks.published import SOURCES, SPLITS, cut_articles, load_questions
+from tasks.published import SOURCES, SPLITS, carve, cut_articles, load_questions
 from tasks.sums import held_out_tiny_cot, sample_sums, sample_tiny_cot
 from tasks.tiny import sample_tiny, write_tiny_tokenizer
 from text.arithmetic import Problem, held_out
@@ -31,8 +31,9 @@ GENERATED = {
     "tiny_cot": "the text of models/tiny_cot: sums and chains of thought",
 }
 NAMES = (*SOURCES, *GENERATED)
-DEFAULTS = {    # the options that a data set has, and their values; None in train: all rows
-    **{name: {"from": "", "skip_bad": False, "samples": None, "seed": 0} for name in SOURCES},
+DEFAULTS = {    # the options that a data set has, and their values; None: all rows
+    **{name: {"from": "", "skip_bad": False, "samples": None, "test": None, "seed": 0}
+       for name in SOURCES},
     "wiki": {"from": "", "skip_bad": False, "samples": 20000, "test": 1024, "context": 200,
              "target": 100, "model": "meta-llama/Llama-3.1-8B-Instruct"},
     "sums": {"samples": 5000, "test": 600, "terms": 15, "largest": 99, "shots": 0, "seed": 0},
@@ -76,8 +77,8 @@ def make_split(name: str, split: str, options: dict) -> list[Problem]:
     if name == "wiki":
         tokenizer = load_tokenizer(find_folder(options["model"], weights=False))
         problems = cut_articles(problems, tokenizer, options["context"], options["target"], count)
-    elif train and count and len(problems) > count:
-        problems = random.Random(seed).sample(problems, count)
+    elif count and len(problems) > count:   # what is judged is the same for every seed
+        problems = random.Random(seed if train else 0).sample(problems, count)
     if not problems:
         raise BadInput(f"{name}: the {split} split is empty; give more rows")
     return problems
@@ -90,13 +91,14 @@ def row_of(problem: Problem) -> dict[str, str]:
     return row | {key: text for key, text in more.items() if text}
 
 
-def make_card(name: str, out: Path, command: str, splits: dict[str, list[Problem]]) -> str:
+def make_card(name: str, out: Path, command: str, own: str, splits: dict[str, list]) -> str:
     """README.md: where the rows come from, how many there are, what trains on them."""
     if name in SOURCES:
         source = SOURCES[name]
-        about = (f"[{source.repo}](https://huggingface.co/datasets/{source.repo}), "
-                 f"`{source.files}` at revision `{source.revision}`, every row checked; no "
-                 "question stands in two splits.")
+        files = f"out of {own}" if own else f"`{source.files}` at revision `{source.revision}`"
+        told = f"; {carved}" if (carved := carve(name, own)[2]) else ""
+        about = (f"[{source.repo}](https://huggingface.co/datasets/{source.repo}), {files}, every "
+                 f"row checked; no question stands in two splits{told}.")
     else:
         about = f"Generated: {GENERATED[name]}. No pair or sum stands in two splits."
     lines = [f"# {name}", "", f"Written by `{command}`. {about}", "",
@@ -118,7 +120,8 @@ def write_task(name: str, out: Path, command: str = "", **given) -> dict[str, li
     splits = {split: make_split(name, split, options) for split in SPLITS}
     files = {f"{split}.jsonl": json_lines(map(row_of, problems))
              for split, problems in splits.items()}
-    files["README.md"] = make_card(name, out, command or f"python -m tasks {name} {out}", splits)
+    command = command or f"python -m tasks {name} {out}"
+    files["README.md"] = make_card(name, out, command, options.get("from", ""), splits)
     for file, text in files.items():
         path = out / file
         if path.exists() and path.read_bytes() != text.encode():

@@ -13,10 +13,14 @@ asked SVAMP without its question, split MathQA's options at the commas inside nu
 numbered options, and trained and evaluated MMLU on one split. Here a row is checked when it is
 read, and a question that stands in two splits is kept in the one that is judged.
 
-Files: parquet, JSON lines or JSON, from the Hub by name, or out of a folder.
+Files: parquet, JSON lines or JSON, from the Hub by name, or out of a folder, which may also be a
+data set's own repository; a split that has no file there is carved out of another.
 """
 import ast
+import csv
+import fnmatch
 import functools
+import io
 import json
 import re
 import sys
@@ -69,7 +73,7 @@ def read_gsm8k(row: dict) -> tuple[str, str, list[str]]:
 
 
 def read_mmlu(row: dict) -> tuple[str, str, list[str]]:
-    """{"question", "subject", "choices": [4 texts], "answer": 0..3}"""
+    """{"question", "subject", "choices": [4 texts], "answer": 0..3, in its repository a letter}"""
     return row["question"], letter(row["answer"], row["choices"], (4,)), row["choices"]
 
 
@@ -181,17 +185,20 @@ SOURCES = {
         "Compress what matters in the text into a few words, from which its continuation can be "
         "told.", read_wiki),
 }
-OTHER_NAMES = {"valid": ("validation", "valid", "dev")}     # of a split, in people's own folders
-SHARES = {"valid": range(5), "test": range(5, 20)}          # buckets of what is carved from train
+NAMES = {   # of a split's files in people's folders and the data sets' own repositories, best first
+    "train": ("train", "SVAMP"),                        # SVAMP.json is the whole of it
+    "valid": ("validation", "valid", "dev", "*_val"),   # MMLU's *_dev.csv: few-shot examples
+    "test": ("test", "*_test"),
+}
 
 
-def find_files(data: str, own: str, split: str) -> list[Path]:
-    """The data files of one split, out of the folder `own` or, where that is "", from the Hub.
+@functools.cache
+def find_files(data: str, own: str) -> dict[str, list[Path]]:
+    """The files of each split, perhaps none, out of the folder `own`; where that is "", the Hub's.
 
     raises   BadInput, which says what to download
     """
     source = SOURCES[data]
-    name = source.names[SPLITS.index(split)]
     fetch = (f"where there is a network run `.venv/bin/hf download {source.repo} --repo-type "
              f"dataset --revision {source.revision} --include '{source.files}' --local-dir "
              f"data/{data}_files`, then give --from data/{data}_files")
@@ -211,26 +218,49 @@ def find_files(data: str, own: str, split: str) -> list[Path]:
     # "train-00000-of-00001.parquet", "train/0000.parquet", "train.jsonl"
     names_of = lambda path: {re.split(r"[-.]", part)[0] for part in path.relative_to(folder).parts}
     found = [path for path in sorted(folder.rglob("*"))
-             if path.suffix in (".parquet", ".jsonl", ".json")]
-    for wanted in (name, *OTHER_NAMES.get(split, (split,))):    # MMLU has both validation and dev
-        if files := [path for path in found if wanted in names_of(path)]:
-            break
-    if not files:
-        raise BadInput(f"{data}: no {name or split}*.parquet, .jsonl or .json in {folder}; "
+             if path.suffix in (".parquet", ".jsonl", ".json", ".csv")]
+    files = {split: [] for split in SPLITS}
+    for split, name in zip(SPLITS, source.names):
+        for wanted in (name, *NAMES[split]) if name or own else ():
+            files[split] = files[split] or [
+                path for path in found if fnmatch.filter(names_of(path), wanted or split)]
+    lacking = [name for split, name in zip(SPLITS, source.names) if name and not files[split]]
+    if lacking and not (own and (files["train"] or files["valid"])):    # never carved out of test
+        raise BadInput(f"{data}: no {lacking[0]}*.parquet, .jsonl, .json or .csv in {folder}; "
                        f"{fetch}")
     return files
 
 
+@functools.cache    # says it once
+def carve(data: str, own: str) -> tuple[str, dict[str, range], str]:
+    """Which split's files serve those without, their buckets of its 100, and this as a sentence."""
+    files, sizes = find_files(data, own), SOURCES[data].sizes
+    whole = "train" if files["train"] else "valid"
+    end = 5 + max(15, 100 * sizes[2] // (sum(sizes) or 1))  # test: 15 %, or as published
+    shares = {"valid": range(5), "test": range(5, end), "train": range(end, 100)}
+    shares = {split: share for split, share in shares.items() if not files[split]}
+    if not shares:
+        return whole, shares, ""
+    told = "".join(f"{len(share)} % are {split}, " for split, share in shares.items())
+    told = (f"of the questions of {', '.join(path.name for path in files[whole])} {told}the rest "
+            f"{whole}, by a hash of the question")
+    print(f"note: {data}: {told}", file=sys.stderr)
+    return whole, shares, told
+
+
 def read_rows(path: Path) -> list[dict]:
-    """All rows of a parquet, JSON-lines or JSON file; raises BadInput where it is damaged."""
+    """All rows of a parquet, JSON-lines, JSON or MMLU's CSV file; BadInput where it is damaged."""
     try:
         if path.suffix == ".parquet":
             return parquet.read_table(path).to_pylist()
         text = path.read_text(encoding="utf-8")
+        if path.suffix == ".csv":   # question, choices, letter; no header
+            return [{"question": row[0], "choices": row[1:-1], "answer": row[-1]}
+                    for row in csv.reader(io.StringIO(text), strict=True) if row]
         if text.lstrip().startswith("["):
             return json.loads(text)
         return [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, csv.Error, pyarrow.ArrowException) as error:
         raise BadInput(f"could not read {path} ({one_line(error)[:120]}); "
                        "fetch it again") from None
 
@@ -239,7 +269,7 @@ def read_rows(path: Path) -> list[dict]:
 def read_questions(data: str, own: str, skip_bad: bool, split: str) -> list[Problem]:
     """Every row of one split's files, checked; BadInput with the first five bad rows."""
     source, problems, bad, total = SOURCES[data], [], [], 0
-    for path in find_files(data, own, split):
+    for path in find_files(data, own)[split]:
         for number, row in enumerate(read_rows(path), 1):
             total += 1
             try:
@@ -263,7 +293,7 @@ def read_questions(data: str, own: str, skip_bad: bool, split: str) -> list[Prob
     if bad:
         print(f"note: {data} {split}: {len(bad)} bad rows left out", file=sys.stderr)
     expected = source.sizes[SPLITS.index(split)]
-    if expected and total != expected:
+    if expected and total not in (expected, sum(source.sizes)):     # SVAMP.json: its sum
         text = f"{data} {split} has {total} rows, the published one {expected}"
         if not own:
             raise BadInput(f"{text}; the download is incomplete or the data set has changed: fetch "
@@ -275,18 +305,18 @@ def read_questions(data: str, own: str, skip_bad: bool, split: str) -> list[Prob
 def load_questions(data: str, split: str, own: str = "", skip_bad: bool = False) -> list[Problem]:
     """One split of a published data set, no question of which stands in a split judged later.
 
-    Where a data set has no valid or test split, 5 and 15 % of train are taken, by a hash of the
-    question, so that they are the same for every seed.
+    A split without files is carved out of another's by a hash of the question, so that it is the
+    same for every seed.
     """
-    own_file = dict(zip(SPLITS, SOURCES[data].names))       # "": carved out of train
-    side = lambda same: next((name for name, share in SHARES.items() if not own_file[name]
-                              and stable_hash(same) % 100 in share), "train")
-    file = split if own_file[split] else "train"
+    files, (whole, shares, _) = find_files(data, own), carve(data, own)
+    side = lambda same: next((name for name, share in shares.items()
+                              if stable_hash(same) % 100 in share), whole)
+    file = split if files[split] else whole
     problems = [(identity(p), p) for p in read_questions(data, own, skip_bad, file)]
-    if file == "train":
+    if file == whole:
         problems = [(same, p) for same, p in problems if side(same) == split]
-    judged = {identity(p) for name in SPLITS[SPLITS.index(split) + 1:] if own_file[name]
-              for p in read_questions(data, own, skip_bad, name)}
+    judged = {identity(p) for name in SPLITS[SPLITS.index(split) + 1:] if files[name] and
+              name != file for p in read_questions(data, own, skip_bad, name)}
     kept = [p for same, p in problems if same not in judged]
     if len(kept) < len(problems):
         print(f"note: {data} {split}: {len(problems) - len(kept)} questions that also stand in "

@@ -37,6 +37,9 @@ GOLDEN = ROOT / "tests" / "golden"
 FAMILIES = ("tinyllama", "llama3_2", "llama3_1", "qwen2_5")
 TINY = ROOT / "models" / "tiny"
 TINY_COT = ROOT / "models" / "tiny_cot"
+# published data as their repositories hold them: 20 rows of each file, and where they lie, all
+PUBLISHED = {"sample": ROOT / "tests" / "fixtures" / "published",
+             "whole": Path(os.environ.get("PUBLISHED_DATA", ROOT.parent / "shared" / "data"))}
 
 
 def run(*argv, cwd=ROOT, check=None, **env):
@@ -81,6 +84,15 @@ def order_as_before(monkeypatch):
     """A large model takes the operations' order from its process; not from the next test."""
     if engine.blas.ORDER in os.environ:
         monkeypatch.setenv(engine.blas.ORDER, os.environ[engine.blas.ORDER])
+
+
+CHAT = ("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token + '\\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}")
+
+
+@pytest.fixture(params=[name for name, folder in PUBLISHED.items() if folder.is_dir()])
+def published(request):
+    return PUBLISHED[request.param]
 
 
 @pytest.fixture(scope="session")

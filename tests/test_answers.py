@@ -1,9 +1,11 @@
-"""Hostile completions; and the prior methods, with the mistakes that made their numbers."""
+"""Hostile completions; whole solutions, and those that GSM8K's authors graded; prior methods."""
 from fractions import Fraction
 
 import pytest
+from conftest import PUBLISHED
 
-from text.answers import extract, is_right, parse_number
+from tasks.published import read_rows
+from text.answers import extract, final_answer, is_right, parse_number
 
 NUMBERS = [  # completion -> the number in it; None: no answer to read
     (" 18", 18), ("18.", 18), ("18...", 18), (" $18", 18), ("**18**", 18), ("(18)", 18),
@@ -71,6 +73,69 @@ def test_right_is_by_value():
     assert not is_right(extract("42.5"), "42") and not is_right(None, "42")
     assert is_right(extract("-5"), "-5") and not is_right(extract("5"), "-5")
     assert parse_number("145.0") == 145
+
+
+SOLUTIONS = [   # whole solutions -> the number behind the last header
+    ("9 * 2 = 18\nA: 18", 18), ("A: 18", 18), ("so <<9*2=18>>18.\n#### 1,080", 1080),
+    ("The answer is 18.", 18), ("Hence THE ANSWER IS: $18", 18), ("The answer is\n\n18", 18),
+    ("so the final answer is 3/4.", Fraction(3, 4)), ("Answer: 18", 18), ("answer: 18 eggs", 18),
+    ("**Answer:** 18", 18), ("**Answer**: 18", 18), ("**A:** 18", 18), ("  A: -5", -5),
+    ("Final Answer: $\\boxed{1,080}$", 1080), ("so \\boxed{18} eggs in 2 days", 18),
+    ("The answer is $\\boxed{\\frac{1}{2}}$ of 3.", Fraction(1, 2)), ("\\boxed{x = 18}.", 18),
+    # the last header counts, whatever it says
+    ("A: 5\nNo, that is wrong.\nA: 18", 18), ("The answer is 5.\nAnswer: 18\nDone in 3", 18),
+    ("\\boxed{5} or rather \\boxed{6}", 6), ("#### 5\nI hope the answer is right.", None),
+    # as strict behind it as `anchored`: two numbers, words, a cut, nothing
+    ("A: 18 or 19", None), ("The answer is eighteen.", None), ("9 eggs.\nA:", None),
+    ("the answer is \\boxed{18, 19}", None), ("#### It is so\n18", None),
+    # no header: not in the middle of a line, a word or a name; in no other case
+    ("", None), ("18", None), ("So 9 * 2 = 18.", None), ("Plan A: 18", None), ("USA: 18", None),
+    ("a: 18", None), ("### 18", None), ("boxed{18}", None), ("\\boxed 18", None),
+    ("The answer isn't 18", None), ("An answer is 18", None), ("Manswer: 18", None),
+]
+
+
+@pytest.mark.parametrize("text, number", SOLUTIONS)
+def test_the_final_answer_of_a_solution(text, number):
+    assert final_answer(text) == number
+
+
+def test_the_final_letter_and_a_cut_solution():
+    for text, letter in (("12 + 9 = 21\nThe answer is B.", "B"), ("\\boxed{\\text{C}}", "C"),
+                         ("Answer: (D) 12", "D"), ("A: B", "B"), ("B", None),
+                         ("A: 12\nB: 15\nI take B", None), ("The answer is B or C", None)):
+        assert final_answer(text, "ABCD") == letter, text
+    for text in ("A: 18", "A:\n18", "The answer is", "so \\boxed{1", "#### 1,0"):
+        assert final_answer(text, finished=False) is None, text
+    for text in ("A: 18 eggs", "so \\boxed{18}", "A: 18\nnow"):
+        assert final_answer(text, finished=False) == 18, text
+
+
+def test_solutions_that_were_graded_by_others(published):
+    """GSM8K's four models: with the whole solution, and behind its "A:", graded as its authors did.
+
+    Those without a header are wrong for them too: there were no numbers to compare.
+    """
+    agree, right = {"whole": 0, "behind": 0}, 0
+    for row in read_rows(published / "gsm8k" / "example_model_solutions.jsonl"):
+        gold = row["ground_truth"].rpartition("A:")[2].strip()
+        for told in (value for value in row.values() if isinstance(value, dict)):
+            text = told["solution"]
+            right += told["is_correct"]
+            answers = {"whole": final_answer(text), "behind": extract(text.rpartition("A:")[2])}
+            for name, answer in answers.items():
+                agree[name] += is_right(answer, gold) == told["is_correct"]
+    count, known = (5276, 2001) if published == PUBLISHED["whole"] else (80, right)
+    assert agree == {"whole": count, "behind": count} and right == known > count / 5
+
+
+def test_every_gold_of_gsm8k_is_read(published):
+    texts = [row["answer"] for split in ("train", "test")
+             for row in read_rows(published / "gsm8k" / f"{split}.jsonl")]
+    assert len(texts) == (8792 if published == PUBLISHED["whole"] else 40)
+    for text in texts:
+        gold = text.rpartition("####")[2].strip().replace(",", "")
+        assert final_answer(text) == int(gold)
 
 
 @pytest.mark.parametrize("method, text, expected", [

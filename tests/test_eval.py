@@ -4,14 +4,27 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import TINY, assert_one_clear_line, config, random_model, run, small_config
+from conftest import (
+    CHAT,
+    PUBLISHED,
+    TINY,
+    assert_one_clear_line,
+    config,
+    random_model,
+    run,
+    small_config,
+    write_model,
+)
 
 from eval import class_block, evaluate, make_report, measure_accuracy
 from files.keys import BadInput
+from generate import Completion
 from lens import Reading
-from report.stats import summarize_classifier, wilson
+from report.stats import summarize_accuracy, summarize_classifier, wilson
 from report.terminal import report_text
+from tasks.__main__ import write_task
 from text.arithmetic import Problem, held_out, make_problem, named_problems
+from text.chat import STOPS
 from text.rows import class_ids, target_ids
 from text.tokenizer import load_tokenizer
 
@@ -151,6 +164,54 @@ def test_graded_rows_are_what_the_model_says(model, tokenizer):
     for problem, row in zip(problems, measure_accuracy(model, tokenizer, problems, 3)):
         assert row["expected"] == problem.answer
         assert row["correct"] == (row["generated"] == problem.answer)
+
+
+SAID = {    # what a chat model may reply to a question whose answer is 18 -> right, invalid
+    "9 * 2 = 18\n\nThe answer is 18.": (True, False), "A: 17\nNo.\nA: 18": (True, False),
+    "The answer is 19 of 18": (False, True), "So she has 18.": (False, True),
+    "The answer is 19.": (False, False), "18": (True, False), "19": (False, False)}
+
+
+@pytest.mark.parametrize("template", ["chat", "plain"])
+def test_whole_solutions_are_read_by_their_final_answer(template, model, monkeypatch):
+    """In a template a question to reason about gets many lines, and one word is an answer too."""
+    loaded, asked = load_tokenizer(TINY), {}
+    loaded.chat_template = CHAT
+    problems = [Problem(f"Question: {n}\nReasoning:", "18", "", "question", hidden="Reasoning:")
+                for n in range(len(SAID))]
+
+    def reply(model, tokenizer, prompts, limit, **given):
+        asked.update(given, first=tokenizer.decode(prompts[0]), limit=limit)
+        return [Completion([], text, True, np.zeros(0), np.zeros(0)) for text in SAID]
+
+    monkeypatch.setattr("eval.sample", reply)
+    rows = measure_accuracy(model, loaded, problems, 99, template)
+    assert [(row["correct"], row["invalid"]) for row in rows] == list(SAID.values())
+    assert asked["many_lines"] and asked["stops"] == STOPS[template] and asked["limit"] == 99
+    assert asked["first"].rstrip().casefold().endswith("assistant:")
+    summary = summarize_accuracy([row | {"set": "test"} for row in rows])
+    assert (summary["accuracy"], summary["invalid"]) == (wilson(3, 7), wilson(2, 7))
+    # a question of arithmetic is graded whole, as ever
+    problems = [Problem("9 * 2 = ", "18", "multiply", "file")] * len(SAID)
+    rows = measure_accuracy(model, loaded, problems, 99, template)
+    assert [row["correct"] for row in rows] == [text == "18" for text in SAID]
+    assert not any("invalid" in row for row in rows)
+
+
+def test_a_chat_model_on_published_questions(tmp_path):
+    """The command, from the repository's own file to the report; without a template it refuses."""
+    write_task("svamp", tmp_path / "data", **{"from": str(PUBLISHED["sample"] / "svamp")})
+    folder = write_model(tmp_path / "model",
+                         small_config() | {"max_position_embeddings": 512}, TINY)
+    words = ["--ckpt", folder, f"data={tmp_path / 'data'}"]
+    assert_one_clear_line(run("eval.py", *words), "method=markovian", "template=chat")
+    assert_one_clear_line(run("eval.py", *words, "template=chat"), "without a chat template")
+    (folder / "chat_template.jinja").write_text(CHAT)
+    done = run("eval.py", *words, "template=chat", "max_completion_tokens=12", "--json",
+               tmp_path / "r.json", check=0)
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["accuracy"]["n"] == report["invalid"]["n"] == 4
+    assert "no answer to read (invalid)" in done.stdout and "question" in report["accuracy_by"]
 
 
 def test_class_block(model):

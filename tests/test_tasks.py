@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pyarrow
 import pytest
-from conftest import ROOT, TINY_COT, assert_one_clear_line, config, run
+from conftest import PUBLISHED, ROOT, TINY_COT, assert_one_clear_line, config, run
 from pyarrow import parquet
 
 from data import load_split, read_problems
@@ -23,6 +23,7 @@ from tasks.published import (
     chain_prompt,
     cut_article,
     identity,
+    load_questions,
     make_question,
     read_rows,
 )
@@ -166,6 +167,84 @@ def test_parquet_in_the_hubs_layout_reads_the_same(name, tmp_path):
     keys = {"model": TINY_COT, "context": 30, "target": 10} if name == "wiki" else {}
     both = [load(name, "train", folder, **keys) for folder in (tmp_path, FIXTURES / name)]
     assert both[0] == both[1]
+
+
+@pytest.mark.parametrize("name, told, sizes", [
+    ("gsm8k", "train.jsonl 5 % are valid, the rest train", (7127, 346, 1319)),
+    ("svamp", "SVAMP.json 5 % are valid, 30 % are test, the rest train", (644, 58, 298)),
+    ("aqua", "dev.json 80 % are train, the rest valid", (218, 36, 254)),
+    ("mmlu", "high_school_statistics_val.csv 80 % are train, the rest valid", (90, 22, 1064)),
+])
+def test_a_data_sets_own_repository(name, told, sizes, published, tmp_path, capsys):
+    """Every question of its files in one split, once; how those without a file came about, said."""
+    splits = written(name, tmp_path, **{"from": str(published / name)})
+    if published == PUBLISHED["whole"]:
+        assert tuple(map(len, splits.values())) == sizes
+    problems = [p for of_split in splits.values() for p in of_split]
+    assert len({identity(p) for p in splits["train"] + splits["valid"]}) == len(
+        splits["train"] + splits["valid"])
+    asked_in = {s: {identity(p) for p in of_split} for s, of_split in splits.items()}
+    assert not asked_in["train"] & asked_in["test"] and not asked_in["valid"] & asked_in["test"]
+    files = [path for path in (published / name).iterdir() if path.name != "LICENSE"
+             and "_dev" not in path.name and "solutions" not in path.name]
+    rows = [row for path in files for row in read_rows(path)]
+    words = lambda text: "".join(re.findall(r"[a-z0-9]", text.casefold()))   # two printings are one
+    assert {words(asked(p).partition("\nA. ")[0]) for p in problems} == {
+        words(SOURCES[name].read(row)[0]) for row in rows}
+    for problem in problems:
+        assert is_right(extract(f" {problem.answer}", problem.letters), problem.answer)
+    assert f"{told}, by a hash of the question." in (tmp_path / "README.md").read_text()
+    assert "revision `main`" not in (tmp_path / "README.md").read_text()
+
+
+def test_carving_is_said_once(tmp_path):
+    done = run("-m", "tasks", "aqua", tmp_path, "--from", PUBLISHED["sample"] / "aqua", check=0)
+    assert done.stderr.count("dev.json 80 % are train, the rest valid, by a hash") == 1
+
+
+def test_mmlus_csv_by_hand(tmp_path):
+    """Commas and line breaks in quotes; *_dev.csv is left to few-shot prompts; blank lines."""
+    for split in ("dev", "val", "test"):
+        (tmp_path / f"algebra_{split}.csv").write_text(
+            f'"Of {split},\nsay ""x"":",1,"2, 3",4,5,B\n\nWhat is {split}?,6,7,8,9,D\n')
+    problem, last = load("mmlu", "test", tmp_path)
+    assert asked(problem) == 'Of test,\nsay "x":\nA. 1\nB. 2, 3\nC. 4\nD. 5'
+    assert (problem.answer, last.answer, problem.letters) == ("B", "D", "ABCD")
+    rest = [p for s in SPLITS[:2] for p in load_questions("mmlu", s, str(tmp_path))]
+    assert len(rest) == 2 and not any("dev" in asked(p) for p in rest)
+
+
+@pytest.mark.parametrize("text, words", [
+    ("question,A,B,C,D,answer\nq,1,2,3,4,A\n", "1 bad rows of 2: x_test.csv row 1: gold 'answer'"),
+    ("q,1,2,3,A\n", "x_test.csv row 1: 3 options, expected 4"), ("alone\n", "row 1: 0 options"),
+    ('"q,1,2,3,4,A\n', "could not read .*x_test.csv .*unexpected end"), ("", "split is empty"),
+])
+def test_bad_csv(text, words, tmp_path):
+    (tmp_path / "x_val.csv").write_text("q,1,2,3,4,A\nr,1,2,3,4,A\n")
+    (tmp_path / "x_test.csv").write_text(text)
+    with pytest.raises(BadInput, match=words):
+        load("mmlu", "test", tmp_path)
+
+
+def test_nothing_is_carved_out_of_test(tmp_path):
+    """A folder of test alone trains nobody; whoever has train alone is judged on a part of it."""
+    rows = (PUBLISHED["sample"] / "gsm8k" / "test.jsonl").read_text()
+    (tmp_path / "test.jsonl").write_text(rows)
+    done = run("-m", "tasks", "gsm8k", tmp_path / "out", "--from", tmp_path)
+    assert_one_clear_line(done, "no train*.parquet, .jsonl, .json or .csv in", tmp_path)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "test.jsonl").rename(tmp_path / "alone" / "train.jsonl")
+    parts = [load("gsm8k", split, tmp_path / "alone") for split in SPLITS]
+    assert sum(map(len, parts)) == 20 and len(parts[2]) in range(1, 8)
+
+
+def test_fewer_rows_to_judge():
+    """--test takes as many for every seed, all of the same split."""
+    folder = PUBLISHED["sample"] / "gsm8k"
+    some = load("gsm8k", "test", folder, test=5)
+    assert len(some) == 5 and set(some) <= set(load("gsm8k", "test", folder))
+    assert some == load("gsm8k", "test", folder, test=5, seed=1)
 
 
 def spoil(name, row, which):
@@ -411,4 +490,4 @@ def test_a_download_must_be_whole(tmp_path, monkeypatch):
 
 
 def test_fixture_files_are_all_used():
-    assert {p.name for p in Path(FIXTURES).iterdir()} == set(SOURCES)
+    assert {p.name for p in Path(FIXTURES).iterdir()} == {*SOURCES, "published"}

@@ -14,7 +14,8 @@ here exactly as they were, so that old numbers can be compared. Ours is the defa
     word_boundary  letter: the first isolated one of the upper-cased text ("a cat" -> A)
 
 (Completions end at a line break here, so of the prior protocols only the reading is theirs.)
-`extract` returns None where there is no answer: wrong, and counted apart as invalid.
+`extract` returns None where there is no answer: wrong, and counted apart as invalid. It reads what
+stands behind an answer's header; `final_answer` finds the header in a whole solution first.
 """
 import re
 from fractions import Fraction
@@ -28,6 +29,10 @@ NUMBER = re.compile(r"([-+]?)[$€£]?([-+]?)"
                     r"([0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,40})?(\.[0-9]{1,40})?"
                     r"(?:[eE]([-+]?[0-9]{1,2}))?(?:/([0-9]{1,9}))?(?:%|[A-Za-z°]*)")
 FRACTION = re.compile(r"\\d?frac\{([0-9]+)\}\{([0-9]+)\}")
+# in front of an answer, as data sets and chat models write it; "A:" only where it opens a line
+HEADER = re.compile(r"^[ \t*]*A:|####|\\boxed(?=\{)|(?i:\bthe (?:\w+ )?answer is\b|\banswer\**:)",
+                    re.MULTILINE)
+BOX = re.compile(r"\{((?:[^{}]|\{[^{}]*\})*)\}")
 # between digits a star is a product and an underscore no decoration either
 DECORATION = re.compile(r"\\(?:boxed|text|mathrm)|[\\`{}\[\]~]|(?<!\w)[*_]+|[*_]+(?!\w)")
 
@@ -142,6 +147,19 @@ def extract(text: str, letters: str = "", method: str = "anchored",
     if method == "anchored":
         return anchored_number(text, finished)
     return {"simple": simple_number, "anchor": anchor_number}[method](text)
+
+
+def final_answer(text: str, letters: str = "", finished: bool = True) -> str | Fraction | None:
+    """The answer of a whole solution: what `anchored` reads behind its last HEADER; None without.
+
+    example  "9 * 2 = 18\\nA: 18" -> 18;  "so \\\\boxed{18} eggs in 2 days" -> 18;  "18" -> None
+    """
+    headers = list(HEADER.finditer(text))
+    if not headers:
+        return None
+    behind = text[headers[-1].end():].lstrip()
+    box = BOX.match(behind)     # closed: not even an unfinished text goes on in it
+    return extract(box[1] if box else behind, letters, finished=finished or box is not None)
 
 
 def is_right(answer: str | Fraction | None, gold: str) -> bool:

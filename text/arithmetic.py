@@ -186,3 +186,16 @@ def grade(expected: str, completion: str, finished: bool) -> bool:
         return finished and completion.strip() == expected.strip()
     match = re.fullmatch(r"\s*(-?[0-9]{1,30})\s*", completion)
     return bool(finished and match and int(match[1]) == int(expected))
+
+
+def grade_reply(problem: Problem, reply: str, finished: bool) -> dict[str, bool]:
+    """{correct}; of a question to reason about also {invalid}: there was no answer to read.
+
+    Such a reply is a whole solution, and its final answer counts; one word is the answer itself.
+    """
+    if not problem.hidden:
+        return {"correct": grade(problem.answer, reply, finished)}
+    from text.answers import extract, final_answer, is_right  # whole solutions alone need it
+    read = final_answer if len(reply.split()) > 1 else extract
+    answer = read(reply, problem.letters, finished=finished)
+    return {"correct": is_right(answer, problem.answer), "invalid": answer is None}
