@@ -16,6 +16,7 @@ from pathlib import Path
 
 from files.keys import (  # noqa: F401
     BITS,
+    CHOICES,
     METHODS,
     ON_POLICY,
     BadInput,
@@ -53,7 +54,8 @@ class Config:
     data_wordings: tuple[str, ...] = ("symbolic",)
     mask_prompt: bool = True        # loss on answer and EOS only; false: on every token
     # what rows are put in: none (as they are) | lines | plain | cued | chat (text/chat.py's top);
-    # the loss is then on every reply. Rows {"messages": [...]} of a data folder need one
+    # the loss is then on every reply. Rows {"messages": [...]} of a data folder need one; none is
+    # then chat, where the model has a chat template
     template: str = "none"
 
     # --- optimisation (AdamW)
@@ -170,6 +172,12 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--ckpt", required=True, help="run folder, model folder or Hub name")
         self.add_argument("--adapter", metavar="FOLDER",
                           help="take this adapter, ours, mlx-lm's or peft's, on top of --ckpt")
+
+    def add_template(self) -> None:
+        """Of commands that take a prompt: what it is put in."""
+        self.add_argument("--template", choices=CHOICES["template"],
+                          help="chat: the model's own; default: as the run was trained, otherwise "
+                               "none (of generate.py --chat: chat)")
 
     def error(self, message: str):
         raise BadInput(f"{message}; --help shows what {self.prog} expects")

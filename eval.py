@@ -39,7 +39,7 @@ from report.stats import (
 )
 from report.terminal import report_text
 from text.arithmetic import NAMED_PROMPTS, Problem, evenly, grade_reply, named_problems
-from text.rows import answer_lengths, encode_prompt_of, name_targets, series_ids
+from text.rows import answer_lengths, encode_prompt_of, name_targets, series_ids, with_template
 from text.tokenizer import Tokenizer
 
 # --------------------------------------------------------------------------------------------------
@@ -77,12 +77,8 @@ def measure_accuracy(model: Llama, tokenizer: Tokenizer, problems: list[Problem]
     prompts = [encode_prompt_of(p, tokenizer, template) for p in problems]
     many_lines = template != "none" and (
         template == "chat" or any(p.hidden or "\n" in p.answer for p in problems))
-    stops = ()
-    if many_lines:
-        from text.chat import STOPS  # conversations alone need it
-        stops = STOPS[template]
-    done = sample(model, tokenizer, prompts, max_completion_tokens, many_lines=many_lines,
-                  stops=stops)
+    done = sample(model, tokenizer, prompts, max_completion_tokens,
+                  **tokenizer.reply_ends(template if many_lines else "none"))
     return [{"prompt": p.prompt, "expected": p.answer, "generated": c.text.strip(),
              **grade_reply(p, c.text, c.finished),
              "operation": p.operation, "wording": p.wording} for p, c in zip(problems, done)]
@@ -185,6 +181,7 @@ def make_report(ckpt: str | Path, with_base: bool, compare: str | None = None,
     if overrides and cfg:  # e.g. another wording for a finished run
         cfg = load_config(Path(ckpt) / "config.yaml", overrides)
     cfg = cfg or load_overrides(overrides)
+    cfg = with_template(cfg, tokenizer, load_split(cfg, "test"))
     report = {"ckpt": f"{ckpt} + {adapter}" if adapter else str(ckpt),
               "method": cfg.method if (Path(ckpt) / "config.yaml").exists() else "none",
               "seed": cfg.seed, **evaluate(model, tokenizer, cfg),

@@ -7,9 +7,11 @@ fixed beforehand for its row and position: which rows share a batch, and when th
 no draw. (The usual Gumbel trick needs two logarithms for every entry of the vocabulary.)
 
     python generate.py --ckpt runs/sft --prompt "7 * 8 = " --temperature 0.8 --top-p 0.95 --seed 1
+    python generate.py --ckpt MODEL --chat --system "Be brief."
 """
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
@@ -22,7 +24,9 @@ from engine.memory import CACHED_TOKENS, DECODED_ROWS
 from engine.ops import blocked_reduction, exp
 from engine.parallel import map_rows
 from model import Llama
-from text.tokenizer import Tokenizer
+from report.terminal import print_reply, read_lines
+from text.rows import choose_template
+from text.tokenizer import Tokenizer, first_stop, tokens_until_stop
 
 
 @dataclass
@@ -40,7 +44,7 @@ def check_context(prompts: list[list[int]], max_completion_tokens: int, model: L
     context, longest = model.args.max_position_embeddings, max(map(len, prompts))
     if longest + max_completion_tokens > context:
         raise BadInput(f"a prompt of {longest} tokens and {max_completion_tokens} more exceed "
-                       f"the model's context of {context}; shorten the prompt")
+                       f"the model's context of {context}; shorten the prompt, or start anew")
 
 
 def left_pad(prompts: list[list[int]]) -> tuple[mx.array, mx.array | None]:
@@ -108,13 +112,15 @@ def choose(logits: mx.array, uniform: mx.array | None, temperature: float, top_k
 def sample(model: Llama, tokenizer: Tokenizer, prompts: list[list[int]],
            max_completion_tokens: int, group: int = 1, temperature: float = 0.0, top_k: int = 0,
            top_p: float = 1.0, key: mx.array | None = None, many_lines: bool = False,
-           before: int = 0, after: int = 0, stops: tuple[str, ...] = ()) -> list[Completion]:
+           before: int = 0, after: int = 0, stops: tuple[str, ...] = (),
+           ends: Collection[int] = ()) -> list[Completion]:
     """Complete every prompt `group` times, until EOS, a line break or the limit.
 
     many_lines   only EOS ends a completion
     stops        texts that end one too, such as "\nUser:". The text is cut in front of the first;
                  the ids go up to the token that completes it. They are looked for in the decoded
                  text: one text has many tokenisations, and the last token of each stands elsewhere
+    ends         tokens that end one too, such as the <|im_end|> of a chat template
     key      MLX random key; the same key gives the same completions, however rows are batched
     before   prompts that other processes complete with this key, in front of these; after: behind
     returns  len(prompts) * group completions, a prompt's in a row, in the prompts' order
@@ -125,7 +131,7 @@ def sample(model: Llama, tokenizer: Tokenizer, prompts: list[list[int]],
     window = 8 + max((len(stop.encode()) for stop in stops), default=0)
     over = lambda ids: first_stop(tokenizer.decode(ids[-window:]), stops) != ""
     is_stop = np.zeros(model.args.vocab_size, bool)
-    ends = tokenizer.eos_ids if many_lines else tokenizer.stop_ids
+    ends = {*ends, *(tokenizer.eos_ids if many_lines else tokenizer.stop_ids)}
     is_stop[[i for i in ends if i < len(is_stop)]] = True
     stop_table = mx.array(is_stop)
     uniforms = mx.random.uniform(
@@ -143,28 +149,13 @@ def sample(model: Llama, tokenizer: Tokenizer, prompts: list[list[int]],
         for row, (ids, logprobs, entropies) in zip(rows.tolist(), zip(*drawn)):
             ended = np.flatnonzero(is_stop[ids])
             n = ended[0] + 1 if len(ended) else len(ids)
-            text = tokenizer.decode(ids[:n])
-            text = text if many_lines else text.partition("\n")[0]
-            if stop := first_stop(text, stops):
-                text = text[:text.index(stop)]
+            text, stop = tokenizer.decode_until(ids[:n], many_lines, stops)
+            if stop:
                 n = tokens_until_stop(tokenizer, ids[:n], stops)
             kept = n if temperature else 0
             completions[row] = Completion(ids[:n].tolist(), text, len(ended) > 0 or stop != "",
                                           logprobs[:kept], entropies[:kept], stop)
     return [completions[row] for row in range(len(prompts) * group)]
-
-
-def first_stop(text: str, stops: tuple[str, ...]) -> str:
-    """Of the stops in a text the one that begins first; "" if there is none."""
-    return min((s for s in stops if s in text), key=text.index, default="")
-
-
-def tokens_until_stop(tokenizer: Tokenizer, ids: list[int], stops: tuple[str, ...]) -> int:
-    """How many of the ids it takes until their text holds a stop; all if it never does."""
-    for n in range(1, len(ids)):
-        if first_stop(tokenizer.decode(ids[:n]), stops):
-            return n
-    return len(ids)
 
 
 def prefill(model: Llama, tokens: mx.array, start: mx.array | None, group: int,
@@ -225,31 +216,68 @@ def sample_batch(model: Llama, prompts: list[list[int]], group: int, pick, unifo
 
 def stream_text(model: Llama, tokenizer: Tokenizer, prompt: list[int], max_completion_tokens: int,
                 temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
-                key: mx.array | None = None) -> Iterator[str]:
-    """Yield one completion's text as it grows; the same tokens as `sample` with the same key."""
+                key: mx.array | None = None, many_lines: bool = False, stops: tuple[str, ...] = (),
+                ends: Collection[int] = (), cache: list[KVCache] | None = None) -> Iterator[str]:
+    """Yield one completion's text by tokens; the same as `sample` with the same arguments.
+
+    cache   of the prompt's first tokens, with room for the rest and the completion
+    """
     check_context([prompt], max_completion_tokens, model)
     uniforms = mx.random.uniform(shape=(1, max_completion_tokens), key=key)
-    cache = model.make_cache(len(prompt) + max_completion_tokens)
-    tokens = mx.array([prompt])
-    ids, shown = [], ""
+    cache = cache or model.make_cache(len(prompt) + max_completion_tokens)
+    tokens = mx.array([prompt[cache[0].offset:]])
+    ends = {*ends, *(tokenizer.eos_ids if many_lines else tokenizer.stop_ids)}
+    # half of a multi-byte character waits for the rest, and so does half of a stop
+    halves = ("\ufffd", *(stop[:n] for stop in stops for n in range(1, len(stop))))
+    ids, shown = [], 0
     for t in range(max_completion_tokens):
         logits = model.head(model.last_resid(tokens, cache))
         token, _, _ = choose(logits, uniforms[:, t], temperature, top_k, top_p)
         ids.append(token.item())
-        text = tokenizer.decode(ids).partition("\n")[0]
-        if not text.endswith("\ufffd"):     # half of a multi-byte character waits for the rest
-            yield text[len(shown):]
-            shown = text
-        if ids[-1] in tokenizer.stop_ids:
+        text, stop = tokenizer.decode_until(ids, many_lines, stops)
+        over = stop or ids[-1] in ends or t + 1 == max_completion_tokens
+        whole = over or not text.endswith(halves)
+        yield text[shown:] if whole else ""
+        shown = len(text) if whole else shown
+        if over:
             return
         tokens = token[:, None]
+
+
+def converse(model: Llama, tokenizer: Tokenizer, texts: Iterable[str], template: str,
+             system: str | None, limit: int, seed: int, **choice) -> None:
+    """Print the replies to a user's texts as they grow; each prompt holds all earlier turns.
+
+    limit, choice   of a reply: the most tokens; temperature, top_k and top_p
+    """
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    ends, cache, read = tokenizer.reply_ends(template), None, []
+    for turn, text in enumerate(texts):
+        messages.append({"role": "user", "content": text})
+        prompt = tokenizer.encode_messages(messages, template)[0]
+        check_context([prompt], 1, model)
+        room = min(limit, model.args.max_position_embeddings - len(prompt))
+        if cache and prompt[:len(read)] == read:
+            # the last reply is read again: its text may have other tokens than those drawn
+            cache = [block.keep(len(read), len(prompt) + room) for block in cache]
+        else:
+            cache = model.make_cache(len(prompt) + room)
+        pieces = stream_text(model, tokenizer, prompt, room, key=mx.random.key(seed + turn),
+                             cache=cache, **choice, **ends)
+        messages.append({"role": "assistant", "content": print_reply(pieces, template, room)})
+        read = prompt
 
 
 def main(argv: list[str]) -> None:
     parser = Parser(description="Complete prompts, printing as they grow.")
     parser.add_checkpoint()
-    parser.add_argument("--prompt", required=True, action="append", help="may be given repeatedly")
-    parser.add_argument("--max-tokens", type=int, default=32)
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("--prompt", action="append", help="may be given repeatedly")
+    given.add_argument("--chat", action="store_true", help="a conversation, line by line, up to "
+                       "an empty line or the end of the input")
+    parser.add_template()
+    parser.add_argument("--system", metavar="TEXT", help="of a conversation: who the model is")
+    parser.add_argument("--max-tokens", type=int, help="default 32; of a reply in a template 512")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: most probable token")
     parser.add_argument("--top-k", type=int, default=0, help="0: all")
     parser.add_argument("--top-p", type=float, default=1.0)
@@ -257,18 +285,23 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     # in this form NaN is refused too: no comparison holds for it
     if not (0 <= args.temperature < np.inf and args.top_k >= 0 and 0 < args.top_p <= 1
-            and args.max_tokens >= 1):
+            and (args.max_tokens is None or args.max_tokens >= 1)):
         raise BadInput(f"--temperature {args.temperature} (expected at least 0), "
                        f"--top-k {args.top_k} (at least 0), --top-p {args.top_p} (above 0, at most "
                        f"1), --max-tokens {args.max_tokens} (at least 1): one is out of range")
-    model, tokenizer, _ = load_checkpoint(args.ckpt, args.adapter)
-    for n, text in enumerate(args.prompt):
-        print(text, end="", flush=True)
-        key = mx.random.key(args.seed + n)
-        for piece in stream_text(model, tokenizer, tokenizer.encode_prompt(text), args.max_tokens,
-                                 args.temperature, args.top_k, args.top_p, key):
-            print(piece, end="", flush=True)
-        print()
+    model, tokenizer, cfg = load_checkpoint(args.ckpt, args.adapter)
+    template = choose_template(args.template, cfg, tokenizer, "chat" if args.chat else "none")
+    if template == "none" and (args.chat or args.system is not None):
+        raise BadInput("--chat and --system need a template, and this is none; give --template "
+                       "lines, plain, cued or chat")
+    reply = partial(converse, model, tokenizer, template=template, system=args.system,
+                    limit=args.max_tokens or (32 if template == "none" else 512),
+                    temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    if args.chat:
+        reply(read_lines(), seed=args.seed)
+    for n, text in enumerate(args.prompt or []):
+        print(text, end="" if template == "none" else "\n", flush=True)
+        reply([text], seed=args.seed + n)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from generate import check_context
 from model import Llama, gather_positions
 from report.stats import EMERGED, depth
 from report.terminal import lens_table
+from text.rows import choose_template
 from text.tokenizer import Tokenizer
 
 
@@ -196,14 +197,14 @@ def read_prompts(model: Llama, prompts: list[list[int]], targets: list[list[int]
 
 
 def view_prompt(model: Llama, tokenizer: Tokenizer, prompt: str, words: list[str],
-                k: int = 10) -> dict:
+                k: int = 10, template: str = "none") -> dict:
     """All taps by all positions of one prompt: plain numbers that `plot` draws, `--json` writes.
 
     returns  {prompt, tokens [T], taps [L+1 names], top [L+1][T][k] of [token, probability],
               entropy [L+1][T], kl [L+1][T], words {word: {id, piece, prob [L+1], rank [L+1],
               onset, peak}} at the last position; onset at 0.10}
     """
-    ids = tokenizer.encode_prompt(prompt)
+    ids, _ = tokenizer.encode_messages([{"role": "user", "content": prompt}], template)
     check_context([ids], 0, model)
     chosen = tokenizer.word_ids(words, ids)
     T = len(ids)
@@ -240,6 +241,7 @@ def main(argv: list[str]) -> None:
     parser = Parser(description="Show what every block would answer, by the logit lens.")
     parser.add_checkpoint()
     parser.add_argument("--prompt", required=True)
+    parser.add_template()
     parser.add_argument("--words", nargs="*", default=[],
                         help="words to follow at the last position, one token each: all with a "
                         "leading space or all without, whichever fits the prompt's end")
@@ -250,8 +252,9 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if not args.prompt:
         raise BadInput("--prompt is empty; give a text such as '7 * 8 = '")
-    model, tokenizer, _ = load_checkpoint(args.ckpt, args.adapter)
-    view = view_prompt(model, tokenizer, args.prompt, args.words)
+    model, tokenizer, cfg = load_checkpoint(args.ckpt, args.adapter)
+    template = choose_template(args.template, cfg, tokenizer, "none")
+    view = view_prompt(model, tokenizer, args.prompt, args.words, template=template)
     name = f"{args.ckpt} + {args.adapter}" if args.adapter else args.ckpt
     print(f"{name}   {args.prompt!r}   logit lens: final norm and unembedding at every tap; "
           "cell: top token, per cent")

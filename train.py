@@ -49,7 +49,7 @@ from lora import apply_lora
 from losses import dual_loss, sft_loss
 from model import Llama, parse_args
 from report.terminal import describe_run, format_collapse, format_line
-from text.rows import class_ids, tokenize
+from text.rows import class_ids, tokenize, with_template
 from text.tokenizer import Tokenizer
 
 BAR_KEYS = ("loss", "answer_loss", "class_loss", "class_accuracy", "reward", "entropy", "kl_k3",
@@ -295,11 +295,12 @@ def train(cfg: Config, with_base: bool = True) -> dict:
     folder, raw = read_origin(cfg.model)
     memory.before_loading(parse_args(raw, f"{folder}/config.json"), raw, cfg)
     model, tokenizer = prepare_model(cfg)
+    valid = load_split(cfg, "valid")    # operand pairs, or rows, that training never sees
+    cfg = with_template(cfg, tokenizer, valid)
     # all processes plan the step that they take together, and each takes its micro-batches
     whole = replace(cfg, batch_size=cfg.batch_size * workers.size(),
                     grad_accum_steps=cfg.grad_accum_steps * workers.size())
     source, loss = make_method(whole, model, tokenizer)
-    valid = load_split(cfg, "valid")    # operand pairs, or rows, that training never sees
     optimizer = make_optimizer(cfg, model)
     # refuses what will not fit, with what would make it fit
     needed = memory.prepare(cfg, model, raw, replace(source.memory_load(), valid=len(valid)))

@@ -54,6 +54,12 @@ class KVCache:
         cache.update(mx.repeat(keys, times, axis=0), mx.repeat(values, times, axis=0))
         return cache
 
+    def keep(self, n: int, capacity: int) -> "KVCache":
+        """The first n tokens alone, with room for capacity: what a longer prompt goes on from."""
+        cache = KVCache(capacity, self.start)
+        cache.update(self.keys[:, :, :n], self.values[:, :, :n])
+        return cache
+
     def take(self, rows: mx.array) -> "KVCache":
         """Only these rows: what goes on when others have finished."""
         cache = KVCache(self.capacity, None if self.start is None else self.start[rows])

@@ -1,8 +1,13 @@
 """What the commands print, as text: a training run's lines, the report's tables, the lens's table.
 
 Every function takes the plain numbers that metrics.jsonl, report.json and a lens view hold, so that
-a line can be made again from a file. No model and no array comes in.
+a line can be made again from a file. No model and no array comes in. A conversation alone is
+printed while it grows, and read line by line.
 """
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+
 from config import Config
 from report.stats import EMERGED, percent
 
@@ -195,6 +200,40 @@ def prompt_lines(prompts: list[dict]) -> list[str]:
         lines.append(f"  {prompt['prompt']:<14}{prompt['expected']:>9}"
                      f"{prompt['generated'][:10]:>11}  {right:<7}{answer:<30}{word}")
     return lines
+
+
+# --------------------------------------------------------------------------------------------------
+# a conversation
+
+
+def read_lines() -> Iterator[str]:
+    """What a user types or a pipe says, up to an empty line or the end."""
+    sys.stdin.reconfigure(errors="replace")
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        with suppress(ImportError):     # input() then knows arrow keys and earlier lines
+            import readline  # noqa: F401
+    try:
+        while line := input("> " if is_terminal else "").strip():
+            yield line
+    except (EOFError, KeyboardInterrupt):
+        if is_terminal:
+            print()
+
+
+def print_reply(pieces: Iterable[str], template: str, limit: int) -> str:
+    """Print a reply as it grows, a piece a token, and return it; say that it reached its limit."""
+    reply = ""
+    for n, piece in enumerate(pieces, 1):
+        if not reply and template in ("plain", "cued"):
+            piece = piece.removeprefix(" ")     # it stands between a cue and its reply
+        print(piece, end="", flush=True)
+        reply += piece
+    print()
+    if template != "none" and n == limit:
+        print(f"note: the reply ends at its limit of {limit} tokens (--max-tokens, or the "
+              "context)", file=sys.stderr)
+    return reply
 
 
 # --------------------------------------------------------------------------------------------------

@@ -14,13 +14,12 @@ from config import run_main
 from files.disk import write_text
 from report.stats import interval_text, mcnemar, paired_bootstrap, wilson
 from study.document import fill, seeds_text, table
-from study.results import chains_table, finished_run, gain_lines, machine_text
-from tasks.__main__ import write_task
-from tasks.few_shot import FOLDS
+from study.results import chains_table, finished_run, gain_lines, machine_text, run_script
 
 DOCUMENT = Path("docs/real_models.md")
 HEADING = "\n## SmolLM2-135M"       # what stands below it is this file's
 FAR = ["class_weight=0.7", "steps=500", "batch_size=4"]
+FOLDS = 4
 ONE_DIGIT = {   # name: (label, config, overrides)
     "sft": ("SFT", "sft", []),
     "dual_reward": ("dual-reward, w 0.2", "dual_reward", []),
@@ -103,10 +102,10 @@ def against_sft(reports: Reports) -> str:
 def main(argv: list[str]) -> None:
     folds = {fold: Path(f"runs/real_data/one_digit_{fold}") for fold in range(FOLDS)}
     for fold, data in folds.items():
-        write_task("few_shot", data, fold=fold)
+        run_script(["-m", "tasks", "few_shot", str(data), "--fold", str(fold)])
     two, sums = Path("runs/real_data/two_digits"), Path("runs/sums_of_three")
-    write_task("few_shot", two, digits=2)
-    write_task("sums", sums, terms=3, largest=9, shots=3)
+    run_script(["-m", "tasks", "few_shot", str(two), "--digits", "2"])
+    run_script(["-m", "tasks", "sums", str(sums), "--terms", "3", "--largest", "9", "--shots", "3"])
     one = runs_of("one_digit", ONE_DIGIT, folds)
     chains = {"markovian": [finished_run("real_markovian", seed, "smollm2_markovian", [])
                             for seed in CHAIN_SEEDS]}

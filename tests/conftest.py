@@ -42,13 +42,13 @@ PUBLISHED = {"sample": ROOT / "tests" / "fixtures" / "published",
              "whole": Path(os.environ.get("PUBLISHED_DATA", ROOT.parent / "shared" / "data"))}
 
 
-def run(*argv, cwd=ROOT, check=None, **env):
+def run(*argv, cwd=ROOT, check=None, stdin="", **env):
     """Run a script of the project as a user does; returns the finished process.
 
-    `check` is the expected exit code.
+    `check` is the expected exit code, `stdin` what is piped in.
     """
     done = subprocess.run([sys.executable, *map(str, argv)], cwd=cwd, env={**os.environ, **env},
-                          capture_output=True, text=True, timeout=300)
+                          capture_output=True, text=True, timeout=300, input=stdin)
     if check is not None:
         wrong = f"exit code {done.returncode}, expected {check}\n{done.stdout}\n{done.stderr}"
         assert done.returncode == check, wrong

@@ -10,7 +10,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import CHAT, TINY, config, small_config, write_model
+from conftest import CHAT, TINY, config, run, small_config, write_model
 
 from config import load_config
 from data import Batches, load_split, make_batch
@@ -305,8 +305,12 @@ def test_a_conversation_needs_a_template(tokenizer, conversations):
 
 
 @pytest.mark.parametrize("template", ["plain", "chat"])
-def test_what_is_trained_is_what_is_generated(write_config, tmp_path, template):
-    """Replies in the second turn that only the history gives: learnt, then written and ended."""
+def test_what_is_trained_is_what_is_generated(write_config, tmp_path, template, capsys):
+    """Replies in the second turn that only the history gives: learnt, then written and ended.
+
+    Chat is the template that conversations take without being told, and commands the run's own.
+    """
+    named = {} if template == "chat" else {"template": template}
     tell = lambda n, turns: {"messages": [
         {"role": "user", "content": f"{n}"}, {"role": "assistant", "content": "which"},
         {"role": "user", "content": "the sum"},
@@ -320,14 +324,31 @@ def test_what_is_trained_is_what_is_generated(write_config, tmp_path, template):
         write_model(source, small_config(), TINY)
         (source / "chat_template.jinja").write_text(CHAT)
         path, folder = write_config(
-            f"c{n}", model=source, data=data, template=template, full="true", batch_size=6, lr=1e-2,
-            steps=60, eval_every_steps=0, lens_every_steps=0, save_every_steps=0)
+            f"c{n}", model=source, data=data, full="true", batch_size=6, lr=1e-2, steps=60,
+            eval_every_steps=0, lens_every_steps=0, save_every_steps=0, **named)
         report = train(load_config(path))
+        notes = capsys.readouterr().err.count("are conversations: template chat, the model's own")
+        assert notes == (not named)
+        assert f"template: {template}\n" in (folder / "config.yaml").read_text()
         assert report["accuracy"]["value"] == 1.0 and report["accuracy"]["n"] == 6
         assert report["prompts"][0]["generated"] == ("21\nis 20" if lines else "21")
         assert (folder / "chat_template.jinja").exists()    # a trained model keeps its template
         assert make_report(folder, False, overrides=["max_completion_tokens=9"])[
             "accuracy"]["value"] == 1.0
+    done = run("generate.py", "--ckpt", folder, "--chat", stdin="21\nthe sum\n", check=0)
+    assert f"note: template {template}, as the run was trained" in done.stderr
+    asked = run("generate.py", "--ckpt", folder, "--prompt", 24, check=0).stdout
+    # of a transcript EOS ends the last reply alone, and nobody was taught to write "User:"
+    assert template == "plain" or (done.stdout, asked) == ("which\n22\nis 21\n", "24\nwhich\n")
+    # the lens reads in front of the reply
+    run("lens.py", "--ckpt", folder, "--prompt", 24, "--json", tmp_path / "view.json", check=0)
+    view, tokenizer = json.loads((tmp_path / "view.json").read_text()), load_tokenizer(folder)
+    prompt, _ = tokenizer.encode_messages(tell(24, True)["messages"][:1], template)
+    assert view["tokens"] == [tokenizer.piece(i) for i in prompt] and view["tokens"][-1] == ":"
+    assert "which".startswith(view["top"][-1][-1][0][0].strip("·"))
+    # conversations without a run: the same default
+    plain_model = make_report(source, False, overrides=[f"data={data}"])
+    assert plain_model["config"]["template"] == "chat"
 
 
 @pytest.mark.parametrize("messages", [TALK[:1], TALK[1:], [], "hi", [*TALK[:1], TALK[0]]])

@@ -395,6 +395,15 @@ def test_user_defined_symbols_of_sentencepiece(tmp_path):
     assert ours.decode(ours.encode_continuation("<|im_start|>")) == "<|im_start|>"
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_ends_a_reply(chats, family):
+    """The template's own token, also where the model's EOS is another."""
+    folder, end = chats[family]
+    ours = load_tokenizer(folder)
+    ours.eos_ids = {0}
+    assert ours.reply_ends("chat")["ends"] == {ours.named_id(end)}
+
+
 def test_reserved_ids(tokenizer, chats):
     assert tokenizer.reserved_ids == {1, 2}
     ours = load_tokenizer(chats["chatml"][0])

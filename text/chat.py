@@ -234,6 +234,20 @@ def encode_chat(tokenizer, messages: list[dict[str, str]],
     return ids, spans
 
 
+def reply_ends(tokenizer, template: str) -> dict:
+    """What ends a reply in a template, as arguments of generate.sample: texts and tokens.
+
+    Beside EOS a chat template's own token does, and a base model's may differ: Qwen2.5's writes
+    <|im_end|>, and its EOS is <|endoftext|>.
+    """
+    ends = set()
+    if template == "chat":
+        talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        ids, spans = encode_chat(tokenizer, talk, reply_follows=False)
+        ends = {ids[spans[-1][1] - 1]} & tokenizer.reserved_ids
+    return {"many_lines": True, "stops": STOPS[template], "ends": ends}
+
+
 def encode_markup(tokenizer, ids: list[int], text: str) -> list[int]:
     """The same for a template's own text, in which a control token's name is that token."""
     ids, first = list(ids), len(ids)

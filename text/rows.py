@@ -10,8 +10,9 @@ Looked for are the answer's first token, the operation's word, the operator's sy
 Words of a set are compared in one form, with a space before them or without (Tokenizer.word_ids),
 and reports say which by piece and id.
 """
+import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,34 @@ def encode_prompt_of(problem: Problem, tokenizer: Tokenizer, template: str = "no
         return tokenizer.encode_messages(messages_of(problem)[:-1], template)[0]
     check_is_question(problem)
     return tokenizer.encode_prompt(problem.prompt)
+
+
+def with_template(cfg: Config, tokenizer: Tokenizer, problems: list[Problem]) -> Config:
+    """cfg with the model's own template, where it names none and the rows are conversations."""
+    if (cfg.template != "none" or tokenizer.chat_template is None
+            or not any(p.messages for p in problems)):
+        return cfg
+    print(f"note: the rows of {cfg.data} are conversations: template chat, the model's own; "
+          "template: lines, plain or cued in the config takes another", file=sys.stderr)
+    return replace(cfg, template="chat")
+
+
+def choose_template(asked: str | None, cfg: Config | None, tokenizer: Tokenizer,
+                    otherwise: str) -> str:
+    """What a command's prompts are put in: as asked, as the run was trained, or otherwise.
+
+    Which one is said where it was not asked for, unless there was nothing to choose from.
+    """
+    if asked:
+        return asked
+    own = cfg is not None and cfg.template != "none"
+    template = cfg.template if own else otherwise
+    if own or tokenizer.chat_template:
+        why = {"none": "the prompt as it is", "chat": "the model's own"}
+        print(f"note: template {template}, "
+              f"{'as the run was trained' if own else why[template]}; "
+              "--template takes another", file=sys.stderr)
+    return template
 
 
 def check_is_question(problem: Problem) -> None:

@@ -148,10 +148,22 @@ class Tokenizer:
 
     def encode_messages(self, messages: list[dict[str, str]], template: str,
                         reply_follows: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids of a conversation, and (start, stop) of its replies; see text/chat.py."""
+        """Ids of a conversation, and (start, stop) of its replies; see text/chat.py.
+
+        template   none: the last message alone, as it is
+        """
+        if template == "none":
+            return self.encode_prompt(messages[-1]["content"]), []
         # imported here: only conversations need it, and the sandbox that it loads
         from text.chat import encode_messages
         return encode_messages(self, messages, template, reply_follows)
+
+    def reply_ends(self, template: str) -> dict:
+        """What ends a reply, as arguments of generate.sample; see text/chat.py."""
+        if template == "none":
+            return {}
+        from text.chat import reply_ends  # as above
+        return reply_ends(self, template)
 
     def encode_behind(self, ids: Sequence[int], text: str) -> list[int]:
         """Ids of text behind those, as if both were encoded together; [] where there is no text."""
@@ -165,6 +177,14 @@ class Tokenizer:
         ids = [int(i) for i in ids if int(i) not in special]
         return (self._backend.decode(ids) if self._is_sentencepiece
                 else self._backend.decode(ids, skip_special_tokens=True))
+
+    def decode_until(self, ids: list[int], many_lines: bool,
+                     stops: tuple[str, ...]) -> tuple[str, str]:
+        """A completion's text up to the first stop, or line break unless many lines; the stop."""
+        text = self.decode(ids)
+        text = text if many_lines else text.partition("\n")[0]
+        stop = first_stop(text, stops)
+        return text[:text.index(stop)] if stop else text, stop
 
     @functools.cached_property
     def stop_ids(self) -> set[int]:
@@ -236,6 +256,23 @@ class Tokenizer:
         # the libraries' decoders drop a lone SentencePiece space, so its name is asked as well
         return (self.name_of(before[-1]).endswith("▁")
                 or self._backend.decode([int(before[-1])])[-1:].isspace())
+
+
+# --------------------------------------------------------------------------------------------------
+# texts that end a completion
+
+
+def first_stop(text: str, stops: tuple[str, ...]) -> str:
+    """Of the stops in a text the one that begins first; "" if there is none."""
+    return min((s for s in stops if s in text), key=text.index, default="")
+
+
+def tokens_until_stop(tokenizer: Tokenizer, ids: list[int], stops: tuple[str, ...]) -> int:
+    """How many of the ids it takes until their text holds a stop; all if it never does."""
+    for n in range(1, len(ids)):
+        if first_stop(tokenizer.decode(ids[:n]), stops):
+            return n
+    return len(ids)
 
 
 # --------------------------------------------------------------------------------------------------
