@@ -37,6 +37,9 @@ GOLDEN = ROOT / "tests" / "golden"
 FAMILIES = ("tinyllama", "llama3_2", "llama3_1", "qwen2_5")
 TINY = ROOT / "models" / "tiny"
 TINY_COT = ROOT / "models" / "tiny_cot"
+# a chat template, for models that come without one
+CHAT = ("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token + '\\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}")
 
 
 def run(*argv, cwd=ROOT, check=None, **env):

@@ -10,7 +10,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import TINY, config, small_config, write_model
+from conftest import CHAT, TINY, config, small_config, write_model
 
 from config import load_config
 from data import Batches, load_split, make_batch
@@ -238,8 +238,6 @@ def test_own_data(tmp_path):
 
 TALK = [{"role": "user", "content": "7 + 8 ="}, {"role": "assistant", "content": "15"},
         {"role": "user", "content": "15 + 4 ="}, {"role": "assistant", "content": "19"}]
-CHAT = ("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token + '\\n' }}"
-        "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}")
 
 
 @pytest.fixture
