@@ -54,7 +54,7 @@ class Config:
     data_wordings: tuple[str, ...] = ("symbolic",)
     mask_prompt: bool = True        # loss on answer and EOS only; false: on every token
     # what rows are put in: none (as they are) | lines | plain | cued | chat (text/chat.py's top);
-    # the loss is then on every reply. Rows {"messages": [...]} of a data folder need one; none is
+    # sft's loss is then on every reply. Rows {"messages": [...]} of a data folder need one; none is
     # then chat, where the model has a chat template
     template: str = "none"
 
@@ -92,8 +92,8 @@ class Config:
     # --- GRPO and Markovian training: batch_size completions a step, in groups of one prompt each
     grpo_group_size: int = 8
     grpo_temperature: float = 1.0
-    # correct | FILE.py:FUNCTION of (problem, completion); files/user_reward.py
-    grpo_reward: str = "correct"
+    # added up: correct | FILE.py:FUNCTION of (problem, completion), each with *WEIGHT or without
+    grpo_reward: tuple[str, ...] = ("correct",)     # files/user_reward.py
     grpo_advantage: str = "none"    # what divides R - mean: none | batch | group (their std)
     grpo_std_floor: float = 0.0     # the least that an std divides by
     grpo_norm: str = "constant"     # constant | token | sequence; see grpo.token_weights
@@ -135,6 +135,12 @@ class Config:
     def rollout_tokens(self) -> int:
         """The longest sample that training takes: a chain, or an answer."""
         return self.chain_tokens if self.method == "markovian" else self.max_completion_tokens
+
+    @property
+    def needs_answers(self) -> bool:
+        """False where rewards of the user's own judge replies: there may be no right one."""
+        names = [entry.partition("*")[0].strip() for entry in self.grpo_reward]
+        return self.method != "grpo" or "correct" in names
 
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> Config:

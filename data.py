@@ -25,9 +25,9 @@ from text.rows import Row, read_rows
 # from a config to problems
 
 
-def read_problems(path: Path) -> list[Problem]:
+def read_problems(path: Path, needs_answer: bool = True) -> list[Problem]:
     """The rows of a JSONL file; raises BadInput, which names the first bad lines."""
-    return [Problem(**row) for row in read_rows(path)]
+    return [Problem(**row) for row in read_rows(path, needs_answer)]
 
 
 def load_split(cfg: Config, split: str) -> list[Problem]:
@@ -35,7 +35,7 @@ def load_split(cfg: Config, split: str) -> list[Problem]:
     if cfg.data == "arithmetic":
         problems = sample_train(cfg) if split == "train" else held_out(cfg, split)
     elif Path(cfg.data).is_dir():
-        problems = read_problems(Path(cfg.data) / f"{split}.jsonl")
+        problems = read_problems(Path(cfg.data) / f"{split}.jsonl", cfg.needs_answers)
     else:
         raise BadInput(f"data = {cfg.data!r}: expected arithmetic, or a folder that holds "
                        "train.jsonl, valid.jsonl and test.jsonl; "

@@ -25,11 +25,12 @@ from engine import memory
 from engine.memory import LENS_PROMPTS
 from files.disk import write_text
 from files.run_folder import Run, provenance
-from generate import sample
+from generate import Completion, sample
 from lens import Reading, read_prompts
 from model import Llama
 from report.stats import (
     SERIES,
+    bootstrap_mean,
     mcnemar,
     peak_of_prompt,
     summarize_accuracy,
@@ -39,7 +40,14 @@ from report.stats import (
 )
 from report.terminal import report_text
 from text.arithmetic import NAMED_PROMPTS, Problem, evenly, grade_reply, named_problems
-from text.rows import answer_lengths, encode_prompt_of, name_targets, series_ids, with_template
+from text.rows import (
+    answer_lengths,
+    encode_prompt_of,
+    ends_of_reply,
+    name_targets,
+    series_ids,
+    with_template,
+)
 from text.tokenizer import Tokenizer
 
 # --------------------------------------------------------------------------------------------------
@@ -66,45 +74,63 @@ def read_series(model: Llama, tokenizer: Tokenizer, problems: list[Problem],
     return read_prompts(model, prompts, ids.tolist()), ids
 
 
+def complete(model: Llama, tokenizer: Tokenizer, problems: list[Problem],
+             max_completion_tokens: int, template: str) -> list[Completion]:
+    """One greedy reply each, of a conversation the last one, given the earlier turns."""
+    prompts = [encode_prompt_of(p, tokenizer, template) for p in problems]
+    return sample(model, tokenizer, prompts, max_completion_tokens,
+                  **ends_of_reply(problems, tokenizer, template))
+
+
 def measure_accuracy(model: Llama, tokenizer: Tokenizer, problems: list[Problem],
                      max_completion_tokens: int, template: str = "none") -> list[dict]:
     """Complete and grade problems: [{prompt, expected, generated, correct, operation, wording}].
 
-    For a conversation, complete its last reply, given the earlier turns. Stop at EOS; where all
-    replies are single-line and the template is not chat, also at a line break. In a template a
-    question to reason about is answered with a whole solution, of which the final answer counts.
+    In a template a question to reason about is answered with a whole solution, whose final answer
+    counts.
     """
-    prompts = [encode_prompt_of(p, tokenizer, template) for p in problems]
-    many_lines = template != "none" and (
-        template == "chat" or any(p.hidden or "\n" in p.answer for p in problems))
-    done = sample(model, tokenizer, prompts, max_completion_tokens,
-                  **tokenizer.reply_ends(template if many_lines else "none"))
+    done = complete(model, tokenizer, problems, max_completion_tokens, template)
     return [{"prompt": p.prompt, "expected": p.answer, "generated": c.text.strip(),
              **grade_reply(p, c.text, c.finished),
              "operation": p.operation, "wording": p.wording} for p, c in zip(problems, done)]
 
 
+def measure_reward(model: Llama, tokenizer: Tokenizer, problems: list[Problem],
+                   cfg: Config) -> list[dict]:
+    """The same of rows without an answer, which cfg.grpo_reward judges: [{prompt, ..., reward}]."""
+    # imported here: no other method has such rows
+    from files.user_reward import call_rewards, load_rewards
+    done = complete(model, tokenizer, problems, cfg.max_completion_tokens, cfg.template)
+    judged = call_rewards(load_rewards(cfg.grpo_reward), model, tokenizer, problems, done)
+    return [{"prompt": p.prompt, "generated": c.text.strip(), "correct": None, "reward": reward,
+             "set": "test"} for p, c, reward in zip(problems, done, judged["reward"].tolist())]
+
+
 def inspect(model: Llama, tokenizer: Tokenizer, valid: list, done: int, cfg: Config) -> dict:
     """Validation accuracy and the lens, where due after `done` steps; always at start and end.
 
+    Of rows without an answer the mean reward alone: the lens has nothing to look for.
     Of chains also the controls: without a chain, with another's, answered by the frozen base.
     returns  {step, ...} for metrics.jsonl, or {} where nothing is due
     """
     def is_due(every):
         return every and (done % every == 0 or done == cfg.steps)
 
-    record = {}
+    record, has_answers = {}, all(p.answer for p in valid)
     if is_due(cfg.eval_every_steps):
         chosen = evenly(valid, cfg.eval_prompts)
         if cfg.method == "markovian":
             from markovian import evaluate_chains  # no other method writes chains
             record["valid"] = summarize_chains(evaluate_chains(model, tokenizer, chosen, cfg))
             record["valid_accuracy"] = record["valid"]["correct"]["value"]
+        elif not has_answers:
+            rows = measure_reward(model, tokenizer, chosen, cfg)
+            record["valid_reward"] = float(np.mean([r["reward"] for r in rows]))
         else:
             rows = measure_accuracy(model, tokenizer, chosen, cfg.max_completion_tokens,
                                     cfg.template)
             record["valid_accuracy"] = float(np.mean([r["correct"] for r in rows]))
-    if is_due(cfg.lens_every_steps) and cfg.method != "markovian":
+    if is_due(cfg.lens_every_steps) and cfg.method != "markovian" and has_answers:
         chosen = evenly(valid, min(cfg.eval_prompts, LENS_PROMPTS))
         reading, ids = read_series(model, tokenizer, chosen, cfg.template)
         record["lens"] = summarize_lens(reading, ids, class_block(cfg, model))
@@ -125,6 +151,10 @@ def evaluate(model: Llama, tokenizer: Tokenizer, cfg: Config) -> dict:
     test = load_split(cfg, "test")
     if cfg.method == "markovian":
         return evaluate_on_chains(model, tokenizer, test, cfg)
+    if not all(p.answer for p in test):
+        rows = measure_reward(model, tokenizer, test, cfg)
+        return {**summarize_accuracy([]), "reward": bootstrap_mean([r["reward"] for r in rows]),
+                "layers": [], "prompts": rows}
     if cfg.template == "none" and any(p.hidden for p in test):
         raise BadInput(f"data {cfg.data} holds questions to reason about; give method=markovian, "
                        "or for an instruct model template=chat max_completion_tokens=256")
@@ -198,7 +228,7 @@ def make_report(ckpt: str | Path, with_base: bool, compare: str | None = None,
             raise BadInput(f"--compare {compare} has method {other_cfg.method}, {ckpt} has "
                            f"{cfg.method}; expected both with chains of thought, or both without")
         other = {"ckpt": str(compare), **evaluate(other_model, other_tokenizer, cfg)}
-        pair = [[row["correct"] for row in r["prompts"] if row["set"] == "test"]
+        pair = [[bool(row["correct"]) for row in r["prompts"] if row["set"] == "test"]
                 for r in (report, other)]
         report["compare"] = {**other, "mcnemar": mcnemar(*pair)}
     return report

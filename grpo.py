@@ -26,14 +26,14 @@ from engine import workers
 from engine.decode import fused_for_decoding
 from engine.memory import Load, rollout_load
 from engine.parallel import map_rows
-from files.user_reward import call_reward, load_reward
+from files.user_reward import call_rewards, correct, load_rewards
 from generate import Completion, check_context, completion_stats, left_pad, pad_completions, sample
 from guard import repetition
 from lora import adapters_off
 from losses import answer_reward_loss, kl_estimates, policy_loss, token_logprobs
 from model import Llama
-from text.arithmetic import Problem, grade
-from text.rows import encode_prompt_of
+from text.arithmetic import Problem
+from text.rows import encode_prompt_of, ends_of_reply
 from text.tokenizer import Tokenizer
 
 ZERO_VARIANCE = 1e-6    # a group whose rewards differ by less carries no signal
@@ -103,7 +103,6 @@ def rollout_loss(cfg: Config, answer_rewards, model: Llama,
     sums = {"policy_loss": loss}
     # KL(old || policy) in this order: the samples are the old policy's
     means["kl_old"] = kl_estimates(old, now)["kl_k3"]
-    # terms are only ever added: the published Markovian code replaced the sum by the clipped term
     if "ref_logprobs" in batch:
         # an expectation over the policy's next token, which the old policy sampled: hence the ratio
         ratio = mx.exp(mx.clip(now - old, -20, 20))
@@ -211,33 +210,33 @@ def draw_problems(problems: list, seed: int, start: int, count: int) -> list:
 
 
 class Answers:
-    """What GRPO samples and how it is rewarded: answers, by a reward function.
+    """What GRPO samples and how it is rewarded: answers, by reward functions.
 
     markovian.Chains has the same members, for chains of thought.
     """
-    many_lines = False          # a completion ends at a line break
     max_advantage = np.inf
     needs_variance = True       # a group whose rewards are all alike teaches nothing
 
     def __init__(self, model: Llama, tokenizer: Tokenizer, problems: list[Problem], cfg: Config):
         self.model, self.tokenizer = model, tokenizer
-        self.reward = load_reward(cfg.grpo_reward)
-        self.prompts = [encode_prompt_of(p, tokenizer) for p in problems]
+        self.functions = load_rewards(cfg.grpo_reward)
+        self.prompts = [encode_prompt_of(p, tokenizer, cfg.template) for p in problems]
+        self.ends = ends_of_reply(problems, tokenizer, cfg.template)
+        self.has_answers = all(p.answer for p in problems)
 
     def rewards(self, asked: list[Problem], done: list[Completion]) -> dict[str, np.ndarray]:
         """N completions' `reward`, its parts as reward_NAME, and `right`; (N,) each."""
-        # 1 where the whole completion is the answer and it stopped by itself, else 0. No partial
-        # credit: substrings, lists of numbers and cut completions were each exploited somewhere
-        right = np.array([grade(p.answer, c.text, c.finished) for p, c in zip(asked, done)], float)
-        if self.reward is None:
-            return {"reward": right, "right": right}
-        rewards = call_reward(self.reward, self.model, self.tokenizer, asked, done)
-        return rewards | {"right": right}
+        judged = call_rewards(self.functions, self.model, self.tokenizer, asked, done)
+        if self.has_answers:
+            judged["right"] = np.array([correct(p, c) for p, c in zip(asked, done)], float)
+        return judged
 
     def summarize(self, judged: dict[str, np.ndarray], done: list[Completion]) -> dict:
         """What metrics.jsonl says of N judged completions."""
-        right, lengths = judged["right"] > 0, np.array([len(c.ids) for c in done])
         parts = {name: float(v.mean()) for name, v in judged.items() if name.startswith("reward_")}
+        if "right" not in judged:
+            return parts
+        right, lengths = judged["right"] > 0, np.array([len(c.ids) for c in done])
         return parts | {"accuracy": float(right.mean()),
                         "length_right": float(lengths[right].mean()) if right.any() else None,
                         "length_wrong": float(lengths[~right].mean()) if not right.all() else None}
@@ -315,7 +314,7 @@ class Rollouts:
         with fused_for_decoding(self.model):
             done = sample(self.model, self.task.tokenizer, [ids for _, ids in drawn[first:last]],
                           self.limit, G, cfg.grpo_temperature, key=key,
-                          many_lines=self.task.many_lines, before=first, after=self.P - last)
+                          before=first, after=self.P - last, **self.task.ends)
         asked = [problem for problem, _ in drawn[first:last] for _ in range(G)]
         done, judged = workers.gather_rows(done, self.task.rewards(asked, done))
         self.position += self.P     # only now: if the reward raised, resuming draws the same again

@@ -34,6 +34,7 @@ from losses import token_logprobs
 from model import Llama, gather_positions
 from text.answers import LETTER_METHODS, NUMBER_METHODS, extract, is_right
 from text.arithmetic import Problem
+from text.rows import encode_prompt_of, hide_question
 from text.tokenizer import Tokenizer
 
 # between chain and answer; it ends at the colon, since answers start with their space
@@ -50,20 +51,26 @@ class Question:
     mean: bool              # the reward is a mean over the answer's tokens, not their sum
 
 
-def encode_question(problem: Problem, tokenizer: Tokenizer, markovian: bool) -> Question:
-    """Encode the four parts; BadInput where a token spans the border of header and answer."""
+def encode_question(problem: Problem, tokenizer: Tokenizer, markovian: bool,
+                    template: str = "none") -> Question:
+    """Encode the four parts; BadInput where a token spans the border of header and answer.
+
+    In a template the prompt, or what stands in its place where it is hidden, is the user's message,
+    and the reply goes from the chain's first token to the answer's EOS.
+    """
     if not problem.hidden:
         raise BadInput(f"method markovian needs questions to reason about, and {problem.prompt!r} "
                        "is none; expected a data folder that `python -m tasks` writes, such as "
                        "sums, whose rows have `hidden`")
-    prompt = tokenizer.encode_prompt(problem.prompt)
+    prompt = encode_prompt_of(problem, tokenizer, template)
     header = tokenizer.encode_continuation(HEADER)
     ids = tokenizer.encode_continuation(f"{HEADER} {problem.answer}")
     if ids[:len(header)] != header or len(ids) == len(header):
         raise BadInput(f"the border between header {HEADER!r} and answer {problem.answer!r} falls "
                        f"inside a token of {tokenizer.source}")
     mean = problem.wording == "continuation"
-    shown = tokenizer.encode_prompt(problem.hidden) if markovian else prompt
+    shown = (encode_prompt_of(hide_question(problem), tokenizer, template) if markovian
+             else prompt)
     answer = ids[len(header):] + ([] if mean else [tokenizer.eos_id])
     return Question(prompt, shown, header, answer, mean)
 
@@ -131,13 +138,14 @@ class Chains:
 
     The same members as grpo.Answers.
     """
-    many_lines = True       # a chain may have lines; EOS ends it
     max_advantage = 5       # one chain at -40 nats shall not own its group
 
     def __init__(self, model: Llama, tokenizer: Tokenizer, problems: list[Problem], cfg: Config):
         check_extraction(problems, cfg.chain_extraction)
         self.model, self.tokenizer, self.cfg = model, tokenizer, cfg
-        self.questions = {p: encode_question(p, tokenizer, cfg.markovian) for p in problems}
+        self.ends = chain_ends(tokenizer, cfg)
+        self.questions = {p: encode_question(p, tokenizer, cfg.markovian, cfg.template)
+                          for p in problems}
         self.prompts = [self.questions[p].prompt for p in problems]
         scored = [q.shown + q.header + q.answer for q in self.questions.values()]
         check_context(scored, cfg.chain_tokens, model)
@@ -193,11 +201,16 @@ class Chains:
 # evaluation: greedy chain, greedy answer, and the controls that tell what the chain carries
 
 
+def chain_ends(tokenizer: Tokenizer, cfg: Config) -> dict:
+    """What ends a chain: EOS, in a template what ends a reply; no line break."""
+    return tokenizer.reply_ends(cfg.template) or {"many_lines": True}
+
+
 def greedy_chains(model: Llama, tokenizer: Tokenizer, questions: list[Question],
                   cfg: Config) -> list[Completion]:
     """One greedy chain a question, behind what the policy reads."""
     return sample(model, tokenizer, [q.prompt for q in questions], cfg.chain_tokens,
-                  many_lines=True)
+                  **chain_ends(tokenizer, cfg))
 
 
 def greedy_answers(model: Llama, tokenizer: Tokenizer, problems: list[Problem],
@@ -236,7 +249,7 @@ def evaluate_chains(model: Llama, tokenizer: Tokenizer, problems: list[Problem],
     A continuation is not graded: its correct is None. raises  BadInput where a prompt does not fit
     """
     check_extraction(problems, cfg.chain_extraction)
-    questions = [encode_question(p, tokenizer, cfg.markovian) for p in problems]
+    questions = [encode_question(p, tokenizer, cfg.markovian, cfg.template) for p in problems]
     check_context([q.shown + q.header + q.answer for q in questions],
                   cfg.chain_tokens + cfg.max_completion_tokens, model)
     done = greedy_chains(model, tokenizer, questions, cfg)

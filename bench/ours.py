@@ -103,7 +103,7 @@ def make_method(cfg: Config, model: Llama, tokenizer, sizes: dict):
     rewards, judge = random.Random(0), Answers(model, tokenizer, [], cfg)
     judge.prompts = prompts
     # random, so that every group has an advantage
-    judge.reward = lambda problem, completion: rewards.random()
+    judge.functions = [("random", lambda problem, completion: rewards.random(), 1.0)]
     problems = [Problem("", "0", "", "")] * len(prompts)
     return Rollouts(model, problems, cfg, judge), partial(rollout_loss, cfg, None)
 

@@ -142,8 +142,7 @@ LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 # keys that only some methods read, by prefix, the longer first: in another method's config they
 # would do nothing, so they are refused
 METHOD_KEYS = (("class_", ("dual_reward",)), ("answer_", ("dual_reward",)),
-               ("mask_", ("sft", "dual_reward")), ("template", ("sft", "dual_reward")),
-               ("grpo_reward", ("grpo",)), ("grpo_", ON_POLICY),
+               ("mask_", ("sft", "dual_reward")), ("grpo_reward", ("grpo",)), ("grpo_", ON_POLICY),
                ("markovian", ("markovian",)), ("chain_", ("markovian",)))
 CHOICES = {
     "method": METHODS, "dtype": ("float32", "bfloat16", "float16"), "bits": BITS,

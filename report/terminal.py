@@ -51,6 +51,8 @@ def format_rollouts(record: dict, seen: dict) -> str:
         parts.append(format_chains(seen["valid"]))
     elif "valid_accuracy" in seen:
         parts.append(f"valid {100 * seen['valid_accuracy']:5.1f} %")
+    elif "valid_reward" in seen:
+        parts.append(f"valid reward {seen['valid_reward']:.3f}")
     if "kl_k3" in record:
         parts.append(f"KL {record['kl_k3']:.4f}")
     shares = [100 * record[k] / record["seconds"] for k in ("rollout_s", "score_s", "update_s")]
@@ -86,6 +88,8 @@ def report_text(report: dict) -> str:
     """Tables for a person: accuracy beside the base, the prior work's prompt table, the layers."""
     lines = [f"\n{report['ckpt']} ({report['method']}, seed {report['seed']}); "
              "test pairs never seen in training; 95 % Wilson intervals"]
+    if "reward" in report:      # of rows without an answer, which the lens could look for
+        return "\n".join(lines + reward_lines(report))
     lines += chain_lines(report) if "chains" in report else accuracy_lines(report)
     lines += target_lines(report)
     heads = {"answer": "answer", "operation": "operation word", "symbol": "symbol"}
@@ -155,6 +159,19 @@ def accuracy_lines(report: dict) -> list[str]:
     return lines + mcnemar_lines(report) + prompt_lines(report["prompts"])
 
 
+def reward_lines(report: dict) -> list[str]:
+    """The mean reward of greedy replies, beside the base's and another run's, and three replies."""
+    head, reports = columns_of(report)
+    means = [interval(r["reward"]) for r in reports]
+    lines = [head, row("reward, greedy (bootstrap)", means)]
+    return lines + [f"\n  {sample['prompt'][-200:]!r}\n    reply {sample['generated'][:300]!r}, "
+                    f"reward {sample['reward']:.3f}" for sample in report["prompts"][:3]]
+
+
+def interval(mean: dict) -> str:
+    return f"{mean['value']:.2f} [{mean['low']:.2f}, {mean['high']:.2f}]"
+
+
 def chain_lines(report: dict) -> list[str]:
     """What the chains carry, beside the base's and another run's, and the first three chains."""
     head, reports = columns_of(report)
@@ -166,11 +183,10 @@ def chain_lines(report: dict) -> list[str]:
                        ("no answer to read (invalid)", "invalid"),
                        ("chains ended by themselves", "chain_finished")):
         lines.append(row(label, [percent(r["chains"][key]) for r in reports]))
-    nats = lambda m: f"{m['value']:.2f} [{m['low']:.2f}, {m['high']:.2f}]"
     for label, key in (("log p(answer | chain), nats", "reward"),
                        ("  by the frozen base", "reward_frozen"),
                        ("  without a chain", "reward_empty"), ("tokens a chain", "chain_tokens")):
-        lines.append(row(label, [nats(r["chains"][key]) for r in reports]))
+        lines.append(row(label, [interval(r["chains"][key]) for r in reports]))
     lines += mcnemar_lines(report)
     for sample in report["prompts"][:3]:
         # what tasks.chain_prompt put around it

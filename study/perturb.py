@@ -85,7 +85,7 @@ def damage_run(ckpt: str | Path, problems_wanted: int) -> dict:
     problems = evenly(load_split(cfg, "test"), problems_wanted)
     if problems[0].wording == "continuation":
         raise BadInput(f"{ckpt} was trained on continuations of texts, which are not graded")
-    questions = [encode_question(p, tokenizer, cfg.markovian) for p in problems]
+    questions = [encode_question(p, tokenizer, cfg.markovian, cfg.template) for p in problems]
     texts = chain_texts(model, tokenizer, questions, cfg)
     before, drops = measure(model, tokenizer, problems, questions, texts, cfg), {}
     for kind in KINDS:
@@ -143,7 +143,7 @@ def cross_score(run: dict, judges: list[str]) -> list[dict]:
 def gain_of(name: str, model: Llama, tokenizer: Tokenizer, run: dict,
             base_texts: list[str]) -> dict:
     problems, cfg = run["problems"], run["cfg"]
-    hidden = [encode_question(p, tokenizer, markovian=True) for p in problems]
+    hidden = [encode_question(p, tokenizer, True, cfg.template) for p in problems]
     own = measure(model, tokenizer, problems, hidden, run["texts"], cfg)
     base = measure(model, tokenizer, problems, hidden, base_texts, cfg)
     return {"judge": name, "reward_gain": bootstrap_mean(own["reward"] - base["reward"]),

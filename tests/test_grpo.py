@@ -1,4 +1,5 @@
 """GRPO against hand-written REINFORCE, finite differences and itself cut into other pieces."""
+import dataclasses
 import json
 import math
 
@@ -7,6 +8,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import (
+    CHAT,
     TINY,
     assert_one_clear_line,
     check_finite_differences,
@@ -16,22 +18,29 @@ from conftest import (
     lora_model,
     loss_of,
     run,
+    small_config,
     small_model,
+    write_model,
 )
 from mlx.utils import tree_flatten
 
 from checkpoint import load_base
+from config import load_config
+from data import load_split
 from engine.decode import fused_for_decoding
+from eval import make_report
 from files.keys import BadInput
 from files.run_folder import training_arrays
-from files.user_reward import call_reward, load_reward
+from files.user_reward import call_rewards, load_rewards
 from generate import Completion, sample
 from grpo import Answers, Rollouts, draw_problems, group_advantages, token_weights
 from guard import CollapseGuard, repetition
 from lora import adapters_off, apply_lora
 from losses import kl_estimates, policy_loss, token_logprobs
 from text.arithmetic import make_problem, sample_train
-from train import accumulate, compile_step, make_optimizer
+from text.rows import ends_of_reply, messages_of
+from text.tokenizer import load_tokenizer
+from train import accumulate, compile_step, make_optimizer, train
 
 PROBLEMS = [make_problem("add", 3, 4), make_problem("multiply", 12, 11, "what is {a} times {b}"),
             make_problem("subtract", 95, 7), make_problem("add", 60, 9)]
@@ -47,7 +56,7 @@ def rollouts(model, tokenizer, **keys):
             "lora_rank": 4, **keys}
     cfg = config(**keys)
     source = Rollouts(model, PROBLEMS, cfg, Answers(model, tokenizer, PROBLEMS, cfg))
-    source.task.reward = by_length
+    source.task.functions = [("by_length", by_length, 1.0)]
     return source
 
 
@@ -187,15 +196,158 @@ def test_bad_rewards(tmp_path, body, message):
     path.write_text(f"def reward(problem, completion):\n    return {body}\n")
     completion = Completion([5], "37", True, np.zeros(1), np.zeros(1))
     with pytest.raises(BadInput, match=message):
-        call_reward(load_reward(f"{path}:reward"), None, None, PROBLEMS[:1], [completion])
+        call_rewards(load_rewards((f"{path}:reward",)), None, None, PROBLEMS[:1], [completion])
 
 
 def test_own_reward_and_parts(tmp_path, tokenizer):
     path = tmp_path / "mine.py"
     path.write_text("def reward(p, c):\n    return 0.5, {'short': len(c.text) < 3}\n")
     completion = Completion([5], "37", True, np.zeros(1), np.zeros(1))
-    assert judged(PROBLEMS[0], completion, tokenizer, grpo_reward=f"{path}:reward") == {
+    assert judged(PROBLEMS[0], completion, tokenizer, grpo_reward=(f"{path}:reward",)) == {
         "reward": [0.5], "reward_short": [1.0], "right": [0.0]}
+
+
+def test_rewards_are_added_by_weight(tmp_path, tokenizer):
+    """Each apart before its weight, one of weight 0 too; the file is loaded once."""
+    path, log = tmp_path / "mine.py", tmp_path / "log"
+    path.write_text(f"open({str(log)!r}, 'a').write('loaded ')\n"
+                    "def short(p, c):\n    return len(c.text) < 3, {'tokens': len(c.ids)}\n"
+                    "def even(model, tokenizer, problems, completions):\n"
+                    "    return [c.ids[0] % 2 == 0 for c in completions]\n")
+    right, wrong = (Completion(ids, text, True, np.zeros(2), np.zeros(2))
+                    for ids, text in (([6], "7"), ([5, 6], "370")))
+    problems = [make_problem("add", 3, 4)] * 2
+    entries = ("correct", f"{path}:short*0.25", f"{path}:even*-2", )
+    answers = Answers(None, tokenizer, problems, config(method="grpo", grpo_reward=entries))
+    found = answers.rewards(problems, [right, wrong])
+    assert {name: values.tolist() for name, values in found.items()} == {
+        "reward": [1 + 0.25 - 2, 0], "reward_correct": [1, 0], "reward_short": [1, 0],
+        "reward_tokens": [1, 2], "reward_even": [1, 0], "right": [1, 0]}
+    assert log.read_text() == "loaded "
+    summary = answers.summarize(found, [right, wrong])
+    assert summary["reward_short"] == 0.5 and summary["reward_tokens"] == 1.5
+    logged = call_rewards(load_rewards(("correct", f"{path}:even * 0")), None, None, problems,
+                          [right, wrong])
+    assert logged["reward"].tolist() == [1, 0] and logged["reward_even"].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("entries,message", [
+    ((), "''.*expected correct, or FILE.py:FUNCTION"), (("correct*much",), "a weight, such as"),
+    (("correct", "correct*2"), "two rewards named correct"), (("mine.py:",), "expected correct"),
+    (("correct *x",), "expected correct"), (("FILE:number",), "not a callable"),
+    (("FILE:std", "correct"), "another reward_std"),
+    (("FILE:clash",), "another reward_max"), (("FILE:uneven",), "parts.*of an earlier one"),
+    (("FILE:few",), "grpo_reward few raised ValueError"),
+    (("FILE:part",), "grpo_reward part on prompt.*ValueError")])
+def test_rewards_that_do_not_add_up(tmp_path, entries, message):
+    path = tmp_path / "mine.py"
+    path.write_text("number = 3\n\ndef std(p, c):\n    return 1\n\n"
+                    "def clash(p, c):\n    return 1, {'max': 2}\n\n"
+                    "def part(p, c):\n    return 1, {'style': 'good'}\n\n"
+                    "def uneven(p, c):\n    return 1, {c.text: 1}\n\n"
+                    "def few(model, tokenizer, problems, completions):\n    return [1]\n")
+    done = [Completion([5], text, True, np.zeros(1), np.zeros(1)) for text in "ab"]
+    with pytest.raises(BadInput, match=message):
+        rewards = load_rewards(tuple(entry.replace("FILE", str(path)) for entry in entries))
+        call_rewards(rewards, None, None, PROBLEMS[:2], done)
+
+
+# --- conversations, and what else a row says
+
+
+ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "say 7"}]
+TALKS = [{"messages": [*ASKED, {"role": "assistant", "content": "7"}], "level": 3, "tags": ["a"]},
+         {"messages": ASKED, "level": 1}, {"prompt": "3 + 4 = ", "level": 2}]
+
+
+def write_rows(folder, rows):
+    """A data folder with the same rows in each split."""
+    folder.mkdir()
+    for split in ("train", "valid", "test"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chat_folder(tmp_path_factory):
+    """The small random model with a chat template."""
+    folder = write_model(tmp_path_factory.mktemp("models") / "chat", small_config(), TINY)
+    (folder / "chat_template.jinja").write_text(CHAT)
+    return folder
+
+
+def level_reward(tmp_path, more=""):
+    path = tmp_path / "level.py"
+    path.write_text(f"def level(problem, completion):\n    level = problem.columns['level']{more}\n"
+                    "    return level * (completion.ids[0] % 2)\n\n"
+                    "def short(problem, completion):\n    return len(completion.text) < 9\n")
+    return path
+
+
+@pytest.mark.parametrize("template", ["lines", "plain", "cued", "chat"])
+def test_prompts_in_a_template(tmp_path, chat_folder, template):
+    """What encode_messages gives for a row's messages but the gold reply, or for its prompt."""
+    tokenizer, cfg = load_tokenizer(chat_folder), config(
+        method="grpo", template=template, grpo_reward=(f"{level_reward(tmp_path)}:level",),
+        data=str(write_rows(tmp_path / "data", TALKS[2:] if template == "cued" else TALKS)))
+    problems = load_split(cfg, "train")
+    answers = Answers(None, tokenizer, problems, cfg)
+    asked = [[{"role": "user", "content": "3 + 4 = "}]]
+    asked = asked if template == "cued" else [ASKED, ASKED, *asked]
+    assert answers.prompts == [tokenizer.encode_messages(m, template)[0] for m in asked]
+    if template == "chat":
+        assert tokenizer.decode(answers.prompts[-1]).strip() == "user: 3 + 4 =\nassistant:"
+        assert [p.answer for p in problems] == ["7", "", ""]
+    stops = {"lines": ("\n",), "chat": ()}.get(template, answers.ends["stops"])
+    assert answers.ends["many_lines"] and answers.ends["stops"] == stops
+    assert stops or template == "chat"
+
+
+def test_ends_of_a_reply():
+    """A line break ends it, but in chat, or where a reply has lines or is not there."""
+    one = [make_problem("add", 3, 4)]
+    two = [*one, dataclasses.replace(one[0], answer="7\nor so")]
+    open_ = [*one, dataclasses.replace(one[0], answer="")]
+    ends = partial(ends_of_reply, tokenizer=load_tokenizer(TINY))
+    assert ends(two, template="none") == ends(one, template="plain") == {}
+    assert ends(one, template="lines") == {}
+    for problems in (two, open_):
+        found = ends(problems, template="plain")
+        assert found["many_lines"] and "\nUser:" in found["stops"]
+
+
+def test_completions_in_chat_hold_lines_and_end_at_its_token(chat_folder):
+    """Sampled, scored and judged behind the template: a line break goes on, EOS ends."""
+    model, tokenizer = lora_model(), load_tokenizer(chat_folder)
+    cfg = config(method="grpo", batch_size=128, grpo_group_size=32, max_completion_tokens=64,
+                 template="chat")
+    source = Rollouts(model, PROBLEMS, cfg, Answers(model, tokenizer, PROBLEMS, cfg))
+    source.task.functions = [("by_length", by_length, 1.0)]
+    groups, _ = source.rollout()
+    done = [c for g in groups for c in g.completions]
+    assert any("\n" in c.text for c in done) and any(c.finished for c in done)
+    assert all(c.finished == (c.ids[-1] in tokenizer.eos_ids) for c in done)
+    for group in groups:
+        asked = messages_of(group.problem)[:1]
+        assert group.prompt == tokenizer.encode_messages(asked, "chat")[0]
+    arrays = updates_of(source, groups)[0][0]
+    real = np.array(arrays["weights"]) > 0
+    rescored, old = np.array(source.score(arrays)), np.array(arrays["old_logprobs"])
+    assert np.abs(rescored - old)[real].max() < 1e-4
+
+
+def test_columns_reach_the_reward(tmp_path, tokenizer):
+    """Any JSON value; problems with columns are still told apart, and put into sets."""
+    cfg = config(method="grpo", template="plain", data=str(write_rows(tmp_path / "data", TALKS)),
+                 grpo_reward=(f"{level_reward(tmp_path)}:level",))
+    problems = load_split(cfg, "train")
+    assert [p.columns for p in problems] == [{"level": 3, "tags": ["a"]}, {"level": 1},
+                                             {"level": 2}]
+    done = [Completion([5], "x", True, np.zeros(1), np.zeros(1)) for _ in problems]
+    found = Answers(None, tokenizer, problems, cfg).rewards(problems, done)
+    assert found["reward"].tolist() == [3, 1, 2] and "right" not in found
+    other = [dataclasses.replace(p, columns={"level": 9}) for p in problems]
+    assert len({*problems, *other, *load_split(cfg, "train")}) == 6
 
 
 # --- rollouts and their scoring on a model
@@ -311,7 +463,7 @@ def test_padding_groups_weigh_nothing(tokenizer):
 
 def test_zero_variance_groups_make_no_update(tokenizer):
     source = rollouts(lora_model(), tokenizer)
-    source.task.reward = lambda p, c: 1.35
+    source.task.functions = [("flat", lambda p, c: 1.35, 1.0)]
     updates, metrics = source.at(step=3)
     assert updates == [] and metrics["zero_variance_groups"] == 1 and metrics["redraws"] == 3
     assert source.position == 4 * 4     # four draws of four prompts
@@ -596,6 +748,68 @@ def test_reward_that_fails_late_loses_nothing(write_config, tmp_path):
     assert "continuing after step 4" in done.stdout
     a, b = (mx.load(str(f / "adapters.safetensors")) for f in (whole, folder))
     assert all(np.array_equal(np.array(a[k]), np.array(b[k])) for k in a)
+
+
+CHAT_KEYS = GRPO_KEYS | {"template": "chat", "max_completion_tokens": 6}
+
+
+@pytest.mark.parametrize("rows", [TALKS[:1], TALKS])
+def test_a_run_in_chat(write_config, tmp_path, chat_folder, rows):
+    """Weighted rewards in metrics and report; rows without an answer are judged by them alone.
+
+    Killed, it goes on to the same weights; with a column changed it is refused.
+    """
+    path, data = level_reward(tmp_path), write_rows(tmp_path / "data", rows * 4)
+    keys = CHAT_KEYS | {"model": chat_folder, "data": data, "steps": 8,
+                        "grpo_reward": f"[{path}:level, {path}:short*0.5]"}
+    config_path, whole = write_config("whole", **keys)
+    report = train(load_config(config_path))
+    records = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    for r in records:
+        if "reward" in r:
+            assert r["reward"] == pytest.approx(r["reward_level"] + 0.5 * r["reward_short"])
+            assert ("accuracy" in r) == (len(rows) == 1)
+    seen = {key for r in records for key in r}
+    judged = make_report(whole, True, overrides=["max_completion_tokens=6"])
+    if len(rows) == 1:
+        assert {"valid_accuracy", "lens"} <= seen and judged["accuracy"]["n"] == 4
+        assert "reward" not in report
+    else:
+        assert "valid_reward" in seen and not {"valid_accuracy", "lens"} & seen
+        assert report["reward"] == judged["reward"] and judged["base"]["reward"]["n"] == 12
+        best = json.loads((whole / "best" / "step.json").read_text())
+        assert best["valid_reward"] == max(r["valid_reward"] for r in records
+                                           if "valid_reward" in r)
+        done = run("eval.py", "--ckpt", whole, "--compare", whole, check=0)
+        assert "reward, greedy" in done.stdout and "'say 7'" in done.stdout
+    config_path, killed = write_config("killed", **keys)
+    kill_and_continue(config_path, killed)
+    a, b = (mx.load(str(f / "adapters.safetensors")) for f in (whole, killed))
+    assert all(np.array_equal(np.array(a[k]), np.array(b[k])) for k in a)
+    (killed / "report.json").unlink()
+    lines = (data / "train.jsonl").read_text()
+    (data / "train.jsonl").write_text(lines.replace('"level": 3', '"level": 4'))
+    assert_one_clear_line(run("train.py", config_path), "its data changed")
+
+
+@pytest.mark.parametrize("keys,words", [
+    ({}, ["'level'", "say 7", "columns are tags"]),
+    ({"grpo_reward": "correct"}, ["bad rows: line 2", "the assistant last"]),
+    ({"grpo_reward": "[correct, nowhere.py:f*2]"}, ["bad rows: line 2", "the assistant last"]),
+    ({"method": "sft"}, ["bad rows: line 2", "the assistant last"]),
+    ({"template": "none"}, ["conversation", "template"]),
+    ({"model": TINY}, ["without a chat template"])])
+def test_bad_input_in_chat(write_config, tmp_path, chat_folder, keys, words):
+    path = level_reward(tmp_path)
+    data = write_rows(tmp_path / "data", [{**row, "tags": "b"} for row in TALKS])
+    text = (data / "train.jsonl").read_text()
+    (data / "train.jsonl").write_text(text.replace('"level": 1, ', ""))
+    keys = CHAT_KEYS | {"model": chat_folder, "data": data, "grpo_reward": f"{path}:level"} | keys
+    if keys["method"] == "sft":
+        keys = {k: v for k, v in keys.items() if not k.startswith("grpo_")}
+    config_path, folder = write_config(**keys)
+    assert_one_clear_line(run("train.py", config_path), *words)
+    assert not (folder / "adapters.safetensors").exists()
 
 
 @pytest.mark.parametrize("body,word", [("1 / 0", "ZeroDivisionError"), ("float('nan')", "nan")])

@@ -1,4 +1,5 @@
 """Markovian training on real paths: what is hidden, what is scored, and where its gradient goes."""
+import dataclasses
 import json
 import random
 from contextlib import contextmanager, nullcontext
@@ -10,6 +11,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import (
+    CHAT,
     GOLDEN,
     ROOT,
     TINY_COT,
@@ -103,6 +105,39 @@ def test_ids_by_parts_equal_the_whole_text(which, cot, llama3):
         assert ids + q.answer[:-1] == tokenizer.encode_prompt(shown + chain + HEADER + " 49")
         assert q.answer[-1] == tokenizer.eos_id and len(q.answer) > 1
         assert q.prompt == tokenizer.encode_prompt(problem.prompt)
+
+
+@pytest.mark.parametrize("which", ["sentencepiece", "bpe"])
+@pytest.mark.parametrize("template", ["plain", "cued", "chat"])
+def test_in_a_template_the_reply_is_chain_header_and_answer(which, template, llama3):
+    """The parts are the conversation's own ids: question or its stand-in, one reply, its EOS."""
+    tokenizer = load_tokenizer(TINY_COT if which == "sentencepiece" else llama3)
+    tokenizer.chat_template = CHAT
+    problem, reply = QUESTIONS[0], f"12 + 7 = 19 + 30 = 49{HEADER} 49"
+    chain = tokenizer.encode_continuation(" 12 + 7 = 19 + 30 = 49")
+    for markovian, asked in ((True, problem.hidden), (False, problem.prompt)):
+        q = encode_question(problem, tokenizer, markovian, template)
+        talk = [{"role": "user", "content": asked}, {"role": "assistant", "content": reply}]
+        ids, ((start, stop),) = tokenizer.encode_messages(talk, template, reply_follows=False)
+        assert answer_prompt(q, chain, tokenizer) + q.answer == ids[:stop]
+        assert q.shown == ids[:start] == tokenizer.encode_messages(talk[:1], template)[0]
+        assert ("12 + 7" in tokenizer.decode(q.shown)) != markovian
+        assert "12 + 7" in tokenizer.decode(q.prompt)
+
+
+def test_a_conversation_hides_its_last_message(cot):
+    """The turns before it stay; without a template they would be lost."""
+    before = (("system", "Be brief."), ("user", "hi"), ("assistant", "ho"))
+    problem, chats = QUESTIONS[0], dict(tokenizer=cot, markovian=True, template="plain")
+    talk = dataclasses.replace(problem, messages=(
+        *before, ("user", problem.prompt), ("assistant", problem.answer)))
+    q = encode_question(talk, **chats)
+    shown = [{"role": role, "content": text} for role, text in (*before, ("user", problem.hidden))]
+    assert q.shown == cot.encode_messages(shown, "plain")[0]
+    assert q.prompt == cot.encode_messages([*shown[:-1], {"role": "user", "content":
+                                                          problem.prompt}], "plain")[0]
+    with pytest.raises(BadInput, match="is a conversation, which needs template"):
+        encode_question(talk, cot, True)
 
 
 def test_the_question_is_hidden_by_construction(cot):
@@ -406,7 +441,7 @@ def small_sums(tmp_path_factory):
 
 
 @pytest.mark.parametrize("keys", [{}, {"markovian": "false", "markovian_scorer": "frozen",
-                                        "markovian_answer_weight": 0}])
+                                        "markovian_answer_weight": 0}, {"template": "plain"}])
 def test_a_run_reports_and_is_evaluated(keys, write_config, cot_folder, small_sums, tmp_path):
     keys = keys | {"data": small_sums}
     path, folder = write_config("chains", model=cot_folder, **KEYS, **keys)
@@ -417,7 +452,7 @@ def test_a_run_reports_and_is_evaluated(keys, write_config, cot_folder, small_su
     steps = [r for r in records if "reward" in r]
     for key in ("actor_reward", "frozen_reward", "kl_k3", "answer_loss", "zero_variance_groups",
                 "repetition", "entropy", "actor_reward_p10"):
-        assert all(key in r for r in steps) or keys and key == "answer_loss", key
+        assert all(key in r for r in steps) or "markovian" in keys and key == "answer_loss", key
     assert {"curves.png", "report.json"} <= {p.name for p in folder.iterdir()}
     done = run("eval.py", "--ckpt", folder, "--base", "--json", tmp_path / "e.json", check=0)
     report, stored = (json.loads(p.read_text()) for p in (tmp_path / "e.json",
@@ -428,9 +463,10 @@ def test_a_run_reports_and_is_evaluated(keys, write_config, cot_folder, small_su
         report["prompts"][0].keys()
 
 
-def test_resume_to_the_same_bits(write_config, cot_folder, small_sums):
+@pytest.mark.parametrize("template", ["none", "plain"])
+def test_resume_to_the_same_bits(template, write_config, cot_folder, small_sums):
     """Killed after a saved state, with inner epochs and a ramp: the same weights and records."""
-    keys = KEYS | {"data": small_sums, "steps": 12, "grpo_epochs": 2,
+    keys = KEYS | {"data": small_sums, "steps": 12, "grpo_epochs": 2, "template": template,
                    "markovian_ramp_steps": 9, "eval_every_steps": 6, "save_every_steps": 3}
     path, whole = write_config("whole", model=cot_folder, **keys)
     run("train.py", path, check=0)

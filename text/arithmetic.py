@@ -14,7 +14,7 @@ import functools
 import hashlib
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from config import Config
 
@@ -60,6 +60,7 @@ class Problem:
     hidden    of a question to reason about: the prompt without the question (markovian.py)
     letters   its options, such as "ABCD"; "": the answer is a number
     messages  of a conversation: (role, content) of all of it; prompt and answer are its last two
+    columns   what else a row of a data folder says, for a user's reward (files/user_reward.py)
     """
     prompt: str
     answer: str
@@ -70,6 +71,8 @@ class Problem:
     hidden: str = ""
     letters: str = ""
     messages: tuple[tuple[str, str], ...] = ()
+    # compared, but not hashed: problems are put into sets, and a dict cannot be
+    columns: dict = field(default_factory=dict, hash=False)
 
 
 def number_words(n: int) -> str:

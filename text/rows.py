@@ -5,7 +5,7 @@
 
 Other columns that are read: "wording" (a name for a kind of question, which reports tell apart),
 "hidden" (of a question to reason about: the prompt without the question) and "letters" (its
-options, such as "ABCD").
+options, such as "ABCD"). All others reach a user's reward, which may also do without an answer.
 Looked for are the answer's first token, the operation's word, the operator's symbol, never mixed.
 Words of a set are compared in one form, with a space before them or without (Tokenizer.word_ids),
 and reports say which by piece and id.
@@ -13,6 +13,7 @@ and reports say which by piece and id.
 import sys
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,47 +24,57 @@ from text.arithmetic import SYMBOLS, Problem, evenly, stable_hash
 from text.tokenizer import Tokenizer
 
 EXPECTED = ('expected {"prompt": "...", "response": "...", "operation": "..."} or '
-            '{"messages": [{"role": "user", "content": "..."}, ...]}')
+            '{"messages": [{"role": "user", "content": "..."}, ...]}; only where method grpo has '
+            "rewards of your own, and not correct, may the answer be left out")
+COLUMNS = ("prompt", "response", "operation", "wording", "hidden", "letters", "messages")
 
 
 # --------------------------------------------------------------------------------------------------
 # from a file to problems
 
 
-def read_rows(path: Path) -> list[dict]:
-    """Rows as {prompt, answer, operation, wording, hidden, letters, messages}.
+def read_rows(path: Path, needs_answer: bool = True) -> list[dict]:
+    """Rows as {prompt, answer, operation, wording, hidden, letters, messages, columns}.
 
-    messages   of a conversation: (role, content) of all of it; prompt and answer are its last two
-    raises     BadInput, which names the first bad lines
+    needs_answer   False: a row may lack its response, or its messages end with the user's
+    messages       of a conversation: (role, content) of all of it; prompt and answer are its last
+                   two. An answer that is not there is ""
+    raises         BadInput, which names the first bad lines
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"could not read {path} ({error}); "
                        "a data folder holds train.jsonl, valid.jsonl and test.jsonl") from None
-    rows, refused = read_each_line(text, read_row)
+    rows, refused = read_each_line(text, partial(read_row, needs_answer=needs_answer))
     bad = [f"line {number} ({error!r})" for number, error in refused]
     if bad:
         raise BadInput(f"{path}: {len(bad)} bad rows: {', '.join(bad[:5])}; {EXPECTED}")
     return rows
 
 
-def read_row(row: dict) -> dict:
+def read_row(row: dict, needs_answer: bool = True) -> dict:
     """One row; raises ValueError, KeyError or TypeError."""
     messages = ()
     if "messages" in row:
         from text.chat import check_messages  # jinja2 and templates: conversations alone need it
-        check_messages(row["messages"], reply_follows=False)
-        messages = tuple((m["role"], m["content"]) for m in row["messages"])
+        turns = row["messages"]
+        if not needs_answer and turns and turns[-1]["role"] == "user":
+            turns = [*turns, {"role": "assistant", "content": ""}]
+        check_messages(turns, reply_follows=False)
+        messages = tuple((m["role"], m["content"]) for m in turns)
         row = {"prompt": messages[-2][1], "response": messages[-1][1]} | row
+    elif not needs_answer:
+        row = {"response": ""} | row
     found = {"prompt": row["prompt"], "answer": row["response"],
              "operation": row.get("operation", ""), "wording": row.get("wording", "file"),
              "hidden": row.get("hidden", ""), "letters": row.get("letters", "")}
     if not all(isinstance(value, str) for value in found.values()):
         raise ValueError("every value must be a string")
-    if not found["prompt"] or not found["answer"]:
+    if not found["prompt"] or not (found["answer"] or not needs_answer):
         raise ValueError("prompt and response must be non-empty strings")
-    return found | {"messages": messages}
+    columns = {name: value for name, value in row.items() if name not in COLUMNS}
+    return found | {"messages": messages, "columns": columns}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -134,10 +145,27 @@ def choose_template(asked: str | None, cfg: Config | None, tokenizer: Tokenizer,
     return template
 
 
+def hide_question(problem: Problem) -> Problem:
+    """The same with `hidden` where its prompt, of a conversation the last one, stands."""
+    before = problem.messages[:-2]
+    messages = problem.messages and (*before, ("user", problem.hidden), problem.messages[-1])
+    return replace(problem, prompt=problem.hidden, messages=messages)
+
+
 def check_is_question(problem: Problem) -> None:
     if problem.messages:
         raise BadInput(f"the row with the reply {problem.answer[:40]!r} is a conversation, which "
-                       "needs template: lines, plain or chat (methods sft and dual_reward)")
+                       "needs template: lines, plain or chat")
+
+
+def ends_of_reply(problems: list[Problem], tokenizer: Tokenizer, template: str) -> dict:
+    """What ends a sampled reply beside EOS, as arguments of generate.sample.
+
+    A line break does, where no reply is seen to have many lines and the template is not chat.
+    """
+    many_lines = template == "chat" or any(
+        p.hidden or not p.answer or "\n" in p.answer for p in problems)
+    return tokenizer.reply_ends(template if many_lines else "none")
 
 
 def encode_problem(problem: Problem, tokenizer: Tokenizer, template: str = "none",
