@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import math
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
