@@ -10,6 +10,9 @@ from pathlib import Path
 
 from files.disk import append_text, json_lines, read_each_line, read_json_lines, write_text
 from files.keys import BadInput
+from files.provenance import read_report
+
+BEGUN = "begun.json"    # what a folder was begun with
 
 
 def read_text(path: str | Path, expected: str) -> str:
@@ -31,63 +34,45 @@ def read_rows(path: str | Path, read: Callable[[dict], object], expected: str) -
     return rows
 
 
-def read_parts(path: Path, part: int, total: int | None = None) -> list[dict]:
-    """A growing file's rows, whole parts of them; the file loses what a kill has torn.
-
-    total    how many rows the file has in the end, if known: its last part may be shorter
-    """
-    rows = read_json_lines(path)
-    if total is None or len(rows) < total:
-        rows = rows[:len(rows) // part * part]
-    if path.exists():
-        write_text(path, json_lines(rows))
-    return rows
-
-
-def append_rows(path: Path, rows: list[dict]) -> list[dict]:
-    """Add rows to a file, on the disk before anything is built on them; returns them."""
-    append_text(path, json_lines(rows), sync=True)
-    return rows
-
-
-def grow(path: Path, part: int, key: str, wanted: list, make: Callable[[int, int], list[dict]],
-         others: str) -> list[dict]:
+def grow(path: Path, part: int, key: str, wanted: list,
+         make: Callable[[list[dict], int], list[dict]], others: str) -> list[dict]:
     """A file's rows, one for each wanted value of row[key]: those it has, and the parts it lacks.
 
-    make     (first, last) -> the rows of wanted[first:last]
+    make     (the rows so far, n) -> those that follow, up to n; [] ends the file sooner
     others   what it is where the file's rows are about something else, and what to do
     """
-    rows = read_parts(path, part, len(wanted))
+    rows = read_json_lines(path)
+    if len(rows) < len(wanted):
+        rows = rows[:len(rows) // part * part]
     if [row[key] for row in rows] != wanted[:len(rows)]:
         raise BadInput(f"{path} is about {others}")
+    write_text(path, json_lines(rows))      # without what a kill has torn
     while len(rows) < len(wanted):
-        first = len(rows)
-        rows += append_rows(path, make(first, min(first + part, len(wanted))))
+        more = make(rows, min(len(rows) + part, len(wanted)))
+        if not more:
+            break
+        append_text(path, json_lines(more), sync=True)
+        rows += more
         print(f"  {path.stem:<34}{len(rows):6} of {len(wanted)}", flush=True)
     return rows
 
 
-def begin_folder(path: Path, about: dict[str, dict], again: str) -> dict:
-    """Write `about` as a new folder's record, or return the record of one that was begun alike.
+def begin_folder(folder: Path, about: dict[str, object], again: str) -> None:
+    """Write down what a new folder is begun with, or compare it with what one was begun with.
 
-    about    {part: {key: value}}; a part that the record has and `about` does not is not compared
-    again    what a user can do about another record
+    about    {what: value}; what the folder's record lacks is added to it
+    again    what a user can do about another value
     raises   BadInput where the folder holds something else, or was begun with other values
     """
-    folder, about = path.parent, json.loads(json.dumps(about))      # as read back: tuples are lists
-    if not path.exists():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise BadInput(f"{folder} holds other files (it has no {path.name}); name a new folder")
-        write_text(path, json.dumps(about, indent=1) + "\n")
-        return about
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        unlike = [f"{part}.{key} ({key} was {record[part].get(key)}, is {value})"
-                  for part in about for key, value in about[part].items()
-                  if record[part].get(key) != value]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f"{path} is damaged ({error!r}); {again}") from None
+    path, about = folder / BEGUN, json.loads(json.dumps(about))     # as read back: tuples are lists
+    record = {}
+    if path.exists():
+        record = read_report(path, again)
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BadInput(f"{folder} holds other files (it has no {BEGUN}); name a new folder")
+    unlike = [f"{what} (was {record[what]}, is {value})" for what, value in about.items()
+              if record.get(what, value) != value]
     if unlike:
         raise BadInput(f"{folder} was begun with another {', another '.join(unlike)}; put back "
                        f"what it began with, or {again}")
-    return record
+    write_text(path, json.dumps(record | about, indent=1) + "\n")

@@ -26,7 +26,7 @@ import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
 
-from config import run_main
+from config import Parser, run_main
 from files.disk import json_lines, write_text
 from files.keys import BadInput
 from gate.conversations import Conversation
@@ -37,17 +37,17 @@ from model import Llama
 from report.stats import cohens_kappa
 from text.tokenizer import Tokenizer
 
-PROMPT = Path(__file__).parent / "benchmark" / "judge.txt"     # what a judge reads
+PROMPTS = Path(__file__).parent / "benchmark"      # what a judge reads: judge.txt, tiny_judge.txt
 FIELDS = ("need", "answer", "chat", "reply", "right", "wrong", "first", "second")
 LEAST_LABELS, LEAST_KAPPA, LEAST_LOW = 30, 0.7, 0.55
 MIN_MASS = 0.5      # of both letters together; with less it answers something else
 ROWS = 32           # prompts of a forward pass
-ATTEMPTS = 3        # of a request, one and two seconds apart
+WAITS = (0, 1, 2)   # seconds before each attempt of a request
 
 
 def load_prompt(path: str | Path) -> str:
-    """The judge's prompt, a text file with {reply}, {right} and {wrong} at least; "": PROMPT."""
-    text = read_text(path or PROMPT, "a text file for judge_prompt").rstrip("\n")
+    """The judge's prompt, a text file with {reply}, {right} and {wrong} at least; "": judge.txt."""
+    text = read_text(path or PROMPTS / "judge.txt", "a text file for judge_prompt").rstrip("\n")
     named = set(re.findall(r"{(\w*)}", text))
     if named - set(FIELDS) or not {"reply", "right", "wrong"} <= named:
         raise BadInput(f"judge_prompt = {path} names {', '.join(sorted(named)) or 'nothing'}; "
@@ -73,29 +73,22 @@ def fill_prompt(template: str, conversation: Conversation, replies: list[str], t
 def letter_logprobs(model: Llama, tokenizer: Tokenizer, prompts: list[str],
                     letters: tuple[str, str]) -> np.ndarray:
     """log p of each letter as the next token, with and without a space before it, (B, 2)."""
-    spellings = []      # per letter, the ids that stand for it
-    for letter in letters:
-        encoded = [tokenizer.encode(text) for text in (letter, " " + letter)]
-        spellings.append(sorted({ids[0] for ids in encoded if len(ids) == 1}))
-        if not spellings[-1]:
-            tokenizer.word_ids([letter])     # says why not
     rows = [tokenizer.encode_prompt(text) for text in prompts]
-    context = model.args.max_position_embeddings
-    longest = max(map(len, rows))
+    longest, context = max(map(len, rows)), model.args.max_position_embeddings
     if longest > context:
         raise BadInput(f"a judge's prompt has {longest} tokens and the judge's context is "
                        f"{context}; take a judge with a longer one")
-    found = np.zeros((len(rows), 2), np.float32)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    for start in range(0, len(order), ROWS):
-        part = order[start:start + ROWS]
-        tokens, last = pad_prompts([rows[i] for i in part])
-        # causal: filling behind the last token changes nothing before it
-        logits = model.head(model.final_resid(tokens, positions=last))[:, 0]        # (B, V)
-        for k, ids in enumerate(spellings):
-            each = [token_logprobs(logits, mx.full(len(part), i)) for i in ids]
-            found[part, k] = np.array(mx.logsumexp(mx.stack(each), axis=0))
-    return found
+    tokens, last = pad_prompts(rows)    # causal: filling behind the last token changes nothing
+    logits = model.head(model.final_resid(tokens, positions=last))[:, 0]        # (B, V)
+    columns = []
+    for letter in letters:
+        encoded = [tokenizer.encode(text) for text in (letter, " " + letter)]
+        spellings = sorted({ids[0] for ids in encoded if len(ids) == 1})
+        if not spellings:
+            tokenizer.word_ids([letter])     # says why not
+        each = [token_logprobs(logits, mx.full(len(rows), i)) for i in spellings]
+        columns.append(mx.logsumexp(mx.stack(each), axis=0))
+    return np.array(mx.stack(columns, axis=1))
 
 
 def letter_margins(model: Llama, tokenizer: Tokenizer, asked: list[tuple[str, str]],
@@ -105,30 +98,30 @@ def letter_margins(model: Llama, tokenizer: Tokenizer, asked: list[tuple[str, st
     margins  (B,) nats: mean over both of log p(right letter) - log p(wrong letter)
     masses   (B,) probability of both letters, the smaller of both; low: it says something else
     """
-    plain, swapped = (letter_logprobs(model, tokenizer, [pair[k] for pair in asked], letters)
-                      for k in (0, 1))
+    plain, swapped = (letter_logprobs(model, tokenizer, prompts, letters)
+                      for prompts in zip(*asked))
     margins = (plain[:, 0] - plain[:, 1] + swapped[:, 1] - swapped[:, 0]) / 2
     return margins, np.minimum(np.exp(plain).sum(-1), np.exp(swapped).sum(-1))
 
 
-def verdict_of(margin: float, mass: float, threshold: float, unsure: float) -> str:
-    """pass from a margin of `threshold` on | fail | unsure, too near to it | invalid, no verdict"""
-    return ("invalid" if mass < MIN_MASS else "unsure" if abs(margin - threshold) < unsure
-            else "pass" if margin >= threshold else "fail")
+def verdict_of(margin: float, mass: float, unsure: float) -> str:
+    """pass | fail, by the margin's sign | unsure, too near to 0 | invalid, no verdict"""
+    return ("invalid" if mass < MIN_MASS else "unsure" if abs(margin) < unsure
+            else "pass" if margin >= 0 else "fail")
 
 
 def judge_locally(model: Llama, tokenizer: Tokenizer, asked: list[tuple[str, str]],
-                  letters: tuple[str, str], threshold: float, unsure: float) -> Iterator[dict]:
+                  letters: tuple[str, str], unsure: float) -> Iterator[dict]:
     """Verdicts of a local model on pairs of prompts, plain and with meanings exchanged."""
     for first in range(0, len(asked), ROWS):    # a part at a time: what is judged is kept
         found = letter_margins(model, tokenizer, asked[first:first + ROWS], letters)
         for margin, mass in zip(*(side.tolist() for side in found)):
-            yield {"verdict": verdict_of(margin, mass, threshold, unsure),
+            yield {"verdict": verdict_of(margin, mass, unsure),
                    "margin": round(margin, 4), "mass": round(mass, 4)}
 
 
 def judge_by_endpoint(url: str, name: str, asked: list[tuple[str, str]],
-                      letters: tuple[str, str], timeout: float = 60) -> Iterator[dict]:
+                      letters: tuple[str, str]) -> Iterator[dict]:
     """Verdicts of an OpenAI-compatible endpoint, {verdict, texts}, one by one as they come.
 
     A prompt is asked once more if the answer is not one letter.
@@ -138,8 +131,9 @@ def judge_by_endpoint(url: str, name: str, asked: list[tuple[str, str]],
         votes, texts = [], []
         for prompt, right in zip(pair, letters):
             for _ in range(2):
-                texts.append(request_text(url, name, prompt, timeout))
-                if letter := parse_letter(texts[-1], letters):
+                texts.append(request_text(url, name, prompt))
+                letter = parse_letter(texts[-1], letters)
+                if letter:
                     break
             votes.append(None if letter is None else letter == right)
         verdict = ("invalid" if None in votes else "unsure" if votes[0] != votes[1]
@@ -158,7 +152,7 @@ def parse_letter(text: str, letters: tuple[str, str]) -> str | None:
     return match[1] if match and not re.search(rf"\b({either})\b", rest) else None
 
 
-def request_text(url: str, name: str, prompt: str, timeout: float) -> str:
+def request_text(url: str, name: str, prompt: str) -> str:
     """One chat completion at temperature 0; the key goes in a header and nowhere else."""
     address = url.rstrip("/") + "/chat/completions"
     body = {"model": name, "temperature": 0, "max_tokens": 16,
@@ -166,11 +160,11 @@ def request_text(url: str, name: str, prompt: str, timeout: float) -> str:
     headers = {"Content-Type": "application/json"}
     if key := os.environ.get("OPENAI_API_KEY"):
         headers["Authorization"] = f"Bearer {key}"
-    for attempt in range(ATTEMPTS):
-        time.sleep(attempt)
+    for seconds in WAITS:
+        time.sleep(seconds)
         try:
             request = urllib.request.Request(address, json.dumps(body).encode(), headers)
-            with urllib.request.urlopen(request, timeout=timeout) as response:
+            with urllib.request.urlopen(request, timeout=60) as response:
                 data = response.read()
         except urllib.error.HTTPError as error:
             why = f"HTTP {error.code} {error.reason}"
@@ -193,10 +187,10 @@ def request_text(url: str, name: str, prompt: str, timeout: float) -> str:
 
 
 # --- people's labels
-def read_labels(path: str, known: dict[tuple[str, str], str]) -> dict[tuple[str, str], bool]:
+def read_labels(path: str, chats: dict[tuple[str, str], str]) -> dict[tuple[str, str], bool]:
     """Rows {"condition", "id", "human": "pass" or "fail"}: {(condition, id): passes}.
 
-    Rows whose "human" is null are not labelled yet. known: the chats that were judged.
+    Rows whose "human" is null are not labelled yet. chats: those that were judged.
     raises   BadInput naming rows that are damaged, twice there, of unknown conversations, or of
              other replies than were judged
     """
@@ -206,9 +200,9 @@ def read_labels(path: str, known: dict[tuple[str, str], str]) -> dict[tuple[str,
         key = row["condition"], row["id"]
         if row["human"] not in ("pass", "fail", None):
             raise ValueError(f"human is {row['human']!r}")
-        if key in labels or key not in known:
+        if key in labels or key not in chats:
             raise ValueError(f"{' '.join(key)} is {'there twice' if key in labels else 'unknown'}")
-        if row.get("chat", known[key]) != known[key]:
+        if row.get("chat", chats[key]) != chats[key]:
             raise ValueError(f"labels another reply than {' '.join(key)} now has")
         labels[key] = row["human"]
 
@@ -223,29 +217,27 @@ def calibrate(judged: dict[tuple[str, str], bool | None],
     both = [key for key in labels if judged.get(key) is not None]
     compare = lambda keys: cohens_kappa([judged[k] for k in keys], [labels[k] for k in keys])
     found = compare(both)
-    enough = found["n"] >= LEAST_LABELS
-    return {**found, "undecided": len(labels) - len(both),
-            "ok": bool(enough and found["value"] is not None and found["value"] >= LEAST_KAPPA
-                       and found["low"] >= LEAST_LOW),
+    trusted = (found["n"] >= LEAST_LABELS and found["value"] is not None
+               and found["value"] >= LEAST_KAPPA and found["low"] >= LEAST_LOW)
+    return {**found, "undecided": len(labels) - len(both), "ok": bool(trusted),
             "by_condition": {c: compare([k for k in both if k[0] == c])
                              for c in sorted({condition for condition, _ in both})},
             "disagreements": sorted(k for k in both if judged[k] != labels[k])}
 
 
-def write_spotcheck(path: Path, rows: list[dict], share: float = 0.1) -> list[dict]:
-    """Draw a tenth of the judged conversations, by their ids alone; returns those drawn.
+def write_spotcheck(path: Path, chats: dict[tuple[str, str], str]) -> None:
+    """Draw a tenth of the judged conversations, by their ids alone, for a person to label.
 
     Without any verdict: who labels them should not know what the judge said. A file in which
     somebody has begun to label is left as it is.
     """
-    drawn = sorted(rows, key=lambda r: (r["condition"], r["id"]))
+    drawn = sorted(chats)
     random.Random(0).shuffle(drawn)
-    drawn = drawn[:max(1, round(share * len(drawn)))]
+    rows = [{"condition": condition, "id": i, "chat": chats[condition, i], "human": None}
+            for condition, i in drawn[:max(1, round(len(drawn) / 10))]]
     lines = path.read_bytes().split(b"\n") if path.exists() else []
     if all(line.endswith(b'"human": null}') for line in lines if line):
-        write_text(path, json_lines({k: row[k] for k in ("condition", "id", "chat")}
-                                    | {"human": None} for row in drawn))
-    return drawn
+        write_text(path, json_lines(rows))
 
 
 # --- the bundled example's judge: a tiny model that has learnt to compare
@@ -272,12 +264,14 @@ def tiny_rows(template: str, letters: tuple[str, str], n: int, seed: int) -> lis
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) != 2 or argv[0] != "make_train":
-        raise BadInput("expected `python -m gate.judge make_train FOLDER`, "
-                       f"got {' '.join(argv) or 'nothing'}")
-    template = load_prompt(str(Path(__file__).parent / "benchmark" / "tiny_judge.txt"))
+    parser = Parser(prog="python -m gate.judge",
+                    description="Write the rows that the bundled example's judge learns from.")
+    parser.add_argument("command", choices=("make_train",))
+    parser.add_argument("folder", type=Path)
+    args = parser.parse_args(argv)
+    template = load_prompt(PROMPTS / "tiny_judge.txt")
     for seed, (split, n) in enumerate((("train", 50000), ("valid", 400), ("test", 400))):
-        write_text(Path(argv[1]) / f"{split}.jsonl",
+        write_text(args.folder / f"{split}.jsonl",
                    json_lines(tiny_rows(template, ("1", "0"), n, seed)))
 
 

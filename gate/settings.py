@@ -37,8 +37,7 @@ class GateConfig:
     judge_model: str = ""           # what an endpoint calls it
     judge_prompt: str = ""          # text file; empty: the built-in one
     judge_letters: tuple[str, ...] = ("A", "B")     # a verdict's two tokens
-    judge_threshold: float = 0.0    # nats
-    judge_unsure: float = 1.0       # nearer to the threshold: undecided. Local judges only
+    judge_unsure: float = 1.0       # a margin of fewer nats is undecided. Local judges only
     labels: str = ""                # people's verdicts: spotcheck.jsonl, filled in
 
     # --- what has to hold
