@@ -1,12 +1,11 @@
 """Conversations whose answers lie in what was said before, generated from a file that one can read.
 
-A benchmark is a file of conversations, one a line; a single question is a conversation of one turn.
-Its user turns are fixed, the model's replies are its own, and each scored turn carries the checks
-that a right reply passes (checks.py). The text is in benchmark/families.yaml, the drawing in
-drafts.py. Most follow-ups of the prior work's draft could be answered without the conversation, so
-`audit` measures that first, without a model: the oracle that knows everything must pass, and those
-that have forgotten the first turn, name whatever was named last, say nothing, repeat the question
-or ask back must fail.
+A benchmark is a file of conversations, one a line. Its user turns are fixed, the model's replies
+are its own, and each scored turn carries the checks that a right reply passes (checks.py). The text
+is in benchmark/families.yaml, the drawing in drafts.py. Most follow-ups of the prior work's draft
+could be answered without the conversation, so `audit` measures that first, without a model: the
+oracle that knows everything must pass, those that have forgotten the first turn, name whatever was
+named last, say nothing, repeat the question or ask back must fail.
 
     python -m gate.conversations make OUT.jsonl n=300 seed=1 kind=conversations
     python -m gate.conversations show gate/benchmark/conversations.jsonl n=5
@@ -15,6 +14,7 @@ or ask back must fail.
 """
 import dataclasses
 import functools
+import itertools
 import os
 import random
 import re
@@ -26,9 +26,15 @@ from config import Parser, run_main
 from files.disk import json_lines, write_text
 from files.keys import BadInput, read_keys
 from files.provenance import hash_file
-from gate import drafts
 from gate.checks import find, normalise, term_pattern, validate_check
-from gate.drafts import Conversation, Turn
+from gate.drafts import (
+    Conversation,
+    Turn,
+    draft_conversation,
+    draft_instruction,
+    load_texts,
+    values_of,
+)
 from gate.jsonl import read_rows
 from text.arithmetic import ASKED, PHRASES, SYMBOLS, compute, pairs_in, split_of
 
@@ -37,10 +43,6 @@ SHARES = {"memory": 60, "preferences": 50, "continuity": 50, "updates": 40}     
 
 
 # --- files
-def write_benchmark(path: Path, conversations: list[Conversation]) -> None:
-    write_text(Path(path), json_lines(map(dataclasses.asdict, conversations)))
-
-
 def read_benchmark(path: Path) -> tuple[list[Conversation], str]:
     """The conversations of a file and its SHA-256; BadInput names the first bad line."""
     ids = set()
@@ -50,9 +52,8 @@ def read_benchmark(path: Path) -> tuple[list[Conversation], str]:
                       for turn in row["turns"])
         if not turns or not all(isinstance(turn.user, str) and turn.user.strip() for turn in turns):
             raise ValueError("every conversation has turns, and every turn a text in user")
-        for turn in turns:
-            for check in turn.checks:
-                validate_check(check)
+        for check in itertools.chain.from_iterable(turn.checks for turn in turns):
+            validate_check(check)
         if not any(turn.scored for turn in turns) or any(t.scored and not t.checks for t in turns):
             raise ValueError("at least one turn is scored, and each that is has checks")
         conversation = Conversation(**{**row, "turns": turns})
@@ -64,6 +65,10 @@ def read_benchmark(path: Path) -> tuple[list[Conversation], str]:
     return read_rows(path, read, "a benchmark file, such as `python -m gate.conversations make "
                      "OUT.jsonl` writes: each line a conversation with id, category, family, "
                      "difficulty, seed, slots and turns"), hash_file(path)
+
+
+def write_benchmark(path: Path, conversations: list[Conversation]) -> None:
+    write_text(Path(path), json_lines(map(dataclasses.asdict, conversations)))
 
 
 # --- the kinds
@@ -84,40 +89,39 @@ def category_draws(seed: int, n: int) -> Iterator[tuple[str, Callable]]:
     """(id, draw) by category: families in turn, two easy and two medium to one hard."""
     for category, count in shares_of(n).items():
         rng = random.Random(f"{seed} {category}")
-        families = drafts.load_texts()[category]
+        families = load_texts()[category]
         families = rng.sample(families, len(families))
         levels = ["easy"] * round(0.4 * count) + ["medium"] * round(0.4 * count)
         levels += ["hard"] * (count - len(levels))
         rng.shuffle(levels)
         for i, level in enumerate(levels):
             yield f"{category}-{i + 1:03d}", functools.partial(
-                drafts.draft_conversation, category, families[i % len(families)], level, rng)
+                draft_conversation, category, families[i % len(families)], level, rng)
 
 
 def instruction_draws(seed: int, n: int) -> Iterator[tuple[str, Callable]]:
     """The same of single instructions: categories and their families in turn."""
-    rng, texts = random.Random(f"{seed} instructions"), drafts.load_texts()["instructions"]
+    rng, texts = random.Random(f"{seed} instructions"), load_texts()["instructions"]
     for i in range(n):
         category, number = list(texts)[i % len(texts)], i // len(texts)
         family = texts[category][number % len(texts[category])]
         yield f"{category}-{number + 1:03d}", functools.partial(
-            drafts.draft_instruction, category, family, rng)
-
-
-def tiny_draws(kind: str, seed: int, n: int, split: str) -> Iterator[tuple[str, Callable]]:
-    """The same for the bundled models, over one split's pairs of numbers."""
-    draft = {"tiny_operations": draft_operation, "tiny_turns": draft_held}[kind]
-    rng = random.Random(f"{seed} {kind} {split}")
-    for i in range(n):
-        yield f"{kind}-{i + 1:03d}", functools.partial(draft, rng, split)
+            draft_instruction, category, family, rng)
 
 
 def make(kind: str, seed: int = 0, n: int | None = None,
          split: str = "test") -> list[Conversation]:
-    """The conversations of a kind, no two alike; n None: 200, of instructions 100."""
+    """The conversations of a kind, no two alike; n None: 200, of instructions 100.
+
+    split    of the kinds for the bundled models: the side of their pairs of numbers
+    """
     n = n or (100 if kind == "instructions" else 200)
-    draws = (category_draws(seed, n) if kind == "conversations" else instruction_draws(seed, n)
-             if kind == "instructions" else tiny_draws(kind, seed, n, split))
+    if kind.startswith("tiny"):
+        draft = {"tiny_operations": draft_operation, "tiny_turns": draft_held}[kind]
+        rng = random.Random(f"{seed} {kind} {split}")
+        draws = [(f"{kind}-{i + 1:03d}", functools.partial(draft, rng, split)) for i in range(n)]
+    else:
+        draws = (instruction_draws if kind == "instructions" else category_draws)(seed, n)
     seen, conversations = set(), []
     for name, draw in draws:
         for _ in range(2000):
@@ -213,35 +217,28 @@ def write_train(folder: Path, kind: str, seed: int, n: int) -> dict[str, int]:
 
 
 # --- oracles: what the benchmark can tell apart before any model has seen it
-def base_name(slot: str) -> str:
-    """example  "item_3" -> "item" """
-    return re.sub(r"_\d+$", "", slot)
+NUMBERED = re.compile(r"_\d+$")     # "item_3" is an "item"
 
 
 def possible_values(conversations: list[Conversation]) -> dict[tuple[str, str], list[str]]:
-    """All values that a slot may hold, {(family, slot): values}.
-
-    Of a family that is not in families.yaml: those of all these conversations.
-    """
-    texts, found = drafts.load_texts(), defaultdict(list)
+    """All values that a slot may hold, {(family, slot): values}; those of all these conversations
+    where the family is not in families.yaml."""
+    texts, found = load_texts(), defaultdict(list)
     for c in conversations:
         for slot, value in c.slots.items():
-            found[c.family, base_name(slot)].append(value)
+            found[c.family, NUMBERED.sub("", slot)].append(value)
     families = {f"{category}/{family['family']}": family for category in SHARES
                 for family in texts[category]}
-    return {(name, slot): drafts.values_of(families.get(name, {}), slot) or values
+    return {(name, slot): values_of(families.get(name, {}), slot) or values
             for (name, slot), values in found.items()}
 
 
 def forgetful(c: Conversation, t: int, possible: dict[tuple[str, str], list[str]]) -> str:
-    """The reply of one who never heard the first turn and otherwise answers correctly.
-
-    It knows the form of the right reply and everything said later. In place of a value that it
-    never heard, it guesses a possible one, the right one included.
-    """
+    """The reply of one who knows its form and all that was said but for the first turn: in place
+    of a value that it never heard, it guesses a possible one, the right one included."""
     rng = random.Random(f"{c.id} {t}")
     heard = normalise(" ".join(turn.user for turn in c.turns[1:t + 1]))
-    unheard = {value.casefold(): base_name(slot) for slot, value in c.slots.items()
+    unheard = {value.casefold(): NUMBERED.sub("", slot) for slot, value in c.slots.items()
                if not find(value, heard)}
     if not unheard:
         return c.turns[t].answer
@@ -332,25 +329,24 @@ def main(argv: list[str]) -> None:
     parser.add_argument("words", nargs="*", metavar="key=value",
                         help=f"n=, seed= and kind={'|'.join(KINDS)}")
     args = parser.parse_args(argv)
+    # the other kinds are for judging only
+    kinds = KINDS[2:] if args.command == "make_train" else KINDS
     given, mistakes = read_keys(os.devnull, args.words, {"n": int, "seed": int, "kind": str})
-    n, seed, kind = given.get("n"), given.get("seed", 0), given.get("kind")
-    if mistakes or kind not in (None, *KINDS) or n == 0 or min(n or 1, seed) < 0:
-        raise BadInput("; ".join([*mistakes, f"{' '.join(args.words)}: expected n=, seed= and "
-                                  f"kind={'|'.join(KINDS)}"]))
+    n, seed, kind = given.get("n"), given.get("seed", 0), given.get("kind", kinds[0])
+    if mistakes or kind not in kinds or n == 0 or min(n or 1, seed) < 0:
+        raise BadInput("; ".join([*mistakes, f"{args.command} {' '.join(args.words)}: expected n=, "
+                                  f"seed= and kind={'|'.join(kinds)}"]))
     if args.command == "make":
-        conversations = make(kind or "conversations", seed, n)
+        conversations = make(kind, seed, n)
         write_benchmark(args.path, conversations)
-        print(f"{args.path}: {len(conversations)} {kind or 'conversations'}, seed {seed}")
+        print(f"{args.path}: {len(conversations)} {kind}, seed {seed}")
+    elif args.command == "make_train":
+        print(f"{args.path}: {write_train(args.path, kind, seed, n or 20000)}")
     elif args.command == "show":
         for c in read_benchmark(args.path)[0][:n]:
             print(described(c))
-    elif args.command == "audit":
-        print_audit(args.path)
-    elif kind in (None, "tiny_turns", "tiny_operations"):
-        print(f"{args.path}: {write_train(args.path, kind or 'tiny_turns', seed, n or 20000)}")
     else:
-        raise BadInput(f"kind={kind}: training rows are made of tiny_turns or tiny_operations; "
-                       "the other kinds are for judging only")
+        print_audit(args.path)
 
 
 if __name__ == "__main__":

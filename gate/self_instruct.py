@@ -7,16 +7,14 @@
     pairs judged   the same critic, of task and answer as they are stored              pairs.jsonl
     train, valid, test.jsonl in data.py's format; qc.json, manifest.json
 
-A base model does all of it (Self-Instruct, 2212.10560). Each step is a file that grows by parts
-(jsonl.py), so the same command continues a run that was broken off. Rejected rows stay in their
-file, with the reason. Where we differ from the prior work: stops are texts, not the last token of
-one; a list's first item gets its number back; near-duplicates are dropped where they arise; rates
-are shares of what was generated, not of the survivors. The critic's margin is the mean over both
-orders of the labels, less the margin of an empty task: a preference for the letter A cancels. Where
-the model would answer something else, the critic abstains.
+A base model does all of it (Self-Instruct, 2212.10560). Each step is a file that grows by parts, so
+the same command continues a run that was broken off. Rejected rows stay in their file, with the
+reason. The critic's margin is the mean over both orders of the labels, less the margin of an empty
+task: a preference for the letter A cancels.
 
     python -m gate.self_instruct OUT model=Qwen/Qwen2.5-32B bits=4 n=8000 heldout=FILE.jsonl
 """
+import itertools
 import json
 import os
 import random
@@ -218,8 +216,8 @@ def sift(run: Run, lists: list[dict]) -> list[dict]:
     return rows
 
 
-def make_instructions(run: Run) -> tuple[list[dict], list[dict]]:
-    """Lists until n tasks are kept, n at most; (lists, items). Items follow from lists alone."""
+def make_lists(run: Run) -> list[dict]:
+    """Lists until n tasks are kept, n at most: {list, prompt, text, tokens, stop_reason}."""
     def more(lists: list[dict], n: int) -> list[dict]:
         kept = [row["task"] for row in sift(run, lists) if not row["reason"]]
         if len(kept) == run.settings.n:
@@ -230,10 +228,7 @@ def make_instructions(run: Run) -> tuple[list[dict], list[dict]]:
         return [{"list": i, **row} for i, row in enumerate(rows, first)]
 
     numbers = list(range(-(-run.settings.n // PART) * PART))     # whole parts
-    lists = grow(run.folder / "lists.jsonl", PART, "list", numbers, more, OTHERS)
-    items = sift(run, lists)
-    write_text(run.folder / "instructions.jsonl", json_lines(items))
-    return lists, items
+    return grow(run.folder / "lists.jsonl", PART, "list", numbers, more, OTHERS)
 
 
 # --- responses
@@ -258,55 +253,41 @@ def reject_response(run: Run, task: str, response: str, stop_reason: str) -> str
         "held out": run.heldout.touches(words)})
 
 
-def make_responses(run: Run, tasks: list[str]) -> list[dict]:
+def respond(run: Run, rows: list[dict], first: int) -> list[dict]:
     """One response to each task: {task, response, reason} beside what `write` gives."""
-    def respond(done: list[dict], n: int) -> list[dict]:
-        first = len(done)
-        rows = write(run, [response_prompt(run, i, tasks[i]) for i in range(first, n)],
-                     RESPONSE_TOKENS, RESPONSE_TEMPERATURE,
-                     (END, "\nInstruction:", "\nUser:", "\nQ:"), f"responses {first}")
-        for task, row in zip(tasks[first:n], rows):
-            row["task"], row["response"] = task, row["text"].strip()
-            row["reason"] = reject_response(run, task, row["response"], row["stop_reason"])
-        return rows
-
-    return grow(run.folder / "responses.jsonl", PART, "task", tasks, respond, OTHERS)
+    prompts = [response_prompt(run, i, row["task"]) for i, row in enumerate(rows, first)]
+    written = write(run, prompts, RESPONSE_TOKENS, RESPONSE_TEMPERATURE,
+                    (END, "\nInstruction:", "\nUser:", "\nQ:"), f"responses {first}")
+    for task, row in zip((row["task"] for row in rows), written):
+        row["task"], row["response"] = task, row["text"].strip()
+        row["reason"] = reject_response(run, task, row["response"], row["stop_reason"])
+    return written
 
 
 # --- the critic
-def criticise(model: Llama, tokenizer: Tokenizer, kind: str, rows: list[dict],
-              labels: tuple[str, str], threshold: float) -> list[dict]:
-    """The model's own view of each task, or pair of task and response: [{margin, mass, verdict}].
+def criticise(run: Run, kind: str, rows: list[dict]) -> list[dict]:
+    """The model's own view of each task, or pair of task and response: the rows with it.
 
     margin   log p(good) - log p(bad) in nats, mean over both orders of the labels, less the same of
              an item that says nothing. With orders o: 1/2 sum_o (l_good - l_bad)_o
     mass     of both labels together, the smaller of both orders; below MIN_MASS it abstains
     verdict  accept (margin >= threshold) | reject | abstain
     """
-    texts, asked = TEXTS[kind], []
+    texts, labels, asked = TEXTS[kind], run.settings.labels, []
     for row in [*rows, {"task": "N/A", "response": "N/A"}]:
         item = f"Task: {row['task']}" + (f"\nAnswer: {row['response']}" if kind == "pairs" else "")
-        asked.append(tuple(TEXTS["critic"].format(
-            head=texts["head"], first=labels[0], second=labels[1], item=item, first_means=texts[a],
-            second_means=texts[b]) for a, b in (("good", "bad"), ("bad", "good"))))
-    margins, masses = letter_margins(model, tokenizer, asked, labels)
+        asked.append([TEXTS["critic"].format(
+            head=texts["head"], first=labels[0], second=labels[1], item=item,
+            first_means=texts[first], second_means=texts[second])
+            for first, second in (("good", "bad"), ("bad", "good"))])
+    margins, masses = letter_margins(run.model, run.tokenizer, asked, labels)
     views = []
-    for margin, mass in zip((margins - margins[-1])[:-1].tolist(), masses.tolist()):
-        verdict = ("abstain" if mass < MIN_MASS else "accept" if margin >= threshold else "reject")
-        views.append({"margin": round(margin, 4), "mass": round(mass, 4), "verdict": verdict})
+    for row, margin, mass in zip(rows, (margins - margins[-1]).tolist(), masses.tolist()):
+        verdict = ("abstain" if mass < MIN_MASS
+                   else "accept" if margin >= run.settings.threshold else "reject")
+        views.append(row | {"margin": round(margin, 4), "mass": round(mass, 4),
+                            "verdict": verdict})
     return views
-
-
-def judge_all(run: Run, kind: str, rows: list[dict]) -> list[dict]:
-    """A critic's step: accepted and rejected rows alike, with their margins."""
-    def judge(done: list[dict], n: int) -> list[dict]:
-        part = rows[len(done):n]
-        views = criticise(run.model, run.tokenizer, kind, part, run.settings.labels,
-                          run.settings.threshold)
-        return [row | view for row, view in zip(part, views)]
-
-    return grow(run.folder / f"{kind}.jsonl", PART, "task", [row["task"] for row in rows], judge,
-                OTHERS)
 
 
 # --- what comes out
@@ -322,45 +303,42 @@ def split_pairs(pairs: list[dict]) -> dict[str, list[dict]]:
     return {"valid": rows[:k], "test": rows[k:2 * k], "train": rows[2 * k:]}
 
 
-def quality(lists: list[dict], items: list[dict], tasks: list[dict], responses: list[dict],
-            pairs: list[dict]) -> dict:
+def quality(steps: dict[str, list[dict]]) -> dict:
     """Counts of every step, of all that was generated, and whether they keep to the bounds.
 
     The bounds are the prior work's: answers cut off below 10 %, each critic accepting half.
     """
-    count = lambda rows, key: dict(Counter(row[key] or "kept" for row in rows).most_common())
-    cut = sum(row["stop_reason"] == "length" for row in responses)
-    found = {"lists": len(lists), "items": len(items), "instructions": count(items, "reason"),
-             "tasks": count(tasks, "verdict"), "responses": count(responses, "reason"),
-             "pairs": count(pairs, "verdict"),
-             "cut_off": round(cut / len(responses), 4) if responses else None}
-    bounds = {"cut_off below 0.10": bool(responses) and found["cut_off"] < 0.10}
-    for kind, rows in (("tasks", tasks), ("pairs", pairs)):
+    found = {name: dict(Counter(row.get("verdict", row.get("reason")) or "kept"
+                                for row in rows).most_common()) for name, rows in steps.items()}
+    cut = found["responses"].get("cut off", 0) / max(len(steps["responses"]), 1)
+    bounds = {"cut_off below 0.10": bool(steps["responses"]) and cut < 0.10}
+    for kind in ("tasks", "pairs"):
         accepted = found[kind].get("accept", 0)
-        bounds[f"acceptance of {kind} at least 0.50"] = 2 * accepted >= max(len(rows), 1)
-    return found | {"passed": all(bounds.values()), "bounds": bounds}
-
-
-def print_quality(found: dict) -> None:
-    """How many rows each step kept and rejected, as a table for a person."""
-    print(f"\n{'lists':<16}{found['lists']:6}\n{'items':<16}{found['items']:6}")
-    for step in ("instructions", "tasks", "responses", "pairs"):
-        parts = ", ".join(f"{name} {k}" for name, k in found[step].items())
-        print(f"{step:<16}{sum(found[step].values()):6}   {parts}")
-    for bound, held in found["bounds"].items():
-        print(f"  {'held  ' if held else 'MISSED'}  {bound}")
+        bounds[f"acceptance of {kind} at least 0.50"] = 2 * accepted >= max(len(steps[kind]), 1)
+    return found | {"cut_off": round(cut, 4), "passed": all(bounds.values()), "bounds": bounds}
 
 
 def make_data(run: Run, record: dict) -> dict:
     """All steps, from lists to the manifest; returns qc.json's content."""
-    lists, items = make_instructions(run)
-    tasks = judge_all(run, "tasks", [{"task": r["task"]} for r in items if not r["reason"]])
-    responses = make_responses(run, [r["task"] for r in tasks if r["verdict"] == "accept"])
-    pairs = judge_all(run, "pairs", [{"task": r["task"], "response": r["response"]}
-                                     for r in responses if not r["reason"]])
-    found = quality(lists, items, tasks, responses, pairs)
+    def step(name, rows, make):
+        """Rows of a step's file, one for each row of the step before."""
+        return grow(run.folder / f"{name}.jsonl", PART, "task", [row["task"] for row in rows],
+                    lambda done, n: make(rows[len(done):n], len(done)), OTHERS)
+
+    items = sift(run, make_lists(run))
+    write_text(run.folder / "instructions.jsonl", json_lines(items))
+    tasks = step("tasks", [{"task": row["task"]} for row in items if not row["reason"]],
+                 lambda rows, _: criticise(run, "tasks", rows))
+    responses = step("responses", [row for row in tasks if row["verdict"] == "accept"],
+                     lambda rows, first: respond(run, rows, first))
+    pairs = step("pairs", [{"task": row["task"], "response": row["response"]}
+                           for row in responses if not row["reason"]],
+                 lambda rows, _: criticise(run, "pairs", rows))
+    found = quality({"instructions": items, "tasks": tasks, "responses": responses,
+                     "pairs": pairs})
     write_text(run.folder / "qc.json", json.dumps(found, indent=2) + "\n")
-    print_quality(found)
+    for name, counts in found.items():
+        print(f"{name:<14}{counts}")
     for split, rows in split_pairs([r for r in pairs if r["verdict"] == "accept"]).items():
         write_text(run.folder / f"{split}.jsonl", json_lines(rows))
     outputs = {path.name: hash_file(path) for path in sorted(run.folder.glob("*.json*"))
@@ -389,7 +367,7 @@ def main(argv: list[str]) -> None:
                        f"got {' '.join(argv) or 'nothing'}")
     folder, settings = Path(argv[0]), read_settings(argv[1:])
     seeds = read_rows(SEEDS, lambda row: (row["prompt"], row["response"]), EXPECTED)
-    texts = read_rows(settings.heldout, user_texts, EXPECTED) if settings.heldout else []
+    heldout = read_rows(settings.heldout, user_texts, EXPECTED) if settings.heldout else []
     inputs = {"seeds": hash_file(SEEDS), **hash_model(settings.model)}
     if settings.heldout:
         inputs["heldout"] = hash_file(settings.heldout)
@@ -400,8 +378,7 @@ def main(argv: list[str]) -> None:
         tokenizer.word_ids([label])
     hashes = {f"SHA-256 of {what}": value for what, value in inputs.items()}
     begin_folder(folder, asdict(settings) | hashes, "name a new folder")
-    run = Run(folder, settings, model, tokenizer, seeds,
-              Similar(text for row in texts for text in row))
+    run = Run(folder, settings, model, tokenizer, seeds, Similar(itertools.chain(*heldout)))
     make_data(run, {"settings": asdict(settings), "inputs": inputs, "clean": clean,
                     "versions": provenance()})
     print(f"\nwrote {folder}: train on it with data={folder} template=cued")

@@ -37,15 +37,14 @@ from gate.self_instruct import (
     Similar,
     criticise,
     grams,
-    judge_all,
     list_prompt,
     main,
     make_data,
-    make_responses,
     parse_list,
     read_settings,
     reject_response,
     reject_task,
+    respond,
     response_prompt,
     sift,
     split_pairs,
@@ -162,23 +161,27 @@ def bpe(llama3):
 VIEWS = {"N/A": 0.5, "Task: fine": 2.0, "Task: vague": -1.0, "Task: so": 1.4}
 
 
+def critic(bpe, stub, threshold):
+    return Run(None, Settings(threshold=threshold), stub, bpe, SEEDS, Similar())
+
+
 @pytest.mark.parametrize("bias", [-4.0, 0.0, 3.0])
 @pytest.mark.parametrize("kind", ["tasks", "pairs"])
 def test_margins_by_hand(bpe, kind, bias):
     """(l_good - l_bad) / 2 of a stub is half its view; less that of N/A; whatever its bias."""
     items = [{"task": name, "response": "x"} for name in ("fine", "vague", "so")]
-    rows = criticise(Stub(bpe, VIEWS, bias), bpe, kind, items, ("A", "B"), 1.0)
+    rows = criticise(critic(bpe, Stub(bpe, VIEWS, bias), 1.0), kind, items)
     assert [row["margin"] for row in rows] == pytest.approx([1.5, -1.5, 0.9], abs=1e-3)
     assert [row["verdict"] for row in rows] == ["accept", "reject", "reject"]
     assert all(row["mass"] > 0.99 for row in rows)
-    rows = criticise(Stub(bpe, VIEWS, bias), bpe, kind, items, ("A", "B"), 0.8)
+    rows = criticise(critic(bpe, Stub(bpe, VIEWS, bias), 0.8), kind, items)
     assert [row["verdict"] for row in rows] == ["accept", "reject", "accept"]
 
 
 def test_the_critic_abstains_where_it_would_say_something_else(bpe):
     """Mass by hand: letters e^2 and 1 against all the other tokens, e^other each."""
     stub = Stub(bpe, {"": 2.0}, other=-4.0)
-    row, = criticise(stub, bpe, "tasks", [{"task": "fine"}], ("A", "B"), -9.0)
+    row, = criticise(critic(bpe, stub, -9.0), "tasks", [{"task": "fine"}])
     low = np.exp(-2.0) + 1      # the smaller order: the view is against the first letter
     assert row["mass"] == pytest.approx(low / (low + (bpe.vocab_size - 2) * np.exp(-4)), abs=1e-3)
     assert row["mass"] < 0.5 and row["verdict"] == "abstain"
@@ -233,7 +236,7 @@ def test_the_whole_way(scripted_run, tmp_path):
     items, tasks, pairs = read("instructions.jsonl"), read("tasks.jsonl"), read("pairs.jsonl")
     responses = read("responses.jsonl")
     # a funnel over all that was generated: each step begins with what the one before let through
-    assert found["items"] == len(items) == sum(found["instructions"].values())
+    assert len(items) == sum(found["instructions"].values())
     assert found["instructions"]["kept"] == len(tasks) == 30 == len({t["task"] for t in tasks})
     assert {"duplicate", "about the list", "held out"} <= found["instructions"].keys()
     assert found["tasks"]["accept"] == len(responses) < len(tasks)
@@ -335,10 +338,10 @@ def test_steps_on_a_real_model(tmp_path, monkeypatch):
     model = random_model(small_config() | {"max_position_embeddings": 4096})
     about = Run(tmp_path, Settings(labels=("1", "2")), model, load_tokenizer(TINY),
                 SEEDS, Similar())
-    rows = make_responses(about, ["3 + 4 =", "5 + 4 ="])
+    rows = respond(about, [{"task": "3 + 4 ="}, {"task": "5 + 4 ="}], 0)
     assert [r["task"] for r in rows] == ["3 + 4 =", "5 + 4 ="]
     assert all(r["tokens"] <= 5 and r["stop_reason"] == "length" for r in rows)
-    rows = judge_all(about, "pairs", [{"task": "3 + 4 =", "response": "7"}])
+    rows = criticise(about, "pairs", [{"task": "3 + 4 =", "response": "7"}])
     assert rows[0]["verdict"] == "abstain"      # any of 1394 tokens is as likely
     assert 0 < rows[0]["mass"] < 0.1 and np.isfinite(rows[0]["margin"])
 
