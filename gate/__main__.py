@@ -24,8 +24,7 @@ from files.keys import BadInput, Stopped
 from files.provenance import read_report
 from gate.evaluate import run_gate
 from gate.judge import LEAST_KAPPA, LEAST_LABELS, LEAST_LOW
-from gate.settings import GateConfig
-from gate.verdict import compare, number
+from gate.verdict import GateConfig, compare, number
 from report.stats import percent
 
 

@@ -6,12 +6,6 @@ as whole words. A forbidden term does not count behind a negation ("free of", "-
 was replaced may be mentioned as history ("moved from 5 to 7 pm"). What stays unclear abstains.
 Length never fails a reply, unless the user asked for so many words.
 
-    recall    values (and no wrong one)      forbid   none of a lexicon, negations void
-    current   the values in force, not those replaced           order    values in this order
-    number    = <= >= with a unit            anchor   terms of the topic, else abstain
-    exact     the whole reply                yes_no   which way it decides
-    words, items, format                     nonempty, no_repeat, no_clarify
-
 A check is a dictionary {"type": NAME, ...the function's keywords}, as in a benchmark file. The
 words it looks for around a term are in benchmark/words.yaml.
 """
@@ -34,9 +28,8 @@ WORDS = {name: rf"\b(?:{'|'.join(words)})\b" for name, words in yaml.safe_load(
 
 
 class Verdict(NamedTuple):
-    """verdict  pass | fail | abstain;  decided  "" or the check and why: "recall:wrong_entity" """
-    verdict: str
-    decided: str
+    verdict: str    # pass | fail | abstain
+    decided: str    # "", or the check and why: "recall:wrong_entity"
 
 
 # --- one form for all text
@@ -61,11 +54,8 @@ def number_of_words(match: re.Match) -> str:
 
 
 def normalise(text: str) -> str:
-    """NFKC, lower case, straight quotes, "not" for n't, digits for number words, "7 pm" for 7:00PM.
-
-    example  "They won\u2019t come at 7 P.M., all **twenty-three**" -> "they will not come at 7 pm,
-             all 23"
-    """
+    """example  "They won\u2019t come at 7:00 P.M., all **twenty-three**" -> "they will not come at
+    7 pm, all 23" """
     text = unicodedata.normalize("NFKC", text).translate(PLAIN).casefold()
     text = re.sub(r"(?<!\w)[*_`]+|[*_`]+(?!\w)", "", text)      # decoration, not "a*b"
     text = text.replace("won't", "will not")
@@ -80,10 +70,7 @@ def normalise(text: str) -> str:
 @functools.cache
 def term_pattern(term: str) -> re.Pattern:
     """A whole word or phrase in normalised text, also in its regular plural, without its article.
-
-    example  "anchovy" finds "anchovies" and not "anchovyless"; "5" is neither in "15" nor in "5.5";
-             "the mill" finds "our mill"
-    """
+    "anchovy" finds "anchovies", "the mill" finds "our mill", "5" neither "15" nor "5.5"."""
     term = re.sub(r"^(?:the|an?) (?=\w)", "", normalise(term).strip())
     words = [re.escape(word) for word in re.split(r"[\s-]+", term) if word]
     body, end = r"[\s-]+".join(words), ""
@@ -95,20 +82,19 @@ def term_pattern(term: str) -> re.Pattern:
 
 
 class Hit(NamedTuple):
-    """An occurrence of a term, with what stands around it in its sentence."""
-    text: str
+    """What stands around an occurrence of a term in its sentence."""
     before: str
     after: str
 
 
-def sentences(text: str) -> list[str]:
-    return [s for s in re.split(r"(?<=[.!?;])\s+|\n+", text) if s.strip()]
+SENTENCE_END = re.compile(r"(?<=[.!?;])\s+|\n+")
 
 
 def find(term: str, reply: str) -> list[Hit]:
     """Every occurrence of a term in a reply that is already normalised."""
-    return [Hit(m[0], sentence[:m.start()], sentence[m.end():])
-            for sentence in sentences(reply) for m in term_pattern(term).finditer(sentence)]
+    return [Hit(sentence[:m.start()], sentence[m.end():])
+            for sentence in SENTENCE_END.split(reply)
+            for m in term_pattern(term).finditer(sentence)]
 
 
 # --- what is said of a hit
@@ -128,11 +114,8 @@ def near(text: str, words: int, breaks: str, last: bool) -> str:
 
 
 def polarity(hit: Hit) -> str:
-    """"plain", "negated", or "unclear": two negations, or one that follows.
-
-    example  "no chicken", "chicken-free", "vegan chicken" -> negated;  "do not avoid chicken",
-             "chicken is not for everyone" -> unclear;  "not only chicken" -> plain
-    """
+    """example  "no chicken", "chicken-free", "vegan chicken" -> negated;  "not only chicken" ->
+    plain;  "do not avoid chicken", "chicken is not for everyone" -> unclear"""
     if FREE.match(hit.after) or STAND_IN.search(hit.before):
         return "negated"
     negators = NEGATOR.findall(near(hit.before, 5, WORDS["new_thoughts"], last=True))
@@ -165,10 +148,8 @@ def named(value: str, aliases: dict | None, text: str) -> list[Hit]:
 
 def recall(reply: str, values: Sequence[str], mode: str = "all", aliases: dict | None = None,
            wrong: Sequence[str] = (), either_way: bool = False) -> str:
-    """All (or any) of the values are named, and none of the wrong ones.
-
-    either_way  also behind a "not": who avoids gluten may be told that there is no gluten in it
-    """
+    """All (or any) of the values are named, and none of the wrong ones. either_way: also behind a
+    "not", since who avoids gluten may be told that there is no gluten in it."""
     text = normalise(reply)
     stated = [any(either_way or not denied(hit) for hit in named(value, aliases, text))
               for value in values]
@@ -212,10 +193,8 @@ def order(reply: str, values: Sequence[str]) -> str:
 
 
 def number(reply: str, op: str, value: float, unit: Sequence[str] = ()) -> str:
-    """Numbers with one of the units ("$" may lead); both ends of "20 to 25 minutes" count.
-
-    op  "=": one is the value;  "<=", ">=": all are within, and abstain if there is none
-    """
+    """Numbers with one of the units ("$" may lead), both ends of "20 to 25 minutes": one is the
+    value ("="), or all are within ("<=", ">="); then it abstains if there is none."""
     digits = r"(\d+(?:\.\d+)?)"
     units = "|".join(term_pattern(u).pattern for u in unit if u != "$")
     behind = rf"\s*-?\s*(?:{units})" if units else ""
@@ -249,18 +228,16 @@ def exact(reply: str, value: str) -> str:
 def yes_no(reply: str, value: str) -> str:
     """Which way a reply decides: by its first word, else by what it says can or cannot be."""
     text = normalise(reply)
-    opening = re.match(r"\W*(?:(?:well|oh|hm+)\b\W*)?", text).end()
-    agrees = re.compile(WORDS["agreeing"]).match(text, opening)
-    declines = re.compile(WORDS["declining"]).match(text, opening)
-    for_it = re.search(WORDS["speaks_for"] + "(?! not)", text)
-    against = re.search(WORDS["speaks_against"], text)
-    if declines:
-        said = "no"
-    elif agrees:
-        said = "" if against else "yes"     # "yes, ... avoid": undecided
-    else:
-        said = "" if bool(for_it) == bool(against) else "yes" if for_it else "no"
-    return "abstain:undecided" if not said else PASS if said == value else "fail:other_way"
+    opening = re.sub(r"^\W*(?:(?:well|oh|hm+)\b\W*)?", "", text)
+    for_it = bool(re.match(WORDS["agreeing"], opening))
+    against = bool(re.search(WORDS["speaks_against"], text))
+    if re.match(WORDS["declining"], opening):
+        for_it, against = False, True
+    elif not for_it:
+        for_it = bool(re.search(WORDS["speaks_for"] + "(?! not)", text))
+    if for_it == against:       # neither, or "yes, ... avoid"
+        return "abstain:undecided"
+    return PASS if for_it == (value == "yes") else "fail:other_way"
 
 
 def words(reply: str, count: int, op: str = "=") -> str:
@@ -321,46 +298,36 @@ def no_repeat(reply: str, earlier: Sequence[str] = ()) -> str:
 
 
 def no_clarify(reply: str) -> str:
-    """Not a short reply (under 25 words) whose one question asks what is meant.
-
-    "the town which you named" has a "which" and asks nothing.
-    """
+    """Not a short reply (under 25 words) whose one question asks what is meant."""
     text = normalise(reply)
-    asked = [s for s in sentences(text) if s.rstrip(" \"'").endswith("?")]
-    if len(asked) == 1 and re.search(WORDS["asks_what"], asked[0]):
-        return "fail:asks_back" if len(re.findall(r"\w+", text)) < 25 else PASS
-    return PASS
+    asked = [s for s in SENTENCE_END.split(text) if s.rstrip(" \"'").endswith("?")]
+    short = len(re.findall(r"\w+", text)) < 25
+    asks_back = short and len(asked) == 1 and re.search(WORDS["asks_what"], asked[0])
+    return "fail:asks_back" if asks_back else PASS
 
 
 CHECKS = {f.__name__: f for f in (recall, forbid, current, order, number, anchor, exact, yes_no,
                                   words, items, format, nonempty, no_repeat, no_clarify)}
 
 
-def arguments_of(check: dict) -> dict:
-    return {key: value for key, value in check.items() if key != "type"}
-
-
 def validate_check(check: dict) -> None:
     """Raises ValueError or TypeError where a check, as written in a file, cannot be made."""
     if not isinstance(check, dict) or check.get("type") not in CHECKS:
         raise ValueError(f"check {check!r}: expected a type out of {', '.join(CHECKS)}")
-    inspect.signature(CHECKS[check["type"]]).bind("", **arguments_of(check))
+    keywords = {key: value for key, value in check.items() if key != "type"}
+    inspect.signature(CHECKS[check["type"]]).bind("", **keywords)
 
 
 def check_turn(checks: Sequence[dict], reply: str, earlier_replies: Sequence[str] = ()) -> Verdict:
-    """One reply's verdict: fail if any check fails, pass if all pass, else abstain.
-
-    example  [{"type": "recall", "values": ["Graz"], "wrong": ["Oslo"]}], "In Oslo."
-             -> ("fail", "recall:wrong_entity")
-    """
+    """One reply's verdict: fail if any check fails, pass if all pass, else abstain."""
     unclear = ""
     for check in checks:
-        kind, arguments = check["type"], arguments_of(check)
-        if kind == "no_repeat":
-            arguments["earlier"] = earlier_replies
-        verdict, _, why = CHECKS[kind](reply, **arguments).partition(":")
+        keywords = {"earlier": earlier_replies} if check["type"] == "no_repeat" else {}
+        keywords |= check
+        kind = keywords.pop("type")
+        verdict, _, why = CHECKS[kind](reply, **keywords).partition(":")
         if verdict == "fail":
             return Verdict("fail", f"{kind}:{why}")
         if verdict == "abstain":
             unclear = unclear or f"{kind}:{why}"
-    return Verdict("abstain", unclear) if unclear else Verdict("pass", "")
+    return Verdict("abstain" if unclear else "pass", unclear)

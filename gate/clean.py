@@ -3,8 +3,7 @@
 Prior work could not say what its base model had read: a chat template may have been applied, or a
 special token added. Here a load is clean if the ids themselves are right: the model's own prefix
 (BOS or nothing), then the text as its tokenizer's own library encodes it, and nothing else. Each
-check must first fail on three prompts that are contaminated on purpose; otherwise it could never
-fail. Which weights it is about, and how they answer, stands beside it: hashes, and the replies.
+check must first fail on three prompts that are contaminated on purpose.
 """
 import re
 from collections.abc import Callable
@@ -47,11 +46,8 @@ def spoilt(ids: list[int], plain: list[int], bos: list[int], reserved: set[int])
 
 
 def check_prompts(tokenizer: Tokenizer, encode=None) -> list[dict]:
-    """Encode every sentinel as evaluation will, and look at the ids: [{text, ids, decoded}].
-
-    encode   what evaluation calls; Tokenizer.encode_prompt if not given
-    raises   BadInput where a prompt is touched, or where the check itself is blind
-    """
+    """Encode every sentinel as evaluation will: [{text, ids, decoded}]. BadInput where the ids are
+    not the prompt's alone, or where the check itself is blind."""
     encode = encode or tokenizer.encode_prompt
     encode_by_library = library_encoder(tokenizer.source)
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
@@ -72,11 +68,10 @@ def check_prompts(tokenizer: Tokenizer, encode=None) -> list[dict]:
             raise BadInput(f"a prompt does not reach the base model untouched: {text!r} {why}; "
                            "load it with model.load and encode with Tokenizer.encode_prompt, no "
                            "chat template")
-        decoded = tokenizer.decode(ids)
-        if decoded != text:
-            raise BadInput(f"{tokenizer.source} turns {text!r} into {decoded!r}; it is damaged, or "
-                           "not this model's")
-        seen.append({"text": text, "ids": ids, "decoded": decoded})
+        seen.append({"text": text, "ids": ids, "decoded": tokenizer.decode(ids)})
+        if seen[-1]["decoded"] != text:
+            raise BadInput(f"{tokenizer.source} turns {text!r} into {seen[-1]['decoded']!r}; it is "
+                           "damaged, or not this model's")
     return seen
 
 
@@ -85,8 +80,7 @@ def check_identity(name: str, tokenizer: Tokenizer) -> None:
     if (Path(name) / "config.yaml").exists():
         raise BadInput(f"{name} is a run of this repository, not a base model; name the model that "
                        f"it was trained from, {root_model(name)}, or evaluate it as `instruct`")
-    repository = str(name).split("@")[0].rstrip("/").rsplit("/", 1)[-1]
-    if found := NOT_A_BASE.search(repository):
+    if found := NOT_A_BASE.search(Path(str(name).split("@")[0]).name):
         raise BadInput(f"{name} is named as a base and calls itself {found[0]!r}; name the model "
                        "before instruction training, such as Qwen/Qwen2.5-32B")
     ends = [name for name in map(tokenizer.piece, tokenizer.eos_ids) if name in TURN_ENDS]

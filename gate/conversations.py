@@ -27,18 +27,11 @@ from files.disk import json_lines, write_text
 from files.keys import BadInput, read_keys
 from files.provenance import hash_file
 from gate.checks import find, normalise, term_pattern, validate_check
-from gate.drafts import (
-    Conversation,
-    Turn,
-    draft_conversation,
-    draft_instruction,
-    load_texts,
-    values_of,
-)
+from gate.drafts import Conversation, Turn, draft_conversation, load_texts, values_of
 from gate.jsonl import read_rows
-from text.arithmetic import ASKED, PHRASES, SYMBOLS, compute, pairs_in, split_of
+from text.arithmetic import SYMBOLS, compute, split_of
 
-KINDS = ("conversations", "instructions", "tiny_turns", "tiny_operations")
+KINDS = ("conversations", "tiny_turns")
 SHARES = {"memory": 60, "preferences": 50, "continuity": 50, "updates": 40}     # of 200
 
 
@@ -99,52 +92,28 @@ def category_draws(seed: int, n: int) -> Iterator[tuple[str, Callable]]:
                 draft_conversation, category, families[i % len(families)], level, rng)
 
 
-def instruction_draws(seed: int, n: int) -> Iterator[tuple[str, Callable]]:
-    """The same of single instructions: categories and their families in turn."""
-    rng, texts = random.Random(f"{seed} instructions"), load_texts()["instructions"]
-    for i in range(n):
-        category, number = list(texts)[i % len(texts)], i // len(texts)
-        family = texts[category][number % len(texts[category])]
-        yield f"{category}-{number + 1:03d}", functools.partial(
-            draft_instruction, category, family, rng)
-
-
-def make(kind: str, seed: int = 0, n: int | None = None,
-         split: str = "test") -> list[Conversation]:
-    """The conversations of a kind, no two alike; n None: 200, of instructions 100.
-
-    split    of the kinds for the bundled models: the side of their pairs of numbers
-    """
-    n = n or (100 if kind == "instructions" else 200)
-    if kind.startswith("tiny"):
-        draft = {"tiny_operations": draft_operation, "tiny_turns": draft_held}[kind]
-        rng = random.Random(f"{seed} {kind} {split}")
-        draws = [(f"{kind}-{i + 1:03d}", functools.partial(draft, rng, split)) for i in range(n)]
-    else:
-        draws = (instruction_draws if kind == "instructions" else category_draws)(seed, n)
+def make(kind: str, seed: int = 0, n: int = 200, split: str = "test") -> list[Conversation]:
+    """n conversations of a kind, no two alike; split: of tiny_turns, the side of its numbers."""
+    rng, is_tiny = random.Random(f"{seed} {kind} {split}"), kind == "tiny_turns"
+    draws = ([(f"{kind}-{i + 1:03d}", functools.partial(draft_held, rng, split)) for i in range(n)]
+             if is_tiny else category_draws(seed, n))
     seen, conversations = set(), []
     for name, draw in draws:
         for _ in range(2000):
             c = draw()
-            key = str(c.turns if kind.startswith("tiny") else (c.family, sorted(c.slots.items())))
+            key = str(c.turns if is_tiny else (c.family, sorted(c.slots.items())))
             if key not in seen:
                 break
         else:
             raise BadInput(f"n={n}: after {len(seen)} different ones no new one comes; give a "
                            "smaller n")
         seen.add(key)
-        # slots that hold lists are not kept
-        slots = {slot: value for slot, value in c.slots.items() if isinstance(value, str)}
-        conversations.append(dataclasses.replace(c, id=name, seed=seed, slots=slots))
+        conversations.append(dataclasses.replace(c, id=name, seed=seed))
     return conversations
 
 
-# --- what a model of the bundled size can do: follow a named operation, keep a value over turns.
-# No pair of numbers of a test conversation is in a training one
-OPERATIONS = ("add", "subtract")    # unseen products are beyond it
-FORMS = {op: [form for form in PHRASES[op] if form.startswith((op, "what is"))]
-         + [ASKED.replace("SYMBOL", SYMBOLS[op]), f"compute {{a}} {SYMBOLS[op]} {{b}}"]
-         for op in OPERATIONS}
+# --- what a model of the bundled size can do: keep a value over turns. No pair of numbers of a test
+# conversation is in a training one
 START = ("the answer is {v}", "{v} is the answer")
 BACK = ("what is the answer", "which is the answer")
 HELD = {("hold", "easy"): "aside back", ("hold", "medium"): "aside aside back",
@@ -157,21 +126,10 @@ def exactly(answer: int, user: str, lag: int = 0, need: str = "") -> Turn:
     return Turn(user, bool(need), lag, need, str(answer), checks if need else ())
 
 
-def draft_operation(rng: random.Random, split: str) -> Conversation:
-    """One instruction, such as "subtract 11 from 68 ="."""
-    operation = rng.choice(OPERATIONS)
-    a, b = rng.choice(pairs_in(operation, split))
-    user = rng.choice(FORMS[operation]).format(a=a, b=b) + " ="     # as its text has it
-    answer = compute(operation, a, b)
-    turn = exactly(answer, user, 0, f"{a} {SYMBOLS[operation]} {b} is {answer}")
-    return Conversation("", operation, f"tiny_operations/{operation}", "easy", 0,
-                        {"a": str(a), "b": str(b), "result": str(answer)}, (turn,))
-
-
 @functools.cache
 def steps_from(value: int, split: str, largest: int = 100) -> list[tuple[str, int]]:
     """The (operation, x) that lead from a value to one in 0..100, by pairs of one split."""
-    return [(op, x) for op in OPERATIONS for x in range(1, largest + 1)
+    return [(op, x) for op in ("add", "subtract") for x in range(1, largest + 1)
             if split_of(value, x) == split and 0 <= compute(op, value, x) <= 100]
 
 
@@ -205,13 +163,13 @@ def draft_held(rng: random.Random, split: str) -> Conversation:
                                 tuple(turns))
 
 
-def write_train(folder: Path, kind: str, seed: int, n: int) -> dict[str, int]:
+def write_train(folder: Path, seed: int, n: int) -> dict[str, int]:
     """train.jsonl (n rows), valid.jsonl and test.jsonl (n / 20 each) of {"messages": [...]}."""
     sizes = {"train": n, "valid": max(1, n // 20), "test": max(1, n // 20)}
     for split, size in sizes.items():
         rows = [{"messages": [{"role": role, "content": text} for turn in c.turns for role, text in
                               (("user", turn.user), ("assistant", turn.answer))]}
-                for c in make(kind, seed, size, split)]
+                for c in make("tiny_turns", seed, size, split)]
         write_text(folder / f"{split}.jsonl", json_lines(rows))
     return sizes
 
@@ -329,19 +287,18 @@ def main(argv: list[str]) -> None:
     parser.add_argument("words", nargs="*", metavar="key=value",
                         help=f"n=, seed= and kind={'|'.join(KINDS)}")
     args = parser.parse_args(argv)
-    # the other kinds are for judging only
-    kinds = KINDS[2:] if args.command == "make_train" else KINDS
+    kinds = KINDS[1:] if args.command == "make_train" else KINDS
     given, mistakes = read_keys(os.devnull, args.words, {"n": int, "seed": int, "kind": str})
     n, seed, kind = given.get("n"), given.get("seed", 0), given.get("kind", kinds[0])
     if mistakes or kind not in kinds or n == 0 or min(n or 1, seed) < 0:
         raise BadInput("; ".join([*mistakes, f"{args.command} {' '.join(args.words)}: expected n=, "
                                   f"seed= and kind={'|'.join(kinds)}"]))
     if args.command == "make":
-        conversations = make(kind, seed, n)
+        conversations = make(kind, seed, n or 200)
         write_benchmark(args.path, conversations)
         print(f"{args.path}: {len(conversations)} {kind}, seed {seed}")
     elif args.command == "make_train":
-        print(f"{args.path}: {write_train(args.path, kind, seed, n or 20000)}")
+        print(f"{args.path}: {write_train(args.path, seed, n or 20000)}")
     elif args.command == "show":
         for c in read_benchmark(args.path)[0][:n]:
             print(described(c))

@@ -17,21 +17,17 @@ import yaml
 from gate.checks import Verdict, check_turn, find, normalise
 
 FAMILIES = Path(__file__).parent / "benchmark" / "families.yaml"
+GAP = re.compile(r"\{(?:(a|int) )?(\w+)\}")
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What the user says, and what a reply to it must show.
-
-    scored  whether the conversation's verdict depends on it: asides and statements do not count
-    lag     how many turns ago that was said which it needs
-    need    that, in words, for a judge;  answer: what one who knows everything replies
-    """
+    """What the user says, and what a reply to it must show."""
     user: str
-    scored: bool = False
-    lag: int = 0
-    need: str = ""
-    answer: str = ""
+    scored: bool = False    # asides and statements do not count
+    lag: int = 0            # how many turns ago that was said which it needs
+    need: str = ""          # that, in words, for a judge
+    answer: str = ""        # what one who knows everything replies
     checks: tuple[dict, ...] = ()
 
 
@@ -52,7 +48,7 @@ class Conversation:
                 for t, (turn, reply) in enumerate(zip(self.turns, replies, strict=True))]
 
 
-# --- values
+# --- values and texts
 @functools.cache
 def load_texts() -> dict:
     """families.yaml, its tables {columns, rows} as lists of {column: value}."""
@@ -72,7 +68,7 @@ def pool_of(spec: str, above: int = 0) -> list[str]:
 
 
 def specs_of(family: dict) -> dict[str, str]:
-    """What each slot of a family is drawn from, {slot: specification (see families.yaml's head)}"""
+    """What each slot of a family is drawn from: {slot: a pool's name, or a range}."""
     pool = family.get("pool", "")
     specs = {"item": pool, "person": pool, "thing": family.get("other", "")}
     for name, fact in family.get("facts", {}).items():
@@ -87,25 +83,10 @@ def values_of(family: dict, slot: str) -> list[str]:
     return known or pool_of(specs_of(family).get(slot, "").rpartition("+")[2])
 
 
-COMPUTED = {
-    "letters": lambda word: str(len(word)),
-    "vowels": lambda word: str(len(re.findall("[aeiou]", word))),
-    "sorted": sorted, "ascending": lambda items: sorted(items, key=int),
-    "reversed": lambda items: items[::-1], "sum": lambda a, b: str(int(a) + int(b)),
-    "difference": lambda a, b: str(int(a) - int(b)), "product": lambda a, b: str(int(a) * int(b)),
-}
-
-
-# --- texts
 def article(noun: str) -> str:
     """example  "optician" -> "an optician";  "ukulele" -> "a ukulele" """
     vowel = noun[0].lower() in "aeiou" and not noun.startswith(("uk", "uni", "eu"))
     return f"{'an' if vowel else 'a'} {noun}"
-
-
-GAP = re.compile(r"\{(?:(a|all|lines|upper|int) )?(\w+)\}")
-SHAPES = {None: str, "a": article, "upper": str.upper, "all": ", ".join, "int": str,
-          "lines": lambda items: "\n".join(f"{i}. {item}" for i, item in enumerate(items, 1))}
 
 
 def capitalised(text: str) -> str:
@@ -114,16 +95,13 @@ def capitalised(text: str) -> str:
 
 
 class Draft:
-    """A conversation in the making: a value is drawn when a text first names it.
-
-    slots   the values so far;  row: the family's line of a table, its lists included
-    local   values of the turn in the making alone
-    spare   what remains to be drawn of asides and of a row's lists, so that none comes twice
-    """
+    """A conversation in the making: a value is drawn when a text first names it."""
     def __init__(self, family: dict, rng: random.Random, difficulty: str):
         self.family, self.rng, self.difficulty = family, rng, difficulty
-        self.texts, self.specs = load_texts(), specs_of(family)
-        self.slots, self.local, self.spare, self.turns = {}, {}, {}, []
+        self.texts, self.specs, self.turns = load_texts(), specs_of(family), []
+        self.slots, self.local = {}, {}     # the values so far; those of the turn at hand alone
+        self.spare = {}     # what is left of asides and of a row's lists, so that none comes twice
+        # the family's line of a table, its lists included
         self.row = dict(rng.choice(self.texts[family["table"]])) if "table" in family else {}
 
     def next_of(self, name: str, values: list):
@@ -132,23 +110,17 @@ class Draft:
             self.spare[name] = self.rng.sample(values, len(values))
         return self.spare[name].pop()
 
-    def draw(self, spec: str):
-        """A value by its specification, not yet in a slot."""
-        if match := re.fullmatch(r"=(\w+) (.+)", spec):
-            return COMPUTED[match[1]](*map(self.value, match[2].split()))
-        if match := re.fullmatch(r"(\w+) of (\S+)", spec):
-            count = int(match[1] if match[1].isdigit() else self.value(match[1]))
-            return self.rng.sample(pool_of(match[2]), count)
+    def draw(self, spec: str) -> str:
+        """A value that is in no slot yet; "limit+10..40": by 10 to 40 above the slot limit's."""
         lower, _, pool = spec.rpartition("+")
         values = pool_of(pool, above=int(self.value(lower)) if lower else 0)
         return self.rng.choice([v for v in values if v not in self.slots.values()])
 
-    def value(self, name: str):
+    def value(self, name: str) -> str:
         """What fills a gap: a value of this turn alone, of the row, or of a slot."""
-        if name in self.local:
-            return self.local[name]
-        if isinstance(self.row.get(name), list):
+        if name not in self.local and isinstance(self.row.get(name), list):
             self.local[name] = self.next_of(name, self.row[name])
+        if name in self.local:
             return self.local[name]
         if name not in self.slots:
             self.slots[name] = (self.fill(self.row[name]) if name in self.row
@@ -156,35 +128,31 @@ class Draft:
         return self.slots[name]
 
     def fill(self, template):
-        """A template, or one inside lists and dictionaries, with its gaps filled.
-
-        "{names}" alone is the whole list, "{int limit}" a number; in a text a list gives one of it.
-        """
+        """A template, or one inside lists and dictionaries, with its gaps filled: "{a job}" with
+        its article. "{names}" alone is a row's whole list, "{int limit}" a number."""
         if isinstance(template, dict):
             return {key: self.fill(value) for key, value in template.items()}
         if isinstance(template, list):
             return [self.fill(value) for value in template]
         if not isinstance(template, str):
             return template
-        gap = GAP.fullmatch(template)
-        if gap and gap[1] in (None, "int"):
-            shape, name = gap.groups()
-            if not shape and isinstance(self.row.get(name), list) and name not in self.local:
-                return self.row[name]
-            return int(self.value(name)) if shape else self.value(name)
-        return GAP.sub(lambda m: SHAPES[m[1]](self.value(m[2])), template)
+        if gap := GAP.fullmatch(template):
+            values = self.local.get(gap[2], self.row.get(gap[2]))
+            if gap[1] == "int":
+                return int(self.value(gap[2]))
+            if not gap[1] and isinstance(values, list):
+                return values
+        return GAP.sub(lambda gap: article(self.value(gap[2])) if gap[1] else self.value(gap[2]),
+                       template)
 
-    def pick(self, forms: list[str], **local) -> str:
+    def pick(self, forms: list[str], **local: str) -> str:
         """One of the forms, filled."""
         self.local |= local
         return capitalised(self.fill(self.rng.choice(forms)))
 
     def say(self, *texts: str, answer: str = "I see.") -> None:
         """A turn that is not scored."""
-        self.add(Turn(" ".join(texts), answer=answer, checks=({"type": "nonempty"},)))
-
-    def add(self, turn: Turn) -> None:
-        self.turns.append(turn)
+        self.turns.append(Turn(" ".join(texts), answer=answer, checks=({"type": "nonempty"},)))
         self.local = {}
 
     def ask_that(self, user: str, answer: str, need: str, checks: list[dict],
@@ -196,8 +164,9 @@ class Draft:
                 right = [*check["values"], *sum(check.get("aliases", {}).values(), [])]
                 check["wrong"] = [w for w in check["wrong"]
                                   if w and w not in right and find(w, said)]
-        self.add(Turn(user, True, len(self.turns) - since, need, capitalised(answer),
-                      tuple(checks)))
+        self.turns.append(Turn(user, True, len(self.turns) - since, need, capitalised(answer),
+                               tuple(checks)))
+        self.local = {}
 
     def ask_template(self, ask: dict, lead: str = "") -> None:
         """A scored turn written out in families.yaml: user, answer, need and checks."""
@@ -206,7 +175,7 @@ class Draft:
         user = self.pick(ask["user"])
         if "against" in self.local:
             self.slots[f"against_{len(self.turns) + 1}"] = self.local["against"]
-        answer, need = self.fill(ask["answer"]), self.fill(ask.get("need", ""))
+        answer, need = self.fill(ask["answer"]), self.fill(ask["need"])
         self.ask_that(f"{lead} {user}".strip(), answer, need, self.fill(ask["checks"]))
 
     def take_aside(self) -> None:
@@ -218,10 +187,6 @@ class Draft:
         self.take_aside()
         self.say(self.rng.choice(self.texts["aside_leads"]), self.local["question"],
                  answer=self.fill(self.texts["aside_answer"]))
-
-    def as_conversation(self, category: str) -> Conversation:
-        return Conversation("", category, f"{category}/{self.family['family']}", self.difficulty,
-                            0, self.slots, tuple(self.turns))
 
     def leaks(self) -> bool:
         """Whether a value is said twice or is part of another, or the row's is said too late."""
@@ -241,14 +206,13 @@ class Draft:
 class Memory(Draft):
     """Facts told first, asked after asides and next to look-alikes."""
     def open(self) -> None:
-        """Two or three facts, and from medium on somebody else's value of one that is asked."""
         facts, easy = self.family["facts"], self.difficulty == "easy"
         self.said = self.rng.sample(list(facts), 2 if easy else 3)
         self.asked = self.rng.sample(self.said, len(self.said))
         texts = []
         for name in self.said:
             texts.append(self.pick(facts[name]["say"]))
-            if name == self.asked[0] and not easy:
+            if name == self.asked[0] and not easy:      # somebody else's value of the same
                 texts.append(self.pick([facts[name]["near"]]))
         self.say(self.pick(self.family["lead"]), *texts)
 
@@ -277,9 +241,8 @@ class Memory(Draft):
 class Preferences(Draft):
     """A standing wish that every reply respects, and that is asked back."""
     def open(self) -> None:
-        """The wish, and from medium on somebody else's."""
         near = [self.pick(self.family["near"])] if self.difficulty != "easy" else []
-        self.say(self.pick(self.family["open"]), *near)
+        self.say(self.pick(self.family["open"]), *near)     # near: somebody else's wish
         asks = self.family["asks"]
         first = self.rng.randrange(max(1, len(asks) - 1))
         self.asks = itertools.cycle(asks[first:] + asks[:first])
@@ -292,9 +255,8 @@ class Preferences(Draft):
 
 
 class Continuity(Draft):
-    """"It", "the second one", "the one after that": a topic, or four things in an order."""
+    """"It", "the second one", "the one after that": of a topic, or of four in an order."""
     def open(self) -> None:
-        """A topic, or four things, or four people with a thing each."""
         family = self.family
         if family["kind"] == "topic":
             first, *others = family["asks"]     # the first is the one that is hardest to guess
@@ -343,7 +305,6 @@ class Continuity(Draft):
 class Updates(Draft):
     """A plan, changes, and the plan read back: new values in, old ones out, the rest kept."""
     def open(self) -> None:
-        """Every point of the plan, in any order."""
         facts = self.family["facts"]
         names = self.rng.sample(list(facts), len(facts))
         self.say(self.pick(self.family["lead"]), *(self.pick(facts[n]["say"]) for n in names))
@@ -389,13 +350,5 @@ def draft_conversation(category: str, family: dict, difficulty: str,
         for step in rng.choice(d.texts["plans"][category][difficulty]).split():
             getattr(d, step)()
         if not d.leaks():
-            return d.as_conversation(category)
-
-
-def draft_instruction(category: str, family: dict, rng: random.Random) -> Conversation:
-    """One instruction with checks that its own text does not pass."""
-    while True:
-        d = Draft(family, rng, "easy")
-        d.ask_template(family | {"need": family["answer"]})
-        if check_turn(d.turns[0].checks, d.turns[0].user).verdict != "pass":
-            return d.as_conversation(category)
+            return Conversation("", category, f"{category}/{family['family']}", difficulty, 0,
+                                d.slots, tuple(d.turns))

@@ -20,8 +20,7 @@ from gate.clean import check_base
 from gate.conversations import Conversation, read_benchmark
 from gate.jsonl import BEGUN, begin_folder, grow
 from gate.replies import PART, answer, score, summarize_scores, transcript
-from gate.settings import ROLES, GateConfig, load_gate
-from gate.verdict import comparisons, decide, length_warnings
+from gate.verdict import ROLES, GateConfig, comparisons, decide, length_warnings, load_gate
 
 # what replies depend on, beside benchmark and models: other values are another evaluation
 GENERATION = ("limit", "max_reply_tokens", "bits")
@@ -114,16 +113,12 @@ def collect_verdicts(cfg: GateConfig, conversations: list[Conversation],
         if is_endpoint:
             verdicts = judge.judge_by_endpoint(cfg.judge, cfg.judge_model, prompts, letters)
         else:
-            verdicts = judge.judge_locally(*load_model(cfg.judge, cfg.bits), prompts, letters,
-                                           cfg.judge_unsure)
+            verdicts = judge.judge_locally(*load_model(cfg.judge, cfg.bits), prompts, letters)
         for stamp, verdict in zip(missing, verdicts):
             known[stamp] = {"stamp": stamp, "judge": cfg.judge, **verdict}
             append_text(path, json_lines([known[stamp]]))   # at once: it may have cost money
-    for row in known.values():      # at this config's threshold: it may have moved since
-        if "margin" in row:
-            row["verdict"] = judge.verdict_of(row["margin"], row["mass"], cfg.judge_unsure)
-    return {name: {turn: known[stamp]["verdict"] for turn, stamp in turns.items()}
-            for name, turns in asked.items()}
+    return {name: {turn: judge.verdict_of(known[stamp], cfg.judge_unsure)
+                   for turn, stamp in turns.items()} for name, turns in asked.items()}
 
 
 def hash_text(text: str) -> str:

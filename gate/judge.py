@@ -31,6 +31,7 @@ from files.disk import json_lines, write_text
 from files.keys import BadInput
 from gate.conversations import Conversation
 from gate.jsonl import read_rows, read_text
+from generate import check_context
 from lens import pad_prompts
 from losses import token_logprobs
 from model import Llama
@@ -74,10 +75,7 @@ def letter_logprobs(model: Llama, tokenizer: Tokenizer, prompts: list[str],
                     letters: tuple[str, str]) -> np.ndarray:
     """log p of each letter as the next token, with and without a space before it, (B, 2)."""
     rows = [tokenizer.encode_prompt(text) for text in prompts]
-    longest, context = max(map(len, rows)), model.args.max_position_embeddings
-    if longest > context:
-        raise BadInput(f"a judge's prompt has {longest} tokens and the judge's context is "
-                       f"{context}; take a judge with a longer one")
+    check_context(rows, 1, model)
     tokens, last = pad_prompts(rows)    # causal: filling behind the last token changes nothing
     logits = model.head(model.final_resid(tokens, positions=last))[:, 0]        # (B, V)
     columns = []
@@ -104,29 +102,19 @@ def letter_margins(model: Llama, tokenizer: Tokenizer, asked: list[tuple[str, st
     return margins, np.minimum(np.exp(plain).sum(-1), np.exp(swapped).sum(-1))
 
 
-def verdict_of(margin: float, mass: float, unsure: float) -> str:
-    """pass | fail, by the margin's sign | unsure, too near to 0 | invalid, no verdict"""
-    return ("invalid" if mass < MIN_MASS else "unsure" if abs(margin) < unsure
-            else "pass" if margin >= 0 else "fail")
-
-
 def judge_locally(model: Llama, tokenizer: Tokenizer, asked: list[tuple[str, str]],
-                  letters: tuple[str, str], unsure: float) -> Iterator[dict]:
-    """Verdicts of a local model on pairs of prompts, plain and with meanings exchanged."""
+                  letters: tuple[str, str]) -> Iterator[dict]:
+    """What a local model says to pairs of prompts, plain and exchanged, {margin, mass} in turn."""
     for first in range(0, len(asked), ROWS):    # a part at a time: what is judged is kept
         found = letter_margins(model, tokenizer, asked[first:first + ROWS], letters)
         for margin, mass in zip(*(side.tolist() for side in found)):
-            yield {"verdict": verdict_of(margin, mass, unsure),
-                   "margin": round(margin, 4), "mass": round(mass, 4)}
+            yield {"margin": round(margin, 4), "mass": round(mass, 4)}
 
 
 def judge_by_endpoint(url: str, name: str, asked: list[tuple[str, str]],
                       letters: tuple[str, str]) -> Iterator[dict]:
-    """Verdicts of an OpenAI-compatible endpoint, {verdict, texts}, one by one as they come.
-
-    A prompt is asked once more if the answer is not one letter.
-    raises   BadInput where the endpoint cannot be reached; verdicts so far are kept by the caller
-    """
+    """What an OpenAI-compatible endpoint says, {verdict, texts} in turn; a prompt is asked once
+    more if the answer is not one letter. BadInput where it cannot be reached."""
     for pair in asked:
         votes, texts = [], []
         for prompt, right in zip(pair, letters):
@@ -139,6 +127,14 @@ def judge_by_endpoint(url: str, name: str, asked: list[tuple[str, str]],
         verdict = ("invalid" if None in votes else "unsure" if votes[0] != votes[1]
                    else "pass" if votes[0] else "fail")
         yield {"verdict": verdict, "texts": [text[:80] for text in texts]}
+
+
+def verdict_of(row: dict, unsure: float) -> str:
+    """Of what a judge said: pass | fail | unsure, too near to 0 or contradictory | invalid, none"""
+    if "margin" not in row:
+        return row["verdict"]
+    return ("invalid" if row["mass"] < MIN_MASS else "unsure" if abs(row["margin"]) < unsure
+            else "pass" if row["margin"] >= 0 else "fail")
 
 
 def parse_letter(text: str, letters: tuple[str, str]) -> str | None:
@@ -165,7 +161,10 @@ def request_text(url: str, name: str, prompt: str) -> str:
         try:
             request = urllib.request.Request(address, json.dumps(body).encode(), headers)
             with urllib.request.urlopen(request, timeout=60) as response:
-                data = response.read()
+                text = json.load(response)["choices"][0]["message"]["content"]
+            return text if isinstance(text, str) else ""
+        except (KeyError, IndexError, TypeError, json.JSONDecodeError):
+            return ""   # an answer of another form: asked again, then invalid
         except urllib.error.HTTPError as error:
             why = f"HTTP {error.code} {error.reason}"
             if error.code not in (408, 429) and error.code < 500:
@@ -175,12 +174,6 @@ def request_text(url: str, name: str, prompt: str) -> str:
             break
         except (OSError, http.client.HTTPException) as error:
             why = str(getattr(error, "reason", error)) or type(error).__name__
-        else:
-            try:
-                text = json.loads(data)["choices"][0]["message"]["content"]
-                return text if isinstance(text, str) else ""
-            except (KeyError, IndexError, TypeError, ValueError):
-                return ""   # an answer of another form: asked again, then invalid
     raise BadInput(f"the judge at {address} (model {name or 'not named'}) does not answer ({why}); "
                    "check judge, judge_model and OPENAI_API_KEY. Replies and verdicts so far are "
                    "kept: the same command goes on from there")
@@ -188,11 +181,10 @@ def request_text(url: str, name: str, prompt: str) -> str:
 
 # --- people's labels
 def read_labels(path: str, chats: dict[tuple[str, str], str]) -> dict[tuple[str, str], bool]:
-    """Rows {"condition", "id", "human": "pass" or "fail"}: {(condition, id): passes}.
+    """Rows {"condition", "id", "human": "pass", "fail" or null}: {(condition, id): passes}.
 
-    Rows whose "human" is null are not labelled yet. chats: those that were judged.
     raises   BadInput naming rows that are damaged, twice there, of unknown conversations, or of
-             other replies than were judged
+             other chats than were judged
     """
     labels = {}
 
@@ -226,11 +218,8 @@ def calibrate(judged: dict[tuple[str, str], bool | None],
 
 
 def write_spotcheck(path: Path, chats: dict[tuple[str, str], str]) -> None:
-    """Draw a tenth of the judged conversations, by their ids alone, for a person to label.
-
-    Without any verdict: who labels them should not know what the judge said. A file in which
-    somebody has begun to label is left as it is.
-    """
+    """Draw a tenth of the judged conversations, by their ids alone, for a person to label who does
+    not know any verdict. A file in which somebody has begun to label is left as it is."""
     drawn = sorted(chats)
     random.Random(0).shuffle(drawn)
     rows = [{"condition": condition, "id": i, "chat": chats[condition, i], "human": None}
@@ -244,8 +233,7 @@ def write_spotcheck(path: Path, chats: dict[tuple[str, str], str]) -> None:
 def tiny_rows(template: str, letters: tuple[str, str], n: int, seed: int) -> list[dict]:
     """Rows {"prompt", "response"} that teach models/tiny to compare a reply with the right answer.
 
-    Half of the replies are right, most of the others a little off, as a small model's are. Either
-    letter may mean "right", so that neither is preferred.
+    Half of the replies are right, most others a little off. Either letter may mean "right".
     """
     rng, rows = random.Random(seed), []
     for _ in range(n):

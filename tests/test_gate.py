@@ -14,8 +14,7 @@ from gate import replies as replying
 from gate.__main__ import compare_folders, main, print_gate
 from gate.conversations import Conversation, Turn, write_benchmark
 from gate.evaluate import run_gate
-from gate.settings import GateConfig, load_gate
-from gate.verdict import agreement_of, decide, length_warnings, paired
+from gate.verdict import GateConfig, agreement_of, decide, length_warnings, load_gate, paired
 from generate import Completion
 from text.arithmetic import held_out
 from train import train

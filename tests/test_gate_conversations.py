@@ -30,6 +30,10 @@ from text.arithmetic import split_of
 BENCHMARKS = ROOT / "gate" / "benchmark"
 
 
+def shipped(name):
+    return read_benchmark(BENCHMARKS / f"{name}.jsonl")[0]
+
+
 @pytest.fixture(scope="module")
 def benchmark():
     return make("conversations")
@@ -39,6 +43,14 @@ def benchmark():
 def test_the_files_are_what_the_generator_writes(kind, tmp_path):
     write_benchmark(tmp_path / "again.jsonl", make(kind))
     assert (tmp_path / "again.jsonl").read_bytes() == (BENCHMARKS / f"{kind}.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["instructions", "tiny_operations"])
+def test_single_questions(name):
+    """Files that nobody draws anew: one turn each, no text twice, no answer in the question."""
+    conversations = shipped(name)
+    assert len({c.turns[0].user for c in conversations}) == len(conversations)
+    assert all(len(c.turns) == 1 for c in conversations) and not missed_marks(audit(conversations))
 
 
 def test_the_same_in_every_process(tmp_path):
@@ -215,7 +227,7 @@ def test_no_pair_of_a_tiny_test_is_in_training():
                 for pair in pairs_of(c.turns)}
     train, valid, test = pairs("train", 3000), pairs("valid", 200), pairs("test", 300)
     assert len(train) > 2000 and not train & test and not train & valid and not valid & test
-    for c in make("tiny_operations", 0, 300, "test"):
+    for c in shipped("tiny_operations"):
         assert split_of(int(c.slots["a"]), int(c.slots["b"])) == "test"
 
 
@@ -234,7 +246,7 @@ def test_tiny_answers_are_right():
             assert turn.answer == str(expected) and 0 <= expected <= 100
         told = sum(len(re.findall(r"\d+", turn.user)) == 1 for turn in c.turns)
         assert c.category == ("hold" if told == 1 else "update") and c.turns[-1].scored
-    for c in make("tiny_operations", 3, 200, "test"):
+    for c in shipped("tiny_operations"):
         user = c.turns[0].user
         a, b = (int(n) for n in re.findall(r"\d+", user))
         if "from" in user:
@@ -245,8 +257,8 @@ def test_tiny_answers_are_right():
 
 def test_tiny_texts_are_words_of_the_bundled_tokenizer(tokenizer):
     """One token a word and number: no letters, no bytes."""
-    for kind in ("tiny_turns", "tiny_operations"):
-        for c in make(kind, 1, 100, "test"):
+    for conversations in (make("tiny_turns", 1, 100), shipped("tiny_operations")):
+        for c in conversations:
             for turn in c.turns:
                 assert len(tokenizer.encode(turn.user)) <= len(turn.user.split()) + 1, turn.user
 
@@ -306,6 +318,6 @@ def test_commands(benchmark, tmp_path):
     assert_one_clear_line(done, "does not measure", "echo")
     for words, said in ((["make", "x", "n=3"], "40"), (["make", "x", "kind=odd"], "tiny_turns"),
                         (["make", "x", "colour=1"], "seed="), (["audit"], "required: path"),
-                        (["make_train", "x", "kind=instructions"], "tiny_operations"),
+                        (["make_train", "x", "kind=conversations"], "kind=tiny_turns"),
                         (["show", tmp_path / "none"], "make OUT.jsonl")):
         assert_one_clear_line(run("-m", "gate.conversations", *words, cwd=ROOT), said)

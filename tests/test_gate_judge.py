@@ -23,6 +23,7 @@ from gate.judge import (
     parse_letter,
     read_labels,
     tiny_rows,
+    verdict_of,
     write_spotcheck,
 )
 
@@ -67,7 +68,8 @@ def local_verdicts(monkeypatch, plain, swapped):
     """judge_locally where the two prompts' letter probabilities are given."""
     answers = iter([np.log(np.array([plain])), np.log(np.array([swapped]))])
     monkeypatch.setattr(judging, "letter_logprobs", lambda *_: next(answers))
-    return next(judge_locally(None, None, [("", "")], DIGITS, unsure=1.0))
+    row = next(judge_locally(None, None, [("", "")], DIGITS))
+    return row | {"verdict": verdict_of(row, unsure=1.0)}
 
 
 def test_local_verdicts_by_hand(monkeypatch):
