@@ -23,12 +23,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from config import Parser, run_main
-from files.disk import json_lines, write_text
+from files.disk import json_lines, read_rows, write_text
 from files.keys import BadInput, read_keys
 from files.provenance import hash_file
 from gate.checks import find, normalise, term_pattern, validate_check
 from gate.drafts import Conversation, Turn, draft_conversation, load_texts, values_of
-from gate.jsonl import read_rows
 from text.arithmetic import SYMBOLS, compute, split_of
 
 KINDS = ("conversations", "tiny_turns")

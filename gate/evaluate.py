@@ -12,13 +12,20 @@ from pathlib import Path
 import engine.blas  # noqa: F401  (before mlx)
 
 from checkpoint import load_base, load_checkpoint
-from files.disk import append_text, json_lines, read_json_lines, write_text
+from files.disk import (
+    BEGUN,
+    append_text,
+    begin_folder,
+    grow,
+    json_lines,
+    read_json_lines,
+    write_text,
+)
 from files.keys import BadInput
 from files.provenance import hash_model, provenance
 from gate import judge
 from gate.clean import check_base
 from gate.conversations import Conversation, read_benchmark
-from gate.jsonl import BEGUN, begin_folder, grow
 from gate.replies import PART, answer, score, summarize_scores, transcript
 from gate.verdict import ROLES, GateConfig, comparisons, decide, length_warnings, load_gate
 
@@ -86,10 +93,8 @@ def replies_of(cfg: GateConfig, role: str,
 # --- the judge's part
 def collect_verdicts(cfg: GateConfig, conversations: list[Conversation],
                      replies: dict[str, list[dict]]) -> dict[str, dict[tuple[str, int], str]]:
-    """The judge's verdict on each scored turn: {condition: {(id, turn): verdict}}.
-
-    Kept in judge_*.jsonl by a hash of judge, prompt and reply: only what is new is asked.
-    """
+    """The judge's verdict on each scored turn: {condition: {(id, turn): verdict}}. Kept in
+    judge_*.jsonl by a hash of judge, prompt and reply: only what is new is asked."""
     template, letters = judge.load_prompt(cfg.judge_prompt), cfg.judge_letters
     is_endpoint = cfg.judge.startswith("http")
     settings = ([cfg.judge, cfg.judge_model] if is_endpoint

@@ -27,10 +27,9 @@ import mlx.core as mx
 import numpy as np
 
 from config import Parser, run_main
-from files.disk import json_lines, write_text
+from files.disk import json_lines, read_rows, read_text, write_text
 from files.keys import BadInput
 from gate.conversations import Conversation
-from gate.jsonl import read_rows, read_text
 from generate import check_context
 from lens import pad_prompts
 from losses import token_logprobs

@@ -31,13 +31,12 @@ import mlx.core as mx
 import yaml
 
 from config import run_main
-from files.disk import json_lines, write_text
+from files.disk import begin_folder, grow, json_lines, read_rows, write_text
 from files.keys import BadInput, read_keys
 from files.provenance import hash_file, hash_model, provenance
 from gate.checks import PASS, no_repeat
 from gate.clean import check_base
 from gate.evaluate import load_model
-from gate.jsonl import begin_folder, grow, read_rows
 from gate.judge import MIN_MASS, letter_margins
 from generate import sample
 from model import Llama
@@ -88,10 +87,7 @@ class Run:
 
 # --- texts: the same, nearly the same, held out
 def words_of(text: str) -> tuple[str, ...]:
-    """Words whatever their case, letter forms (NFKC) and punctuation; + and = are words too.
-
-    example  "What is 3 + 4?" -> (what, is, 3, +, 4)
-    """
+    """Words, whatever their case and letter forms: "What is 3 + 4?" -> (what, is, 3, +, 4)."""
     text = unicodedata.normalize("NFKC", text).casefold()
     return tuple(re.findall(r"\w+|[+*/=<>^%×÷]|-(?=\s*\d)", text))
 
@@ -145,10 +141,8 @@ def first_of(reasons: dict[str, object]) -> str:
 
 def write(run: Run, prompts: list[str], tokens: int, temperature: float, stops: tuple[str, ...],
           place: str) -> list[dict]:
-    """What the model writes behind raw prompts, as rows: {prompt, text, tokens, stop_reason}.
-
-    place    step and number of the first row: with the seed it fixes the random numbers
-    """
+    """What the model writes behind raw prompts, as rows: {prompt, text, tokens, stop_reason}. The
+    place, a step and its first row's number, fixes the random numbers with the seed."""
     key = mx.random.key(stable_hash(f"{run.settings.seed} {place}"))
     done = sample(run.model, run.tokenizer, [run.tokenizer.encode_prompt(p) for p in prompts],
                   tokens, temperature=temperature, top_p=TOP_P, key=key,
@@ -160,10 +154,8 @@ def write(run: Run, prompts: list[str], tokens: int, temperature: float, stops: 
 
 # --- instructions
 def list_prompt(run: Run, number: int, kept: list[str]) -> str:
-    """A numbered list to go on with: seeds, two of the tasks found so far, and the next number.
-
-    No space behind that: it belongs to the next word's token.
-    """
+    """A numbered list to go on with: seeds, two of the tasks found so far, and the next number
+    without a space behind it, which belongs to the next word's token."""
     rng = random.Random(f"{run.settings.seed} list {number}")
     found = rng.sample(kept, min(2, len(kept)))
     tasks = rng.sample([task for task, _ in run.seeds], SHOWN - len(found)) + found
@@ -173,9 +165,9 @@ def list_prompt(run: Run, number: int, kept: list[str]) -> str:
 
 
 def parse_list(first: int, text: str, cut: bool) -> list[str]:
-    """The items of a list's continuation, whose first number stood in the prompt.
+    """The items of a list's continuation, whose first number stood in the prompt; cut: the length
+    limit ended it, so its last line is no whole item.
 
-    cut      the length limit ended it, so its last line is no whole item
     example  (9, " Name a bird.\n10. Name a fish.\n10. Na", True) -> [Name a bird., Name a fish.]
     """
     items, lines = [], f"{first}.{text}".split("\n")
@@ -304,10 +296,8 @@ def split_pairs(pairs: list[dict]) -> dict[str, list[dict]]:
 
 
 def quality(steps: dict[str, list[dict]]) -> dict:
-    """Counts of every step, of all that was generated, and whether they keep to the bounds.
-
-    The bounds are the prior work's: answers cut off below 10 %, each critic accepting half.
-    """
+    """Counts of every step, of all that was generated, and whether they keep to the prior work's
+    bounds: answers cut off below 10 %, each critic accepting half."""
     found = {name: dict(Counter(row.get("verdict", row.get("reason")) or "kept"
                                 for row in rows).most_common()) for name, rows in steps.items()}
     cut = found["responses"].get("cut off", 0) / max(len(steps["responses"]), 1)

@@ -26,10 +26,11 @@ from bench.fullsize import SHAPES
 from config import Config, load_config
 from data import load_split
 from engine import memory
-from files.disk import append_text
+from files import disk
+from files.disk import append_text, read_rows
 from files.keys import BadInput
 from files.provenance import hash_file
-from gate import jsonl, self_instruct
+from gate import self_instruct
 from gate.self_instruct import (
     END,
     Run,
@@ -54,7 +55,7 @@ from generate import Completion
 from model import parse_args
 from text.tokenizer import load_tokenizer
 
-SEEDS = jsonl.read_rows(self_instruct.SEEDS, lambda row: (row["prompt"], row["response"]), "")
+SEEDS = read_rows(self_instruct.SEEDS, lambda row: (row["prompt"], row["response"]), "")
 
 
 @pytest.mark.parametrize("text, cut, items", [
@@ -273,11 +274,11 @@ def test_broken_off_and_continued_is_the_same(scripted_run, tmp_path, monkeypatc
             raise KeyboardInterrupt
         left[0] -= 1
         append_text(path, text, sync)
-    monkeypatch.setattr(jsonl, "append_text", torn)
+    monkeypatch.setattr(disk, "append_text", torn)
     about = scripted_run(again)
     with pytest.raises(KeyboardInterrupt):
         make_data(about, {})
-    monkeypatch.setattr(jsonl, "append_text", append_text)
+    monkeypatch.setattr(disk, "append_text", append_text)
     make_data(about, {})
     files = sorted(p.name for p in straight.iterdir())
     assert files == sorted(p.name for p in again.iterdir()) and len(files) == 10
