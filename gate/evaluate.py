@@ -12,15 +12,7 @@ from pathlib import Path
 import engine.blas  # noqa: F401  (before mlx)
 
 from checkpoint import load_base, load_checkpoint
-from files.disk import (
-    BEGUN,
-    append_text,
-    begin_folder,
-    grow,
-    json_lines,
-    read_json_lines,
-    write_text,
-)
+from files.disk import append_text, begin_folder, grow, json_lines, read_json_lines, write_text
 from files.keys import BadInput
 from files.provenance import hash_model, provenance
 from gate import judge
@@ -31,7 +23,7 @@ from gate.verdict import ROLES, GateConfig, comparisons, decide, length_warnings
 
 # what replies depend on, beside benchmark and models: other values are another evaluation
 GENERATION = ("limit", "max_reply_tokens", "bits")
-START_OVER = "give another out, or overwrite=true to answer everything again"
+ANOTHER = "give another out, such as out=runs/gate_again"
 
 
 # --- the folder, and the models' replies
@@ -41,7 +33,7 @@ def begin(cfg: GateConfig, sha: str) -> dict[str, dict]:
     raises   BadInput where a base is none or its prompts do not reach it untouched, and where
              benchmark, models or what replies depend on changed since the folder was begun
     """
-    folder, models = Path(cfg.out), {}
+    models = {}
     about = {key: getattr(cfg, key) for key in GENERATION} | {"SHA-256 of benchmark": sha}
     for role in ROLES:
         name = getattr(cfg, role)
@@ -53,12 +45,7 @@ def begin(cfg: GateConfig, sha: str) -> dict[str, dict]:
         if role != "instruct":
             models[role]["clean"] = check_base(name)
             models[role]["clean"]["template_applied"] = "chat" in getattr(cfg, f"{role}_templates")
-    if cfg.overwrite and (folder / BEGUN).exists():
-        for old in folder.glob("*.json*"):
-            if old.name not in (BEGUN, "spotcheck.jsonl"):  # people may have labelled it
-                old.unlink()
-        write_text(folder / BEGUN, "{}\n")
-    begin_folder(folder, about, START_OVER)
+    begin_folder(Path(cfg.out), about, ANOTHER)
     return models
 
 
@@ -86,7 +73,7 @@ def replies_of(cfg: GateConfig, role: str,
         path = Path(cfg.out) / f"replies_{role}-{template}.jsonl"
         replies[f"{role}-{template}"] = grow(
             path, PART, "id", [c.id for c in conversations],
-            functools.partial(answer_part, template), f"other conversations; {START_OVER}")
+            functools.partial(answer_part, template), f"other conversations; {ANOTHER}")
     return replies
 
 

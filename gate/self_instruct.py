@@ -110,8 +110,7 @@ class Similar:
         for gram in fives:
             self.holders.setdefault(gram, []).append(len(self.sizes))
         self.sizes.append(len(fives))
-        if len(words) >= 8:
-            self.eights |= grams(words, 8)
+        self.eights |= grams(words, 8)
 
     def nearest(self, words: tuple[str, ...]) -> float:
         """The largest Jaccard similarity |A and B| / |A or B| of 5-grams."""

@@ -32,7 +32,6 @@ class GateConfig:
     alternative: str = ""           # another base, so that a gap is not one base's quirk
     benchmark: str = "gate/benchmark/conversations.jsonl"
     out: str = ""                   # empty: runs/<name of the config file>
-    overwrite: bool = False
     limit: int | None = None        # the first so many conversations of the benchmark
     # formats: raw | lines | plain | cued | chat. A role counts by its best
     base_templates: tuple[str, ...] = ("raw", "plain")

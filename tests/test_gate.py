@@ -229,8 +229,6 @@ def test_a_judge_is_asked_once(parts, tmp_path, monkeypatch):
     assert len(asked) == once
     judged("judge_letters=C,D")     # another prompt
     assert len(asked) == 2 * once
-    judged("max_reply_tokens=5", "overwrite=true")      # nothing of the old answers is left
-    assert len(asked) == 3 * once
 
 
 def test_a_changed_benchmark_or_model_is_refused(parts, tmp_path):
@@ -242,7 +240,7 @@ def test_a_changed_benchmark_or_model_is_refused(parts, tmp_path):
     gate_of()
     kept, lines = contents(tmp_path / "run"), benchmark.read_text()
     benchmark.write_text(lines.replace("sum-000", "sum-900"))
-    with pytest.raises(BadInput, match="another SHA-256 of benchmark .was .*overwrite=true"):
+    with pytest.raises(BadInput, match="another SHA-256 of benchmark .was .*give another out"):
         gate_of()
     benchmark.write_text(lines)
     with pytest.raises(BadInput, match="another max_reply_tokens .was 6, is 7"):
