@@ -91,11 +91,16 @@ def category_draws(seed: int, n: int) -> Iterator[tuple[str, Callable]]:
                 draft_conversation, category, families[i % len(families)], level, rng)
 
 
+def tiny_draws(seed: int, n: int, split: str) -> Iterator[tuple[str, Callable]]:
+    rng = random.Random(f"{seed} tiny_turns {split}")
+    for i in range(n):
+        yield f"tiny_turns-{i + 1:03d}", functools.partial(draft_held, rng, split)
+
+
 def make(kind: str, seed: int = 0, n: int = 200, split: str = "test") -> list[Conversation]:
     """n conversations of a kind, no two alike; split: of tiny_turns, the side of its numbers."""
-    rng, is_tiny = random.Random(f"{seed} {kind} {split}"), kind == "tiny_turns"
-    draws = ([(f"{kind}-{i + 1:03d}", functools.partial(draft_held, rng, split)) for i in range(n)]
-             if is_tiny else category_draws(seed, n))
+    is_tiny = kind == "tiny_turns"
+    draws = tiny_draws(seed, n, split) if is_tiny else category_draws(seed, n)
     seen, conversations = set(), []
     for name, draw in draws:
         for _ in range(2000):
