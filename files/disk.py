@@ -129,6 +129,79 @@ def read_each_line(text: str, read: Callable[[dict], object]) -> tuple[list, lis
     return results, bad
 
 
+def read_text(path: str | Path, expected: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} cannot be read ({error}); expected {expected}") from None
+
+
+def read_rows(path: str | Path, read: Callable[[dict], object], expected: str) -> list:
+    """`read` of each line's object; BadInput names the lines that it refuses (ValueError)."""
+    rows, refused = read_each_line(read_text(path, expected), read)
+    bad = [f"{path}:{number}: {str(error)[:200]}" for number, error in refused]
+    if bad:
+        raise BadInput(f"{'; '.join(bad[:4])}{' ...' if bad[4:] else ''}; {len(bad)} bad lines, "
+                       f"expected {expected}")
+    if not rows:
+        raise BadInput(f"{path} holds no rows; expected {expected}")
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------
+# what a command that was broken off goes on with: a file that grows by parts of the same rows, so
+# that it ends in the same bytes; a folder that says what it was begun with
+
+
+BEGUN = "begun.json"
+
+
+def grow(path: Path, part: int, key: str, wanted: list,
+         make: Callable[[list[dict], int], list[dict]], others: str) -> list[dict]:
+    """A file's rows, one for each wanted value of row[key]: those it has, and the parts it lacks.
+
+    make     (the rows so far, n) -> those that follow, up to n; [] ends the file sooner
+    others   what it is where the file's rows are about something else, and what to do
+    """
+    rows = read_json_lines(path)
+    if len(rows) < len(wanted):
+        rows = rows[:len(rows) // part * part]
+    if [row[key] for row in rows] != wanted[:len(rows)]:
+        raise BadInput(f"{path} is about {others}")
+    write_text(path, json_lines(rows))      # without what a kill has torn
+    while len(rows) < len(wanted):
+        more = make(rows, min(len(rows) + part, len(wanted)))
+        if not more:
+            break
+        append_text(path, json_lines(more), sync=True)
+        rows += more
+        print(f"  {path.stem:<34}{len(rows):6} of {len(wanted)}", flush=True)
+    return rows
+
+
+def begin_folder(folder: Path, about: dict[str, object], again: str) -> None:
+    """Write down what a new folder is begun with, {what: value}, or compare it with what one was
+    begun with: BadInput if that differs, or if the folder holds something else.
+
+    again    what a user can do about another value
+    """
+    path, about = folder / BEGUN, json.loads(json.dumps(about))     # as read back: tuples are lists
+    record = {}
+    if path.exists():
+        try:
+            record = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise BadInput(f"{path} is damaged ({one_line(error)}); {again}") from None
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BadInput(f"{folder} holds other files (it has no {BEGUN}); name a new folder")
+    unlike = [f"{what} (was {record[what]}, is {value})" for what, value in about.items()
+              if record.get(what, value) != value]
+    if unlike:
+        raise BadInput(f"{folder} was begun with another {', another '.join(unlike)}; put back "
+                       f"what it began with, or {again}")
+    write_text(path, json.dumps(record | about, indent=1) + "\n")
+
+
 # --------------------------------------------------------------------------------------------------
 # what a JSON file from outside may hold
 

@@ -10,12 +10,9 @@ item by item and in their verdict; and the verdict is a file that `train.py` ask
     python -m gate configs/gate_tiny.yaml judge=...  # scores anew, generates nothing anew
     python -m gate --paired runs/gate_tiny:base-raw runs/gate_tiny:base-lines
 
-GO: every scorer finds the gap. NO-GO: every scorer measures a rate that refutes it. AMBIGUOUS: they
-disagree, too much is undecided, or too little is there to say.
-
 Read in this order: checks, drafts, conversations (the benchmark), clean (does a prompt reach a base
-untouched?), replies, judge, settings, verdict, evaluate, and here the tables for a person.
-self_instruct writes training data.
+untouched?), replies, judge, verdict, evaluate, and here the tables for a person. self_instruct
+writes training data.
 """
 from pathlib import Path
 
@@ -27,14 +24,13 @@ from files.keys import BadInput, Stopped
 from files.run_folder import read_report
 from gate.evaluate import run_gate
 from gate.judge import LEAST_KAPPA, LEAST_LABELS, LEAST_LOW
-from gate.settings import GateConfig
-from gate.verdict import compare, number
+from gate.verdict import GateConfig, compare, number
 from report.stats import percent
 
 
 def print_gate(report: dict) -> None:
     """Rates by condition and scorer, paired tests, rules, warnings, verdict."""
-    about, scorers = report["benchmark"], report["scorers"]
+    about, scorers, conditions = report["benchmark"], report["scorers"], report["conditions"]
     print(f"\n{about['path']}: {about['conversations']} conversations, SHA-256 "
           f"{about['sha256'][:12]}; greedy; 95 % Wilson intervals over decided ones")
     for role, model in report["models"].items():
@@ -44,56 +40,49 @@ def print_gate(report: dict) -> None:
         print(f"  {role:<12}{model['name']}  weights {model['weights'][:12]}  {state}")
     print(f"\n  {'condition':<20}" + "".join(f"{s:<32}" for s in scorers)
           + "undecided   tokens  cut")
-    for name, cells in report["conditions"].items():
-        first = cells[scorers[0]]
+    for name, cells in conditions.items():
+        rates = "".join(f"{percent(cells[s]['rate']):<32}" for s in scorers)
         undecided = "/".join(str(cells[s]["undecided"]) for s in scorers)
-        print(f"  {name:<20}" + "".join(f"{percent(cells[s]['rate']):<32}" for s in scorers)
-              + f"{undecided:<12}{first['median_tokens']:<8g}{100 * first['cut']['value']:.0f} %")
+        first = cells[scorers[0]]
+        print(f"  {name:<20}{rates}{undecided:<12}{first['median_tokens']:<8g}"
+              f"{100 * first['cut']['value']:.0f} %")
     print(f"\n  by {scorers[0]}:")
-    for name, cells in report["conditions"].items():
-        parts = "  ".join(f"{c} {percent(v).strip()}"
-                          for c, v in cells[scorers[0]]["by_category"].items())
-        print(f"  {name:<20}{parts}")
+    for name, cells in conditions.items():
+        parts = (f"{c} {percent(v).strip()}"
+                 for c, v in cells[scorers[0]]["by_category"].items())
+        print(f"  {name:<20}{'  '.join(parts)}")
     print()
     for pair, test in report["paired"].items():
         print_comparison(pair, test)
     if "judge" in report:
-        print_judge(report["judge"])
+        turns, c = report["judge"]["turns"].values(), report["judge"]["calibration"]
+        print(f"  judge {report['judge']['judge']}: {sum(cell['unsure'] for cell in turns)} turns "
+              f"unsure, {sum(cell['invalid'] for cell in turns)} without a verdict; against "
+              f"people: {c['n']} labels, kappa {number(c['value'])}"
+              + (" (trusted)" if c["ok"] else " (not trusted to head a report: "
+                 f"{LEAST_LABELS} labels and kappa {LEAST_KAPPA}, surely above {LEAST_LOW}, are "
+                 "needed; label spotcheck.jsonl)"))
     for warning in report["warnings"]:
         print(f"  warning: {warning}")
     if "verdict" in report:
-        print_rules(report)
+        print_verdict(report)
 
 
 def print_comparison(pair: str, test: dict) -> None:
     d = test["difference"]
     if d["value"] is None:
         print(f"  {pair}: no conversation that both decided")
-        return
-    needed = test["items_needed"]
-    print(f"  {pair}: {100 * d['value']:+.1f} points [{100 * d['low']:+.1f}, "
-          f"{100 * d['high']:+.1f}], n {test['n']}; only the first {test['only_first']}, only the "
-          f"second {test['only_second']}; McNemar p {test['p']:.2g}, h {test['h']:+.2f}"
-          + (f"; such a difference shows in 9 of 10 studies from {needed} conversations on"
-             if needed else ""))
+    else:
+        print(f"  {pair}: {100 * d['value']:+.1f} points [{100 * d['low']:+.1f}, "
+              f"{100 * d['high']:+.1f}], n {test['n']}; only the first {test['only_first']}, only "
+              f"the second {test['only_second']}; McNemar p {test['p']:.2g}, h {test['h']:+.2f}")
 
 
-def print_judge(about: dict) -> None:
-    c, turns = about["calibration"], about["turns"]
-    lost = {v: sum(cell[v] for cell in turns.values()) for v in ("unsure", "invalid")}
-    print(f"  judge {about['judge']}: {lost['unsure']} turns unsure, {lost['invalid']} without a "
-          f"verdict; against people: {c['n']} labels, kappa {number(c['value'])}"
-          + (" (trusted)" if c["ok"] else f" (not trusted to head a report: {LEAST_LABELS} labels "
-             f"and kappa {LEAST_KAPPA}, surely above {LEAST_LOW}, are needed; label "
-             "spotcheck.jsonl)"))
-
-
-def print_rules(report: dict) -> None:
+def print_verdict(report: dict) -> None:
     print(f"\n  {'rule':<36}{'wanted':>8}  " + "".join(f"{s:>14}" for s in report["scorers"]))
-    for k, rule in enumerate(report["rules"][report["scorers"][0]]):
-        cells = [report["rules"][s][k] for s in report["scorers"]]
-        print(f"  {rule['rule']:<36}{rule['wanted']:>8g}  " + "".join(
-            f"{number(c['value']):>10} {'yes' if c['holds'] else 'NO':<3}" for c in cells))
+    for rules in zip(*(report["rules"][s] for s in report["scorers"])):
+        cells = (f"{number(r['value']):>10} {'yes' if r['holds'] else 'NO':<3}" for r in rules)
+        print(f"  {rules[0]['rule']:<36}{rules[0]['wanted']:>8g}  {''.join(cells)}")
     chosen = report["chosen"]
     gap = report["paired"][f"{chosen['base']} against {chosen['instruct']}"]
     print(f"  the design: {gap['n']} pairs find a gap just as large as wanted with power "
@@ -101,51 +90,48 @@ def print_rules(report: dict) -> None:
     for pair, a in report["agreement"].items():
         print(f"  {pair} agree: {number(a['lowest'])} in the condition where they do least, kappa "
               f"{number(a['pooled']['value'])}: {'yes' if a['holds'] else 'NO'}")
-    print(f"\n{report['verdict']}" + "".join(f"\n  {reason}" for reason in report["reasons"]))
+    print("\n" + "\n  ".join([report["verdict"], *report["reasons"]]))
+
+
+def read_condition(word: str) -> tuple[dict, str, list[dict]]:
+    """FOLDER:CONDITION of a finished gate: its report, the condition, outcomes.jsonl's rows."""
+    folder, _, condition = word.rpartition(":")
+    path = Path(folder or word) / "gate.json"
+    report = read_report(path, f"--paired {word}: expected FOLDER:CONDITION of a finished "
+                         "evaluation, such as runs/gate_tiny:base-raw")
+    if condition not in report["conditions"]:
+        raise BadInput(f"{path.parent} has no condition {condition!r}; expected one of "
+                       f"{', '.join(report['conditions'])}")
+    return report, condition, read_json_lines(path.parent / "outcomes.jsonl")
 
 
 def compare_folders(first: str, second: str) -> dict:
     """FOLDER:CONDITION against FOLDER:CONDITION, by the first's heading scorer; raises BadInput."""
-    sides = []
-    for word in (first, second):
-        folder, _, condition = word.rpartition(":")
-        path = Path(folder or word) / "gate.json"
-        report = read_report(path, f"--paired {word}: expected FOLDER:CONDITION of a finished "
-                             "evaluation, such as runs/gate_tiny:base-raw")
-        rows = read_json_lines(path.parent / "outcomes.jsonl")
-        known = sorted(rows[0]["passed"][report["scorers"][0]]) if rows else []
-        if condition not in known:
-            raise BadInput(f"{path.parent} has no condition {condition!r}; expected one of "
-                           f"{', '.join(known)}")
-        sides.append((report, {row["id"]: row["passed"] for row in rows}, condition,
-                      {row["id"]: row["category"] for row in rows}))
-    (report, a, first_name, categories), (other, b, second_name, _) = sides
+    sides = [read_condition(first), read_condition(second)]
+    (report, _, rows), (other, _, _) = sides
     if report["benchmark"]["sha256"] != other["benchmark"]["sha256"]:
         raise BadInput(f"{first} and {second} answered different benchmarks "
                        f"({report['benchmark']['path']}, {other['benchmark']['path']}); a paired "
                        "test needs the same conversations: evaluate both on one")
     scorer = report["scorers"][0]
-    if scorer not in next(iter(b.values())):
+    if scorer not in other["scorers"]:
         raise BadInput(f"{second} was not scored by {scorer}; score both by the same")
-    pick = lambda side, name: {i: passed[scorer][name] for i, passed in side.items()}
-    return {"scorer": scorer, **compare(pick(a, first_name), pick(b, second_name), GateConfig(),
-                                        categories)}
+    a, b = ({row["id"]: row["passed"][scorer][condition] for row in rows}
+            for _, condition, rows in sides)
+    return {"scorer": scorer, **compare(a, b, GateConfig(), {r["id"]: r["category"] for r in rows})}
 
 
 def main(argv: list[str]) -> None:
     """Exit code 0 for GO, or where there is nothing to decide; else raises Stopped, code 3."""
-    parser = Parser(
-        prog="python -m gate", description="Base against instruct model on a benchmark of "
-        "conversations, before a training run.")
-    parser.add_argument("config", nargs="?", help="a gate's YAML file, such as "
-                        "configs/gate_tiny.yaml")
+    parser = Parser(prog="python -m gate", description="Base against instruct model on a benchmark "
+                    "of conversations, before a training run.")
+    parser.add_argument("config", nargs="?", help="a gate's YAML file: configs/gate_tiny.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of that file")
     parser.add_argument("--paired", nargs=2, metavar="FOLDER:CONDITION",
                         help="two conditions of finished gates on one benchmark")
     args = parser.parse_args(argv)
     if args.paired:
-        print_comparison(" against ".join(args.paired), compare_folders(*args.paired))
-        return
+        return print_comparison(" against ".join(args.paired), compare_folders(*args.paired))
     if not args.config:
         raise BadInput("nothing to compare; give a gate's CONFIG, such as configs/gate_tiny.yaml, "
                        "or --paired FOLDER:CONDITION FOLDER:CONDITION")

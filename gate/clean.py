@@ -3,8 +3,7 @@
 Prior work could not say what its base model had read: a chat template may have been applied, or a
 special token added. Here a load is clean if the ids themselves are right: the model's own prefix
 (BOS or nothing), then the text as its tokenizer's own library encodes it, and nothing else. Each
-check must first fail on three prompts that are contaminated on purpose; otherwise it could never
-fail. Which weights it is about, and how they answer, stands beside it: hashes, and the replies.
+check must first fail on three prompts that are contaminated on purpose.
 """
 import re
 from collections.abc import Callable
@@ -13,9 +12,10 @@ from pathlib import Path
 import sentencepiece
 import tokenizers
 
+from files.hub import find_folder
 from files.keys import BadInput
 from files.model_folder import root_model
-from text.tokenizer import Tokenizer
+from text.tokenizer import Tokenizer, load_tokenizer
 
 SENTINELS = ("Water freezes at", "Translate to Pig Latin: hello world", "List three prime numbers:",
              "Describe the seasons", "Write a JSON object with keys a and b", "7 * 8 =",
@@ -35,24 +35,19 @@ def library_encoder(source: str) -> Callable[[str], list[int]]:
     return lambda text: backend.encode(text, add_special_tokens=False).ids
 
 
-def spoilt(text: str, ids: list[int], plain: list[int], bos: list[int],
-           reserved: set[int]) -> str | None:
-    """Why ids are not this text and nothing else, behind the model's own BOS; None if they are."""
-    if ids[:len(bos)] != bos or (bos and ids[len(bos):len(bos) + 1] == bos):
-        return f"{text!r} begins with ids {ids[:3]}, expected BOS once: {bos}"
-    if found := reserved & set(ids[len(bos):]):
-        return f"{text!r} holds control ids {sorted(found)[:5]}"
-    if ids[len(bos):] != plain:
-        return f"{text!r} became {ids[:24]}, expected {(bos + plain)[:24]}"
-    return None
+def spoilt(ids: list[int], plain: list[int], bos: list[int], reserved: set[int]) -> str:
+    """Why ids are not a text's own (plain) and nothing else behind the model's BOS; "" if so."""
+    begin, rest = ids[:len(bos)], ids[len(bos):]
+    if begin != bos or (bos and rest[:1] == bos):
+        return f"begins with ids {ids[:3]}, expected BOS once: {bos}"
+    if found := reserved & set(rest):
+        return f"holds control ids {sorted(found)[:5]}"
+    return "" if rest == plain else f"became {ids[:24]}, expected {(bos + plain)[:24]}"
 
 
 def check_prompts(tokenizer: Tokenizer, encode=None) -> list[dict]:
-    """Encode every sentinel as evaluation will, and look at the ids: [{text, ids, decoded}].
-
-    encode   what evaluation calls; Tokenizer.encode_prompt if not given
-    raises   BadInput where a prompt is touched, or where the check itself is blind
-    """
+    """Encode every sentinel as evaluation will: [{text, ids, decoded}]. BadInput where the ids are
+    not the prompt's alone, or where the check itself is blind."""
     encode = encode or tokenizer.encode_prompt
     encode_by_library = library_encoder(tokenizer.source)
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
@@ -61,33 +56,31 @@ def check_prompts(tokenizer: Tokenizer, encode=None) -> list[dict]:
         plain, ids = encode_by_library(text), list(encode(text))
         if reserved & set(plain):   # the library reads a control token's name as that token
             plain = tokenizer.encode(text)
-        blind = [name for name, wrong in (
-            ("system text", bos + encode_by_library(f"System: be helpful.\n{text}")),
-            ("a control id", bos + [tokenizer.eos_id] + plain),
-            ("BOS twice", [tokenizer.eos_id if not bos else bos[0]] + bos + plain),
-        ) if spoilt(text, wrong, plain, bos, reserved) is None]
-        if blind:
-            raise BadInput(f"the contamination check does not notice {blind[0]} on {text!r} with "
-                           f"{tokenizer.source}; nothing it says can be believed")
-        if why := spoilt(text, ids, plain, bos, reserved):
-            raise BadInput(f"a prompt does not reach the base model untouched: {why}; load it with "
-                           "model.load and encode with Tokenizer.encode_prompt, no chat template")
-        decoded = tokenizer.decode(ids)
-        if decoded != text:
-            raise BadInput(f"{tokenizer.source} turns {text!r} into {decoded!r}; it is damaged, or "
-                           "not this model's")
-        seen.append({"text": text, "ids": ids, "decoded": decoded})
+        contaminated = {
+            "system text": bos + encode_by_library(f"System: be helpful.\n{text}"),
+            "a control id": bos + [tokenizer.eos_id] + plain,
+            "BOS twice": (bos or [tokenizer.eos_id]) + bos + plain}
+        for what, wrong in contaminated.items():
+            if not spoilt(wrong, plain, bos, reserved):
+                raise BadInput(f"the contamination check does not notice {what} on {text!r} with "
+                               f"{tokenizer.source}; nothing it says can be believed")
+        if why := spoilt(ids, plain, bos, reserved):
+            raise BadInput(f"a prompt does not reach the base model untouched: {text!r} {why}; "
+                           "load it with model.load and encode with Tokenizer.encode_prompt, no "
+                           "chat template")
+        seen.append({"text": text, "ids": ids, "decoded": tokenizer.decode(ids)})
+        if seen[-1]["decoded"] != text:
+            raise BadInput(f"{tokenizer.source} turns {text!r} into {seen[-1]['decoded']!r}; it is "
+                           "damaged, or not this model's")
     return seen
 
 
 def check_identity(name: str, tokenizer: Tokenizer) -> None:
     """Raises BadInput where what is named as a base is an instruct model, or a trained run."""
-    folder = Path(name)
-    if (folder / "config.yaml").exists():
+    if (Path(name) / "config.yaml").exists():
         raise BadInput(f"{name} is a run of this repository, not a base model; name the model that "
                        f"it was trained from, {root_model(name)}, or evaluate it as `instruct`")
-    repository = str(name).split("@")[0].rstrip("/").rsplit("/", 1)[-1]
-    if found := NOT_A_BASE.search(repository):
+    if found := NOT_A_BASE.search(Path(str(name).split("@")[0]).name):
         raise BadInput(f"{name} is named as a base and calls itself {found[0]!r}; name the model "
                        "before instruction training, such as Qwen/Qwen2.5-32B")
     ends = [name for name in map(tokenizer.piece, tokenizer.eos_ids) if name in TURN_ENDS]
@@ -96,8 +89,11 @@ def check_identity(name: str, tokenizer: Tokenizer) -> None:
                        "of an instruct model; fetch the base's own files")
 
 
-def check_base(name: str, tokenizer: Tokenizer) -> dict:
+def check_base(name: str) -> dict:
     """All of it, for a model named as a base, before it is asked anything; raises BadInput."""
+    tokenizer = load_tokenizer(find_folder(root_model(name), weights=False))
+    if tokenizer is None:
+        raise BadInput(f"{name} has no tokenizer.model and no tokenizer.json; add the model's own")
     check_identity(name, tokenizer)
     return {"clean": True, "prompts": check_prompts(tokenizer), "template_applied": False,
             "has_chat_template": tokenizer.chat_template is not None}

@@ -1,49 +1,86 @@
 """How a conversation of the benchmark is drawn: gaps in texts, values, asides, four categories.
 
 `Draft` fills the texts of benchmark/families.yaml. A value is drawn when a text first names it. A
-plan such as "aside ask ask" says which turns follow the opening. The prior work's items named in
-the question what the answer needed (a follow-up on photosynthesis asked about chlorophyll), so a
-draft in which a value is said a second time is thrown away and drawn again.
+plan such as "aside ask ask" names the steps that follow the opening: methods of the category. The
+prior work's items named in the question what the answer needed (a follow-up on photosynthesis asked
+about chlorophyll), so a draft in which a value is said a second time is thrown away.
 """
 import functools
+import itertools
 import random
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from gate.checks import check_turn, find, normalise
+from gate.checks import Verdict, check_turn, find, normalise
 
 FAMILIES = Path(__file__).parent / "benchmark" / "families.yaml"
+GAP = re.compile(r"\{(?:(a|int) )?(\w+)\}")
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What the user says, and what a reply to it must show.
-
-    scored  whether the conversation's verdict depends on it: asides and statements do not count
-    lag     how many turns ago that was said which it needs
-    need    that, in words, for a judge;  answer: what one who knows everything replies
-    """
+    """What the user says, and what a reply to it must show."""
     user: str
-    scored: bool = False
-    lag: int = 0
-    need: str = ""
-    answer: str = ""
+    scored: bool = False    # asides and statements do not count
+    lag: int = 0            # how many turns ago that was said which it needs
+    need: str = ""          # that, in words, for a judge
+    answer: str = ""        # what one who knows everything replies
     checks: tuple[dict, ...] = ()
 
 
-# --- drawing values and filling texts
-GAP = re.compile(r"\{(?:(a|all|lines|upper|int) )?(\w+)\}")
-COMPUTED = {
-    "letters": lambda word: str(len(word)),
-    "vowels": lambda word: str(len(re.findall("[aeiou]", word))),
-    "sorted": sorted, "ascending": lambda items: sorted(items, key=int),
-    "reversed": lambda items: items[::-1], "sum": lambda a, b: str(int(a) + int(b)),
-    "difference": lambda a, b: str(int(a) - int(b)), "product": lambda a, b: str(int(a) * int(b)),
-}
+@dataclass(frozen=True)
+class Conversation:
+    """A benchmark's item; it passes if and only if every scored turn does."""
+    id: str
+    category: str
+    family: str
+    difficulty: str
+    seed: int
+    slots: dict[str, str]
+    turns: tuple[Turn, ...]
+
+    def check(self, replies: list[str]) -> list[Verdict | None]:
+        """Each turn's verdict on a reply; None where a turn is not scored."""
+        return [check_turn(turn.checks, reply, replies[:t]) if turn.scored else None
+                for t, (turn, reply) in enumerate(zip(self.turns, replies, strict=True))]
+
+
+# --- values and texts
+@functools.cache
+def load_texts() -> dict:
+    """families.yaml, its tables {columns, rows} as lists of {column: value}."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)   # the quick one, where it is built
+    texts = yaml.load(FAMILIES.read_text(encoding="utf-8"), Loader=loader)
+    for name, table in texts.items():
+        if isinstance(table, dict) and "columns" in table:
+            texts[name] = [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
+    return texts
+
+
+def pool_of(spec: str, above: int = 0) -> list[str]:
+    """example  "cities" -> the pool of that name;  "6..9" -> 6, 7, 8, 9;  anything else -> []"""
+    if match := re.fullmatch(r"(\d+)\.\.(\d+)", spec):
+        return [str(above + n) for n in range(int(match[1]), int(match[2]) + 1)]
+    return load_texts()["pools"].get(spec, [])
+
+
+def specs_of(family: dict) -> dict[str, str]:
+    """What each slot of a family is drawn from: {slot: a pool's name, or a range}."""
+    pool = family.get("pool", "")
+    specs = {"item": pool, "person": pool, "thing": family.get("other", "")}
+    for name, fact in family.get("facts", {}).items():
+        specs |= {name: fact["pool"], f"near_{name}": fact["pool"]}
+    return specs | family.get("slots", {})
+
+
+def values_of(family: dict, slot: str) -> list[str]:
+    """All values that a family may put in a slot, for one who has to guess; [] if not known."""
+    rows = load_texts()[family["table"]] if "table" in family else []
+    known = [row[slot] for row in rows if slot in row]
+    return known or pool_of(specs_of(family).get(slot, "").rpartition("+")[2])
 
 
 def article(noun: str) -> str:
@@ -52,67 +89,20 @@ def article(noun: str) -> str:
     return f"{'an' if vowel else 'a'} {noun}"
 
 
-SHAPES = {"": str, "a": article, "upper": str.upper, "all": ", ".join, "int": str,
-          "lines": lambda items: "\n".join(f"{i}. {item}" for i, item in enumerate(items, 1))}
-
-
 def capitalised(text: str) -> str:
     """A capital at the start of each sentence."""
     return re.sub(r"(^|[.!?] )([a-z])", lambda m: m[1] + m[2].upper(), text)
 
 
-@functools.cache
-def load_texts(path: Path = FAMILIES) -> dict:
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)   # the quick one, where it is built
-    return yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
-
-
-def table_rows(table) -> list[dict]:
-    if isinstance(table, list):
-        return table
-    return [dict(zip(table["columns"], row)) for row in table["rows"]]
-
-
-def range_of(spec: str) -> tuple[str, int, int] | None:
-    """example  "6..24" -> ("", 6, 24);  "limit+10..40" -> ("limit", 10, 40);  "cities" -> None"""
-    match = re.fullmatch(r"(?:(\w+)\+)?(\d+)\.\.(\d+)", spec)
-    return match and (match[1] or "", int(match[2]), int(match[3]))
-
-
-def base_name(slot: str) -> str:
-    """example  "item_3" -> "item" """
-    return re.sub(r"_\d+$", "", slot)
-
-
-def values_of(family: dict, name: str) -> list[str]:
-    """All values that a family may put in a slot, for one who has to guess; [] if not known."""
-    texts, name = load_texts(), base_name(name)
-    if "table" in family:
-        values = [row[name] for row in table_rows(texts[family["table"]]) if name in row]
-        if values:
-            return values
-    specs = {**family.get("slots", {}), "item": family.get("pool"), "person": family.get("pool"),
-             "thing": family.get("other")}
-    specs |= {fact: entry["pool"] for fact, entry in family.get("facts", {}).items()}
-    spec = specs.get(name) or ""
-    if bounds := range_of(spec):
-        return [str(n) for n in range(bounds[1], bounds[2] + 1)]
-    return texts["pools"].get(spec, [])
-
-
 class Draft:
-    """A conversation in the making: a value is drawn when a text first names it.
-
-    slots   the values so far;  row: the family's line of a table, its lists included
-    spare   what remains to be drawn of asides and of a row's lists, so that none comes twice
-    """
-    def __init__(self, family: dict, texts: dict, rng: random.Random, difficulty: str):
-        self.family, self.texts, self.rng, self.difficulty = family, texts, rng, difficulty
-        self.slots, self.turns, self.spare, self.state = {}, [], {}, {}
-        self.row = dict(rng.choice(table_rows(texts[family["table"]]))) if "table" in family else {}
-        self.specs = dict(family.get("slots", {}))
-        for name, fact in family.get("facts", {}).items():
-            self.specs |= {name: fact["pool"], f"near_{name}": fact["pool"]}
+    """A conversation in the making: a value is drawn when a text first names it."""
+    def __init__(self, family: dict, rng: random.Random, difficulty: str):
+        self.family, self.rng, self.difficulty = family, rng, difficulty
+        self.texts, self.specs, self.turns = load_texts(), specs_of(family), []
+        self.slots, self.local = {}, {}     # the values so far; those of the turn at hand alone
+        self.spare = {}     # what is left of asides and of a row's lists, so that none comes twice
+        # the family's line of a table, its lists included
+        self.row = dict(rng.choice(self.texts[family["table"]])) if "table" in family else {}
 
     def next_of(self, name: str, values: list):
         """The next of a list in random order."""
@@ -120,262 +110,245 @@ class Draft:
             self.spare[name] = self.rng.sample(values, len(values))
         return self.spare[name].pop()
 
-    def draw(self, spec: str):
-        """A value by its specification (see the head of families.yaml), not yet in a slot."""
-        if bounds := range_of(spec):
-            base = int(self.value(bounds[0], {})) if bounds[0] else 0
-            pool = [str(base + n) for n in range(bounds[1], bounds[2] + 1)]
-        elif match := re.fullmatch(r"=(\w+) (.+)", spec):
-            return COMPUTED[match[1]](*(self.value(name, {}) for name in match[2].split()))
-        elif match := re.fullmatch(r"(\w+) of (\S+)", spec):
-            count = int(match[1] if match[1].isdigit() else self.value(match[1], {}))
-            pool = self.texts["pools"].get(match[2]) or [str(n) for n in range(11, 100)]
-            return self.rng.sample(pool, count)
-        else:
-            pool = self.texts["pools"][spec]
-        return self.rng.choice([v for v in pool if v not in self.slots.values()])
+    def draw(self, spec: str) -> str:
+        """A value that is in no slot yet; "limit+10..40": by 10 to 40 above the slot limit's."""
+        lower, _, pool = spec.rpartition("+")
+        values = pool_of(pool, above=int(self.value(lower)) if lower else 0)
+        return self.rng.choice([v for v in values if v not in self.slots.values()])
 
-    def value(self, name: str, local: dict):
+    def value(self, name: str) -> str:
         """What fills a gap: a value of this turn alone, of the row, or of a slot."""
-        if name in local:
-            return local[name]
-        if isinstance(self.row.get(name), list):
-            local[name] = self.next_of(name, self.row[name])
-            return local[name]
+        if name not in self.local and isinstance(self.row.get(name), list):
+            self.local[name] = self.next_of(name, self.row[name])
+        if name in self.local:
+            return self.local[name]
         if name not in self.slots:
-            self.slots[name] = (self.fill(self.row[name], local) if name in self.row
+            self.slots[name] = (self.fill(self.row[name]) if name in self.row
                                 else self.draw(self.specs[name]))
         return self.slots[name]
 
-    def fill(self, template, local: dict):
-        """A template, or one inside lists and dictionaries, with its gaps filled.
-
-        "{names}" alone is the whole list, "{int limit}" a number; in a text a list gives one of it.
-        """
+    def fill(self, template):
+        """A template, or one inside lists and dictionaries, with its gaps filled: "{a job}" with
+        its article. "{names}" alone is a row's whole list, "{int limit}" a number."""
         if isinstance(template, dict):
-            return {key: self.fill(value, local) for key, value in template.items()}
+            return {key: self.fill(value) for key, value in template.items()}
         if isinstance(template, list):
-            return [self.fill(value, local) for value in template]
-        gap = GAP.fullmatch(template) if isinstance(template, str) else None
-        if gap and not gap[1] and isinstance(self.row.get(gap[2]), list) and gap[2] not in local:
-            return self.row[gap[2]]
-        if gap and gap[1] in (None, "int"):
-            value = self.value(gap[2], local)
-            return int(value) if gap[1] else value
+            return [self.fill(value) for value in template]
         if not isinstance(template, str):
             return template
-        return GAP.sub(lambda m: SHAPES[m[1] or ""](self.value(m[2], local)), template)
+        if gap := GAP.fullmatch(template):
+            values = self.local.get(gap[2], self.row.get(gap[2]))
+            if gap[1] == "int":
+                return int(self.value(gap[2]))
+            if not gap[1] and isinstance(values, list):
+                return values
+        return GAP.sub(lambda gap: article(self.value(gap[2])) if gap[1] else self.value(gap[2]),
+                       template)
 
-    def pick(self, forms: list[str], local: dict | None = None) -> str:
-        return capitalised(self.fill(self.rng.choice(forms), {} if local is None else local))
+    def pick(self, forms: list[str], **local: str) -> str:
+        """One of the forms, filled."""
+        self.local |= local
+        return capitalised(self.fill(self.rng.choice(forms)))
 
-    def say(self, user: str, answer: str = "I see.") -> None:
+    def say(self, *texts: str, answer: str = "I see.") -> None:
         """A turn that is not scored."""
-        self.turns.append(Turn(user, answer=answer, checks=({"type": "nonempty"},)))
+        self.turns.append(Turn(" ".join(texts), answer=answer, checks=({"type": "nonempty"},)))
+        self.local = {}
 
-    def ask(self, user: str, answer: str, need: str, checks: list[dict], since: int = 0) -> None:
+    def ask_that(self, user: str, answer: str, need: str, checks: list[dict],
+                 since: int = 0) -> None:
         """A scored turn that needs what was said in turn `since` (from 0)."""
         said = normalise(" ".join([turn.user for turn in self.turns] + [user]))
         for check in checks:
             if "wrong" in check:    # only what somebody mentioned, and no name of the right one
                 right = [*check["values"], *sum(check.get("aliases", {}).values(), [])]
-                check["wrong"] = [w for w in check["wrong"] if w not in right and find(w, said)]
+                check["wrong"] = [w for w in check["wrong"]
+                                  if w and w not in right and find(w, said)]
         self.turns.append(Turn(user, True, len(self.turns) - since, need, capitalised(answer),
                                tuple(checks)))
+        self.local = {}
 
-    def aside_row(self) -> dict:
-        row = dict(self.next_of("asides", table_rows(self.texts["asides"])))
-        self.slots[f"aside_{len(self.turns) + 1}"] = row["thing"]
-        return row
+    def ask_template(self, ask: dict, lead: str = "") -> None:
+        """A scored turn written out in families.yaml: user, answer, need and checks."""
+        if ask.get("aside"):
+            self.take_aside()
+        user = self.pick(ask["user"])
+        if "against" in self.local:
+            self.slots[f"against_{len(self.turns) + 1}"] = self.local["against"]
+        answer, need = self.fill(ask["answer"]), self.fill(ask["need"])
+        self.ask_that(f"{lead} {user}".strip(), answer, need, self.fill(ask["checks"]))
+
+    def take_aside(self) -> None:
+        """An unrelated question, which names some other thing: {question, thing, key}."""
+        self.local = dict(self.next_of("asides", self.texts["asides"]))
+        self.slots[f"aside_{len(self.turns) + 1}"] = self.local["thing"]
 
     def aside(self) -> None:
-        """An unrelated question, which names some other thing."""
-        row = self.aside_row()
-        lead = self.rng.choice(self.texts["aside_leads"])
-        self.say(f"{lead} {row['question']}", self.fill(self.texts["aside_answer"], row))
-        self.state["interrupted"] = True
+        self.take_aside()
+        self.say(self.rng.choice(self.texts["aside_leads"]), self.local["question"],
+                 answer=self.fill(self.texts["aside_answer"]))
 
-
-# --- the four categories: how each opens, and its steps
-def open_memory(d: Draft) -> None:
-    """Two to four facts, and from medium on somebody else's value of one that will be asked."""
-    names = d.rng.sample(list(d.family["facts"]), 2 if d.difficulty == "easy" else 3)
-    d.state["said"], d.state["asked"] = names, d.rng.sample(names, len(names))
-    said = []
-    for name in names:
-        said.append(d.pick(d.family["facts"][name]["say"]))
-        if d.difficulty != "easy" and name == d.state["asked"][0]:
-            said.append(d.pick([d.family["facts"][name]["near"]]))
-    d.say(" ".join([d.pick(d.family["lead"]), *said]))
-
-
-def tell_later(d: Draft) -> None:
-    """One more fact, and somebody else's value of one from the first turn."""
-    name = next(n for n in d.family["facts"] if n not in d.state["said"])
-    d.say(" ".join(["One more thing.", d.pick(d.family["facts"][name]["say"]),
-                    d.pick([d.family["facts"][d.state["asked"][1]]["near"]])]))
-    d.state["asked"][2:] = [name]
-
-
-def ask_fact(d: Draft, count: int = 1) -> None:
-    """One fact, or two at once."""
-    names = [d.state["asked"].pop(0) for _ in range(count)]
-    facts = [d.family["facts"][name] for name in names]
-    user = " ".join(d.pick(fact["ask"]) for fact in facts)
-    d.ask(user if count == 1 else f"Two things at once. {user}",
-          " ".join(d.pick([fact["answer"]]) for fact in facts),
-          "; ".join(d.fill(fact["need"], {}) for fact in facts),
-          [{"type": "recall", "values": [d.slots[name]],
-            "wrong": [d.slots[f"near_{name}"]] if f"near_{name}" in d.slots else []}
-           for name in names])
-
-
-def open_wish(d: Draft) -> None:
-    """A standing wish, and from medium on somebody else's."""
-    near = [d.pick(d.family["near"])] if d.difficulty != "easy" else []
-    d.say(" ".join([d.pick(d.family["open"]), *near]))
-    d.state["next"] = d.rng.randrange(max(1, len(d.family["asks"]) - 1))
-
-
-def ask_template(d: Draft, ask: dict, lead: str = "") -> None:
-    """A scored turn written out in families.yaml: user, answer, need and checks."""
-    local = d.aside_row() if ask.get("aside") else {}
-    user = d.pick(ask["user"], local)
-    if "against" in local:
-        d.slots[f"against_{len(d.turns) + 1}"] = local["against"]
-    answer, need = d.fill(ask["answer"], local), d.fill(ask.get("need", ""), local)
-    d.ask(f"{lead} {user}".strip(), answer, need, d.fill(ask["checks"], local))
-
-
-def ask_wish(d: Draft) -> None:
-    asks = d.family["asks"]
-    ask_template(d, asks[d.state["next"] % len(asks)])
-    d.state["next"] += 1
-
-
-def open_topic(d: Draft) -> None:
-    """A topic, or four things in an order, or four people with a thing each."""
-    if d.family["kind"] == "topic":
-        first, *others = d.family["asks"]       # the first is the one that is hardest to guess
-        d.state["asks"] = d.rng.sample([first, d.rng.choice(others)], 2)
-        d.state["asks"] += [ask for ask in others if ask not in d.state["asks"]]
-        return d.say(d.pick(d.family["open"]))
-    for kind in ("person", "thing") if d.family["kind"] == "pairs" else ("item",):
-        pool = d.texts["pools"][d.family["other" if kind == "thing" else "pool"]]
-        d.slots |= {f"{kind}_{i}": v for i, v in enumerate(d.rng.sample(pool, 4), 1)}
-    items = [d.fill(d.family.get("pair", "{item}"), {k: d.slots.get(f"{k}_{i}") for k in (
-        "person", "thing", "item")}) for i in range(1, 5)]
-    joined = d.rng.choice((f"{', '.join(items[:3])} and {items[3]}", "; ".join(items),
-                           ", ".join(f"{i}) {item}" for i, item in enumerate(items, 1))))
-    d.say(d.pick(d.family["open"], {"items": joined}))
-
-
-def ask_topic(d: Draft) -> None:
-    after_aside = d.state.pop("interrupted", False) or len(d.turns) == 1
-    if d.family["kind"] == "topic":
-        lead = d.rng.choice(d.texts["back"]) if after_aside and len(d.turns) > 1 else ""
-        ask_template(d, d.state["asks"].pop(0), lead)
-    else:
-        ask_place(d, None if after_aside else d.state["place"])
-
-
-def ask_place(d: Draft, before: int | None) -> None:
-    """One of four by its place; `before`: the place asked in the turn just before, as "that"."""
-    kind, forms = "item", d.texts["ask_place"]
-    places = [i for i in range(1, 5) if i not in d.state.setdefault("asked", [])]
-    place = d.rng.choice(places)
-    if d.family["kind"] == "pairs":
-        kind, forms = "thing", d.family["ask_other"]
-        if before:
-            kind, forms, place = "person", d.family["ask_person"], before
-    elif before:
-        place = d.rng.choice([i for i in places if i in (before - 1, before + 1, 4)] or [4])
-        forms = d.texts["ask_next" if place == before + 1 else
-                        "ask_previous" if place == before - 1 else "ask_last"]
-    d.state["asked"].append(place)
-    d.state["place"] = place
-    value, local = d.slots[f"{kind}_{place}"], {"ordinal": d.texts["ordinals"][place - 1],
-                                                "noun": d.family["noun"]}
-    wrong = [d.slots[f"{kind}_{i}"] for i in range(1, 5) if i not in (place, before)]
-    d.ask(d.pick(forms, local), d.fill(d.texts["place_answer"], {"value": value}),
-          f"{local['ordinal']} {local['noun']} of the list: {value}",
-          [{"type": "recall", "values": [value], "wrong": wrong}, {"type": "no_clarify"}])
-
-
-def open_plan(d: Draft) -> None:
-    """Every point of a plan, in any order."""
-    facts = d.rng.sample(list(d.family["facts"]), len(d.family["facts"]))
-    d.say(" ".join([d.pick(d.family["lead"]),
-                    *(d.pick(d.family["facts"][name]["say"]) for name in facts)]))
-    d.state |= {"now": {name: d.slots[name] for name in facts}, "old": [], "changed": {}}
-
-
-def change_plan(d: Draft) -> None:
-    """One point gets a new value; a second change may hit the same point again."""
-    name = d.rng.choice(list(d.state["now"]))
-    value = d.draw(d.family["facts"][name]["pool"])
-    changes = d.state["changed"]
-    changes[name] = len(d.turns)
-    d.slots[f"{name}_{len(d.turns) + 1}"] = value
-    d.state["old"].append(d.state["now"][name])
-    d.state["now"][name] = value
-    change = d.fill(d.rng.choice(d.family["facts"][name]["change"]), {name: value})
-    d.say(d.pick(d.texts["changed"], {"change": change}), "Noted.")
-
-
-def ask_plan(d: Draft, whole: bool) -> None:
-    """The plan read back, or one point of it, changed or not."""
-    names = list(d.state["now"]) if whole else [d.rng.choice(list(d.state["now"]))]
-    now = {name: d.state["now"][name] for name in names}
-    local = {"thing": d.family["thing"], "question": d.family["facts"][names[0]]["ask"]}
-    told = "; ".join(d.fill(d.family["facts"][n]["change"][0], {n: v}).rstrip(".")
-                     for n, v in now.items())
-    since = 0 if whole else d.state["changed"].get(names[0], 0)
-    d.ask(d.pick(d.texts["restate" if whole else "one"], local), f"As it stands: {told}.",
-          f"the {d.family['thing']} now: {told}",
-          [{"type": "current", "present": list(now.values()), "superseded": d.state["old"]}], since)
-
-
-OPENINGS = {"memory": open_memory, "preferences": open_wish, "continuity": open_topic,
-            "updates": open_plan}
-STEPS: dict[tuple[str, str], Callable[[Draft], None]] = {
-    ("memory", "ask"): ask_fact, ("memory", "both"): lambda d: ask_fact(d, 2),
-    ("memory", "later"): tell_later, ("preferences", "ask"): ask_wish,
-    ("preferences", "recall"): lambda d: ask_template(d, d.family["recall"]),
-    ("continuity", "ask"): ask_topic, ("updates", "change"): change_plan,
-    ("updates", "restate"): lambda d: ask_plan(d, True),
-    ("updates", "one"): lambda d: ask_plan(d, False),
-}
-
-
-def leaks(d: Draft) -> bool:
-    """Whether a value is said twice, is part of another, or is said though only the row has it."""
-    said = [normalise(turn.user) for turn in d.turns]
-    values = {name: value for name, value in d.slots.items() if name not in d.texts["choices"]}
-    if any(find(a, normalise(b)) for a in values.values() for b in values.values() if a is not b):
-        return True
-    for name, value in values.items():
-        times = [bool(find(value, text)) for text in said]
-        if sum(times) > 1 or any(times[1:]) and name in d.row:
+    def leaks(self) -> bool:
+        """Whether a value is said twice or is part of another, or the row's is said too late."""
+        said = [normalise(turn.user) for turn in self.turns]
+        values = {name: v for name, v in self.slots.items() if name not in self.texts["choices"]}
+        if any(find(a, normalise(b)) for a in values.values() for b in values.values()
+               if a is not b):
             return True
-    return False
+        for name, value in values.items():
+            times = [t for t, text in enumerate(said) if find(value, text)]
+            if len(times) > 1 or name in self.row and times not in ([], [0]):
+                return True
+        return False
 
 
-def draft_conversation(category: str, family: dict, difficulty: str, rng: random.Random) -> Draft:
+# --- the four categories: how each opens, and the steps that its plans name
+class Memory(Draft):
+    """Facts told first, asked after asides and next to look-alikes."""
+    def open(self) -> None:
+        facts, easy = self.family["facts"], self.difficulty == "easy"
+        self.said = self.rng.sample(list(facts), 2 if easy else 3)
+        self.asked = self.rng.sample(self.said, len(self.said))
+        texts = []
+        for name in self.said:
+            texts.append(self.pick(facts[name]["say"]))
+            if name == self.asked[0] and not easy:      # somebody else's value of the same
+                texts.append(self.pick([facts[name]["near"]]))
+        self.say(self.pick(self.family["lead"]), *texts)
+
+    def later(self) -> None:
+        """One more fact, and somebody else's value of one from the first turn."""
+        facts = self.family["facts"]
+        name = next(n for n in facts if n not in self.said)
+        self.say("One more thing.", self.pick(facts[name]["say"]),
+                 self.pick([facts[self.asked[1]]["near"]]))
+        self.asked[2:] = [name]
+
+    def ask(self, count: int = 1) -> None:
+        names = [self.asked.pop(0) for _ in range(count)]
+        facts = [self.family["facts"][name] for name in names]
+        user = " ".join(self.pick(fact["ask"]) for fact in facts)
+        checks = [{"type": "recall", "values": [self.slots[name]],
+                   "wrong": [self.slots.get(f"near_{name}")]} for name in names]
+        self.ask_that(user if count == 1 else f"Two things at once. {user}",
+                      " ".join(self.pick([fact["answer"]]) for fact in facts),
+                      "; ".join(self.fill(fact["need"]) for fact in facts), checks)
+
+    def both(self) -> None:
+        self.ask(2)
+
+
+class Preferences(Draft):
+    """A standing wish that every reply respects, and that is asked back."""
+    def open(self) -> None:
+        near = [self.pick(self.family["near"])] if self.difficulty != "easy" else []
+        self.say(self.pick(self.family["open"]), *near)     # near: somebody else's wish
+        asks = self.family["asks"]
+        first = self.rng.randrange(max(1, len(asks) - 1))
+        self.asks = itertools.cycle(asks[first:] + asks[:first])
+
+    def ask(self) -> None:
+        self.ask_template(next(self.asks))
+
+    def recall(self) -> None:
+        self.ask_template(self.family["recall"])
+
+
+class Continuity(Draft):
+    """"It", "the second one", "the one after that": of a topic, or of four in an order."""
+    def open(self) -> None:
+        family = self.family
+        if family["kind"] == "topic":
+            first, *others = family["asks"]     # the first is the one that is hardest to guess
+            self.asks = self.rng.sample([first, self.rng.choice(others)], 2)
+            self.asks += [ask for ask in others if ask not in self.asks]
+            return self.say(self.pick(family["open"]))
+        four, self.places = [{}, {}, {}, {}], [1, 2, 3, 4]
+        for kind in ("person", "thing") if family["kind"] == "pairs" else ("item",):
+            for i, value in enumerate(self.rng.sample(pool_of(self.specs[kind]), 4)):
+                four[i][kind] = self.slots[f"{kind}_{i + 1}"] = value
+        items = [family.get("pair", "{item}").format(**names) for names in four]
+        joined = self.rng.choice((f"{', '.join(items[:3])} and {items[3]}", "; ".join(items),
+                                  ", ".join(f"{i}) {item}" for i, item in enumerate(items, 1))))
+        self.say(self.pick(family["open"], items=joined))
+
+    def ask(self) -> None:
+        interrupted = not self.turns[-1].scored     # by the opening, or by an aside
+        if self.family["kind"] != "topic":
+            return self.ask_place(None if interrupted else self.place)
+        lead = self.rng.choice(self.texts["back"]) if interrupted and len(self.turns) > 1 else ""
+        self.ask_template(self.asks.pop(0), lead)
+
+    def ask_place(self, before: int | None) -> None:
+        """One of four by its place; `before`: the place asked just before, which is "that"."""
+        kind, forms, place = "item", self.texts["ask_place"], self.rng.choice(self.places)
+        if self.family["kind"] == "pairs" and before:
+            kind, forms, place = "person", self.family["ask_person"], before
+        elif self.family["kind"] == "pairs":
+            kind, forms = "thing", self.family["ask_other"]
+        elif before:
+            beside = [i for i in self.places if i in (before - 1, before + 1, 4)]
+            place = self.rng.choice(beside or [4])
+            forms = self.texts["ask_next" if place == before + 1 else
+                               "ask_previous" if place == before - 1 else "ask_last"]
+        self.place, self.places = place, [i for i in self.places if i != place]
+        value = self.slots[f"{kind}_{place}"]
+        wrong = [self.slots[f"{kind}_{i}"] for i in range(1, 5) if i not in (place, before)]
+        ordinal, noun = self.texts["ordinals"][place - 1], self.family["noun"]
+        self.ask_that(self.pick(forms, ordinal=ordinal, noun=noun, value=value),
+                      self.fill(self.texts["place_answer"]),
+                      f"{ordinal} {noun} of the list: {value}",
+                      [{"type": "recall", "values": [value], "wrong": wrong},
+                       {"type": "no_clarify"}])
+
+
+class Updates(Draft):
+    """A plan, changes, and the plan read back: new values in, old ones out, the rest kept."""
+    def open(self) -> None:
+        facts = self.family["facts"]
+        names = self.rng.sample(list(facts), len(facts))
+        self.say(self.pick(self.family["lead"]), *(self.pick(facts[n]["say"]) for n in names))
+        self.now, self.old, self.changed = {n: self.slots[n] for n in names}, [], {}
+
+    def change(self) -> None:
+        """One point gets a new value; a second change may hit the same point again."""
+        name = self.rng.choice(list(self.now))
+        fact = self.family["facts"][name]
+        self.old.append(self.now[name])
+        self.changed[name] = len(self.turns)
+        self.now[name] = self.slots[f"{name}_{len(self.turns) + 1}"] = self.draw(fact["pool"])
+        self.local = {name: self.now[name]}
+        change = self.fill(self.rng.choice(fact["change"]))
+        self.say(self.pick(self.texts["changed"], change=change), answer="Noted.")
+
+    def restate(self) -> None:
+        self.ask(list(self.now), "restate", 0)
+
+    def one(self) -> None:
+        """One point, changed or not."""
+        name = self.rng.choice(list(self.now))
+        self.ask([name], "one", self.changed.get(name, 0))
+
+    def ask(self, names: list[str], forms: str, since: int) -> None:
+        facts, thing = self.family["facts"], self.family["thing"]
+        self.local = {name: self.now[name] for name in names}
+        told = "; ".join(self.fill(facts[name]["change"][0]).rstrip(".") for name in names)
+        user = self.pick(self.texts[forms], thing=thing, question=facts[names[0]]["ask"])
+        self.ask_that(user, f"As it stands: {told}.", f"the {thing} now: {told}",
+                      [{"type": "current", "present": [self.now[name] for name in names],
+                        "superseded": self.old}], since)
+
+
+def draft_conversation(category: str, family: dict, difficulty: str,
+                       rng: random.Random) -> Conversation:
     """Draws until no value leaks into a turn that should not have it."""
+    kind = {"memory": Memory, "preferences": Preferences, "continuity": Continuity,
+            "updates": Updates}[category]
     while True:
-        d = Draft(family, load_texts(), rng, difficulty)
-        OPENINGS[category](d)
+        d = kind(family, rng, difficulty)
+        d.open()
         for step in rng.choice(d.texts["plans"][category][difficulty]).split():
-            (Draft.aside if step == "aside" else STEPS[category, step])(d)
-        if not leaks(d):
-            return d
-
-
-def draft_instruction(family: dict, rng: random.Random) -> Draft:
-    """One instruction with checks that its own text does not pass."""
-    while True:
-        d = Draft(family, load_texts(), rng, "easy")
-        ask_template(d, family | {"need": family["answer"]})
-        if check_turn(d.turns[0].checks, d.turns[0].user).verdict != "pass":
-            return d
+            getattr(d, step)()
+        if not d.leaks():
+            return Conversation("", category, f"{category}/{family['family']}", difficulty, 0,
+                                d.slots, tuple(d.turns))

@@ -4,91 +4,49 @@ Scoring is apart from generating: other scorers, judges or thresholds generate n
 run that was broken off goes on behind the last part it wrote.
 """
 import dataclasses
+import functools
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import engine.blas  # noqa: F401  (before mlx)
 
 from checkpoint import load_base, load_checkpoint
-from files.disk import append_text, json_lines, read_json_lines, write_text
+from files.disk import append_text, begin_folder, grow, json_lines, read_json_lines, write_text
 from files.keys import BadInput
 from files.run_folder import hash_model, provenance
 from gate import judge
 from gate.clean import check_base
 from gate.conversations import Conversation, read_benchmark
-from gate.jsonl import begin_folder, grow
 from gate.replies import PART, answer, score, summarize_scores, transcript
-from gate.settings import ROLES, GateConfig, load_gate
-from gate.verdict import comparisons, decide, length_warnings
+from gate.verdict import ROLES, GateConfig, comparisons, decide, length_warnings, load_gate
 
-# what replies depend on: other values of these are another evaluation
+# what replies depend on, beside benchmark and models: other values are another evaluation
 GENERATION = ("limit", "max_reply_tokens", "bits")
-START_OVER = "give another out, or overwrite=true to answer everything again"
+ANOTHER = "give another out, such as out=runs/gate_again"
 
 
-# --- the folder
-def open_evaluation(cfg: GateConfig, sha: str) -> dict:
-    """Make or re-open the folder; returns its record: {generation, benchmark, models}.
+# --- the folder, and the models' replies
+def begin(cfg: GateConfig, sha: str) -> dict[str, dict]:
+    """Make or re-open the folder; the models by role: {role: {name, weights, tokenizer, clean}}.
 
-    raises   BadInput where the benchmark or what replies depend on changed since its first run
+    raises   BadInput where a base is none or its prompts do not reach it untouched, and where
+             benchmark, models or what replies depend on changed since the folder was begun
     """
-    folder, path = Path(cfg.out), Path(cfg.out) / "record.json"
-    about = {"generation": {key: getattr(cfg, key) for key in GENERATION}}
-    if cfg.overwrite and path.exists():
-        for old in folder.glob("*.json*"):
-            if old.name not in ("record.json", "spotcheck.jsonl"):  # people may have labelled it
-                old.unlink()
-        write_text(path, json.dumps(about, indent=1) + "\n")
-    record = begin_folder(path, about, START_OVER)
-    begun = record.setdefault("benchmark", {"path": cfg.benchmark, "sha256": sha})["sha256"]
-    if begun != sha:
-        raise BadInput(f"benchmark {cfg.benchmark} changed since {folder} was begun (SHA-256 "
-                       f"{begun[:12]}, now {sha[:12]}): its replies answer other questions; "
-                       f"put the file back, {START_OVER}")
-    record.setdefault("models", {})
-    return record
-
-
-def identify_models(cfg: GateConfig, record: dict) -> list[str]:
-    """The roles that have a model, whose hashes go into the record; BadInput before any answers."""
-    roles = [role for role in ROLES if getattr(cfg, role)]
-    for role in roles:
+    models = {}
+    about = {key: getattr(cfg, key) for key in GENERATION} | {"SHA-256 of benchmark": sha}
+    for role in ROLES:
         name = getattr(cfg, role)
-        hashes = hash_model(name)
-        known = record["models"].setdefault(role, {"name": name, **hashes})
-        if any(known[key] != value for key, value in hashes.items()):
-            raise BadInput(f"{role} = {name} has other weights or another tokenizer than when "
-                           f"{cfg.out} was begun ({known['name']}); {START_OVER}")
-    return roles
-
-
-def replies_of(cfg: GateConfig, record: dict, role: str, conversations: list[Conversation],
-               ) -> dict[str, list[dict]]:
-    """One role's replies in each of its formats, {ROLE-TEMPLATE: rows}.
-
-    Its model is loaded only if some are missing, and a base is checked before its first reply.
-    """
-    folder, name, known = Path(cfg.out), getattr(cfg, role), record["models"][role]
-    loaded = []     # model and tokenizer, from the first missing reply on
-
-    def answer_part(template: str, first: int, last: int) -> list[dict]:
-        if not loaded:
-            loaded.extend(load_model(name, cfg.bits))
-            if role != "instruct" and "clean" not in known:
-                known["clean"] = check_base(name, loaded[1])
-        if "clean" in known:
-            known["clean"]["template_applied"] |= template == "chat"
-        write_text(folder / "record.json", json.dumps(record, indent=1) + "\n")
-        return answer(*loaded, conversations[first:last], template, cfg.max_reply_tokens)
-
-    ids, others = [c.id for c in conversations], f"other conversations; {START_OVER}"
-    return {f"{role}-{template}": grow(folder / f"replies_{role}-{template}.jsonl", PART, "id", ids,
-                                       partial(answer_part, template), others)
-            for template in dict.fromkeys(getattr(cfg, f"{role}_templates"))}
+        if not name:
+            continue
+        models[role] = {"name": name, **hash_model(name)}
+        about |= {f"SHA-256 of {role}'s {part}": models[role][part]
+                  for part in ("weights", "tokenizer")}
+        if role != "instruct":
+            models[role]["clean"] = check_base(name)
+            models[role]["clean"]["template_applied"] = "chat" in getattr(cfg, f"{role}_templates")
+    begin_folder(Path(cfg.out), about, ANOTHER)
+    return models
 
 
 def load_model(name: str, bits: int | None):
@@ -98,15 +56,32 @@ def load_model(name: str, bits: int | None):
     return load_base(name, bits=bits)
 
 
+def replies_of(cfg: GateConfig, role: str,
+               conversations: list[Conversation]) -> dict[str, list[dict]]:
+    """One role's replies in each of its formats, {ROLE-TEMPLATE: rows}."""
+    load = functools.cache(load_model)      # not before the first missing reply
+
+    def answer_part(template: str, rows: list[dict], n: int) -> list[dict]:
+        return answer(*load(getattr(cfg, role), cfg.bits), conversations[len(rows):n], template,
+                      cfg.max_reply_tokens)
+
+    replies = {}
+    for template in dict.fromkeys(getattr(cfg, f"{role}_templates")):
+        path = Path(cfg.out) / f"replies_{role}-{template}.jsonl"
+        replies[f"{role}-{template}"] = grow(
+            path, PART, "id", [c.id for c in conversations],
+            functools.partial(answer_part, template), f"other conversations; {ANOTHER}")
+    return replies
+
+
 # --- the judge's part
 def collect_verdicts(cfg: GateConfig, conversations: list[Conversation],
                      replies: dict[str, list[dict]]) -> dict[str, dict[tuple[str, int], str]]:
-    """The judge's verdict on each scored turn: {condition: {(id, turn): verdict}}.
-
-    Kept in judge_*.jsonl by a hash of judge, prompt and reply: only what is new is asked.
-    """
-    template = judge.load_prompt(cfg.judge_prompt)
-    settings = ([cfg.judge, cfg.judge_model] if cfg.judge.startswith("http")
+    """The judge's verdict on each scored turn: {condition: {(id, turn): verdict}}. Kept in
+    judge_*.jsonl by a hash of judge, prompt and reply: only what is new is asked."""
+    template, letters = judge.load_prompt(cfg.judge_prompt), cfg.judge_letters
+    is_endpoint = cfg.judge.startswith("http")
+    settings = ([cfg.judge, cfg.judge_model] if is_endpoint
                 else [cfg.judge, hash_model(cfg.judge), cfg.bits])
     asked, pairs = {name: {} for name in replies}, {}
     for name, rows in replies.items():
@@ -114,37 +89,25 @@ def collect_verdicts(cfg: GateConfig, conversations: list[Conversation],
             texts = [reply["text"] for reply in row["replies"]]
             for t, turn in enumerate(c.turns):
                 if turn.scored:
-                    pair = tuple(judge.fill_prompt(template, c, texts, t, cfg.judge_letters, order)
-                                 for order in (False, True))
+                    pair = tuple(judge.fill_prompt(template, c, texts, t, letters, swapped)
+                                 for swapped in (False, True))
                     stamp = hash_text(repr((settings, pair)))[:24]
                     asked[name][c.id, t], pairs[stamp] = stamp, pair
     path = Path(cfg.out) / f"judge_{hash_text(repr(settings))[:8]}.jsonl"
     known = {row["stamp"]: row for row in read_json_lines(path)}
     missing = [stamp for stamp in pairs if stamp not in known]
     if missing:
-        # what a kill has torn goes first; then line by line, since each may cost money
-        write_text(path, json_lines(known.values()))
-        for stamp, verdict in zip(missing, ask_judge(cfg, [pairs[stamp] for stamp in missing])):
+        write_text(path, json_lines(known.values()))    # without what a kill has torn
+        prompts = [pairs[stamp] for stamp in missing]
+        if is_endpoint:
+            verdicts = judge.judge_by_endpoint(cfg.judge, cfg.judge_model, prompts, letters)
+        else:
+            verdicts = judge.judge_locally(*load_model(cfg.judge, cfg.bits), prompts, letters)
+        for stamp, verdict in zip(missing, verdicts):
             known[stamp] = {"stamp": stamp, "judge": cfg.judge, **verdict}
-            append_text(path, json_lines([known[stamp]]))
-    return {name: {turn: verdict_now(cfg, known[stamp]) for turn, stamp in turns.items()}
-            for name, turns in asked.items()}
-
-
-def ask_judge(cfg: GateConfig, pairs: list[tuple[str, str]]) -> Iterator[dict]:
-    """Verdicts on pairs of prompts, one by one as they come."""
-    if cfg.judge.startswith("http"):
-        return judge.judge_by_endpoint(cfg.judge, cfg.judge_model, pairs, cfg.judge_letters)
-    model, tokenizer = load_model(cfg.judge, cfg.bits)
-    return judge.judge_locally(model, tokenizer, pairs, cfg.judge_letters, cfg.judge_threshold,
-                               cfg.judge_unsure)
-
-
-def verdict_now(cfg: GateConfig, row: dict) -> str:
-    """A kept verdict at this config's thresholds: they may have moved since a judge was asked."""
-    if "margin" not in row:
-        return row["verdict"]
-    return judge.verdict_of(row["margin"], row["mass"], cfg.judge_threshold, cfg.judge_unsure)
+            append_text(path, json_lines([known[stamp]]))   # at once: it may have cost money
+    return {name: {turn: judge.verdict_of(known[stamp], cfg.judge_unsure)
+                   for turn, stamp in turns.items()} for name, turns in asked.items()}
 
 
 def hash_text(text: str) -> str:
@@ -154,14 +117,13 @@ def hash_text(text: str) -> str:
 def judge_report(cfg: GateConfig, conversations: list[Conversation], replies: dict,
                  outcomes: dict[str, dict], judged: dict) -> dict:
     """Calibration against people, counts of what is no verdict; writes the spot check to label."""
+    chats = {(name, c.id): transcript(c, row)
+             for name, rows in replies.items() for c, row in zip(conversations, rows)}
+    labels = judge.read_labels(cfg.labels, chats) if cfg.labels else {}
+    judge.write_spotcheck(Path(cfg.out) / "spotcheck.jsonl", chats)
     flat = {(name, i): passed for name, cell in outcomes.items() for i, passed in cell.items()}
     counts = {name: {v: list(cell.values()).count(v) for v in ("pass", "fail", "unsure", "invalid")}
               for name, cell in judged.items()}
-    rows = [{"condition": name, "id": c.id, "chat": transcript(c, row)}
-            for name, part in replies.items() for c, row in zip(conversations, part)]
-    chats = {(row["condition"], row["id"]): row["chat"] for row in rows}
-    labels = judge.read_labels(cfg.labels, chats) if cfg.labels else {}
-    judge.write_spotcheck(Path(cfg.out) / "spotcheck.jsonl", rows)
     return {"judge": cfg.judge, "turns": counts, "calibration": judge.calibrate(flat, labels)}
 
 
@@ -171,23 +133,22 @@ def run_gate(path: str | Path, overrides: list[str] = ()) -> dict:
     cfg = load_gate(path, overrides)
     conversations, sha = read_benchmark(cfg.benchmark)
     conversations = conversations[:cfg.limit]
-    record, folder = open_evaluation(cfg, sha), Path(cfg.out)
-    replies = {}
-    for role in identify_models(cfg, record):
-        replies |= replies_of(cfg, record, role, conversations)     # one model at a time
+    models, replies = begin(cfg, sha), {}
+    for role in models:
+        replies |= replies_of(cfg, role, conversations)     # one model at a time
     judged = collect_verdicts(cfg, conversations, replies) if "judge" in cfg.scorers else {}
     scores = {s: {name: score(conversations, rows, s, judged.get(name))
                   for name, rows in replies.items()} for s in cfg.scorers}
     outcomes = {s: {name: {row["id"]: row["passed"] for row in rows}
                     for name, rows in by_condition.items()} for s, by_condition in scores.items()}
-    report = {"benchmark": record["benchmark"] | {"conversations": len(conversations)},
-              "config": asdict(cfg), "models": record["models"], "versions": provenance()}
+    report = {"benchmark": {"path": cfg.benchmark, "sha256": sha,
+                            "conversations": len(conversations)},
+              "config": dataclasses.asdict(cfg), "models": models, "versions": provenance()}
     if "judge" in cfg.scorers:
         report["judge"] = judge_report(cfg, conversations, replies, outcomes["judge"], judged)
         if not report["judge"]["calibration"]["ok"]:
             # a judge that people have not confirmed does not head the report: it goes last
-            others = tuple(s for s in cfg.scorers if s != "judge")
-            cfg = dataclasses.replace(cfg, scorers=(*others, "judge"))
+            cfg.scorers = (*(s for s in cfg.scorers if s != "judge"), "judge")
     report |= {"scorers": list(cfg.scorers), "conditions": {
         name: {s: summarize_scores(scores[s][name], replies[name]) for s in cfg.scorers}
         for name in replies}}
@@ -197,8 +158,8 @@ def run_gate(path: str | Path, overrides: list[str] = ()) -> dict:
                                    {c.id: c.category for c in conversations},
                                    report.get("chosen", {}))
     report["warnings"] = length_warnings(outcomes, replies)
-    write_outcomes(folder, conversations, replies, scores)
-    write_text(folder / "gate.json", json.dumps(report, indent=1) + "\n")
+    write_outcomes(Path(cfg.out), conversations, replies, scores)
+    write_text(Path(cfg.out) / "gate.json", json.dumps(report, indent=1) + "\n")
     return report
 
 

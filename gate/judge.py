@@ -26,28 +26,28 @@ import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
 
-from config import run_main
-from files.disk import json_lines, write_text
+from config import Parser, run_main
+from files.disk import json_lines, read_rows, read_text, write_text
 from files.keys import BadInput
 from gate.conversations import Conversation
-from gate.jsonl import read_rows, read_text
+from generate import check_context
 from lens import pad_prompts
 from losses import token_logprobs
 from model import Llama
 from report.stats import cohens_kappa
 from text.tokenizer import Tokenizer
 
-PROMPT = Path(__file__).parent / "benchmark" / "judge.txt"     # what a judge reads
+PROMPTS = Path(__file__).parent / "benchmark"      # what a judge reads: judge.txt, tiny_judge.txt
 FIELDS = ("need", "answer", "chat", "reply", "right", "wrong", "first", "second")
 LEAST_LABELS, LEAST_KAPPA, LEAST_LOW = 30, 0.7, 0.55
 MIN_MASS = 0.5      # of both letters together; with less it answers something else
 ROWS = 32           # prompts of a forward pass
-ATTEMPTS = 3        # of a request, one and two seconds apart
+WAITS = (0, 1, 2)   # seconds before each attempt of a request
 
 
 def load_prompt(path: str | Path) -> str:
-    """The judge's prompt, a text file with {reply}, {right} and {wrong} at least; "": PROMPT."""
-    text = read_text(path or PROMPT, "a text file for judge_prompt").rstrip("\n")
+    """The judge's prompt, a text file with {reply}, {right} and {wrong} at least; "": judge.txt."""
+    text = read_text(path or PROMPTS / "judge.txt", "a text file for judge_prompt").rstrip("\n")
     named = set(re.findall(r"{(\w*)}", text))
     if named - set(FIELDS) or not {"reply", "right", "wrong"} <= named:
         raise BadInput(f"judge_prompt = {path} names {', '.join(sorted(named)) or 'nothing'}; "
@@ -73,29 +73,19 @@ def fill_prompt(template: str, conversation: Conversation, replies: list[str], t
 def letter_logprobs(model: Llama, tokenizer: Tokenizer, prompts: list[str],
                     letters: tuple[str, str]) -> np.ndarray:
     """log p of each letter as the next token, with and without a space before it, (B, 2)."""
-    spellings = []      # per letter, the ids that stand for it
+    rows = [tokenizer.encode_prompt(text) for text in prompts]
+    check_context(rows, 1, model)
+    tokens, last = pad_prompts(rows)    # causal: filling behind the last token changes nothing
+    logits = model.head(model.final_resid(tokens, positions=last))[:, 0]        # (B, V)
+    columns = []
     for letter in letters:
         encoded = [tokenizer.encode(text) for text in (letter, " " + letter)]
-        spellings.append(sorted({ids[0] for ids in encoded if len(ids) == 1}))
-        if not spellings[-1]:
+        spellings = sorted({ids[0] for ids in encoded if len(ids) == 1})
+        if not spellings:
             tokenizer.word_ids([letter])     # says why not
-    rows = [tokenizer.encode_prompt(text) for text in prompts]
-    context = model.args.max_position_embeddings
-    longest = max(map(len, rows))
-    if longest > context:
-        raise BadInput(f"a judge's prompt has {longest} tokens and the judge's context is "
-                       f"{context}; take a judge with a longer one")
-    found = np.zeros((len(rows), 2), np.float32)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    for start in range(0, len(order), ROWS):
-        part = order[start:start + ROWS]
-        tokens, last = pad_prompts([rows[i] for i in part])
-        # causal: filling behind the last token changes nothing before it
-        logits = model.head(model.final_resid(tokens, positions=last))[:, 0]        # (B, V)
-        for k, ids in enumerate(spellings):
-            each = [token_logprobs(logits, mx.full(len(part), i)) for i in ids]
-            found[part, k] = np.array(mx.logsumexp(mx.stack(each), axis=0))
-    return found
+        each = [token_logprobs(logits, mx.full(len(rows), i)) for i in spellings]
+        columns.append(mx.logsumexp(mx.stack(each), axis=0))
+    return np.array(mx.stack(columns, axis=1))
 
 
 def letter_margins(model: Llama, tokenizer: Tokenizer, asked: list[tuple[str, str]],
@@ -105,46 +95,45 @@ def letter_margins(model: Llama, tokenizer: Tokenizer, asked: list[tuple[str, st
     margins  (B,) nats: mean over both of log p(right letter) - log p(wrong letter)
     masses   (B,) probability of both letters, the smaller of both; low: it says something else
     """
-    plain, swapped = (letter_logprobs(model, tokenizer, [pair[k] for pair in asked], letters)
-                      for k in (0, 1))
+    plain, swapped = (letter_logprobs(model, tokenizer, prompts, letters)
+                      for prompts in zip(*asked))
     margins = (plain[:, 0] - plain[:, 1] + swapped[:, 1] - swapped[:, 0]) / 2
     return margins, np.minimum(np.exp(plain).sum(-1), np.exp(swapped).sum(-1))
 
 
-def verdict_of(margin: float, mass: float, threshold: float, unsure: float) -> str:
-    """pass from a margin of `threshold` on | fail | unsure, too near to it | invalid, no verdict"""
-    return ("invalid" if mass < MIN_MASS else "unsure" if abs(margin - threshold) < unsure
-            else "pass" if margin >= threshold else "fail")
-
-
 def judge_locally(model: Llama, tokenizer: Tokenizer, asked: list[tuple[str, str]],
-                  letters: tuple[str, str], threshold: float, unsure: float) -> Iterator[dict]:
-    """Verdicts of a local model on pairs of prompts, plain and with meanings exchanged."""
+                  letters: tuple[str, str]) -> Iterator[dict]:
+    """What a local model says to pairs of prompts, plain and exchanged, {margin, mass} in turn."""
     for first in range(0, len(asked), ROWS):    # a part at a time: what is judged is kept
         found = letter_margins(model, tokenizer, asked[first:first + ROWS], letters)
         for margin, mass in zip(*(side.tolist() for side in found)):
-            yield {"verdict": verdict_of(margin, mass, threshold, unsure),
-                   "margin": round(margin, 4), "mass": round(mass, 4)}
+            yield {"margin": round(margin, 4), "mass": round(mass, 4)}
 
 
 def judge_by_endpoint(url: str, name: str, asked: list[tuple[str, str]],
-                      letters: tuple[str, str], timeout: float = 60) -> Iterator[dict]:
-    """Verdicts of an OpenAI-compatible endpoint, {verdict, texts}, one by one as they come.
-
-    A prompt is asked once more if the answer is not one letter.
-    raises   BadInput where the endpoint cannot be reached; verdicts so far are kept by the caller
-    """
+                      letters: tuple[str, str]) -> Iterator[dict]:
+    """What an OpenAI-compatible endpoint says, {verdict, texts} in turn; a prompt is asked once
+    more if the answer is not one letter. BadInput where it cannot be reached."""
     for pair in asked:
         votes, texts = [], []
         for prompt, right in zip(pair, letters):
             for _ in range(2):
-                texts.append(request_text(url, name, prompt, timeout))
-                if letter := parse_letter(texts[-1], letters):
+                texts.append(request_text(url, name, prompt))
+                letter = parse_letter(texts[-1], letters)
+                if letter:
                     break
             votes.append(None if letter is None else letter == right)
         verdict = ("invalid" if None in votes else "unsure" if votes[0] != votes[1]
                    else "pass" if votes[0] else "fail")
         yield {"verdict": verdict, "texts": [text[:80] for text in texts]}
+
+
+def verdict_of(row: dict, unsure: float) -> str:
+    """Of what a judge said: pass | fail | unsure, too near to 0 or contradictory | invalid, none"""
+    if "margin" not in row:
+        return row["verdict"]
+    return ("invalid" if row["mass"] < MIN_MASS else "unsure" if abs(row["margin"]) < unsure
+            else "pass" if row["margin"] >= 0 else "fail")
 
 
 def parse_letter(text: str, letters: tuple[str, str]) -> str | None:
@@ -158,7 +147,7 @@ def parse_letter(text: str, letters: tuple[str, str]) -> str | None:
     return match[1] if match and not re.search(rf"\b({either})\b", rest) else None
 
 
-def request_text(url: str, name: str, prompt: str, timeout: float) -> str:
+def request_text(url: str, name: str, prompt: str) -> str:
     """One chat completion at temperature 0; the key goes in a header and nowhere else."""
     address = url.rstrip("/") + "/chat/completions"
     body = {"model": name, "temperature": 0, "max_tokens": 16,
@@ -166,12 +155,15 @@ def request_text(url: str, name: str, prompt: str, timeout: float) -> str:
     headers = {"Content-Type": "application/json"}
     if key := os.environ.get("OPENAI_API_KEY"):
         headers["Authorization"] = f"Bearer {key}"
-    for attempt in range(ATTEMPTS):
-        time.sleep(attempt)
+    for seconds in WAITS:
+        time.sleep(seconds)
         try:
             request = urllib.request.Request(address, json.dumps(body).encode(), headers)
-            with urllib.request.urlopen(request, timeout=timeout) as response:
-                data = response.read()
+            with urllib.request.urlopen(request, timeout=60) as response:
+                text = json.load(response)["choices"][0]["message"]["content"]
+            return text if isinstance(text, str) else ""
+        except (KeyError, IndexError, TypeError, json.JSONDecodeError):
+            return ""   # an answer of another form: asked again, then invalid
         except urllib.error.HTTPError as error:
             why = f"HTTP {error.code} {error.reason}"
             if error.code not in (408, 429) and error.code < 500:
@@ -181,24 +173,17 @@ def request_text(url: str, name: str, prompt: str, timeout: float) -> str:
             break
         except (OSError, http.client.HTTPException) as error:
             why = str(getattr(error, "reason", error)) or type(error).__name__
-        else:
-            try:
-                text = json.loads(data)["choices"][0]["message"]["content"]
-                return text if isinstance(text, str) else ""
-            except (KeyError, IndexError, TypeError, ValueError):
-                return ""   # an answer of another form: asked again, then invalid
     raise BadInput(f"the judge at {address} (model {name or 'not named'}) does not answer ({why}); "
                    "check judge, judge_model and OPENAI_API_KEY. Replies and verdicts so far are "
                    "kept: the same command goes on from there")
 
 
 # --- people's labels
-def read_labels(path: str, known: dict[tuple[str, str], str]) -> dict[tuple[str, str], bool]:
-    """Rows {"condition", "id", "human": "pass" or "fail"}: {(condition, id): passes}.
+def read_labels(path: str, chats: dict[tuple[str, str], str]) -> dict[tuple[str, str], bool]:
+    """Rows {"condition", "id", "human": "pass", "fail" or null}: {(condition, id): passes}.
 
-    Rows whose "human" is null are not labelled yet. known: the chats that were judged.
     raises   BadInput naming rows that are damaged, twice there, of unknown conversations, or of
-             other replies than were judged
+             other chats than were judged
     """
     labels = {}
 
@@ -206,9 +191,9 @@ def read_labels(path: str, known: dict[tuple[str, str], str]) -> dict[tuple[str,
         key = row["condition"], row["id"]
         if row["human"] not in ("pass", "fail", None):
             raise ValueError(f"human is {row['human']!r}")
-        if key in labels or key not in known:
+        if key in labels or key not in chats:
             raise ValueError(f"{' '.join(key)} is {'there twice' if key in labels else 'unknown'}")
-        if row.get("chat", known[key]) != known[key]:
+        if row.get("chat", chats[key]) != chats[key]:
             raise ValueError(f"labels another reply than {' '.join(key)} now has")
         labels[key] = row["human"]
 
@@ -223,37 +208,31 @@ def calibrate(judged: dict[tuple[str, str], bool | None],
     both = [key for key in labels if judged.get(key) is not None]
     compare = lambda keys: cohens_kappa([judged[k] for k in keys], [labels[k] for k in keys])
     found = compare(both)
-    enough = found["n"] >= LEAST_LABELS
-    return {**found, "undecided": len(labels) - len(both),
-            "ok": bool(enough and found["value"] is not None and found["value"] >= LEAST_KAPPA
-                       and found["low"] >= LEAST_LOW),
+    trusted = (found["n"] >= LEAST_LABELS and found["value"] is not None
+               and found["value"] >= LEAST_KAPPA and found["low"] >= LEAST_LOW)
+    return {**found, "undecided": len(labels) - len(both), "ok": bool(trusted),
             "by_condition": {c: compare([k for k in both if k[0] == c])
                              for c in sorted({condition for condition, _ in both})},
             "disagreements": sorted(k for k in both if judged[k] != labels[k])}
 
 
-def write_spotcheck(path: Path, rows: list[dict], share: float = 0.1) -> list[dict]:
-    """Draw a tenth of the judged conversations, by their ids alone; returns those drawn.
-
-    Without any verdict: who labels them should not know what the judge said. A file in which
-    somebody has begun to label is left as it is.
-    """
-    drawn = sorted(rows, key=lambda r: (r["condition"], r["id"]))
+def write_spotcheck(path: Path, chats: dict[tuple[str, str], str]) -> None:
+    """Draw a tenth of the judged conversations, by their ids alone, for a person to label who does
+    not know any verdict. A file in which somebody has begun to label is left as it is."""
+    drawn = sorted(chats)
     random.Random(0).shuffle(drawn)
-    drawn = drawn[:max(1, round(share * len(drawn)))]
+    rows = [{"condition": condition, "id": i, "chat": chats[condition, i], "human": None}
+            for condition, i in drawn[:max(1, round(len(drawn) / 10))]]
     lines = path.read_bytes().split(b"\n") if path.exists() else []
     if all(line.endswith(b'"human": null}') for line in lines if line):
-        write_text(path, json_lines({k: row[k] for k in ("condition", "id", "chat")}
-                                    | {"human": None} for row in drawn))
-    return drawn
+        write_text(path, json_lines(rows))
 
 
 # --- the bundled example's judge: a tiny model that has learnt to compare
 def tiny_rows(template: str, letters: tuple[str, str], n: int, seed: int) -> list[dict]:
     """Rows {"prompt", "response"} that teach models/tiny to compare a reply with the right answer.
 
-    Half of the replies are right, most of the others a little off, as a small model's are. Either
-    letter may mean "right", so that neither is preferred.
+    Half of the replies are right, most others a little off. Either letter may mean "right".
     """
     rng, rows = random.Random(seed), []
     for _ in range(n):
@@ -272,12 +251,14 @@ def tiny_rows(template: str, letters: tuple[str, str], n: int, seed: int) -> lis
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) != 2 or argv[0] != "make_train":
-        raise BadInput("expected `python -m gate.judge make_train FOLDER`, "
-                       f"got {' '.join(argv) or 'nothing'}")
-    template = load_prompt(str(Path(__file__).parent / "benchmark" / "tiny_judge.txt"))
+    parser = Parser(prog="python -m gate.judge",
+                    description="Write the rows that the bundled example's judge learns from.")
+    parser.add_argument("command", choices=("make_train",))
+    parser.add_argument("folder", type=Path)
+    args = parser.parse_args(argv)
+    template = load_prompt(PROMPTS / "tiny_judge.txt")
     for seed, (split, n) in enumerate((("train", 50000), ("valid", 400), ("test", 400))):
-        write_text(Path(argv[1]) / f"{split}.jsonl",
+        write_text(args.folder / f"{split}.jsonl",
                    json_lines(tiny_rows(template, ("1", "0"), n, seed)))
 
 

@@ -1,19 +1,16 @@
 """Let a model answer a benchmark's conversations, and score what it said: two steps, kept apart.
 
 One loop serves every model: each user turn is rendered with the model's own earlier replies, all
-conversations at once, and the completion is cut where the next speaker would begin. Formats differ
-in nothing but the rendering (Tokenizer.encode_messages) and those stops:
-
-    raw    the user's text and nothing else      lines  a line each, without labels
-    plain  User: ...\\nAssistant: ...             cued   Instruction: ...\\nResponse:
-    chat   the model's own chat template
+conversations at once, and the completion is cut where the next speaker would begin. Formats (raw,
+lines, plain, cued, chat: text/chat.py) differ in nothing but the rendering and those stops.
 
 Length is reported beside every score and is never part of one: the prior work's score was "between
 5 and 500 characters" (here `length`, kept to show its failure).
 """
 import statistics
+from collections.abc import Iterable
 
-from gate.checks import check_turn, normalise
+from gate.checks import Verdict, check_turn, normalise
 from gate.conversations import Conversation
 from generate import sample
 from model import Llama
@@ -56,55 +53,50 @@ def transcript(conversation: Conversation, row: dict) -> str:
 
 
 # --- scores
-def score_turn(conversation: Conversation, row: dict, t: int, scorer: str) -> tuple[str, str]:
-    """("pass" | "fail" | "abstain", why) of one turn by a scorer that is no model."""
-    turn, texts = conversation.turns[t], [reply["text"] for reply in row["replies"]]
+def score_turn(conversation: Conversation, texts: list[str], t: int, scorer: str) -> Verdict:
+    """A turn's verdict by a scorer that is no model."""
+    turn, reply = conversation.turns[t], texts[t]
     if scorer == "checks":
-        return check_turn(turn.checks, texts[t], texts[:t])
+        return check_turn(turn.checks, reply, texts[:t])
     if scorer == "exact":
-        return ("pass" if normalise(texts[t]) == normalise(turn.answer) else "fail"), "exact"
-    # the prior work's success rule: what it measured was whether 100 tokens were enough to stop
-    return ("pass" if 5 <= len(texts[t]) <= 500 else "fail"), "length"
-
-
-def passed(verdicts: list[str]) -> bool | None:
-    """A conversation fails by one failed turn; it is undecided (None) by one undecided turn."""
-    if "fail" in verdicts:
-        return False
-    return True if all(v == "pass" for v in verdicts) else None
+        right = normalise(reply) == normalise(turn.answer)
+    else:   # length, the prior work's success rule: were 100 tokens enough to stop?
+        right = 5 <= len(reply) <= 500
+    return Verdict("pass" if right else "fail", scorer)
 
 
 def score(conversations: list[Conversation], rows: list[dict], scorer: str,
           judged: dict[tuple[str, int], str] | None = None) -> list[dict]:
-    """[{id, category, passed, turns: [verdict or None where not scored], why}].
+    """[{id, category, passed, why}]: one failed turn fails it, an undecided one leaves it None.
 
     judged   the judge's verdicts by (id, turn), for scorer "judge"
     """
     scores = []
-    for conversation, row in zip(conversations, rows, strict=True):
-        verdicts, why = [], []
-        for t, turn in enumerate(conversation.turns):
-            if not turn.scored:
-                verdicts.append(None)
-                continue
-            verdict, reason = ((judged[conversation.id, t], "judge") if scorer == "judge"
-                               else score_turn(conversation, row, t, scorer))
-            verdicts.append(verdict)
-            why += [f"turn {t + 1}: {reason}"] * (verdict == "fail")
-        scores.append({"id": conversation.id, "category": conversation.category,
-                       "passed": passed([v for v in verdicts if v]), "turns": verdicts,
-                       "why": why})
+    for c, row in zip(conversations, rows, strict=True):
+        texts = [reply["text"] for reply in row["replies"]]
+        verdicts = {t: Verdict(judged[c.id, t], "judge") if scorer == "judge"
+                    else score_turn(c, texts, t, scorer)
+                    for t, turn in enumerate(c.turns) if turn.scored}
+        why = [f"turn {t + 1}: {v.decided}" for t, v in verdicts.items() if v.verdict == "fail"]
+        undecided = any(v.verdict != "pass" for v in verdicts.values())
+        scores.append({"id": c.id, "category": c.category, "why": why,
+                       "passed": False if why else None if undecided else True})
     return scores
+
+
+def rate(outcomes: Iterable[bool | None]) -> dict:
+    """Share that passed, of what was decided, with its Wilson interval."""
+    decided = [passed for passed in outcomes if passed is not None]
+    return wilson(sum(decided), len(decided))
 
 
 def summarize_scores(scores: list[dict], rows: list[dict]) -> dict:
     """Rates over decided conversations, by category, and what replies look like beside them."""
-    decided = [s for s in scores if s["passed"] is not None]
-    share = lambda part: wilson(sum(s["passed"] for s in part), len(part))
     replies = [reply for row in rows for reply in row["replies"]]
     return {
-        "rate": share(decided), "undecided": len(scores) - len(decided),
-        "by_category": {c: share([s for s in decided if s["category"] == c])
+        "rate": rate(s["passed"] for s in scores),
+        "undecided": sum(s["passed"] is None for s in scores),
+        "by_category": {c: rate(s["passed"] for s in scores if s["category"] == c)
                         for c in sorted({s["category"] for s in scores})},
         # cut: ended by max_reply_tokens
         "median_tokens": statistics.median(reply["tokens"] for reply in replies),

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from gate.checks import CHECKS, check_turn, mistake_in, normalise
+from gate.checks import CHECKS, check_turn, normalise, validate_check
 from text.arithmetic import number_words
 
 MEAT = {"type": "forbid", "lexicon": ["chicken", "ham", "anchovy", "egg", "milk"],
@@ -114,6 +114,8 @@ CASES = [  # check, reply, verdict and why
     ({"type": "format", "json": True, "keys": {"n": "5"}}, '{"n": 5, "m": 1}', "fail:json"),
     ({"type": "format", "json": True}, "{n: 5}", "fail:json"),
     ({"type": "format", "case": "upper"}, "LILAC 5", "pass"),
+    ({"type": "format", "case": "upper"}, "LILAC", "pass"),
+    ({"type": "format", "case": "lower"}, "lilac 5", "pass"),
     ({"type": "format", "case": "upper"}, "LiLAC", "fail:case"),
     ({"type": "format", "case": "upper"}, "55", "fail:case"),
     ({"type": "format", "ends": "ember"}, "It is ice. Ember!", "pass"),
@@ -126,7 +128,7 @@ CASES = [  # check, reply, verdict and why
     ({"type": "order", "values": ["jay", "owl"]}, "jay", "fail:missing"),
     # topic, repetition, asking back
     ({"type": "anchor", "terms": ["hive", "bee"]}, "They live in hives.", "pass"),
-    ({"type": "anchor", "terms": ["hive", "bee"], "at_least": 2}, "A hive.", "abstain:no_anchor"),
+    ({"type": "anchor", "terms": ["hive", "bee"]}, "They live in trees.", "abstain:no_anchor"),
     ({"type": "nonempty"}, " ...\n", "fail:empty"),
     ({"type": "no_repeat"}, "and so on and so on and so on and so on and so on", "fail:repeats"),
     ({"type": "no_repeat"}, "Take the tram to the old harbour and walk.", "pass"),
@@ -198,4 +200,6 @@ def test_normalise():
     ("recall", "recall"),
 ])
 def test_mistakes_in_a_file(check, word):
-    assert word in mistake_in(check) and not mistake_in(CITY)
+    validate_check(CITY)
+    with pytest.raises((ValueError, TypeError), match=word):
+        validate_check(check)

@@ -17,12 +17,9 @@ from gate.conversations import (
     KINDS,
     SHARES,
     audit,
-    generate,
-    generate_tiny,
     last_named,
     make,
     missed_marks,
-    pairs_of,
     read_benchmark,
     shares_of,
     write_benchmark,
@@ -33,15 +30,27 @@ from text.arithmetic import split_of
 BENCHMARKS = ROOT / "gate" / "benchmark"
 
 
+def shipped(name):
+    return read_benchmark(BENCHMARKS / f"{name}.jsonl")[0]
+
+
 @pytest.fixture(scope="module")
 def benchmark():
-    return generate()
+    return make("conversations")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_files_are_what_the_generator_writes(kind, tmp_path):
-    write_benchmark(tmp_path / "again.jsonl", make(kind, 0, None))
+    write_benchmark(tmp_path / "again.jsonl", make(kind))
     assert (tmp_path / "again.jsonl").read_bytes() == (BENCHMARKS / f"{kind}.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["instructions", "tiny_operations"])
+def test_single_questions(name):
+    """Files that nobody draws anew: one turn each, no text twice, no answer in the question."""
+    conversations = shipped(name)
+    assert len({c.turns[0].user for c in conversations}) == len(conversations)
+    assert all(len(c.turns) == 1 for c in conversations) and not missed_marks(audit(conversations))
 
 
 def test_the_same_in_every_process(tmp_path):
@@ -51,7 +60,7 @@ def test_the_same_in_every_process(tmp_path):
             PYTHONHASHSEED=seed)
     assert (tmp_path / "0.jsonl").read_bytes() == (tmp_path / "1.jsonl").read_bytes()
     start = time.perf_counter()
-    other = generate(6)
+    other = make("conversations", 6)
     assert time.perf_counter() - start < 5
     assert [c.turns for c in other] != [c.turns for c in read_benchmark(tmp_path / "0.jsonl")[0]]
 
@@ -60,7 +69,7 @@ def test_the_same_in_every_process(tmp_path):
 def test_oracles_with_and_without_the_context(seed):
     """All with the conversation, almost nothing without its first turn or with the last name."""
     for n in (200, 300, 40) if seed == 0 else (200,):
-        rates = audit(generate(seed, n))
+        rates = audit(make("conversations", seed, n))
         assert rates["knows everything"] == dict.fromkeys(rates["knows everything"], 1) | {
             "abstains": 0}
         assert rates["forgot turn 1"]["memory"] <= 0.05
@@ -80,9 +89,9 @@ def test_an_oracle_without_its_mark_is_reported(benchmark):
     assert any(line.startswith("forgot turn 1") for line in missed)
 
 
-def test_the_last_named_thing():
+def test_the_last_named_thing(benchmark):
     """Of any kind: the aside's thing after an aside, the look-alike after it; not nothing."""
-    c = next(c for c in generate() if c.family == "memory/holiday" and c.difficulty == "medium")
+    c = next(c for c in benchmark if c.family == "memory/holiday" and c.difficulty == "medium")
     said = [turn.user for turn in c.turns]
     for t in range(len(said)):
         name, text = last_named(c, t), normalise(" ".join(said[:t + 1]))
@@ -171,7 +180,8 @@ def test_tables_of_the_texts():
     for name, pool in texts["pools"].items():
         assert len(set(pool)) == len(pool) and (len(pool) >= 40 or name in small), name
     for name in ("asides", "countries", "animals", "elements"):
-        assert all(len(row) == len(texts[name]["columns"]) for row in texts[name]["rows"])
+        assert all(row.keys() == texts[name][0].keys() and all(row.values())
+                   for row in texts[name])
     assert all(len(set(diet["forbidden"])) >= 25 for diet in texts["diets"])
     for category in ("memory", "updates"):
         for family in texts[category]:
@@ -186,28 +196,44 @@ def test_facts_of_the_elements():
     order = ("H He Li Be B C N O F Ne Na Mg Al Si P S Cl Ar K Ca Sc Ti V Cr Mn Fe Co Ni Cu Zn Ga "
              "Ge As Se Br Kr Rb Sr Y Zr Nb Mo Tc Ru Rh Pd Ag Cd In Sn Sb Te I Xe Cs Ba La Ce Pr Nd "
              "Pm Sm Eu Gd Tb Dy Ho Er Tm Yb Lu Hf Ta W Re Os Ir Pt Au Hg Tl Pb Bi Po At Rn").split()
-    for _, symbol, _, number in load_texts()["elements"]["rows"]:
-        assert order[int(number) - 1] == symbol
+    for row in load_texts()["elements"]:
+        assert order[int(row["number"]) - 1] == row["symbol"]
 
 
 # --------------------------------------------------------------------------------------------------
 # the tiny kinds
 
 
+def pairs_of(turns):
+    """The pairs of numbers of a held value: with the next one, in each aside and with its first.
+
+    example  "the answer is 23", "what is 3 + 4", "the answer is 45" -> (3, 4), (23, 3), (23, 45)
+    """
+    pairs, value = [], int(turns[0].answer)
+    for turn in turns[1:]:
+        numbers = [int(n) for n in re.findall(r"[0-9]+", turn.user)]
+        if len(numbers) == 2:
+            pairs += [tuple(numbers), (value, numbers[0])]
+        elif numbers:
+            pairs.append((value, numbers[0]))
+            value = int(turn.answer)
+    return pairs
+
+
 def test_no_pair_of_a_tiny_test_is_in_training():
     """Neither in an operation, nor between a value and what is done to it, nor in an aside."""
     def pairs(split, n):
-        return {tuple(sorted(pair)) for c in generate_tiny("tiny_turns", 0, n, split)
+        return {tuple(sorted(pair)) for c in make("tiny_turns", 0, n, split)
                 for pair in pairs_of(c.turns)}
     train, valid, test = pairs("train", 3000), pairs("valid", 200), pairs("test", 300)
     assert len(train) > 2000 and not train & test and not train & valid and not valid & test
-    for c in generate_tiny("tiny_operations", 0, 300, "test"):
+    for c in shipped("tiny_operations"):
         assert split_of(int(c.slots["a"]), int(c.slots["b"])) == "test"
 
 
 def test_tiny_answers_are_right():
     """Computed again from the text alone, by another way: Python's own arithmetic on the words."""
-    for c in generate_tiny("tiny_turns", 3, 400, "train"):
+    for c in make("tiny_turns", 3, 400, "train"):
         value = None
         for turn in c.turns:
             numbers = [int(n) for n in re.findall(r"\d+", turn.user)]
@@ -220,7 +246,7 @@ def test_tiny_answers_are_right():
             assert turn.answer == str(expected) and 0 <= expected <= 100
         told = sum(len(re.findall(r"\d+", turn.user)) == 1 for turn in c.turns)
         assert c.category == ("hold" if told == 1 else "update") and c.turns[-1].scored
-    for c in generate_tiny("tiny_operations", 3, 200, "test"):
+    for c in shipped("tiny_operations"):
         user = c.turns[0].user
         a, b = (int(n) for n in re.findall(r"\d+", user))
         if "from" in user:
@@ -231,8 +257,8 @@ def test_tiny_answers_are_right():
 
 def test_tiny_texts_are_words_of_the_bundled_tokenizer(tokenizer):
     """One token a word and number: no letters, no bytes."""
-    for kind in ("tiny_turns", "tiny_operations"):
-        for c in generate_tiny(kind, 1, 100, "test"):
+    for conversations in (make("tiny_turns", 1, 100), shipped("tiny_operations")):
+        for c in conversations:
             for turn in c.turns:
                 assert len(tokenizer.encode(turn.user)) <= len(turn.user.split()) + 1, turn.user
 
@@ -279,18 +305,19 @@ def test_a_bad_line_is_named(benchmark, tmp_path, spoil, word):
     assert word in str(error.value)
 
 
-def test_commands(tmp_path):
-    done = run("-m", "gate.conversations", "show", BENCHMARKS / "conversations.jsonl", 2, check=0)
+def test_commands(benchmark, tmp_path):
+    done = run("-m", "gate.conversations", "show", BENCHMARKS / "conversations.jsonl", "n=2",
+               check=0)
     assert done.stdout.count("=== ") == 2 and "needs:" in done.stdout
     done = run("-m", "gate.conversations", "audit", BENCHMARKS / "tiny_turns.jsonl", check=0)
     assert "knows everything" in done.stdout
-    easy = generate()[:1]
-    turns = tuple(dataclasses.replace(t, checks=({"type": "nonempty"},)) for t in easy[0].turns)
-    write_benchmark(tmp_path / "easy.jsonl", [dataclasses.replace(easy[0], turns=turns)])
+    turns = tuple(dataclasses.replace(t, checks=({"type": "nonempty"},))
+                  for t in benchmark[0].turns)
+    write_benchmark(tmp_path / "easy.jsonl", [dataclasses.replace(benchmark[0], turns=turns)])
     done = run("-m", "gate.conversations", "audit", tmp_path / "easy.jsonl")
     assert_one_clear_line(done, "does not measure", "echo")
     for words, said in ((["make", "x", "n=3"], "40"), (["make", "x", "kind=odd"], "tiny_turns"),
-                        (["make", "x", "colour=1"], "seed="), (["audit"], "show FILE"),
-                        (["make_train", "x", "kind=instructions"], "tiny_operations"),
+                        (["make", "x", "colour=1"], "seed="), (["audit"], "required: path"),
+                        (["make_train", "x", "kind=conversations"], "kind=tiny_turns"),
                         (["show", tmp_path / "none"], "make OUT.jsonl")):
         assert_one_clear_line(run("-m", "gate.conversations", *words, cwd=ROOT), said)

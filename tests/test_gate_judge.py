@@ -23,6 +23,7 @@ from gate.judge import (
     parse_letter,
     read_labels,
     tiny_rows,
+    verdict_of,
     write_spotcheck,
 )
 
@@ -63,11 +64,12 @@ def test_letter_logprobs_against_whole_forward(tokenizer):
         letter_logprobs(model, tokenizer, prompts, ("yes", "no"))
 
 
-def local_verdicts(monkeypatch, plain, swapped, threshold=0.0, unsure=1.0):
+def local_verdicts(monkeypatch, plain, swapped):
     """judge_locally where the two prompts' letter probabilities are given."""
     answers = iter([np.log(np.array([plain])), np.log(np.array([swapped]))])
     monkeypatch.setattr(judging, "letter_logprobs", lambda *_: next(answers))
-    return next(judge_locally(None, None, [("", "")], DIGITS, threshold, unsure))
+    row = next(judge_locally(None, None, [("", "")], DIGITS))
+    return row | {"verdict": verdict_of(row, unsure=1.0)}
 
 
 def test_local_verdicts_by_hand(monkeypatch):
@@ -79,7 +81,6 @@ def test_local_verdicts_by_hand(monkeypatch):
     biased = local_verdicts(monkeypatch, (.95, .05), (.95, .05))
     assert (biased["verdict"], biased["margin"]) == ("unsure", 0)
     assert local_verdicts(monkeypatch, (.6, .1), (.01, .02))["verdict"] == "invalid"
-    assert local_verdicts(monkeypatch, (.9, .1), (.2, .8), threshold=5)["verdict"] == "fail"
 
 
 def test_parse_letter():
@@ -223,18 +224,19 @@ def test_pooling_makes_kappa_high():
 
 def test_spotcheck_is_blind_and_kept(tmp_path):
     path = tmp_path / "spotcheck.jsonl"
-    rows = [{"condition": c, "id": f"{i:03}", "chat": "User: hi", "passed": True}
-            for c in ("base-raw", "instruct-chat") for i in range(50)]
-    drawn = write_spotcheck(path, rows)
-    assert len(drawn) == 10 and drawn == write_spotcheck(path, rows[::-1])
+    chats = {(c, f"{i:03}"): "User: hi" for c in ("base-raw", "instruct-chat") for i in range(50)}
+    write_spotcheck(path, chats)
+    drawn = path.read_bytes()
+    write_spotcheck(path, dict(reversed(chats.items())))
     lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(lines) == 10 and path.read_bytes() == drawn
     assert all(line.keys() == {"condition", "id", "chat", "human"} for line in lines)
     lines[0]["human"] = "pass"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    write_spotcheck(path, rows)
+    write_spotcheck(path, chats)
     assert json.loads(path.read_text().splitlines()[0])["human"] == "pass"
     path.write_text(path.read_text().replace('"pass"', "true"))     # not valid, but a person's
-    write_spotcheck(path, rows)
+    write_spotcheck(path, chats)
     assert "true" in path.read_text()
 
 

@@ -26,10 +26,11 @@ from bench.fullsize import SHAPES
 from config import Config, load_config
 from data import load_split
 from engine import memory
+from files import disk
+from files.disk import append_text, read_rows
 from files.keys import BadInput
 from files.run_folder import hash_file
-from gate import jsonl, self_instruct
-from gate.jsonl import append_rows
+from gate import self_instruct
 from gate.self_instruct import (
     END,
     Run,
@@ -37,16 +38,14 @@ from gate.self_instruct import (
     Similar,
     criticise,
     grams,
-    judge_all,
     list_prompt,
     main,
     make_data,
-    make_responses,
     parse_list,
-    read_seeds,
     read_settings,
     reject_response,
     reject_task,
+    respond,
     response_prompt,
     sift,
     split_pairs,
@@ -56,7 +55,7 @@ from generate import Completion
 from model import parse_args
 from text.tokenizer import load_tokenizer
 
-SEEDS = read_seeds(self_instruct.SEEDS)
+SEEDS = read_rows(self_instruct.SEEDS, lambda row: (row["prompt"], row["response"]), "")
 
 
 @pytest.mark.parametrize("text, cut, items", [
@@ -163,24 +162,27 @@ def bpe(llama3):
 VIEWS = {"N/A": 0.5, "Task: fine": 2.0, "Task: vague": -1.0, "Task: so": 1.4}
 
 
+def critic(bpe, stub, threshold):
+    return Run(None, Settings(threshold=threshold), stub, bpe, SEEDS, Similar())
+
+
 @pytest.mark.parametrize("bias", [-4.0, 0.0, 3.0])
 @pytest.mark.parametrize("kind", ["tasks", "pairs"])
 def test_margins_by_hand(bpe, kind, bias):
     """(l_good - l_bad) / 2 of a stub is half its view; less that of N/A; whatever its bias."""
-    end = "" if kind == "tasks" else "\nAnswer: x"
-    items = [f"Task: {name}{end}" for name in ("fine", "vague", "so")]
-    rows = criticise(Stub(bpe, VIEWS, bias), bpe, kind, items, ("A", "B"), 1.0)
+    items = [{"task": name, "response": "x"} for name in ("fine", "vague", "so")]
+    rows = criticise(critic(bpe, Stub(bpe, VIEWS, bias), 1.0), kind, items)
     assert [row["margin"] for row in rows] == pytest.approx([1.5, -1.5, 0.9], abs=1e-3)
     assert [row["verdict"] for row in rows] == ["accept", "reject", "reject"]
     assert all(row["mass"] > 0.99 for row in rows)
-    rows = criticise(Stub(bpe, VIEWS, bias), bpe, kind, items, ("A", "B"), 0.8)
+    rows = criticise(critic(bpe, Stub(bpe, VIEWS, bias), 0.8), kind, items)
     assert [row["verdict"] for row in rows] == ["accept", "reject", "accept"]
 
 
 def test_the_critic_abstains_where_it_would_say_something_else(bpe):
     """Mass by hand: letters e^2 and 1 against all the other tokens, e^other each."""
     stub = Stub(bpe, {"": 2.0}, other=-4.0)
-    row, = criticise(stub, bpe, "tasks", ["Task: fine"], ("A", "B"), -9.0)
+    row, = criticise(critic(bpe, stub, -9.0), "tasks", [{"task": "fine"}])
     low = np.exp(-2.0) + 1      # the smaller order: the view is against the first letter
     assert row["mass"] == pytest.approx(low / (low + (bpe.vocab_size - 2) * np.exp(-4)), abs=1e-3)
     assert row["mass"] < 0.5 and row["verdict"] == "abstain"
@@ -217,12 +219,14 @@ def scripted(model, tokenizer, prompts, limit, **keys):
 @pytest.fixture
 def scripted_run(bpe, monkeypatch):
     monkeypatch.setattr(self_instruct, "sample", scripted)
+    monkeypatch.setattr(self_instruct, "SHOWN", 4)
+    monkeypatch.setattr(self_instruct, "SHOTS", 2)
     views = {"N/A": 0.0, "Answer: The clock": -2.0, "violin": 0.2, "": 3.0}    # the first that fits
 
     def make(folder):
         folder.mkdir()
-        return Run(folder, Settings(n=30, shown=4, shots=2, seed=5), Stub(bpe, views, 1.0), bpe,
-                   SEEDS, Similar(["Name a held-out bird!"]))
+        return Run(folder, Settings(n=30, seed=5), Stub(bpe, views, 1.0), bpe, SEEDS,
+                    Similar(["Name a held-out bird!"]))
     return make
 
 
@@ -233,7 +237,7 @@ def test_the_whole_way(scripted_run, tmp_path):
     items, tasks, pairs = read("instructions.jsonl"), read("tasks.jsonl"), read("pairs.jsonl")
     responses = read("responses.jsonl")
     # a funnel over all that was generated: each step begins with what the one before let through
-    assert found["items"] == len(items) == sum(found["instructions"].values())
+    assert len(items) == sum(found["instructions"].values())
     assert found["instructions"]["kept"] == len(tasks) == 30 == len({t["task"] for t in tasks})
     assert {"duplicate", "about the list", "held out"} <= found["instructions"].keys()
     assert found["tasks"]["accept"] == len(responses) < len(tasks)
@@ -263,19 +267,18 @@ def test_broken_off_and_continued_is_the_same(scripted_run, tmp_path, monkeypatc
     make_data(scripted_run(straight), {})
     left = [broken_at]
 
-    def torn(path, rows):
+    def torn(path, text, sync):
         if left[0] == 0:
             with open(path, "ab") as file:      # a part of the rows, the last of them half
-                file.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows[:5])
-                           .encode()[:-7])
+                file.write("".join(text.splitlines(keepends=True)[:5]).encode()[:-7])
             raise KeyboardInterrupt
         left[0] -= 1
-        return append_rows(path, rows)
-    monkeypatch.setattr(jsonl, "append_rows", torn)
+        append_text(path, text, sync)
+    monkeypatch.setattr(disk, "append_text", torn)
     about = scripted_run(again)
     with pytest.raises(KeyboardInterrupt):
         make_data(about, {})
-    monkeypatch.setattr(jsonl, "append_rows", append_rows)
+    monkeypatch.setattr(disk, "append_text", append_text)
     make_data(about, {})
     files = sorted(p.name for p in straight.iterdir())
     assert files == sorted(p.name for p in again.iterdir()) and len(files) == 10
@@ -306,7 +309,7 @@ def test_same_beginnings_are_capped(scripted_run, tmp_path):
     about = scripted_run(tmp_path / "out")
     things = "one tall tree by the old mill", "a boat", "my aunt's garden at noon in May", "soup"
     text = "".join(f"\n{i}. Write a poem about {thing}." for i, thing in enumerate(things, 5))
-    rows = sift(about, [{"text": text.removeprefix("\n5."), "stop_reason": "eos"}])
+    rows = sift(about, [{"list": 0, "text": text.removeprefix("\n5."), "stop_reason": "eos"}])
     assert [r["reason"] for r in rows] == ["", "", "", "same beginning"]
 
 
@@ -330,14 +333,16 @@ def long_model(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("m") / "long", raw, TINY)
 
 
-def test_steps_on_a_real_model(tmp_path):
+def test_steps_on_a_real_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(self_instruct, "RESPONSE_TOKENS", 5)
+    monkeypatch.setattr(self_instruct, "SHOTS", 1)
     model = random_model(small_config() | {"max_position_embeddings": 4096})
-    about = Run(tmp_path, Settings(labels=("1", "2"), response_tokens=5, shots=1), model,
-                load_tokenizer(TINY), SEEDS, Similar())
-    rows = make_responses(about, ["3 + 4 =", "5 + 4 ="])
+    about = Run(tmp_path, Settings(labels=("1", "2")), model, load_tokenizer(TINY),
+                SEEDS, Similar())
+    rows = respond(about, [{"task": "3 + 4 ="}, {"task": "5 + 4 ="}], 0)
     assert [r["task"] for r in rows] == ["3 + 4 =", "5 + 4 ="]
     assert all(r["tokens"] <= 5 and r["stop_reason"] == "length" for r in rows)
-    rows = judge_all(about, "pairs", [{"task": "3 + 4 =", "response": "7"}])
+    rows = criticise(about, "pairs", [{"task": "3 + 4 =", "response": "7"}])
     assert rows[0]["verdict"] == "abstain"      # any of 1394 tokens is as likely
     assert 0 < rows[0]["mass"] < 0.1 and np.isfinite(rows[0]["margin"])
 
@@ -346,16 +351,15 @@ def test_command(long_model, tmp_path):
     """Random weights write no list: all steps run, and the end says that too little is left."""
     held = tmp_path / "held.jsonl"
     held.write_text(json.dumps({"turns": [{"user": "Name a bird."}]}) + "\n")
-    words = [tmp_path / "out", f"model={long_model}", "n=2", "shown=2", "shots=1",
-             "list_tokens=4", f"heldout={held}", "labels=1,2"]
+    words = [tmp_path / "out", f"model={long_model}", "n=2", f"heldout={held}", "labels=1,2"]
     done = run("-m", "gate.self_instruct", *words)
     assert_one_clear_line(done, "0 pairs were accepted", "larger n")
     assert len((tmp_path / "out" / "lists.jsonl").read_text().splitlines()) == 16
     assert not json.loads((tmp_path / "out" / "qc.json").read_text())["passed"]
     held.write_text(json.dumps({"turns": [{"user": "Name a fish."}]}) + "\n")
-    with pytest.raises(BadInput, match="was begun with another inputs.heldout"):
+    with pytest.raises(BadInput, match="was begun with another SHA-256 of heldout"):
         main([str(word) for word in words])
-    with pytest.raises(BadInput, match="was begun with another settings.seed"):
+    with pytest.raises(BadInput, match="was begun with another seed"):
         main([str(word) for word in [*words[:-2], "labels=1,2", "seed=3"]])
     with pytest.raises(BadInput, match="holds other files"):
         main([str(tmp_path), f"model={long_model}", "labels=1,2"])
@@ -363,9 +367,8 @@ def test_command(long_model, tmp_path):
 
 @pytest.mark.parametrize("words, match", [
     ([], "OUT_FOLDER .key=value"), (["n=3"], "OUT_FOLDER"), (["OUT", "n=0"], "n = 0.*at least 1"),
-    (["OUT", "m=3", "shots=0"], "unknown key 'm'.*shots = 0"),
+    (["OUT", "m=3", "seed=-1"], "unknown key 'm'.*seed = -1"),
     (["OUT", "labels=A,A"], "two different words"),
-    (["OUT", "shown=99"], "16 seeds are too few"),
     (["OUT", "heldout=no/such.jsonl"], "no/such.jsonl cannot be read"),
     (["OUT", f"heldout={TINY}/config.json"], "config.json:1: .*expected a benchmark")])
 def test_bad_words(words, match, tmp_path):
@@ -393,7 +396,7 @@ def test_the_prior_works_training_by_arithmetic():
     assert weights < 23e9 and found["peak"] < 44
 
 
-def test_seeds_of_ones_own(tmp_path):
-    assert read_settings(["seeds=x.jsonl", "labels=Y,N"]).labels == ("Y", "N")
+def test_seeds():
+    assert read_settings(["labels=Y,N"]).labels == ("Y", "N")
     assert len(SEEDS) == len({task for task, _ in SEEDS}) == 16
     assert not any(reject_task(task) for task, _ in SEEDS)

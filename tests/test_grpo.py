@@ -798,7 +798,6 @@ def test_a_run_in_chat(write_config, tmp_path, chat_folder, rows):
     ({"grpo_reward": "correct"}, ["bad rows: line 2", "the assistant last"]),
     ({"grpo_reward": "[correct, nowhere.py:f*2]"}, ["bad rows: line 2", "the assistant last"]),
     ({"method": "sft"}, ["bad rows: line 2", "the assistant last"]),
-    ({"template": "none"}, ["conversation", "template"]),
     ({"model": TINY}, ["without a chat template"])])
 def test_bad_input_in_chat(write_config, tmp_path, chat_folder, keys, words):
     path = level_reward(tmp_path)
