@@ -12,9 +12,8 @@ from pathlib import Path
 import sentencepiece
 import tokenizers
 
-from files.hub import find_folder
 from files.keys import BadInput
-from files.model_folder import root_model
+from files.model_folder import find_folder, root_model
 from text.tokenizer import Tokenizer, load_tokenizer
 
 SENTINELS = ("Water freezes at", "Translate to Pig Latin: hello world", "List three prime numbers:",

@@ -13,7 +13,6 @@ import engine.blas  # noqa: F401  (before mlx)
 
 from checkpoint import load_base, load_checkpoint
 from files.disk import append_text, begin_folder, grow, json_lines, read_json_lines, write_text
-from files.keys import BadInput
 from files.run_folder import hash_model, provenance
 from gate import judge
 from gate.clean import check_base
