@@ -1,18 +1,22 @@
-"""From a name to a model's folder: a local one, or of a Hub repository what a model needs.
+"""From a name to a model's folder: a local one, a GGUF file's, or what it needs of a Hub's.
 
 All of one commit: the small files come first, then the safetensors that its index names. A token
 (HF_TOKEN, `hf auth login`) goes to the Hub in a header and nowhere else.
 
     python generate.py --ckpt meta-llama/Llama-3.2-1B@main --prompt "23 + 45 = "
 """
+import atexit
+import functools
 import re
+import shutil
+import tempfile
 from pathlib import Path
 
 import huggingface_hub  # what it needs for the network is loaded where it is first used
 
 from config import BadInput
-from files.disk import is_file, one_line
-from files.model_folder import INDEX, WEIGHTS, read_index
+from files.disk import is_file, one_line, write_bytes
+from files.model_folder import GGUF, INDEX, WEIGHTS, read_index
 
 REPO = re.compile(r"(?!models/|runs/)\w[\w.-]*/\w[\w.-]*", re.ASCII)
 REVISION = re.compile(r"\w(?:[\w+=#@/-]|\.(?!\.))*")    # branch, tag or commit; no path, so no ..
@@ -21,7 +25,7 @@ SMALL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "token
 
 
 def find_folder(name: str | Path, weights: bool = True) -> Path:
-    """A local folder as it is, else the Hub's NAME or NAME@REVISION, from network or cache.
+    """A local folder as it is, a .gguf file as one, or the Hub's NAME or NAME@REVISION.
 
     weights   False: only the config and the tokenizer are fetched
     returns   a Hub's folder is named after its commit
@@ -31,18 +35,39 @@ def find_folder(name: str | Path, weights: bool = True) -> Path:
         folder = Path(name).expanduser()
         if folder.is_dir():
             return folder
+        is_gguf = folder.suffix == ".gguf" and folder.is_file()
     except (OSError, RuntimeError) as error:    # no permission, name too long; ~nobody
         raise BadInput(f"model folder {one_line(name)!r} cannot be read ({one_line(error)}); "
                        "give another, or check its permissions") from None
+    if is_gguf:
+        return gguf_folder(folder.resolve(), folder.stat().st_mtime_ns)
     repo, at, revision = str(name).partition("@")
-    if not REPO.fullmatch(repo):
+    if not REPO.fullmatch(repo) or folder.suffix == ".gguf":
         raise BadInput(f"no model folder {str(name)!r} (from {Path.cwd()}); give a run such "
-                       "as runs/sft, a folder in the Hub's layout, or a Hub name such as "
-                       "meta-llama/Llama-3.2-1B")
+                       "as runs/sft, a folder in the Hub's layout, a .gguf file, or a Hub name "
+                       "such as meta-llama/Llama-3.2-1B")
     if at and not REVISION.fullmatch(revision):
         raise BadInput(f"{str(name)!r}: {revision!r} is no revision; expected a branch, tag or "
                        f"commit of {repo} behind the @, such as {repo}@main")
     return fetch_model(str(name), repo, revision or "main", weights)
+
+
+@functools.cache
+def gguf_folder(path: Path, changed: int) -> Path:
+    """A folder that stands for a GGUF file while this process runs: what is small, and a link.
+
+    changed   the file's time, by which another file of that name is told apart
+    returns   a folder of the file's own name, so that a message about it names the file
+    """
+    # imported here: other models have no use for it
+    from files.gguf import folder_files, read_gguf
+    files = folder_files(read_gguf(path))
+    folder = Path(tempfile.mkdtemp(prefix="gguf-")) / path.name
+    atexit.register(shutil.rmtree, folder.parent, ignore_errors=True)
+    for name, content in files.items():
+        write_bytes(folder / name, content)
+    (folder / GGUF).symlink_to(path)
+    return folder
 
 
 def fetch_model(name: str, repo: str, revision: str, weights: bool) -> Path:

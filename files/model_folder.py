@@ -35,6 +35,7 @@ from files.disk import (
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 FAMILIES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+GGUF = "model.gguf"     # in a folder that stands for a GGUF file (files/hub.py)
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
                    "generation_config.json", "special_tokens_map.json", "chat_template.jinja")
 # no separators, so it stays in its folder; no *?[, which the Hub's library reads as patterns
@@ -145,7 +146,7 @@ def read_index(folder: Path) -> dict[str, str]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """A model folder's safetensors files: the shards that its index names, or model.safetensors."""
+    """A model folder's weights: the shards that its index names, model.safetensors, or a GGUF."""
     folder = Path(folder)
     if files := [folder / name for name in sorted(set(read_index(folder).values()))]:
         if missing := [f.name for f in files if not is_file(f)]:
@@ -154,12 +155,15 @@ def weight_files(folder: Path) -> list[Path]:
         return files
     if is_file(folder / WEIGHTS):
         return [folder / WEIGHTS]
+    if is_file(folder / GGUF):
+        return [folder / GGUF]
     others = sorted(f.name for f in folder.glob("*") if f.suffix in OTHER_WEIGHTS)
     # .bin, .pt and .pth are pickles: reading one can run what a stranger wrote
     raise BadInput(f"{folder} has no {WEIGHTS} and no {INDEX}"
                    + f", but {', '.join(others[:4])}" * bool(others)
-                   + "; only safetensors weights are read, under those names: fetch the model "
-                   "again, or convert it with transformers' save_pretrained")
+                   + "; only safetensors weights are read, under those names, or a .gguf file that "
+                   "is given itself: fetch the model again, or convert it with transformers' "
+                   "save_pretrained")
 
 
 def tensor_names(path: Path) -> list[str]:
@@ -265,15 +269,22 @@ def default_dtype() -> mx.Dtype | None:
     return mx.float32 if mx.default_device() == mx.Device(mx.cpu) else None
 
 
-def read_weights(folder: Path, tied: bool) -> dict[str, mx.array]:
+def read_weights(folder: Path, tied: bool, dtype: mx.Dtype | None = None, bits: int | None = None,
+                 group_size: int | None = None) -> dict[str, mx.array]:
     """A checkpoint's tensors by name. MLX reads one when it is evaluated, not before.
 
     tied   the unembedding is the embedding; some exporters store that matrix twice
+    dtype, bits, group_size   what is asked of the model, for a GGUF, which may have it as it is
     """
-    found, files = {}, sorted(set(open_weights(folder).values()))
+    found, files = {}, weight_files(folder)
     if blas.CPU_WHEEL and sum(file.stat().st_size for file in files) > LARGE:
         blas.map_large_blocks()
-    for file in files:
+    if files == [folder / GGUF]:
+        # imported here: other models have no use for it
+        from files.gguf import read_tensors
+        # a quantised model's tables stay in 16 bits
+        return read_tensors(files[0], dtype if bits else dtype or default_dtype(), bits, group_size)
+    for file in sorted(set(open_weights(folder).values())):
         found |= mx.load(str(file))
     # derived, in old checkpoints
     found = {k: v for k, v in found.items() if not k.endswith("rotary_emb.inv_freq")}
