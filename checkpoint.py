@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 
 from config import BadInput, Config, Parser, load_config
 from files.adapters import mlx_files, peft_files
+from files.disk import check_new
 from files.model_folder import model_files, read_origin, root_model, write_files
 from lora import about_adapter, adapter_arrays, load_adapters, merge
 from model import Llama, load, load_tokenizer_for, parse_args
@@ -101,18 +102,6 @@ def load_checkpoint(ckpt: str | Path, adapter: str | Path | None = None,
     if top is not None:
         load_adapters(model, top)
     return model, tokenizer, cfg
-
-
-def check_new(folder: Path) -> None:
-    """BadInput unless a folder to write is absent or empty: two models in one would mix."""
-    try:
-        taken = any(folder.iterdir())
-    except FileNotFoundError:
-        taken = False
-    except OSError:     # a file, or not to be looked into
-        taken = True
-    if taken:
-        raise BadInput(f"{folder} already holds a model or other files; name a new folder")
 
 
 def main(argv: list[str]) -> None:

@@ -32,7 +32,7 @@ from files.keys import (  # noqa: F401
 @dataclass
 class Config:
     # --- what is trained, and where it goes
-    model: str = "models/tiny"      # a folder in the Hub's layout, or a Hub name
+    model: str = "models/tiny"      # a folder in the Hub's layout, a .gguf file, or a Hub name
     method: str = "sft"             # sft | dual_reward | grpo | markovian
     run_dir: str = ""               # empty: runs/<name of the config file>
     overwrite: bool = False         # start over in a run folder that holds another run

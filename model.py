@@ -358,8 +358,8 @@ def load(path_or_hub_name: str | Path, dtype: str | mx.Dtype | None = None,
          group_size: int | None = None) -> tuple[Llama, Tokenizer | None]:
     """Return (model, tokenizer) from a folder or Hub name; tokenizer None where there is none.
 
-    path_or_hub_name  also NAME@REVISION; a checkpoint that is quantised, in mlx-community's layout,
-                  stays so
+    path_or_hub_name  also NAME@REVISION or a .gguf file; a checkpoint that is quantised, in
+                  mlx-community's layout, stays so
     dtype         float32, bfloat16, float16, or None: float32 on CPU, the checkpoint's on GPU
     bits          2, 3, 4, 5, 6 or 8 quantises the blocks' linear layers, in groups of group_size
                   (32, 64, 128; None: 64 where that divides a row, else 32); embedding and
@@ -370,8 +370,8 @@ def load(path_or_hub_name: str | Path, dtype: str | mx.Dtype | None = None,
     raw = read_json(folder / "config.json")
     model = Llama(parse_args(raw, f"{folder}/config.json"))
     dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
-    found, where = read_weights(folder, model.args.tie_word_embeddings), str(folder)
-    make_layer = None       # each layer takes its tensors as they are
+    found = read_weights(folder, model.args.tie_word_embeddings, dtype, bits, group_size)
+    make_layer, where = None, str(folder)       # each layer takes its tensors as they are
     if bits or raw.get("quantization") or raw.get("quantization_config"):
         # QLoRA's base: weights as small codes in groups
         from engine.quant import layer_maker

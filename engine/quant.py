@@ -209,6 +209,8 @@ def layer_maker(model: nn.Module, found: dict[str, mx.array], raw: dict, bits: i
     model.parts = 1     # each part of a batch would unpack all matrices again
     kind = dtype or default_dtype()
     stored = stored_settings(raw, f"{where}/config.json")
+    if not stored and any(name.endswith(".scales") for name in found):
+        stored = {"bits": bits, "group_size": 32}   # a GGUF's own codes
     if stored and bits and (bits, group_size or stored["group_size"]) != settings_of("", stored):
         raise BadInput(f"bits = {bits}: {where} is already quantised to "
                        f"{stored['bits']} bits in groups of {stored['group_size']}; leave bits "

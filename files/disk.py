@@ -81,6 +81,18 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
+def check_new(folder: Path) -> None:
+    """BadInput unless a folder to write is absent or empty: two models in one would mix."""
+    try:
+        taken = any(folder.iterdir())
+    except FileNotFoundError:
+        taken = False
+    except OSError:     # a file, or not to be looked into
+        taken = True
+    if taken:
+        raise BadInput(f"{folder} already holds a model or other files; name a new folder")
+
+
 def append_text(path: Path, text: str, sync: bool = False) -> None:
     """Add text to a file; sync: on the disk before this returns. Raises BadInput."""
     try:

@@ -10,8 +10,12 @@ A folder is a stranger's word until checked. JSON and safetensors are parsed and
 executed (`auto_map` and Python files are never looked at); an index may only name files beside it,
 the tensors it promises are held against the files' headers, and every number must be finite.
 """
+import atexit
+import functools
 import json
 import re
+import shutil
+import tempfile
 from pathlib import Path
 
 import engine.blas  # noqa: F401  (before mlx)
@@ -42,6 +46,7 @@ from files.disk import (
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 FAMILIES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+GGUF = "model.gguf"     # in a folder that stands for a GGUF file (gguf_folder)
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
                    "generation_config.json", "special_tokens_map.json", "chat_template.jinja")
 # no separators, so it stays in its folder; no *?[, which the Hub's library reads as patterns
@@ -64,7 +69,7 @@ def root_model(name: str | Path) -> str | Path:
 
 
 def find_folder(name: str | Path, weights: bool = True) -> Path:
-    """A local folder as it is, else the Hub's NAME or NAME@REVISION, from network or cache.
+    """A local folder as it is, a .gguf file as one, or the Hub's NAME or NAME@REVISION.
 
     weights   False: only the config and the tokenizer are fetched
     returns   a Hub's folder is named after its commit
@@ -74,18 +79,39 @@ def find_folder(name: str | Path, weights: bool = True) -> Path:
         folder = Path(name).expanduser()
         if folder.is_dir():
             return folder
+        is_gguf = folder.suffix == ".gguf" and folder.is_file()
     except (OSError, RuntimeError) as error:    # no permission, name too long; ~nobody
         raise BadInput(f"model folder {one_line(name)!r} cannot be read ({one_line(error)}); "
                        "give another, or check its permissions") from None
+    if is_gguf:
+        return gguf_folder(folder.resolve(), folder.stat().st_mtime_ns)
     repo, at, revision = str(name).partition("@")
-    if not REPO.fullmatch(repo):
+    if not REPO.fullmatch(repo) or folder.suffix == ".gguf":
         raise BadInput(f"no model folder {str(name)!r} (from {Path.cwd()}); give a run such "
-                       "as runs/sft, a folder in the Hub's layout, or a Hub name such as "
-                       "meta-llama/Llama-3.2-1B")
+                       "as runs/sft, a folder in the Hub's layout, a .gguf file, or a Hub name "
+                       "such as meta-llama/Llama-3.2-1B")
     if at and not REVISION.fullmatch(revision):
         raise BadInput(f"{str(name)!r}: {revision!r} is no revision; expected a branch, tag or "
                        f"commit of {repo} behind the @, such as {repo}@main")
     return fetch_model(str(name), repo, revision or "main", weights)
+
+
+@functools.cache
+def gguf_folder(path: Path, changed: int) -> Path:
+    """A folder that stands for a GGUF file while this process runs: what is small, and a link.
+
+    changed   the file's time, by which another file of that name is told apart
+    returns   a folder of the file's own name, so that a message about it names the file
+    """
+    # imported here: other models have no use for it
+    from files.gguf import folder_files, read_gguf
+    files = folder_files(read_gguf(path))
+    folder = Path(tempfile.mkdtemp(prefix="gguf-")) / path.name
+    atexit.register(shutil.rmtree, folder.parent, ignore_errors=True)
+    for name, content in files.items():
+        write_bytes(folder / name, content)
+    (folder / GGUF).symlink_to(path)
+    return folder
 
 
 def read_origin(name: str | Path) -> tuple[Path, dict]:
@@ -246,7 +272,7 @@ def read_index(folder: Path) -> dict[str, str]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """A model folder's safetensors files: the shards that its index names, or model.safetensors."""
+    """A model folder's weights: the shards that its index names, model.safetensors, or a GGUF."""
     folder = Path(folder)
     if files := [folder / name for name in sorted(set(read_index(folder).values()))]:
         if missing := [f.name for f in files if not is_file(f)]:
@@ -255,12 +281,15 @@ def weight_files(folder: Path) -> list[Path]:
         return files
     if is_file(folder / WEIGHTS):
         return [folder / WEIGHTS]
+    if is_file(folder / GGUF):
+        return [folder / GGUF]
     others = sorted(f.name for f in folder.glob("*") if f.suffix in OTHER_WEIGHTS)
     # .bin, .pt and .pth are pickles: reading one can run what a stranger wrote
     raise BadInput(f"{folder} has no {WEIGHTS} and no {INDEX}"
                    + f", but {', '.join(others[:4])}" * bool(others)
-                   + "; only safetensors weights are read, under those names: fetch the model "
-                   "again, or convert it with transformers' save_pretrained")
+                   + "; only safetensors weights are read, under those names, or a .gguf file that "
+                   "is given itself: fetch the model again, or convert it with transformers' "
+                   "save_pretrained")
 
 
 def tensor_names(path: Path) -> list[str]:
@@ -366,15 +395,22 @@ def default_dtype() -> mx.Dtype | None:
     return mx.float32 if mx.default_device() == mx.Device(mx.cpu) else None
 
 
-def read_weights(folder: Path, tied: bool) -> dict[str, mx.array]:
+def read_weights(folder: Path, tied: bool, dtype: mx.Dtype | None = None, bits: int | None = None,
+                 group_size: int | None = None) -> dict[str, mx.array]:
     """A checkpoint's tensors by name. MLX reads one when it is evaluated, not before.
 
     tied   the unembedding is the embedding; some exporters store that matrix twice
+    dtype, bits, group_size   what is asked of the model, for a GGUF, which may have it as it is
     """
-    found, files = {}, sorted(set(open_weights(folder).values()))
+    found, files = {}, weight_files(folder)
     if blas.CPU_WHEEL and sum(file.stat().st_size for file in files) > LARGE:
         blas.map_large_blocks()
-    for file in files:
+    if files == [folder / GGUF]:
+        # imported here: other models have no use for it
+        from files.gguf import read_tensors
+        # a quantised model's tables stay in 16 bits
+        return read_tensors(files[0], dtype if bits else dtype or default_dtype(), bits, group_size)
+    for file in sorted(set(open_weights(folder).values())):
         found |= mx.load(str(file))
     # derived, in old checkpoints
     found = {k: v for k, v in found.items() if not k.endswith("rotary_emb.inv_freq")}

@@ -1,7 +1,8 @@
 """Shared by all tests: where things are, TF32 off, and small models made on the spot.
 
-Nothing here needs a network.
+Nothing here needs a network, but `smollm2` once.
 """
+import fcntl
 import json
 import os
 import signal
@@ -229,6 +230,19 @@ def sums_data(tmp_path_factory):
     """A data folder of sums of three numbers, and 24 to judge: for methods that reason."""
     folder = tmp_path_factory.mktemp("data") / "sums"
     write_task("sums", folder, samples=200, test=24, terms=3)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """models/smollm2, the real Llama, fetched once a machine; of two processes, one fetches."""
+    folder = ROOT / "models" / "smollm2"
+    with open(folder.with_suffix(".tmp"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = run("-m", "files.convert", "smollm2", folder)
+    if done.returncode:
+        # CI has a network; elsewhere a machine may have none
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(done.stderr)
     return folder
 
 
