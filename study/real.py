@@ -38,7 +38,8 @@ Reports = dict[str, list[dict]]     # arm -> report.json of each fold or seed
 def runs_of(task: str, arms: dict, folds: dict[int, Path]) -> Reports:
     """Train every arm on every fold's or seed's data."""
     return {name: [finished_run(f"{task}_{name}", seed, f"smollm2_{config}",
-                                [*overrides, f"data={data}", "eval_every_steps=0"])
+                                [*overrides, f"data={data}", "eval_every_steps=0",
+                                 "lens_every_steps=0"])
                    for seed, data in folds.items()]
             for name, (_, config, overrides) in arms.items()}
 
