@@ -1,7 +1,7 @@
 """From a config to batches that say what the loss counts.
 
 A problem is a prompt and its answer; arithmetic problems are made (text/arithmetic.py), all others
-are read from a folder of train.jsonl, valid.jsonl and test.jsonl, as `python -m tasks` writes them.
+are read from a file, or a folder as `python -m tasks` writes it (text/columns.py).
 text/rows.py turns a problem into a Row of token ids: prompt, answer, EOS. Here rows become batches:
 
     7 * 8 = 56 EOS     position of "=" predicts 56, position of 56 predicts EOS: two targets
@@ -19,7 +19,7 @@ from config import BadInput, Config
 from engine import workers
 from engine.memory import Load, supervised_load
 from text.arithmetic import Problem, held_out, sample_train
-from text.rows import Row, read_rows
+from text.rows import Row, read_rows, read_split
 
 # --------------------------------------------------------------------------------------------------
 # from a config to problems
@@ -34,11 +34,11 @@ def load_split(cfg: Config, split: str) -> list[Problem]:
     """The problems of train, valid or test; raises BadInput if there are none."""
     if cfg.data == "arithmetic":
         problems = sample_train(cfg) if split == "train" else held_out(cfg, split)
-    elif Path(cfg.data).is_dir():
-        problems = read_problems(Path(cfg.data) / f"{split}.jsonl")
+    elif Path(cfg.data).exists():
+        problems = read_split(cfg.data, split)
     else:
-        raise BadInput(f"data = {cfg.data!r}: expected arithmetic, or a folder that holds "
-                       "train.jsonl, valid.jsonl and test.jsonl; "
+        raise BadInput(f"data = {cfg.data!r}: expected arithmetic, a file of JSON lines, or a "
+                       "folder that holds train.jsonl, valid.jsonl and test.jsonl; "
                        f"`python -m tasks NAME {cfg.data}` writes one; alone it lists the names")
     if not problems:
         raise BadInput(f"the {split} split of data = {cfg.data!r} is empty "

@@ -165,18 +165,19 @@ class Run:
     def keep_if_best(self, seen: dict, files: dict) -> None:
         """Log an inspection; above every earlier validation accuracy keep the weights in best/.
 
-        best/ is a run folder for eval.py and the others, and step.json says of which step. Like the
-        records it may be ahead of the state: continuing comes to the same step again.
+        Where answers are too long for an accuracy: below every earlier validation loss. best/ is a
+        run folder for eval.py and the others, and step.json says of which step. Like the records it
+        may be ahead of the state: continuing comes to the same step again.
         """
-        earlier = [r["valid_accuracy"] for r in self.records
-                   if r.get("valid_accuracy") is not None]
+        key, sign = ("valid_accuracy", 1) if "valid_accuracy" in seen else ("valid_loss", -1)
+        earlier = [sign * r[key] for r in self.records if r.get(key) is not None]
         self.log(seen)
-        accuracy = seen.get("valid_accuracy")
-        if self.writes and accuracy is not None and all(accuracy > value for value in earlier):
+        value = seen.get(key)
+        if self.writes and value is not None and all(sign * value > best for best in earlier):
             config = (self.folder / "config.yaml").read_text(encoding="utf-8")
             self.write_files({"config.yaml": config, **files}, "best")
             write_text(self.folder / "best" / "step.json", json.dumps(
-                {"step": seen["step"], "valid_accuracy": accuracy}) + "\n")
+                {"step": seen["step"], key: value}) + "\n")
 
     def write_failed(self, step: int, micro_batches: list[dict[str, mx.array]]) -> None:
         """Write the batch whose loss or gradient is not finite to failed_batch.json."""

@@ -14,9 +14,9 @@ import functools
 import hashlib
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from config import Config
+from config import ON_POLICY, Config
 
 SYMBOLS = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/"}
 # each phrase names one (operation, a, b) and no other;
@@ -51,6 +51,7 @@ NAMED_PROMPTS = {
 }
 NAMED_PAIRS = {tuple(sorted((a, b))) for prompts in NAMED_PROMPTS.values() for _, a, b in prompts}
 TEST_PROBLEMS_PER_CELL = 300  # of each operation and wording, where there are so many
+TEXT = ("text",)              # the layout of a plain text: no question, and no answer either
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Problem:
     hidden    of a question to reason about: the prompt without the question (markovian.py)
     letters   its options, such as "ABCD"; "": the answer is a number
     messages  of a conversation: (role, content) of all of it; prompt and answer are its last two
+    layout    the columns that it was read from (text/columns.py)
     """
     prompt: str
     answer: str
@@ -70,6 +72,12 @@ class Problem:
     hidden: str = ""
     letters: str = ""
     messages: tuple[tuple[str, str], ...] = ()
+    layout: tuple[str, ...] = field(default=(), compare=False, repr=False)
+
+
+def is_own(cfg: Config) -> bool:
+    """Whether rows are a user's, and training is on their answers: then their loss is a measure."""
+    return cfg.data != "arithmetic" and cfg.method not in ON_POLICY
 
 
 def number_words(n: int) -> str:
