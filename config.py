@@ -46,7 +46,7 @@ class Config:
     from_scratch: bool = False
 
     # --- data
-    # arithmetic | a folder of train.jsonl, valid.jsonl and test.jsonl (python -m tasks writes such)
+    # arithmetic | a file of rows, or a folder of train.jsonl and perhaps valid.jsonl and test.jsonl
     data: str = "arithmetic"
     data_samples: int = 5000        # training rows drawn of arithmetic
     data_operations: tuple[str, ...] = ("add", "subtract", "multiply")
@@ -124,7 +124,7 @@ class Config:
     memory_limit_gib: float | None = None   # what a run may take; null: what the machine has
 
     # --- looking inside, and saving
-    eval_every_steps: int = 50      # validation accuracy; 0: never
+    eval_every_steps: int = 50      # validation accuracy, of own data the loss too; 0: never
     eval_prompts: int = 200         # validation prompts for that; the lens reads at most 64
     # the lens on validation prompts, for the emergence curve; 0: never
     lens_every_steps: int = 50

@@ -1,7 +1,7 @@
 """From a config to batches that say what the loss counts.
 
 A problem is a prompt and its answer; arithmetic problems are made (text/arithmetic.py), all others
-are read from a folder of train.jsonl, valid.jsonl and test.jsonl, as `python -m tasks` writes them.
+are read from a file, or a folder as `python -m tasks` writes it (text/columns.py).
 text/rows.py turns a problem into a Row of token ids: prompt, answer, EOS. Here rows become batches:
 
     7 * 8 = 56 EOS     position of "=" predicts 56, position of 56 predicts EOS: two targets
@@ -9,8 +9,6 @@ text/rows.py turns a problem into a Row of token ids: prompt, answer, EOS. Here 
 The loss counts targets alone, and reads the model at their positions alone.
 Shapes: B rows, T tokens, A the largest number of targets in a row of the data.
 """
-from pathlib import Path
-
 import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
@@ -19,27 +17,19 @@ from config import BadInput, Config
 from engine import workers
 from engine.memory import Load, supervised_load
 from text.arithmetic import Problem, held_out, sample_train
-from text.rows import Row, read_rows
+from text.rows import Row
 
 # --------------------------------------------------------------------------------------------------
 # from a config to problems
-
-
-def read_problems(path: Path, needs_answer: bool = True) -> list[Problem]:
-    """The rows of a JSONL file; raises BadInput, which names the first bad lines."""
-    return [Problem(**row) for row in read_rows(path, needs_answer)]
 
 
 def load_split(cfg: Config, split: str) -> list[Problem]:
     """The problems of train, valid or test; raises BadInput if there are none."""
     if cfg.data == "arithmetic":
         problems = sample_train(cfg) if split == "train" else held_out(cfg, split)
-    elif Path(cfg.data).is_dir():
-        problems = read_problems(Path(cfg.data) / f"{split}.jsonl", cfg.needs_answers)
     else:
-        raise BadInput(f"data = {cfg.data!r}: expected arithmetic, or a folder that holds "
-                       "train.jsonl, valid.jsonl and test.jsonl; "
-                       f"`python -m tasks NAME {cfg.data}` writes one; alone it lists the names")
+        from text.columns import read_split  # made problems have no use for it
+        problems = read_split(cfg, split)
     if not problems:
         raise BadInput(f"the {split} split of data = {cfg.data!r} is empty "
                        f"(data_samples = {cfg.data_samples}); nothing to do")

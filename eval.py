@@ -6,7 +6,8 @@ three series that are never mixed: the answer's first token, the operation's wor
 symbol. Words are compared in one form, with a space before them or without (Tokenizer.word_ids),
 and an answer has emerged only where its first token is all of it. Strength is the largest
 probability before the last block; the last block's own is the model's output and stands beside it,
-not in it (what prior code counted instead: study/prior_work.md).
+not in it (what prior code counted instead: study/prior_work.md). Of a user's own rows also the
+*loss*, in nats a token; where answers are too long to be matched, ten replies are there to be read.
 
     python eval.py --ckpt runs/dual_reward --base                    # beside its base model
     python eval.py --ckpt runs/dual_reward --compare runs/sft        # exact McNemar, same problems
@@ -16,39 +17,47 @@ import json
 from pathlib import Path
 
 import engine.blas  # noqa: F401  (before mlx)
+import mlx.core as mx
 import numpy as np
 
 from checkpoint import checkpoint_files, load_base, load_checkpoint
 from config import BadInput, Config, Parser, load_config, load_overrides, resolved, run_main
-from data import load_split
+from data import load_split, make_batch
 from engine import memory
 from engine.memory import LENS_PROMPTS
+from engine.parallel import map_rows
 from files.disk import write_text
 from files.run_folder import Run, provenance
 from generate import Completion, sample
 from lens import Reading, read_prompts
+from losses import token_logprobs
 from model import Llama
 from report.stats import (
-    SERIES,
     bootstrap_mean,
-    mcnemar,
+    compare_rows,
     peak_of_prompt,
     summarize_accuracy,
     summarize_chains,
     summarize_classifier,
     summarize_lens,
+    summarize_loss,
 )
 from report.terminal import report_text
-from text.arithmetic import NAMED_PROMPTS, Problem, evenly, grade_reply, named_problems
+from text.arithmetic import NAMED_PROMPTS, Problem, evenly, grade_reply, is_own, named_problems
 from text.rows import (
     answer_lengths,
     encode_prompt_of,
     ends_of_reply,
+    is_short,
     name_targets,
     series_ids,
+    tokenize,
     with_template,
 )
 from text.tokenizer import Tokenizer
+
+LOSS_TOKENS = 4096      # of padded rows in one forward pass
+REPLIES = 10            # to be read, where answers are too long to be matched
 
 # --------------------------------------------------------------------------------------------------
 # which tokens are looked for
@@ -95,9 +104,30 @@ def measure_accuracy(model: Llama, tokenizer: Tokenizer, problems: list[Problem]
              "operation": p.operation, "wording": p.wording} for p, c in zip(problems, done)]
 
 
+def measure_loss(model: Llama, tokenizer: Tokenizer, problems: list[Problem],
+                 cfg: Config) -> list[tuple[float, int]]:
+    """Each row's -log p of training's targets in nats, summed, and how many targets these are."""
+    rows = tokenize(problems, tokenizer, model.args.max_position_embeddings, template=cfg.template)
+    counts = [sum(stop - start for start, stop in row.targets(cfg)) for row in rows]
+    waiting, nats = sorted(range(len(rows)), key=lambda i: len(rows[i].ids)), {}
+    while waiting:      # the longest first; no more at a time than training has
+        T = len(rows[waiting[-1]].ids)
+        n = max(1, min(cfg.batch_size // cfg.grad_accum_steps, LOSS_TOKENS // T))
+        part, waiting = waiting[-n:], waiting[:-n]
+        batch = make_batch(rows, part, T, max(counts[i] for i in part), cfg)
+        arrays = {name: mx.array(batch[name]) for name in ("tokens", "target_positions", "targets")}
+        # rows are independent, so a Linux CPU reads parts of them side by side
+        resids = map_rows(lambda b: model.final_resid(
+            b["tokens"][:, :-1], positions=b["target_positions"]), arrays, model.parts)
+        resid = mx.concatenate(resids)                                              # (n, A, D)
+        logprobs = memory.read_in_turn(model, token_logprobs, resid, arrays["targets"])     # (n, A)
+        nats |= zip(part, -(np.array(logprobs) * batch["target_mask"]).sum(1))
+    return [(float(nats[i]), counts[i]) for i in range(len(rows))]
+
+
 def measure_reward(model: Llama, tokenizer: Tokenizer, problems: list[Problem],
                    cfg: Config) -> list[dict]:
-    """The same of rows without an answer, which cfg.grpo_reward judges: [{prompt, ..., reward}]."""
+    """Of rows without an answer, judged by cfg.grpo_reward: [{prompt, ..., reward}]."""
     # imported here: no other method has such rows
     from files.user_reward import call_rewards, load_rewards
     done = complete(model, tokenizer, problems, cfg.max_completion_tokens, cfg.template)
@@ -109,8 +139,8 @@ def measure_reward(model: Llama, tokenizer: Tokenizer, problems: list[Problem],
 def inspect(model: Llama, tokenizer: Tokenizer, valid: list, done: int, cfg: Config) -> dict:
     """Validation accuracy and the lens, where due after `done` steps; always at start and end.
 
-    Of rows without an answer the mean reward alone: the lens has nothing to look for.
-    Of chains also the controls: without a chain, with another's, answered by the frozen base.
+    Of own rows also the loss, the accuracy only where answers are short; of rows without an answer
+    the mean reward alone. Of chains also the controls: without one, another's, the frozen base.
     returns  {step, ...} for metrics.jsonl, or {} where nothing is due
     """
     def is_due(every):
@@ -126,10 +156,13 @@ def inspect(model: Llama, tokenizer: Tokenizer, valid: list, done: int, cfg: Con
         elif not has_answers:
             rows = measure_reward(model, tokenizer, chosen, cfg)
             record["valid_reward"] = float(np.mean([r["reward"] for r in rows]))
-        else:
+        elif is_short(chosen, tokenizer, cfg):
             rows = measure_accuracy(model, tokenizer, chosen, cfg.max_completion_tokens,
                                     cfg.template)
             record["valid_accuracy"] = float(np.mean([r["correct"] for r in rows]))
+        if is_own(cfg):
+            found = summarize_loss(measure_loss(model, tokenizer, chosen, cfg))
+            record |= {f"valid_{key}": found[key]["value"] for key in ("loss", "perplexity")}
     if is_due(cfg.lens_every_steps) and cfg.method != "markovian" and has_answers:
         chosen = evenly(valid, min(cfg.eval_prompts, LENS_PROMPTS))
         reading, ids = read_series(model, tokenizer, chosen, cfg.template)
@@ -151,24 +184,32 @@ def evaluate(model: Llama, tokenizer: Tokenizer, cfg: Config) -> dict:
     test = load_split(cfg, "test")
     if cfg.method == "markovian":
         return evaluate_on_chains(model, tokenizer, test, cfg)
-    if not all(p.answer for p in test):
-        rows = measure_reward(model, tokenizer, test, cfg)
-        return {**summarize_accuracy([]), "reward": bootstrap_mean([r["reward"] for r in rows]),
-                "layers": [], "prompts": rows}
-    if cfg.template == "none" and any(p.hidden for p in test):
+    to_reason = any(p.hidden for p in test)
+    if to_reason and cfg.template == "none":
         raise BadInput(f"data {cfg.data} holds questions to reason about; give method=markovian, "
                        "or for an instruct model template=chat max_completion_tokens=256")
-    named = {name: named_problems(name) for name in NAMED_PROMPTS
-             if cfg.data == "arithmetic"}
+    limit, context, own = cfg.max_completion_tokens, model.args.max_position_embeddings, {}
+    if cfg.data != "arithmetic":
+        from text.own_rows import prepare_test  # made problems have no use for it
+        test, limit, own["data"] = prepare_test(test, tokenizer, context, cfg)
+    if not all(p.answer for p in test):
+        rows = measure_reward(model, tokenizer, test, cfg)
+        return {**own, "reward": bootstrap_mean([r["reward"] for r in rows]), "layers": [],
+                "prompts": rows}
+    if is_own(cfg) and not to_reason:
+        own |= summarize_loss(measure_loss(model, tokenizer, test, cfg))
+    named = {name: named_problems(name) for name in NAMED_PROMPTS if cfg.data == "arithmetic"}
     problems = test + [p for group in named.values() for p in group]
     sets = ["test"] * len(test) + [name for name, group in named.items() for _ in group]
     reading, ids = read_series(model, tokenizer, problems, cfg.template)
-    rows = measure_accuracy(model, tokenizer, problems, cfg.max_completion_tokens, cfg.template)
-    for i, row in enumerate(rows):
+    short = is_short(test, tokenizer, cfg)
+    asked = evenly(range(len(problems)), len(problems) if short else REPLIES)
+    rows = measure_accuracy(model, tokenizer, [problems[i] for i in asked], limit, cfg.template)
+    for i, row in zip(asked, rows):
         row |= {"set": sets[i], **peak_of_prompt(reading.probs[:, i, 0])}
     lengths = answer_lengths(tokenizer, test, cfg.template)
     return {
-        **summarize_accuracy(rows),
+        **own, **(summarize_accuracy(rows) if short else {}),
         **summarize_classifier(reading, ids[:len(test)], lengths, class_block(cfg, model)),
         **name_targets(tokenizer, problems, test, cfg),
         "prompts": rows,
@@ -179,14 +220,14 @@ def evaluate_on_chains(model: Llama, tokenizer: Tokenizer, test: list[Problem],
                        cfg: Config) -> dict:
     """The same for questions with a chain: the lens looks behind "Answer:", with the chain in view.
 
-    All three series are the answer's first token: there is no operation to name.
+    The only series is the answer's first token: there is no operation to name.
     """
     # imported here: no other method writes chains
     from markovian import answer_prompt, encode_question, evaluate_chains
     rows = evaluate_chains(model, tokenizer, test, cfg)
-    questions = [encode_question(p, tokenizer, cfg.markovian) for p in test]
+    questions = [encode_question(p, tokenizer, cfg.markovian, cfg.template) for p in test]
     prompts = [answer_prompt(q, row["chain_ids"], tokenizer) for q, row in zip(questions, rows)]
-    ids = np.array([[q.answer[0]] * len(SERIES) for q in questions])
+    ids = np.array([[q.answer[0]] for q in questions])
     reading = read_prompts(model, prompts, ids.tolist())
     for i, row in enumerate(rows):
         row |= {"set": "test", **peak_of_prompt(reading.probs[:, i, 0])}
@@ -228,9 +269,7 @@ def make_report(ckpt: str | Path, with_base: bool, compare: str | None = None,
             raise BadInput(f"--compare {compare} has method {other_cfg.method}, {ckpt} has "
                            f"{cfg.method}; expected both with chains of thought, or both without")
         other = {"ckpt": str(compare), **evaluate(other_model, other_tokenizer, cfg)}
-        pair = [[bool(row["correct"]) for row in r["prompts"] if row["set"] == "test"]
-                for r in (report, other)]
-        report["compare"] = {**other, "mcnemar": mcnemar(*pair)}
+        report["compare"] = {**other, **compare_rows(report, other)}
     return report
 
 

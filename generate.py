@@ -251,7 +251,8 @@ def converse(model: Llama, tokenizer: Tokenizer, texts: Iterable[str], template:
     limit, choice   of a reply: the most tokens; temperature, top_k and top_p
     """
     messages = [] if system is None else [{"role": "system", "content": system}]
-    ends, cache, read = tokenizer.reply_ends(template), None, []
+    ends = {} if template == "none" else tokenizer.reply_ends(template)  # as it is: one line
+    cache, read = None, []
     for turn, text in enumerate(texts):
         messages.append({"role": "user", "content": text})
         prompt = tokenizer.encode_messages(messages, template)[0]

@@ -143,7 +143,7 @@ class Chains:
     def __init__(self, model: Llama, tokenizer: Tokenizer, problems: list[Problem], cfg: Config):
         check_extraction(problems, cfg.chain_extraction)
         self.model, self.tokenizer, self.cfg = model, tokenizer, cfg
-        self.ends = chain_ends(tokenizer, cfg)
+        self.ends = tokenizer.reply_ends(cfg.template)
         self.questions = {p: encode_question(p, tokenizer, cfg.markovian, cfg.template)
                           for p in problems}
         self.prompts = [self.questions[p].prompt for p in problems]
@@ -201,16 +201,11 @@ class Chains:
 # evaluation: greedy chain, greedy answer, and the controls that tell what the chain carries
 
 
-def chain_ends(tokenizer: Tokenizer, cfg: Config) -> dict:
-    """What ends a chain: EOS, in a template what ends a reply; no line break."""
-    return tokenizer.reply_ends(cfg.template) or {"many_lines": True}
-
-
 def greedy_chains(model: Llama, tokenizer: Tokenizer, questions: list[Question],
                   cfg: Config) -> list[Completion]:
     """One greedy chain a question, behind what the policy reads."""
     return sample(model, tokenizer, [q.prompt for q in questions], cfg.chain_tokens,
-                  **chain_ends(tokenizer, cfg))
+                  **tokenizer.reply_ends(cfg.template))
 
 
 def greedy_answers(model: Llama, tokenizer: Tokenizer, problems: list[Problem],

@@ -301,6 +301,11 @@ def train(cfg: Config, with_base: bool = True) -> dict:
     whole = replace(cfg, batch_size=cfg.batch_size * workers.size(),
                     grad_accum_steps=cfg.grad_accum_steps * workers.size())
     source, loss = make_method(whole, model, tokenizer)
+    about_data = ""
+    if cfg.data != "arithmetic":
+        from text.own_rows import check_own  # made problems have no use for it
+        valid, about_data = check_own(cfg, source.rows, valid, load_split(cfg, "test"), tokenizer,
+                                      model.args.max_position_embeddings)
     optimizer = make_optimizer(cfg, model)
     # refuses what will not fit, with what would make it fit
     needed = memory.prepare(cfg, model, raw, replace(source.memory_load(), valid=len(valid)))
@@ -324,6 +329,8 @@ def train(cfg: Config, with_base: bool = True) -> dict:
         trainable = sum(v.size for _, v in tree_flatten(model.trainable_parameters()))
         run.say(describe_run(cfg, trainable, block, done))
         run.say(memory.describe(needed))
+        if about_data:
+            run.say(about_data)
         if cfg.method == "dual_reward":
             wanted = sorted({row.class_id for row in source.rows})
             run.say(f"class loss wants {tokenizer.show(wanted[:8])}"

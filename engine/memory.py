@@ -355,6 +355,15 @@ def set_limits(cfg: Config, found: dict[str, float]) -> None:
 # less memory: activations computed again, logits of few rows at a time
 
 
+def read_in_turn(model: nn.Module, read, resid: mx.array, tokens: mx.array) -> mx.array:
+    """read(head(resid), tokens) without a gradient: (n, A), of LOGITS_PER_CALL logits at a time."""
+    width, parts = max(1, LOGITS_PER_CALL // (len(resid) * model.args.vocab_size)), []
+    for i in range(0, tokens.shape[1], width):
+        parts.append(read(model.head(resid[:, i:i + width]), tokens[:, i:i + width]))
+        mx.eval(parts[-1])      # or all logits would be there at once
+    return mx.concatenate(parts, axis=1)
+
+
 def spare(model: nn.Module, cfg: Config) -> None:
     """Have model recompute activations as cfg.recompute says, and read logits in parts; in place.
 

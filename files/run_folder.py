@@ -165,19 +165,21 @@ class Run:
     def keep_if_best(self, seen: dict, files: dict) -> None:
         """Log an inspection; above every earlier validation accuracy keep the weights in best/.
 
-        Rows without an answer have a mean reward in its place.
-        best/ is a run folder for eval.py and the others, and step.json says of which step. Like the
-        records it may be ahead of the state: continuing comes to the same step again.
+        Rows without an answer have a mean reward in its place; where answers are too long for an
+        accuracy, it is the validation loss, and the lowest counts. best/ is a run folder for
+        eval.py and the others, and step.json says of which step. Like the records it may be ahead
+        of the state: continuing comes to the same step again.
         """
-        key = "valid_reward" if "valid_reward" in seen else "valid_accuracy"
+        measures = {"valid_accuracy": 1, "valid_reward": 1, "valid_loss": -1}   # -1: the least
+        key = next((key for key in measures if seen.get(key) is not None), "")
         earlier = [r[key] for r in self.records if r.get(key) is not None]
         self.log(seen)
-        value = seen.get(key)
-        if self.writes and value is not None and all(value > other for other in earlier):
+        if self.writes and key and all(measures[key] * (seen[key] - value) > 0
+                                       for value in earlier):
             config = (self.folder / "config.yaml").read_text(encoding="utf-8")
             self.write_files({"config.yaml": config, **files}, "best")
             write_text(self.folder / "best" / "step.json", json.dumps(
-                {"step": seen["step"], key: value}) + "\n")
+                {"step": seen["step"], key: seen[key]}) + "\n")
 
     def write_failed(self, step: int, micro_batches: list[dict[str, mx.array]]) -> None:
         """Write the batch whose loss or gradient is not finite to failed_batch.json."""

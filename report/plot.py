@@ -48,20 +48,23 @@ def lens_heatmap(view: dict, path: str | Path) -> None:
 
 
 def emergence(records: list[dict], path: str | Path, title: str) -> None:
-    """The run as a curve: blocks by steps for operation word and answer, and accuracy below.
+    """The run as a curve: blocks by steps for operation word and answer, below accuracy and loss.
 
     records  the lines of metrics.jsonl; those with "lens" hold mean probabilities per block on
              validation prompts
     """
     lens = [r for r in records if "lens" in r]
     accuracy = [r for r in records if "valid_accuracy" in r]
-    if not lens and not accuracy:
+    losses = [r for r in records if "valid_loss" in r]
+    named = lens and "class_top1" in lens[0]["lens"]
+    below = [name for name, there in (("share", accuracy or named), ("loss", losses)) if there]
+    if not lens and not below:
         return
     panels = [(key, label) for key, label in (("operation", "operation word"),
                                               ("answer", "answer's first token"))
               if lens and key in lens[0]["lens"]]
-    figure, axes = plt.subplots(len(panels) + 1, 1, figsize=(8, 2.6 * (len(panels) + 1)),
-                                sharex=True, layout="constrained")
+    n = len(panels) + len(below)
+    figure, axes = plt.subplots(n, 1, figsize=(8, 2.6 * n), sharex=True, layout="constrained")
     axes = np.atleast_1d(axes)
     steps = [r["step"] for r in lens]
     for axis, (key, label) in zip(axes, panels):
@@ -73,17 +76,28 @@ def emergence(records: list[dict], path: str | Path, title: str) -> None:
         axis.set(ylabel="after block",
                  title=f"{label}: mean lens probability at the last prompt token")
         figure.colorbar(image, ax=axis)
-    axis = axes[-1]
-    if accuracy:
-        axis.plot([r["step"] for r in accuracy], [r["valid_accuracy"] for r in accuracy],
-                  "o-", ms=3, label="answers right")
-    if lens and "class_top1" in lens[0]["lens"]:
-        axis.plot(steps, [r["lens"]["class_top1"] for r in lens], "s--", ms=3,
-                  label="operation word top-1 at the trained block")
-    axis.set(xlabel="training step", ylabel="share", ylim=(-0.03, 1.03),
-             title="validation prompts (unseen operand pairs)")
-    axis.legend(loc="lower right")
-    axis.grid(alpha=0.3)
+    if "share" in below:
+        axis = axes[len(panels)]
+        if accuracy:
+            axis.plot([r["step"] for r in accuracy], [r["valid_accuracy"] for r in accuracy],
+                      "o-", ms=3, label="answers right")
+        if named:
+            axis.plot(steps, [r["lens"]["class_top1"] for r in lens], "s--", ms=3,
+                      label="operation word top-1 at the trained block")
+        axis.set(ylabel="share", ylim=(-0.03, 1.03), title="validation prompts (unseen "
+                 f"{'rows' if losses else 'operand pairs'})")
+        axis.legend(loc="lower right")
+        axis.grid(alpha=0.3)
+    if losses:
+        trained = [r for r in records if "answer_loss" in r]
+        axes[-1].plot([r["step"] for r in trained], [r["answer_loss"] for r in trained], lw=1,
+                      label="training rows of a step")
+        axes[-1].plot([r["step"] for r in losses], [r["valid_loss"] for r in losses], "o-", ms=3,
+                      label="validation rows")
+        axes[-1].set(ylabel="nats a token", title="loss")
+        axes[-1].legend(loc="upper right")
+        axes[-1].grid(alpha=0.3)
+    axes[-1].set_xlabel("training step")
     figure.suptitle(title)
     save_figure(figure, path)
 

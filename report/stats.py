@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 import scipy  # `scipy.stats` is imported where it is first used: training can do without
 
+from config import BadInput
+
 SERIES = ("answer", "operation", "symbol")
 EMERGED = 0.10  # the prior work's threshold on a lens probability before the last block
 
@@ -178,6 +180,25 @@ def bootstrap_mean(values: Sequence[float], level: float = 0.95, draws: int = 20
     return {"value": float(values.mean()), "n": len(values), "low": float(low), "high": float(high)}
 
 
+def bootstrap_ratio(sums: Sequence[float], counts: Sequence[float], level: float = 0.95,
+                    draws: int = 2000) -> dict:
+    """sum / count over all units with its interval: {value, n, low, high}, as bootstrap_mean's.
+
+    Nats a token over rows of unequal length: rows are drawn, tokens counted. A mean of the rows'
+    own means would weigh the tokens of short rows more.
+    example  sums [2, 9], counts [1, 9] -> 1.1, where the mean of means is 1.5
+    """
+    sums, counts = np.asarray(sums, np.float64), np.asarray(counts, np.float64)
+    rng, n = np.random.default_rng(0), len(sums)
+    ratios = []
+    for _ in range(draws):
+        drawn = rng.integers(0, n, n)
+        ratios.append(sums[drawn].sum() / counts[drawn].sum())
+    low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
+    return {"value": float(sums.sum() / counts.sum()), "n": n, "low": float(low),
+            "high": float(high)}
+
+
 def mean_interval(values: Sequence[float], level: float = 0.95) -> dict:
     """A mean over a few training runs with Student's interval: {value, n, low, high}.
 
@@ -291,9 +312,9 @@ def depth(score: np.ndarray, threshold: float, hold: int = 3) -> dict[str, int]:
 
 
 def peak_of_prompt(probs: np.ndarray) -> dict:
-    """Where each series peaks before the last block, and the last block's own; probs (L+1, 3)."""
+    """Where each series peaks before the last block, and the last block's own; probs (L+1, N)."""
     row = {}
-    for n, name in enumerate(SERIES):
+    for n, name in enumerate(SERIES[:probs.shape[1]]):
         inner = probs[1:-1, n]  # blocks 0 .. L-2: the last is the output itself
         row |= {f"{name}_layer": int(inner.argmax()), f"{name}_prob": float(inner.max()),
                 f"{name}_prob_last": float(probs[-1, n])}
@@ -322,6 +343,33 @@ def summarize_accuracy(rows: list[dict]) -> dict:
     }
 
 
+def summarize_loss(rows: list[tuple[float, int]]) -> dict:
+    """Rows (nats, tokens) to {loss, perplexity, rows}: nats a token, e to that power, the rows."""
+    loss = bootstrap_ratio(*zip(*rows))
+    return {"loss": loss, "perplexity": {key: value if key == "n" else float(np.exp(value))
+                                         for key, value in loss.items()}, "rows": rows}
+
+
+def compare_rows(report: dict, other: dict) -> dict:
+    """Two runs on the same test rows: McNemar's test, and the other's loss less this one's.
+
+    raises   BadInput where they have read other rows, or in other tokens
+    """
+    found, both = {}, (report, other)
+    first, second = ([row for row in r["prompts"] if row["set"] == "test"] for r in both)
+    tokens = [[count for _, count in r.get("rows", [])] for r in both]
+    if tokens[0] != tokens[1] or len(first) != len(second):
+        raise BadInput(f"--compare: {report['ckpt']} and {other['ckpt']} read other tokens of the "
+                       "test rows; expected one tokenizer and one context")
+    if "accuracy" in report:
+        found["mcnemar"] = mcnemar([row["correct"] for row in first],
+                                   [row["correct"] for row in second])
+    if "loss" in report:
+        found["loss_difference"] = bootstrap_ratio(
+            [b - a for (a, _), (b, _) in zip(report["rows"], other["rows"])], tokens[0])
+    return found
+
+
 def summarize_classifier(reading, ids: np.ndarray, lengths: np.ndarray,
                          block: int) -> dict:
     """The classifier's figures over the first B prompts: trained block, series, all blocks.
@@ -331,26 +379,29 @@ def summarize_classifier(reading, ids: np.ndarray, lengths: np.ndarray,
                   have it. "Emerged" is therefore said of answers of one token alone; what all
                   first tokens do stands apart, under first_token
     """
-    B = len(ids)
-    probs, ranks = reading.probs[:, :B, 0], reading.ranks[:, :B, 0]                 # (L+1, B, 3)
-    is_top = reading.top_ids[:, :B, 0, :1] == ids                                   # (L+1, B, 3)
-    word = SERIES.index("operation")
+    B, N = ids.shape
+    names = SERIES[:N]
+    probs, ranks = reading.probs[:, :B, 0], reading.ranks[:, :B, 0]                 # (L+1, B, N)
+    is_top = reading.top_ids[:, :B, 0, :1] == ids                                   # (L+1, B, N)
     layers = []
     for tap in range(1, len(probs)):
         series = {name: {"prob": float(probs[tap, :, n].mean()),
                          "rank": float(np.median(ranks[tap, :, n])),
-                         "top1": float(is_top[tap, :, n].mean())} for n, name in enumerate(SERIES)}
+                         "top1": float(is_top[tap, :, n].mean())} for n, name in enumerate(names)}
         layers.append({"layer": tap - 1, "last": tap == len(probs) - 1,
                        "entropy": float(reading.entropy[tap, :B].mean()), **series})
-    right = is_top[block + 1, :, word]
     strength = {name: summarize_strength(probs[:, :, n], is_top[:, :, n])
-                for n, name in enumerate(SERIES)}
+                for n, name in enumerate(names)}
+    trained = {}
+    if N > 1:       # rows have an operation
+        right = is_top[block + 1, :, 1]
+        trained = {"class": {"layer": block, "top1": wilson(int(right.sum()), len(right)),
+                             "prob": bootstrap_mean(probs[block + 1, :, 1])}}
     whole = lengths == 1
     strength["answer"]["first_token"] = summarize_emergence(probs[:, :, 0], is_top[:, :, 0])
     strength["answer"] |= summarize_emergence(probs[:, whole, 0], is_top[:, whole, 0])
     return {
-        "class": {"layer": block, "top1": wilson(int(right.sum()), len(right)),
-                  "prob": bootstrap_mean(probs[block + 1, :, word])},
+        **trained,
         "one_token_answers": wilson(int(whole.sum()), len(whole)),
         "strength": strength,
         "layers": layers,
@@ -378,8 +429,10 @@ def summarize_emergence(probs: np.ndarray, is_top: np.ndarray) -> dict:
 
 def summarize_lens(reading, ids: np.ndarray, block: int) -> dict:
     """Means over prompts for metrics.jsonl: per tap each series' probability and top-1 share."""
-    summary = {"class_top1": float((reading.top_ids[block + 1, :, 0, 0] == ids[:, 1]).mean())}
-    for n, name in enumerate(SERIES):
+    N, summary = ids.shape[1], {}
+    if N > 1:       # rows have an operation
+        summary["class_top1"] = float((reading.top_ids[block + 1, :, 0, 0] == ids[:, 1]).mean())
+    for n, name in enumerate(SERIES[:N]):
         summary[name] = {
             "prob": reading.probs[:, :, 0, n].mean(1).round(5).tolist(),
             "top1": (reading.top_ids[:, :, 0, 0] == ids[:, n]).mean(1).round(5).tolist()}

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
 from config import Config
-from report.stats import EMERGED, percent
+from report.stats import EMERGED, interval_text, percent
+from text.arithmetic import evenly
 
 # --------------------------------------------------------------------------------------------------
 # a training run, line by line
@@ -32,9 +33,12 @@ def format_line(record: dict, seen: dict, block: int) -> str:
     parts = [f"step {seen['step']:5d}", f"loss {record['loss']:7.4f}"]
     if "class_loss" in record:
         parts.append(f"answer {record['answer_loss']:7.4f}  class {record['class_loss']:7.4f}")
+    if "valid_loss" in seen:
+        parts.append(f"valid loss {seen['valid_loss']:7.4f}, "
+                     f"perplexity {seen['valid_perplexity']:.4g}")
     if "valid_accuracy" in seen:
         parts.append(f"valid {100 * seen['valid_accuracy']:5.1f} %")
-    if "lens" in seen:
+    if "class_top1" in seen.get("lens", {}):
         parts.append(f"word top-1 at L{block} {100 * seen['lens']['class_top1']:5.1f} %")
     return "  ".join(parts + [f"{record['tokens_per_s']:6d} tok/s",
                               f"{record['peak_gib']:.2f} GiB"])
@@ -86,8 +90,10 @@ def format_chains(valid: dict) -> str:
 
 def report_text(report: dict) -> str:
     """Tables for a person: accuracy beside the base, the prior work's prompt table, the layers."""
-    lines = [f"\n{report['ckpt']} ({report['method']}, seed {report['seed']}); "
-             "test pairs never seen in training; 95 % Wilson intervals"]
+    about = "test pairs never seen in training; 95 % Wilson intervals"
+    if "data" in report:
+        about = f"95 % intervals, of means by a bootstrap over rows\n  {report['data']}"
+    lines = [f"\n{report['ckpt']} ({report['method']}, seed {report['seed']}); {about}"]
     if "reward" in report:      # of rows without an answer, which the lens could look for
         return "\n".join(lines + reward_lines(report))
     lines += chain_lines(report) if "chains" in report else accuracy_lines(report)
@@ -100,7 +106,7 @@ def report_text(report: dict) -> str:
                         for name in series_of(report))
         output = "   (the output itself)" if layer["last"] else ""
         lines.append(f"  L{layer['layer']:<6} {cells}{layer['entropy']:.2f}{output}")
-    return "\n".join(lines)
+    return "\n".join(lines + (reply_lines(report) if "data" in report else []))
 
 
 def series_of(report: dict) -> list[str]:
@@ -118,8 +124,9 @@ def target_lines(report: dict) -> list[str]:
     notes = [f"{label + ':':<16}{', '.join(tokens)}" for label, tokens in named.items() if tokens]
     counted = report["one_token_answers"]
     if counted["value"] != 1:
-        notes.append(f"{'answer:':<16}its first token; {100 * counted['value']:.1f} % of the "
-                     "test answers are one token, and emerged is said of those alone")
+        notes.append(f"{'answer:':<16}its first token" + (
+            f"; {100 * counted['value']:.1f} % of the test answers are one token, and emerged is "
+            "said of those alone" if counted["value"] else ""))
     return ["\n  tokens read as  " + "\n                  ".join(notes)] if notes else []
 
 
@@ -127,7 +134,7 @@ def columns_of(report: dict) -> tuple[str, list[dict]]:
     """The head of a table: base, this model, another; and those that there are."""
     reports = {"base": report.get("base"), "this": report, "other": report.get("compare")}
     reports = {name: r for name, r in reports.items() if r}
-    names = [f"{name + ': ' + r['ckpt']:<34}" for name, r in reports.items()]
+    names = [f"{name + ': ' + r['ckpt']:<33} " for name, r in reports.items()]
     return " " * 36 + "".join(names), list(reports.values())
 
 
@@ -136,18 +143,25 @@ def row(label: str, cells: list[str]) -> str:
 
 
 def accuracy_lines(report: dict) -> list[str]:
+    """Accuracy and what emerged; of own rows also the loss. Operations only where rows name one."""
     head, reports = columns_of(report)
-    keys = {"accuracy, all test problems": ("accuracy",),
-            "accuracy, add and subtract": ("accuracy_add_subtract",)}
-    keys |= {"no answer to read (invalid)": ("invalid",)} if "invalid" in report else {}
-    keys |= {f"  {cell}": ("accuracy_by", cell) for cell in report["accuracy_by"]}
-    keys |= {f"  the prior work's {name} prompts": ("accuracy_named", name)
-             for name in report["accuracy_named"]}
-    if report["targets"]:
+    named, keys = bool(report["targets"]), {}
+    if "accuracy" in report:
+        keys["accuracy, all test problems"] = ("accuracy",)
+        keys |= {"accuracy, add and subtract": ("accuracy_add_subtract",)} if named else {}
+        keys |= {"no answer to read (invalid)": ("invalid",)} if "invalid" in report else {}
+        if named or len(report["accuracy_by"]) > 1:
+            keys |= {f"  {cell}": ("accuracy_by", cell) for cell in report["accuracy_by"]}
+        keys |= {f"  the prior work's {name} prompts": ("accuracy_named", name)
+                 for name in report["accuracy_named"]}
+    if named:
         keys[f"operation word top-1 at L{report['class']['layer']}"] = ("class", "top1")
-    keys["answers of one token"] = ("one_token_answers",)
-    keys |= {f"{name} emerged (> {EMERGED})": ("strength", name, "emerged")
-             for name in series_of(report)}
+    shown = series_of(report)
+    if any(r["one_token_answers"]["value"] for r in reports):
+        keys["answers of one token"] = ("one_token_answers",)
+    else:
+        shown.remove("answer")      # emerged is said of answers of one token
+    keys |= {f"{name} emerged (> {EMERGED})": ("strength", name, "emerged") for name in shown}
     if any(r["one_token_answers"]["value"] != 1 for r in reports):
         keys["first token emerged, all answers"] = ("strength", "answer", "first_token", "emerged")
     lines = [head]
@@ -156,20 +170,25 @@ def accuracy_lines(report: dict) -> list[str]:
         for key in path:
             cells = [cell[key] for cell in cells]
         lines.append(row(label, [percent(cell) for cell in cells]))
-    return lines + mcnemar_lines(report) + prompt_lines(report["prompts"])
+    if "loss" in report:
+        lines[1:1] = loss_lines(reports)
+    lines += mcnemar_lines(report)
+    return lines + (prompt_lines(report["prompts"]) if report.get("accuracy_named") else [])
+
+
+def loss_lines(reports: list[dict]) -> list[str]:
+    return [row("test loss, nats a token", [f"{interval_text(r['loss'], digits=4)} "
+                                            f"n={r['loss']['n']}" for r in reports]),
+            row("perplexity", ["{value:.4g} [{low:.4g}, {high:.4g}]".format(
+                **r["perplexity"]) for r in reports])]
 
 
 def reward_lines(report: dict) -> list[str]:
     """The mean reward of greedy replies, beside the base's and another run's, and three replies."""
     head, reports = columns_of(report)
-    means = [interval(r["reward"]) for r in reports]
-    lines = [head, row("reward, greedy (bootstrap)", means)]
+    lines = [head, row("reward of greedy replies", [interval_text(r["reward"]) for r in reports])]
     return lines + [f"\n  {sample['prompt'][-200:]!r}\n    reply {sample['generated'][:300]!r}, "
                     f"reward {sample['reward']:.3f}" for sample in report["prompts"][:3]]
-
-
-def interval(mean: dict) -> str:
-    return f"{mean['value']:.2f} [{mean['low']:.2f}, {mean['high']:.2f}]"
 
 
 def chain_lines(report: dict) -> list[str]:
@@ -186,7 +205,7 @@ def chain_lines(report: dict) -> list[str]:
     for label, key in (("log p(answer | chain), nats", "reward"),
                        ("  by the frozen base", "reward_frozen"),
                        ("  without a chain", "reward_empty"), ("tokens a chain", "chain_tokens")):
-        lines.append(row(label, [interval(r["chains"][key]) for r in reports]))
+        lines.append(row(label, [interval_text(r["chains"][key]) for r in reports]))
     lines += mcnemar_lines(report)
     for sample in report["prompts"][:3]:
         # what tasks.chain_prompt put around it
@@ -197,11 +216,33 @@ def chain_lines(report: dict) -> list[str]:
 
 
 def mcnemar_lines(report: dict) -> list[str]:
-    if "compare" not in report:
-        return []
-    test = report["compare"]["mcnemar"]
-    return [f"  McNemar, exact: {test['only_first']} solved only by this, "
-            f"{test['only_second']} only by the other, p = {test['p']:.3g}"]
+    lines, found = [], report.get("compare", {})
+    if "mcnemar" in found:
+        test = found["mcnemar"]
+        lines.append(f"  McNemar, exact: {test['only_first']} solved only by this, "
+                     f"{test['only_second']} only by the other, p = {test['p']:.3g}")
+    if "loss_difference" in found:
+        lines.append("  the other's loss less this one's, on the same rows: "
+                     + interval_text(found["loss_difference"], digits=4, sign="+"))
+    return lines
+
+
+def reply_lines(report: dict) -> list[str]:
+    """Ten rows of a user's data: what was asked, what was expected, what was generated."""
+    lines = [] if "accuracy" in report else [
+        "\n  right answers are not counted: texts, or answers longer than max_completion_tokens = "
+        f"{report['config']['max_completion_tokens']}; replies to read:"]
+    for reply in evenly(report["prompts"], 10):
+        right = " (right)" if "accuracy" in report and reply["correct"] else ""
+        lines += [f"\n  prompt     {one_line(reply['prompt'])}",
+                  f"  expected   {one_line(reply['expected'])}",
+                  f"  generated  {one_line(reply['generated'])}{right}"]
+    return lines
+
+
+def one_line(text: str) -> str:
+    """A text in quotes; of a long one its beginning and its end."""
+    return repr(text if len(text) <= 100 else f"{text[:60]} ... {text[-35:]}")
 
 
 def prompt_lines(prompts: list[dict]) -> list[str]:

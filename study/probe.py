@@ -37,7 +37,6 @@ from scipy.optimize import minimize
 
 from checkpoint import load_checkpoint
 from config import Config, Parser, load_config, load_overrides, run_main
-from data import read_problems
 from files.disk import write_text
 from files.keys import BadInput
 from lens import pad_prompts, read_prompts, taps_at
@@ -45,6 +44,7 @@ from model import Edit, Llama, gather_positions
 from report.stats import bootstrap_mean
 from study.jacobian import jacobian, last_token_stream, read_transported, word_directions
 from text.arithmetic import Problem, make_problem, phrases_of, split_of
+from text.columns import read_problems
 from text.rows import target_ids
 from text.tokenizer import Tokenizer
 

@@ -85,7 +85,7 @@ def make_split(name: str, split: str, options: dict) -> list[Problem]:
 
 
 def row_of(problem: Problem) -> dict[str, str]:
-    """A problem as a row that data.read_problems reads back."""
+    """A problem as a row that text.columns reads back."""
     row = {"prompt": problem.prompt, "response": problem.answer}
     more = {key: getattr(problem, key) for key in ("operation", "wording", "hidden", "letters")}
     return row | {key: text for key, text in more.items() if text}

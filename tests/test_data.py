@@ -32,6 +32,8 @@ from text.arithmetic import (
     sample_train,
     split_of,
 )
+from text.columns import read_problems
+from text.own_rows import check_own, prepare_test
 from text.rows import Row, encode_prompt_of, tokenize
 from text.tokenizer import load_tokenizer
 from train import train
@@ -222,15 +224,13 @@ def test_own_data(tmp_path):
     (tmp_path / "train.jsonl").write_text(
         '{"prompt": "a ", "response": "b"}\n\n'
         '{"prompt": "c ", "response": "d", "operation": "add"}\n')
-    problems = load_split(config(data=str(tmp_path)), "train")
+    problems = read_problems(tmp_path / "train.jsonl")
     rows = [(p.prompt, p.answer, p.operation) for p in problems]
     assert rows == [("a ", "b", ""), ("c ", "d", "add")]
     (tmp_path / "valid.jsonl").write_text(
         '{"prompt": "a"}\nnonsense\n{"prompt": "", "response": "x"}\n')
     with pytest.raises(BadInput, match="3 bad rows: line 1 .*line 2 .*line 3 "):
         load_split(config(data=str(tmp_path)), "valid")
-    with pytest.raises(BadInput, match="test.jsonl"):
-        load_split(config(data=str(tmp_path)), "test")
     (tmp_path / "test.jsonl").write_text("\n")
     with pytest.raises(BadInput, match="is empty"):
         load_split(config(data=str(tmp_path)), "test")
@@ -246,7 +246,7 @@ def conversations(tmp_path):
     rows = [{"messages": TALK}, {"messages": TALK[:2]},
             {"prompt": "7 + 8 = ", "response": "15", "operation": "add"}]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return load_split(config(data=str(tmp_path)), "train")
+    return read_problems(tmp_path / "train.jsonl")
 
 
 @pytest.mark.parametrize("template", ["plain", "chat"])
@@ -361,9 +361,145 @@ def test_bad_conversations(tmp_path, messages):
 def test_no_data_and_too_long(tokenizer):
     with pytest.raises(BadInput, match="data_samples = 0.*nothing to do"):
         load_split(config(data_samples=0), "train")
-    with pytest.raises(BadInput, match="expected arithmetic, or a folder .* NAME no/such"):
+    with pytest.raises(BadInput, match="expected arithmetic, a file .* NAME no/such"):
         load_split(config(data="no/such"), "train")
-    with pytest.raises(BadInput, match="has 9 tokens.*context is 7"):
+    with pytest.raises(BadInput, match="none of 1 rows fits, such as 'what is .*context is 7 tok"):
         tokenize([make_problem("add", 3, 4, "what is {a} plus {b}")], tokenizer, 7)
     rows = tokenize([make_problem("add", 3, 4)], tokenizer, 7)
     assert np.array_equal([len(r.ids) for r in rows], [7])
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+ASK = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "7 + 8 ="},
+       {"from": "gpt", "value": "15"}]
+
+
+@pytest.mark.parametrize("row, prompt, answer", [
+    ({"prompt": "7 + 8 = ", "response": "15"}, "7 + 8 = ", "15"),
+    ({"prompt": "7 + 8 = ", "completion": "15", "id": 3}, "7 + 8 = ", "15"),
+    ({"question": "7 + 8 =", "answer": "15"}, "7 + 8 =\n", "15"),
+    ({"instruction": "add", "input": "7, 8", "output": "15", "text": "all"}, "add\n7, 8\n", "15"),
+    ({"instruction": "add 7, 8", "input": "", "output": "15"}, "add 7, 8\n", "15"),
+    ({"instruction": "add 7, 8", "input": None, "output": "15"}, "add 7, 8\n", "15"),
+    ({"messages": TALK, "prompt": "another"}, "15 + 4 =", "19"),
+    ({"conversations": ASK}, "7 + 8 =", "15"),
+    ({"text": "7 + 8 = 15"}, "7 + 8", " = 15"),
+])
+def test_columns(tmp_path, row, prompt, answer):
+    """Each layout as it is published; columns that nobody reads may stand beside it."""
+    problem, = read_problems(write_rows(tmp_path / "rows.jsonl", [row]))
+    assert (problem.prompt, problem.answer) == (prompt, answer)
+    assert set(problem.layout) <= set(row)
+    if "conversations" in row:
+        assert problem.messages == (("system", "Be brief."), ("user", "7 + 8 ="),
+                                    ("assistant", "15"))
+
+
+@pytest.mark.parametrize("row, said", [
+    ({"prompt": "a", "reply": "b"}, "it has columns prompt, reply.*expected .*question, answer"),
+    ({"prompt": "", "response": "b"}, "it has columns response"), ({}, "it has columns none"),
+    ({"prompt": "a", "response": 5}, "every value must be a string"), ([1], "line 1 "),
+    ({"text": "a"}, "non-empty"), ({"text": 5}, "line 1 "), ({"conversations": "hi"}, "line 1 "),
+    ({"conversations": ASK[:2]}, "the assistant last"),
+    ({"conversations": [{"from": "bing", "value": "b"}]}, "perhaps a system message"),
+])
+def test_bad_columns(tmp_path, row, said):
+    with pytest.raises(BadInput, match=f"1 bad rows: .*{said}"):
+        read_problems(write_rows(tmp_path / "rows.jsonl", [row]))
+
+
+def test_every_token_of_a_text_is_a_target(tokenizer, tmp_path):
+    """Where its prompt ends, which may be inside a token, is for lens and reply alone."""
+    texts = ["seven times eight = 56", "nine", "what is " + "7 + 8 = 15 and " * 8 + "so on"]
+    problems = read_problems(write_rows(tmp_path / "a.jsonl", [{"text": t} for t in texts]))
+    assert [p.prompt + p.answer for p in problems] == texts
+    assert all(0 < len(p.prompt) <= 80 for p in problems)
+    rows = tokenize(problems, tokenizer, 128)
+    for row, text in zip(rows, texts):
+        assert row.ids == [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
+        assert 0 < row.P < len(row.ids)
+    batch = make_batch(rows, [0, 1, 2], max(len(r.ids) for r in rows), Batches(rows, config()).A,
+                       config())
+    assert loss_mask(batch).sum(1).tolist() == [len(r.ids) - 1 for r in rows]
+    with pytest.raises(BadInput, match="is plain text.*expected template: none, not plain"):
+        tokenize(problems, tokenizer, 128, template="plain")
+
+
+def test_splitting_off(tmp_path):
+    """A tenth of the prompts each, whatever the seed; a prompt's rows on one side, none lost."""
+    rows = [{"prompt": f"{n % 40} + 1 = ", "response": f"{n}"} for n in range(60)]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    sides = {split: load_split(config(data=str(file)), split) for split in
+             ("train", "valid", "test")}
+    prompts = {split: {p.prompt for p in side} for split, side in sides.items()}
+    assert [len(p) for p in prompts.values()] == [32, 4, 4]
+    assert not prompts["train"] & prompts["valid"] and not prompts["test"] & (
+        prompts["train"] | prompts["valid"])
+    assert sorted(p.answer for side in sides.values() for p in side) == sorted(
+        row["response"] for row in rows)
+    # of no seed, and of no order of the rows
+    other = tmp_path / "other"
+    other.mkdir()
+    write_rows(other / "train.jsonl", rows[::-1])
+    for split, side in sides.items():
+        for cfg in (config(data=str(file), seed=7), config(data=str(other), seed=8)):
+            assert set(load_split(cfg, split)) == set(side)
+    # what is there is taken as it is; the other is split off the rest
+    write_rows(other / "test.jsonl", rows[:3])
+    assert len(load_split(config(data=str(other)), "test")) == 3
+    assert {p.prompt for p in load_split(config(data=str(other)), "train")} == (
+        {row["prompt"] for row in rows} - {
+            p.prompt for p in load_split(config(data=str(other)), "valid")})
+    with pytest.raises(BadInput, match="rows of 2 different prompts, too few to split valid and"):
+        load_split(config(data=str(write_rows(file, rows[:2] * 5))), "train")
+    # a conversation is known by its beginning, a text by all of it
+    for rows in ([{"messages": [*TALK[:3], {"role": "assistant", "content": f"{n}"}]}
+                  for n in range(9)], [{"text": "the same beginning " * 9}] * 9):
+        with pytest.raises(BadInput, match="rows of 1 different prompts"):
+            load_split(config(data=str(write_rows(file, rows))), "train")
+    write_rows(file, [{"text": f"{'the same beginning ' * 9}{n}"} for n in range(9)])
+    assert len(load_split(config(data=str(file)), "train")) == 7
+
+
+def test_long_rows_are_cut(tokenizer, conversations):
+    """At the context; no target behind it is left, and a row without any is left out."""
+    short, long = make_problem("add", 3, 4), make_problem("add", 3, 4, "what is {a} plus {b}")
+    whole = tokenize([short, long], tokenizer, 128)
+    assert [len(r.ids) for r in whole] == [7, 9] and not any(r.cut for r in whole)
+    rows = tokenize([short, long], tokenizer, 8)
+    assert [(r.ids, r.cut) for r in rows] == [(whole[0].ids, False), (whole[1].ids[:8], True)]
+    assert [r.targets(config()) for r in rows] == [((5, 7),), ((7, 8),)]
+    assert [r.ids for r in tokenize([short, long], tokenizer, 7)] == [whole[0].ids]
+    talk, = tokenize(conversations[:1], tokenizer, 128, template="plain")
+    (start, stop), (later, _) = talk.spans
+    cut, = tokenize(conversations[:1], tokenizer, later, template="plain")
+    assert cut.spans == ((start, stop),) and cut.P == start and len(cut.ids) == later
+    cut, = tokenize(conversations[:1], tokenizer, later + 1, template="plain")
+    assert cut.spans == ((start, stop), (later, later + 1)) and cut.P == later
+
+
+def test_data_are_described(tmp_path, tokenizer):
+    """Columns, counts, what was split off, cut, left out, and prompts on two sides, in one line."""
+    rows = [{"prompt": f"{n} + 1 = ", "response": f"{n + 1}"} for n in range(20)]
+    rows += [{"question": "one and " * 70, "answer": "2"}, {"text": "one two " * 200}]
+    file = write_rows(tmp_path / "train.jsonl", rows)
+    write_rows(tmp_path / "test.jsonl", [rows[5], rows[20], rows[20]])
+    cfg = config(data=str(tmp_path))
+    train, valid, test = (load_split(cfg, split) for split in ("train", "valid", "test"))
+    kept, said = check_own(cfg, tokenize(train, tokenizer, 128), valid, test, tokenizer, 128)
+    counts = f"{len(train)} train, {len(valid)} valid, 3 test rows"
+    assert kept == valid and len(train) + len(valid) == 22
+    assert said == (
+        f"data {tmp_path}: columns prompt, response | question, answer | text; {counts}; valid "
+        "split off by a hash of each row's prompt; 3 rows to judge by have a training row's "
+        "prompt; 1 are cut at 128 tokens, the model's context; 3 are left out, whose prompts "
+        "leave no room for an answer")
+    test, limit, said = prepare_test(test, tokenizer, 128, cfg)
+    assert len(test) == 1 and limit == cfg.max_completion_tokens
+    assert said.endswith("3 test rows; 2 are left out, whose prompts leave no room for an answer")
+    with pytest.raises(BadInput, match="none of 1 rows fits"):
+        check_own(cfg, [], valid, read_problems(file)[20:21], tokenizer, 128)

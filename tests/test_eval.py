@@ -16,17 +16,22 @@ from conftest import (
     write_model,
 )
 
-from eval import class_block, evaluate, make_report, measure_accuracy
+from checkpoint import load_checkpoint
+from config import load_config
+from data import load_split
+from engine import memory
+from eval import class_block, evaluate, make_report, measure_accuracy, measure_loss
 from files.keys import BadInput
 from generate import Completion
 from lens import Reading
 from report.stats import summarize_accuracy, summarize_classifier, wilson
-from report.terminal import report_text
+from report.terminal import format_line, report_text
 from tasks.__main__ import write_task
 from text.arithmetic import Problem, held_out, make_problem, named_problems
 from text.chat import STOPS
-from text.rows import class_ids, target_ids
+from text.rows import class_ids, encode_problem, target_ids
 from text.tokenizer import load_tokenizer
+from train import train
 
 
 @pytest.fixture
@@ -214,6 +219,129 @@ def test_a_chat_model_on_published_questions(tmp_path):
     assert "no answer to read (invalid)" in done.stdout and "question" in report["accuracy_by"]
 
 
+TALK = (("user", "seven"), ("assistant", "8 and 9"), ("user", "nine ="), ("assistant", "10"))
+PROSE = [Problem(f"{'which ' * n}is it ? ", "seven and eight " * (n + 1), "", "file")
+         for n in range(5)]
+ROWS = {    # problems, template, config keys -> which tokens count, as slices of the row's ids
+    "prose": (PROSE, "none", {}, lambda row: [slice(row.P, None)]),
+    "whole rows": (PROSE, "none", {"mask_prompt": False}, lambda row: [slice(1, None)]),
+    "texts": ([Problem("one two", " three four", "", "file", layout=("text",))] * 2, "none", {},
+              lambda row: [slice(1, None)]),
+    "conversations": ([Problem("nine =", "10", "", "file", messages=TALK)], "plain", {},
+                      lambda row: [slice(*span) for span in row.spans]),
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_loss_in_numpy(kind, model, tokenizer, monkeypatch):
+    """Against log-softmax in float64 of each row alone, whatever the batches and pieces."""
+    problems, template, keys, slices = ROWS[kind]
+    expected = []
+    for problem in problems:
+        row = encode_problem(problem, tokenizer, template)
+        ids = np.array(row.ids)
+        logits = np.array(model(mx.array([row.ids])))[0].astype(np.float64)
+        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        of_next = np.append(0, logprobs[np.arange(len(ids) - 1), ids[1:]])
+        expected.append((-sum(of_next[s].sum() for s in slices(row)),
+                         sum(len(ids[s]) for s in slices(row))))
+    for batch_size, logits_per_call in ((2, 2 ** 24), (32, 5000)):
+        monkeypatch.setattr(memory, "LOGITS_PER_CALL", logits_per_call)
+        cfg = config(data="own", template=template, batch_size=batch_size, **keys)
+        found = measure_loss(model, tokenizer, problems, cfg)
+        assert [count for _, count in found] == [count for _, count in expected]
+        np.testing.assert_allclose([nats for nats, _ in found], [nats for nats, _ in expected],
+                                   rtol=1e-5)
+
+
+def write_own(folder, rows):
+    """A data folder of the same rows for valid and test."""
+    folder.mkdir()
+    for split in ("train", "valid", "test"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_report_on_long_answers(tmp_path, small_folder, write_config, recwarn):
+    """The loss and ten replies to read; no exact match, no operation, in report, records, text."""
+    rows = [{"prompt": f"what is {n} ? ", "response": "the sum\nof seven and eight " * 2}
+            for n in range(12)]
+    data = write_own(tmp_path / "data", rows)
+    path, folder = write_config(data=data, lr=3e-2, eval_prompts=12)
+    report = train(load_config(path))
+    for judged, model in ((report, folder), (report["base"], small_folder)):
+        loaded, tokenizer, cfg = load_checkpoint(model)
+        cfg = cfg or config(data=str(data))
+        nats, counts = zip(*measure_loss(loaded, tokenizer, load_split(cfg, "test"), cfg))
+        assert judged["loss"]["value"] == pytest.approx(sum(nats) / sum(counts), rel=1e-6)
+        assert judged["loss"]["low"] <= judged["loss"]["value"] <= judged["loss"]["high"]
+        assert judged["perplexity"]["value"] == pytest.approx(np.exp(judged["loss"]["value"]))
+        assert judged["loss"]["n"] == len(judged["rows"]) == 12 and "accuracy" not in judged
+        assert len(judged["prompts"]) == 10 and list(judged["strength"]) == ["answer"]
+        assert "class" not in judged and "operation_prob" not in judged["prompts"][0]
+    assert report["loss"]["value"] < report["base"]["loss"]["value"]
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    looks = [r for r in records if "valid_loss" in r]
+    assert [r["step"] for r in looks] == [0, 3, 6] and not any("valid_accuracy" in r for r in looks)
+    assert looks[-1]["valid_loss"] == pytest.approx(report["loss"]["value"], rel=1e-5)
+    assert looks[-1]["valid_perplexity"] == pytest.approx(np.exp(looks[-1]["valid_loss"]))
+    assert list(looks[0]["lens"]) == ["answer"]
+    line = format_line(records[-2], looks[-1], 1)
+    assert f"valid loss {looks[-1]['valid_loss']:7.4f}, perplexity " in line
+    assert "word top-1" not in line and "valid  " not in line
+    out = report_text(report)
+    for gone in ("accuracy", "operation", "symbol", "right  ", "answer emerged"):
+        assert gone not in out
+    assert out.count("\n  prompt     'what is ") == out.count("\n  generated  '") == 10
+    assert "expected   'the sum\\nof seven and eight the sum\\nof seven and eight '" in out
+    assert f"data {data}: columns prompt, response; 12 test rows" in out
+    assert (folder / "emergence.png").exists()
+    assert not [w for w in recwarn if "legend" in str(w.message)]
+    # another run on the same rows: the difference of the losses, row by row
+    compared = make_report(folder, False, compare=str(small_folder))["compare"]
+    gap = compared["loss_difference"]
+    assert gap["value"] == pytest.approx(compared["loss"]["value"] - report["loss"]["value"])
+    assert 0 < gap["low"] < gap["high"] and "mcnemar" not in compared
+    assert "the other's loss less this one's" in report_text({**report, "compare": compared})
+
+
+@pytest.mark.parametrize("operation", ["", "add"])
+def test_report_on_short_answers(operation, tmp_path, small_folder):
+    """Exact match beside the loss; operations only where a row names one."""
+    rows = [{"prompt": f"{n} + 3 = ", "response": f"{n + 3}", "operation": operation}
+            for n in range(12)]
+    data = write_own(tmp_path / "data", rows)
+    report = make_report(small_folder, False, overrides=[f"data={data}"])
+    assert report["accuracy"]["n"] == report["loss"]["n"] == len(report["prompts"]) == 12
+    out = report_text(report)
+    assert "accuracy, all test problems" in out and "test loss, nats a token" in out
+    assert out.count("\n  generated  ") == 10
+    for named in ("operation word top-1", "accuracy, add and subtract", "add file",
+                  "symbol emerged", "operation word  ", "tokens read as"):
+        assert (named in out) == bool(operation), named
+    assert ("class" in report) == ("symbol" in report["layers"][0]) == bool(operation)
+    # the same answers, when fewer tokens are allowed: an answer needs its EOS too
+    report = make_report(small_folder, False, overrides=[f"data={data}", "max_completion_tokens=1"])
+    assert "accuracy" not in report and "generated" in report["prompts"][0]
+
+
+def test_replies_of_many_lines(model, tokenizer, monkeypatch):
+    """A row without a template goes on behind a line break where answers do."""
+    asked = {}
+    monkeypatch.setattr("eval.sample", lambda *_, **given: asked.update(given) or [])
+    for answer, many in (("one\ntwo", True), ("one", False)):
+        measure_accuracy(model, tokenizer, [Problem("a ", answer, "", "file")], 9)
+        assert (asked["many_lines"], asked["stops"]) == (many, ())
+
+
+def test_compare_needs_the_same_tokens(tmp_path, small_folder, word_bpe):
+    data = write_own(tmp_path / "data", [{"prompt": f"{n} + 30 = ", "response": "345"}
+                                         for n in range(3)])
+    other = write_model(tmp_path / "other", {**small_config(), "vocab_size": 900}, word_bpe)
+    with pytest.raises(BadInput, match="read other tokens of the test rows"):
+        make_report(small_folder, False, compare=str(other), overrides=[f"data={data}"])
+
+
 def test_class_block(model):
     assert class_block(config(), model) == 1  # int(0.55 * 2)
     assert class_block(config(method="dual_reward", class_layer=0), model) == 0
@@ -228,10 +356,6 @@ def test_compare_with_itself_and_print(small_folder):
     out = report_text({**report, "base": report["compare"]})
     assert "McNemar, exact: 0 solved only by this" in out
     assert "100 - 43 =" in out and "(the output itself)" in out and "operation word" in out
-    # rows of a user's data name no operation: its columns would be the answer's under another name
-    out = report_text({**report, "targets": {}})
-    assert "answer emerged" in out
-    assert "operation word top-1" not in out and "symbol emerged" not in out
 
 
 def test_command_line(small_folder, tmp_path):

@@ -373,6 +373,27 @@ def test_best_is_the_first_of_the_highest(write_config, tmp_path, monkeypatch, f
     assert not (folder / "best").exists()
 
 
+def test_best_by_loss(write_config, tmp_path):
+    """Where answers are too long to be matched: the lowest validation loss, at too high an lr."""
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({
+        "prompt": f"what is {n} ? ", "response": f"{n} and {n} and {n} and {n} and {n} and {n}"})
+        + "\n" for n in range(30)))
+    path, folder = write_config(data=data, lr=0.3, lr_schedule="constant", eval_every_steps=1,
+                                steps=8, save_every_steps=8)
+    train(load_config(path))
+    losses = {r["step"]: r["valid_loss"] for r in map(json.loads, (
+        folder / "metrics.jsonl").read_text().splitlines()) if "valid_loss" in r}
+    best = min(losses, key=losses.get)
+    assert 0 < best < 8     # or the last would do
+    assert json.loads((folder / "best" / "step.json").read_text()) == {
+        "step": best, "valid_loss": losses[best]}
+    path, until = write_config("until", data=data, lr=0.3, lr_schedule="constant", steps=best)
+    train(load_config(path))
+    name = "adapters.safetensors"
+    assert tensors(folder / "best" / name) == tensors(until / name) != tensors(folder / name)
+
+
 def test_ties_keep_the_earlier(write_config):
     path, folder = write_config(lr=0)
     train(load_config(path))

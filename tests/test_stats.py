@@ -13,6 +13,7 @@ from report.stats import (
     auc,
     auc_within,
     bootstrap_mean,
+    bootstrap_ratio,
     cohens_h,
     cohens_kappa,
     depth,
@@ -50,6 +51,20 @@ def test_mcnemar_by_hand():
     assert mcnemar(first, first)["p"] == 1.0
     with pytest.raises(ValueError, match="got 42 and 1"):
         mcnemar(first, [True])
+
+
+def test_ratio_weighs_tokens_not_rows():
+    """Equal counts: bootstrap_mean's interval. Unequal: the linearised ratio's, at n = 400."""
+    ours = bootstrap_ratio([2, 9], [1, 9])
+    assert (ours["value"], ours["n"], ours["low"], ours["high"]) == (1.1, 2, 1.0, 2.0)
+    rng = np.random.default_rng(3)
+    counts = rng.integers(5, 50, 400)
+    sums = counts * rng.normal(3, 1, 400)
+    ours = bootstrap_ratio(sums, counts)
+    assert ours == bootstrap_ratio(sums, counts) and abs(ours["value"] - 3) < 0.2
+    residual = sums - ours["value"] * counts
+    half = 1.96 * residual.std() / counts.mean() / 20
+    assert abs((ours["high"] - ours["low"]) / 2 - half) < 0.1 * half
 
 
 def test_bootstrap_covers_and_repeats():

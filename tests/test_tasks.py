@@ -12,7 +12,7 @@ import pytest
 from conftest import PUBLISHED, ROOT, TINY_COT, assert_one_clear_line, config, run
 from pyarrow import parquet
 
-from data import load_split, read_problems
+from data import load_split
 from files.keys import BadInput
 from markovian import HEADER
 from tasks.__main__ import DEFAULTS, NAMES, make_split, parse, write_task
@@ -31,6 +31,7 @@ from tasks.sums import write_chain
 from tasks.tiny import sample_tiny
 from text.answers import extract, is_right
 from text.arithmetic import SYMBOLS, side_of
+from text.columns import read_problems
 from text.tokenizer import load_tokenizer
 
 FIXTURES = ROOT / "tests" / "fixtures"

@@ -16,7 +16,7 @@ import random
 import re
 from dataclasses import dataclass, field
 
-from config import Config
+from config import ON_POLICY, Config
 
 SYMBOLS = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/"}
 # each phrase names one (operation, a, b) and no other;
@@ -51,6 +51,7 @@ NAMED_PROMPTS = {
 }
 NAMED_PAIRS = {tuple(sorted((a, b))) for prompts in NAMED_PROMPTS.values() for _, a, b in prompts}
 TEST_PROBLEMS_PER_CELL = 300  # of each operation and wording, where there are so many
+TEXT = ("text",)              # the layout of a plain text: no question, and no answer either
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ class Problem:
     hidden    of a question to reason about: the prompt without the question (markovian.py)
     letters   its options, such as "ABCD"; "": the answer is a number
     messages  of a conversation: (role, content) of all of it; prompt and answer are its last two
-    columns   what else a row of a data folder says, for a user's reward (files/user_reward.py)
+    columns   what else a row of a user's data says, for a user's reward (files/user_reward.py)
+    layout    the columns that it was read from (text/columns.py)
     """
     prompt: str
     answer: str
@@ -73,6 +75,12 @@ class Problem:
     messages: tuple[tuple[str, str], ...] = ()
     # compared, but not hashed: problems are put into sets, and a dict cannot be
     columns: dict = field(default_factory=dict, hash=False)
+    layout: tuple[str, ...] = field(default=(), compare=False, repr=False)
+
+
+def is_own(cfg: Config) -> bool:
+    """Whether rows are a user's, and training is on their answers: then their loss is a measure."""
+    return cfg.data != "arithmetic" and cfg.method not in ON_POLICY
 
 
 def number_words(n: int) -> str:

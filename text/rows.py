@@ -1,81 +1,18 @@
-"""From JSON lines to problems, to token ids, to the tokens that loss and lens look for.
+"""From problems to token ids, and to the tokens that loss and lens look for.
 
-    {"prompt": "7 * 8 = ", "response": "56", "operation": "multiply"}
-    {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
-
-Other columns that are read: "wording" (a name for a kind of question, which reports tell apart),
-"hidden" (of a question to reason about: the prompt without the question) and "letters" (its
-options, such as "ABCD"). All others reach a user's reward, which may also do without an answer.
 Looked for are the answer's first token, the operation's word, the operator's symbol, never mixed.
 Words of a set are compared in one form, with a space before them or without (Tokenizer.word_ids),
 and reports say which by piece and id.
 """
 import sys
 from collections import Counter
-from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from config import BadInput, Config
-from files.disk import read_each_line
-from text.arithmetic import SYMBOLS, Problem, evenly, stable_hash
+from text.arithmetic import SYMBOLS, TEXT, Problem, evenly, is_own, stable_hash
 from text.tokenizer import Tokenizer
-
-EXPECTED = ('expected {"prompt": "...", "response": "...", "operation": "..."} or '
-            '{"messages": [{"role": "user", "content": "..."}, ...]}; only where method grpo has '
-            "rewards of your own, and not correct, may the answer be left out")
-COLUMNS = ("prompt", "response", "operation", "wording", "hidden", "letters", "messages")
-
-
-# --------------------------------------------------------------------------------------------------
-# from a file to problems
-
-
-def read_rows(path: Path, needs_answer: bool = True) -> list[dict]:
-    """Rows as {prompt, answer, operation, wording, hidden, letters, messages, columns}.
-
-    needs_answer   False: a row may lack its response, or its messages end with the user's
-    messages       of a conversation: (role, content) of all of it; prompt and answer are its last
-                   two. An answer that is not there is ""
-    raises         BadInput, which names the first bad lines
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"could not read {path} ({error}); "
-                       "a data folder holds train.jsonl, valid.jsonl and test.jsonl") from None
-    rows, refused = read_each_line(text, partial(read_row, needs_answer=needs_answer))
-    bad = [f"line {number} ({error!r})" for number, error in refused]
-    if bad:
-        raise BadInput(f"{path}: {len(bad)} bad rows: {', '.join(bad[:5])}; {EXPECTED}")
-    return rows
-
-
-def read_row(row: dict, needs_answer: bool = True) -> dict:
-    """One row; raises ValueError, KeyError or TypeError."""
-    messages = ()
-    if "messages" in row:
-        from text.chat import check_messages  # jinja2 and templates: conversations alone need it
-        turns = row["messages"]
-        if not needs_answer and turns and turns[-1]["role"] == "user":
-            turns = [*turns, {"role": "assistant", "content": ""}]
-        check_messages(turns, reply_follows=False)
-        messages = tuple((m["role"], m["content"]) for m in turns)
-        row = {"prompt": messages[-2][1], "response": messages[-1][1]} | row
-    elif not needs_answer:
-        row = {"response": ""} | row
-    found = {"prompt": row["prompt"], "answer": row["response"],
-             "operation": row.get("operation", ""), "wording": row.get("wording", "file"),
-             "hidden": row.get("hidden", ""), "letters": row.get("letters", "")}
-    if not all(isinstance(value, str) for value in found.values()):
-        raise ValueError("every value must be a string")
-    if not found["prompt"] or not (found["answer"] or not needs_answer):
-        raise ValueError("prompt and response must be non-empty strings")
-    columns = {name: value for name, value in row.items() if name not in COLUMNS}
-    return found | {"messages": messages, "columns": columns}
-
 
 # --------------------------------------------------------------------------------------------------
 # from a problem to ids: what a model reads, what it shall answer, where each begins
@@ -87,11 +24,13 @@ class Row:
 
     Of a conversation P is where its *last* reply starts: the class loss and the lens look at the
     token before it. spans: all of its replies with what ends them; (): ids[P:] is the only one.
+    A plain text is one span, all but its first token. cut: it was longer than the context.
     """
     ids: list[int]
     P: int
     class_id: int
     spans: tuple[tuple[int, int], ...] = ()
+    cut: bool = field(default=False, repr=False)
 
     def targets(self, cfg: Config) -> tuple[tuple[int, int], ...]:
         """(start, stop) of the tokens that the loss counts."""
@@ -111,9 +50,9 @@ def encode_prompt_of(problem: Problem, tokenizer: Tokenizer, template: str = "no
 
     raises   BadInput, also for a conversation without a template: its history would be lost
     """
+    check_template(problem, template)
     if template != "none":
         return tokenizer.encode_messages(messages_of(problem)[:-1], template)[0]
-    check_is_question(problem)
     return tokenizer.encode_prompt(problem.prompt)
 
 
@@ -145,17 +84,20 @@ def choose_template(asked: str | None, cfg: Config | None, tokenizer: Tokenizer,
     return template
 
 
+def check_template(problem: Problem, template: str) -> None:
+    if problem.messages and template == "none":
+        raise BadInput(f"the row with the reply {problem.answer[:40]!r} is a conversation, which "
+                       "needs template: lines, plain or chat")
+    if problem.layout == TEXT and template != "none":
+        raise BadInput(f"the row {problem.prompt[:40]!r} is plain text, which nobody says to "
+                       f"anybody: expected template: none, not {template}")
+
+
 def hide_question(problem: Problem) -> Problem:
     """The same with `hidden` where its prompt, of a conversation the last one, stands."""
     before = problem.messages[:-2]
     messages = problem.messages and (*before, ("user", problem.hidden), problem.messages[-1])
     return replace(problem, prompt=problem.hidden, messages=messages)
-
-
-def check_is_question(problem: Problem) -> None:
-    if problem.messages:
-        raise BadInput(f"the row with the reply {problem.answer[:40]!r} is a conversation, which "
-                       "needs template: lines, plain or chat")
 
 
 def ends_of_reply(problems: list[Problem], tokenizer: Tokenizer, template: str) -> dict:
@@ -165,14 +107,18 @@ def ends_of_reply(problems: list[Problem], tokenizer: Tokenizer, template: str) 
     """
     many_lines = template == "chat" or any(
         p.hidden or not p.answer or "\n" in p.answer for p in problems)
-    return tokenizer.reply_ends(template if many_lines else "none")
+    return tokenizer.reply_ends(template) if many_lines else {}
 
 
 def encode_problem(problem: Problem, tokenizer: Tokenizer, template: str = "none",
                    class_id: int = 0) -> Row:
     """The same with the answer and what ends it: all that training reads."""
+    check_template(problem, template)
+    if problem.layout == TEXT:      # its two halves are one text: a token may span the border
+        ids = [*tokenizer.encode_prompt(problem.prompt + problem.answer), tokenizer.eos_id]
+        P = min(len(tokenizer.encode_prompt(problem.prompt)), len(ids) - 1)
+        return Row(ids, P, class_id, ((1, len(ids)),))
     if template == "none":
-        check_is_question(problem)
         return Row(*tokenizer.encode_pair(problem.prompt, problem.answer), class_id)
     ids, spans = tokenizer.encode_messages(messages_of(problem), template, reply_follows=False)
     return Row(ids, spans[-1][0], class_id, tuple(spans))
@@ -180,18 +126,35 @@ def encode_problem(problem: Problem, tokenizer: Tokenizer, template: str = "none
 
 def tokenize(problems: list[Problem], tokenizer: Tokenizer, context: int,
              class_ids: list[int] | None = None, template: str = "none") -> list[Row]:
-    """Encode each problem with its answer; raises BadInput naming a row beyond the context.
+    """Encode each problem with its answer; one longer than the context is cut there.
 
+    Where that leaves no target the row is left out. raises BadInput if none is left
     class_ids  the class loss's target token of each problem; none for methods without that loss
     """
-    rows = []
-    for problem, class_id in zip(problems, class_ids or [0] * len(problems), strict=True):
-        row = encode_problem(problem, tokenizer, template, class_id)
-        if len(row.ids) > context:
-            raise BadInput(f"row {problem.prompt[:60]!r} has {len(row.ids)} tokens with its "
-                           f"answer, and the model's context is {context}; shorten the row")
-        rows.append(row)
-    return rows
+    rows = [cut_row(encode_problem(problem, tokenizer, template, class_id), context)
+            for problem, class_id in zip(problems, class_ids or [0] * len(problems), strict=True)]
+    kept = [row for row in rows if row]
+    if not kept:
+        raise no_room(problems, context)
+    return kept
+
+
+def cut_row(row: Row, context: int) -> Row | None:
+    """The row's first `context` tokens; None where no reply begins in them.
+
+    example  spans (3, 6), (9, 12) and context 8: the first reply alone is left, and P is 3
+    """
+    if len(row.ids) <= context:
+        return row
+    spans = tuple((start, min(stop, context)) for start, stop in row.spans if start < context)
+    P = row.P if row.P < context or not spans else spans[-1][0]
+    return Row(row.ids[:context], P, row.class_id, spans, True) if P < context else None
+
+
+def no_room(problems: list[Problem], context: int) -> BadInput:
+    return BadInput(f"none of {len(problems)} rows fits, such as {problems[0].prompt[:60]!r}: the "
+                    f"model's context is {context} tokens, and a prompt leaves no room for an "
+                    "answer; shorten the prompts")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -263,7 +226,8 @@ def series_ids(tokenizer: Tokenizer, problems: list[Problem],
                template: str = "none") -> tuple[list[list[int]], np.ndarray]:
     """Each problem's prompt as ids, and the tokens of SERIES, (B, 3).
 
-    Rows of a user's data without an operation follow the answer in all three series.
+    Where no problem names an operation the answer's alone, (B, 1); where some do, the others follow
+    the answer in all three.
     """
     words = target_ids(tokenizer, problems, "word", template)
     symbols = target_ids(tokenizer, problems, "symbol", template)
@@ -273,7 +237,7 @@ def series_ids(tokenizer: Tokenizer, problems: list[Problem],
         answer = row.ids[row.P]
         prompts.append(row.ids[:row.P])
         ids.append([answer, words.get(p.operation, answer), symbols.get(p.operation, answer)])
-    return prompts, np.array(ids)
+    return prompts, np.array(ids)[:, :3 if words else 1]
 
 
 def answer_lengths(tokenizer: Tokenizer, problems: list[Problem],
@@ -289,6 +253,18 @@ def answer_lengths(tokenizer: Tokenizer, problems: list[Problem],
         # a chat template may write nothing that ends a reply
         lengths.append(stop - row.P - (row.ids[stop - 1] in tokenizer.reserved_ids))
     return np.array(lengths)
+
+
+def is_short(problems: list[Problem], tokenizer: Tokenizer, cfg: Config) -> bool:
+    """Whether right answers are counted: of own rows only if max_completion_tokens hold them all.
+
+    What ends an answer is one of these tokens. Of a plain text no answer is right.
+    """
+    if not is_own(cfg):
+        return True
+    lengths = answer_lengths(tokenizer, problems, cfg.template)
+    is_text = any(p.layout == TEXT for p in problems)
+    return not is_text and bool(lengths.max() < cfg.max_completion_tokens)
 
 
 def name_targets(tokenizer: Tokenizer, problems: list[Problem], test: list[Problem],

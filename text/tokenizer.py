@@ -159,9 +159,9 @@ class Tokenizer:
         return encode_messages(self, messages, template, reply_follows)
 
     def reply_ends(self, template: str) -> dict:
-        """What ends a reply, as arguments of generate.sample; see text/chat.py."""
-        if template == "none":
-            return {}
+        """What ends a reply of many lines, as arguments of generate.sample; see text/chat.py."""
+        if template == "none":      # EOS alone
+            return {"many_lines": True}
         from text.chat import reply_ends  # as above
         return reply_ends(self, template)
 

@@ -1,0 +1,74 @@
+"""A user's own rows, before training and before judging: which of them fit, said in one line.
+
+A training row longer than the model's context is cut there; of one whose prompt fills the context
+nothing would be left to learn, so it is left out. A row to judge by is left out where its prompt
+leaves no room for max_completion_tokens. No key chooses: cutting loses the end of an answer and
+nothing else, and the line counts both.
+"""
+from pathlib import Path
+
+from config import Config
+from text.arithmetic import Problem
+from text.columns import files_of, prompt_of, read_split
+from text.rows import encode_prompt_of, is_short, no_room
+from text.tokenizer import Tokenizer
+
+REPLY_TOKENS = 64       # of a reply that is read by people alone
+
+
+def with_room(problems: list[Problem], tokenizer: Tokenizer, context: int,
+              cfg: Config) -> list[Problem]:
+    """The rows whose prompts leave room for a reply; raises BadInput if none does."""
+    kept = [p for p in problems if cfg.max_completion_tokens
+            + len(encode_prompt_of(p, tokenizer, cfg.template)) <= context]
+    if not kept:
+        raise no_room(problems, context)
+    return kept
+
+
+def check_own(cfg: Config, rows: list, valid: list[Problem], test: list[Problem],
+              tokenizer: Tokenizer, context: int) -> tuple[list[Problem], str]:
+    """Before training: the validation rows that there is room for, and a line about all data.
+
+    raises   BadInput, of test rows too: not after the training
+    """
+    if cfg.method != "markovian":     # whose chains need room of their own
+        valid, test = (with_room(side, tokenizer, context, cfg) for side in (valid, test))
+    return valid, describe_data(cfg, {"train": rows, "valid": valid, "test": test})
+
+
+def prepare_test(test: list[Problem], tokenizer: Tokenizer, context: int,
+                 cfg: Config) -> tuple[list[Problem], int, str]:
+    """The test rows that there is room for, how long a reply may be, and a line about them."""
+    kept, limit = with_room(test, tokenizer, context, cfg), cfg.max_completion_tokens
+    if not is_short(kept, tokenizer, cfg):
+        longest = max(len(encode_prompt_of(p, tokenizer, cfg.template)) for p in kept)
+        limit = min(max(REPLY_TOKENS, limit), context - longest)
+    return kept, limit, describe_data(cfg, {"test": kept})
+
+
+def describe_data(cfg: Config, kept: dict[str, list]) -> str:
+    """One line: columns, rows of each split in kept, and what became of long ones.
+
+    kept     what is used of each split: problems, or Rows, which say whether they were cut
+    """
+    data = Path(cfg.data)
+    splits = {split: read_split(cfg, split) for split in kept}
+    layouts = {", ".join(row.layout): None for rows in splits.values() for row in rows}
+    parts = [f"data {data}: columns {' | '.join(layouts)}",
+             ", ".join(f"{len(rows)} {split}" for split, rows in splits.items()) + " rows"]
+    missing = [split for split in kept if split not in files_of(data)]
+    if missing:
+        parts.append(f"{' and '.join(missing)} split off by a hash of each row's prompt")
+    trained = {prompt_of(row) for row in splits.get("train", [])}
+    shared = sum(prompt_of(row) in trained for split in kept if split != "train"
+                 for row in splits[split])
+    if shared:
+        parts.append(f"{shared} rows to judge by have a training row's prompt")
+    cut = [row for rows in kept.values() for row in rows if getattr(row, "cut", False)]
+    if cut:
+        parts.append(f"{len(cut)} are cut at {len(cut[0].ids)} tokens, the model's context")
+    out = sum(len(rows) - len(kept[split]) for split, rows in splits.items())
+    if out:
+        parts.append(f"{out} are left out, whose prompts leave no room for an answer")
+    return "; ".join(parts)
