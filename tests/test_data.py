@@ -429,7 +429,7 @@ def test_every_token_of_a_text_is_a_target(tokenizer, tmp_path):
         tokenize(problems, tokenizer, 128, template="plain")
 
 
-def test_splitting_off(tmp_path):
+def test_splitting_off(tmp_path, monkeypatch):
     """A tenth of the prompts each, whatever the seed; a prompt's rows on one side, none lost."""
     rows = [{"prompt": f"{n % 40} + 1 = ", "response": f"{n}"} for n in range(60)]
     file = write_rows(tmp_path / "rows.jsonl", rows)
@@ -448,6 +448,11 @@ def test_splitting_off(tmp_path):
     for split, side in sides.items():
         for cfg in (config(data=str(file), seed=7), config(data=str(other), seed=8)):
             assert set(load_split(cfg, split)) == set(side)
+    # of very many prompts only so many: each test row costs time
+    monkeypatch.setattr("text.columns.SPLIT_OFF", 3)
+    few = load_split(config(data=str(file)), "test")
+    assert len({p.prompt for p in few}) == 3
+    monkeypatch.undo()
     # what is there is taken as it is; the other is split off the rest
     write_rows(other / "test.jsonl", rows[:3])
     assert len(load_split(config(data=str(other)), "test")) == 3
@@ -495,11 +500,11 @@ def test_data_are_described(tmp_path, tokenizer):
     assert kept == valid and len(train) + len(valid) == 22
     assert said == (
         f"data {tmp_path}: columns prompt, response | question, answer | text; {counts}; valid "
-        "split off by a hash of each row's prompt; 3 rows to judge by have a training row's "
-        "prompt; 1 are cut at 128 tokens, the model's context; 3 are left out, whose prompts "
-        "leave no room for an answer")
+        "split off by a hash of each row's prompt; valid or test rows with a training row's "
+        "prompt: 3; cut at 128 tokens, the model's context: 1; left out, since the prompt leaves "
+        "no room for an answer: 3")
     test, limit, said = prepare_test(test, tokenizer, 128, cfg)
     assert len(test) == 1 and limit == cfg.max_completion_tokens
-    assert said.endswith("3 test rows; 2 are left out, whose prompts leave no room for an answer")
+    assert said.endswith("3 test rows; left out, since the prompt leaves no room for an answer: 2")
     with pytest.raises(BadInput, match="none of 1 rows fits"):
         check_own(cfg, [], valid, read_problems(file)[20:21], tokenizer, 128)

@@ -269,7 +269,7 @@ def test_other_bad_input(write_config, small_folder, tmp_path):
     cases = [({"model": "no/such/folder"}, ("no model folder",)),
              ({"data_samples": 0}, ("is empty", "data_samples = 0")),
              ({"method": "dual_reward", "class_layer": 9}, ("class_layer = 9", "from 0 to 1")),
-             ({"data": tmp_path / "none"}, ("expected arithmetic, or a folder",)),
+             ({"data": tmp_path / "none"}, ("expected arithmetic, a file",)),
              ({"bits": 4}, ("groups of 32 do not divide", "width 48", "train without bits"))]
     for i, (keys, words) in enumerate(cases):
         path, folder = write_config(f"bad{i}", **keys)

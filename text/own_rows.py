@@ -64,11 +64,11 @@ def describe_data(cfg: Config, kept: dict[str, list]) -> str:
     shared = sum(prompt_of(row) in trained for split in kept if split != "train"
                  for row in splits[split])
     if shared:
-        parts.append(f"{shared} rows to judge by have a training row's prompt")
+        parts.append(f"valid or test rows with a training row's prompt: {shared}")
     cut = [row for rows in kept.values() for row in rows if getattr(row, "cut", False)]
     if cut:
-        parts.append(f"{len(cut)} are cut at {len(cut[0].ids)} tokens, the model's context")
+        parts.append(f"cut at {len(cut[0].ids)} tokens, the model's context: {len(cut)}")
     out = sum(len(rows) - len(kept[split]) for split, rows in splits.items())
     if out:
-        parts.append(f"{out} are left out, whose prompts leave no room for an answer")
+        parts.append(f"left out, since the prompt leaves no room for an answer: {out}")
     return "; ".join(parts)
