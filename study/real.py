@@ -5,7 +5,7 @@
 One-digit results: about 150 problems exist, so there are four folds (tasks/few_shot.py), each with
 its own training pairs, worked examples and seed. Over the folds every problem is tested once, by a
 run that never saw its pair. Two-digit results and chains: one split, several seeds. Finished runs
-are not repeated, so an interrupted command continues.
+are not repeated, so an interrupted command continues; a part is written when its runs are done.
 """
 import statistics
 from pathlib import Path
@@ -26,7 +26,7 @@ ONE_DIGIT = {   # name: (label, config, overrides)
     "dual_reward_w07": ("dual-reward, w 0.7, 500 steps of 4 rows", "dual_reward", FAR),
     "grpo": ("GRPO, 40 steps of 8 prompts by 8", "grpo", []),
 }
-LONGER = ["steps=400"]
+LONGER = ["steps=200"]
 TWO_DIGITS = {
     "sft": ("SFT", "sft", LONGER), "dual_reward": ("dual-reward, w 0.2", "dual_reward", LONGER),
 }
@@ -69,17 +69,13 @@ def word_top1(reports: list[dict]) -> str:
     return interval_text(wilson(round(n * mean), n), 100, 1)
 
 
-def minutes(reports: list[dict]) -> str:
-    return f"{statistics.mean(report['seconds'] for report in reports) / 60:.1f}"
-
-
 def arms_table(reports: Reports, labels: dict) -> str:
     """One row an arm, the base first; differences are paired over the same problems."""
     first = next(iter(reports.values()))
     base = [report["base"] for report in first]
     solved = lambda runs: list(rights(runs).values())
     rows = [["base", share(solved(base)), seeds_text([r["accuracy"]["value"] for r in base]),
-             "", "", word_top1(base), "", ""]]
+             "", "", word_top1(base), ""]]
     for name, of_arm in reports.items():
         own = solved(of_arm)
         gap = lambda other, own=own: interval_text(
@@ -87,9 +83,9 @@ def arms_table(reports: Reports, labels: dict) -> str:
         rows.append([labels[name][0], share(own),
                      seeds_text([r["accuracy"]["value"] for r in of_arm]), gap(base),
                      "" if name == "sft" else gap(reports["sft"]), word_top1(of_arm),
-                     minutes(of_arm), f"{max(r['peak_gib'] for r in of_arm):.2f}"])
+                     f"{max(r['peak_gib'] for r in of_arm):.2f}"])
     return table(["", "right, %", "each", "over the base, points", "over SFT, points",
-                  "word top-1 at L16, %", "minutes", "GiB"], rows)
+                  "word top-1 at L16, %", "GiB"], rows)
 
 
 def against_sft(reports: Reports) -> str:
@@ -100,25 +96,32 @@ def against_sft(reports: Reports) -> str:
             f"only SFT; McNemar exact p = {test['p']:.2g}")
 
 
+def write_part(text: str) -> None:
+    """Put a part of the document below those that are written, in place of what stood there."""
+    above, heading, below = DOCUMENT.read_text().partition(HEADING)
+    title = text.strip().splitlines()[0]
+    parts = (heading + below).partition(f"\n{title}")[0]
+    write_text(DOCUMENT, above.rstrip("\n") + "\n" + parts.rstrip("\n") + f"\n\n{text.strip()}\n")
+    print(text)
+
+
 def main(argv: list[str]) -> None:
     folds = {fold: Path(f"runs/real_data/one_digit_{fold}") for fold in range(FOLDS)}
     for fold, data in folds.items():
         run_script(["-m", "tasks", "few_shot", str(data), "--fold", str(fold)])
+    one = runs_of("one_digit", ONE_DIGIT, folds)
+    write_part(fill("smollm2", machine=machine_text(one["sft"][0]), n=len(rights(one["sft"])),
+                    table=arms_table(one, ONE_DIGIT), paired=against_sft(one)))
     two, sums = Path("runs/real_data/two_digits"), Path("runs/sums_of_three")
     run_script(["-m", "tasks", "few_shot", str(two), "--digits", "2"])
+    two_digits = runs_of("two_digits", TWO_DIGITS, dict.fromkeys(SEEDS, two))
+    write_part(fill("smollm2_two_digits", n=len(rights(two_digits["sft"])),
+                    seeds=", ".join(map(str, SEEDS)), table=arms_table(two_digits, TWO_DIGITS)))
     run_script(["-m", "tasks", "sums", str(sums), "--terms", "3", "--largest", "9", "--shots", "3"])
-    one = runs_of("one_digit", ONE_DIGIT, folds)
     chains = {"markovian": [finished_run("real_markovian", seed, "smollm2_markovian", [])
                             for seed in CHAIN_SEEDS]}
-    two_digits = runs_of("two_digits", TWO_DIGITS, dict.fromkeys(SEEDS, two))
-    text = fill("smollm2", machine=machine_text(one["sft"][0]), n=len(rights(one["sft"])),
-                one_digit=arms_table(one, ONE_DIGIT), paired=against_sft(one),
-                two_digits=arms_table(two_digits, TWO_DIGITS),
-                n_two=len(rights(two_digits["sft"][:1])), seeds=", ".join(map(str, SEEDS)),
-                chains=chains_table(chains), gains=gain_lines(chains["markovian"]))
-    above = DOCUMENT.read_text().partition(HEADING)[0]
-    write_text(DOCUMENT, above.rstrip("\n") + "\n" + text)
-    print(text)
+    write_part(fill("smollm2_chains", table=chains_table(chains),
+                    gains=gain_lines(chains["markovian"])))
 
 
 if __name__ == "__main__":
