@@ -44,7 +44,8 @@ def from_lines(*texts: str) -> dict:
 def from_messages(messages: list[dict]) -> dict:
     """Prompt and answer are the last two; a reply that is not there is ""."""
     from text.chat import check_messages  # jinja2 and templates: conversations alone need it
-    if messages and messages[-1]["role"] == "user":
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    if isinstance(last, dict) and last.get("role") == "user":
         messages = [*messages, {"role": "assistant", "content": ""}]
     check_messages(messages, reply_follows=False)
     pairs = tuple((m["role"], m["content"]) for m in messages)
