@@ -47,7 +47,8 @@ class Question:
     prompt: list[int]       # what the policy reads
     shown: list[int]        # what the scorer reads before the chain: the question hidden, or not
     header: list[int]       # between chain and answer
-    answer: list[int]       # the gold answer and EOS; of a continuation without EOS
+    answer: list[int]       # the gold answer and its end; of a continuation without the end
+    end: int                # what ends a reply: EOS, or a chat template's own token
     mean: bool              # the reward is a mean over the answer's tokens, not their sum
 
 
@@ -71,8 +72,9 @@ def encode_question(problem: Problem, tokenizer: Tokenizer, markovian: bool,
     mean = problem.wording == "continuation"
     shown = (encode_prompt_of(hide_question(problem), tokenizer, template) if markovian
              else prompt)
-    answer = ids[len(header):] + ([] if mean else [tokenizer.eos_id])
-    return Question(prompt, shown, header, answer, mean)
+    end, = tokenizer.reply_ends(template).get("ends") or [tokenizer.eos_id]
+    answer = ids[len(header):] + ([] if mean else [end])
+    return Question(prompt, shown, header, answer, end, mean)
 
 
 def check_extraction(problems: list[Problem], method: str) -> None:
@@ -87,7 +89,8 @@ def check_extraction(problems: list[Problem], method: str) -> None:
 
 def answer_prompt(question: Question, chain: list[int], tokenizer: Tokenizer) -> list[int]:
     """What the answerer reads: the shown prompt, the chain without its stop token, the header."""
-    return question.shown + [i for i in chain if i not in tokenizer.eos_ids] + question.header
+    ends = {*tokenizer.eos_ids, question.end}
+    return question.shown + [i for i in chain if i not in ends] + question.header
 
 
 def answer_arrays(questions: list[Question], chains: list[list[int]],
@@ -212,7 +215,8 @@ def greedy_answers(model: Llama, tokenizer: Tokenizer, problems: list[Problem],
                    questions: list[Question], chains: list[list[int]], cfg: Config) -> list[dict]:
     """Answer every question from a given chain: [{generated, correct, invalid}]."""
     prompts = [answer_prompt(q, chain, tokenizer) for q, chain in zip(questions, chains)]
-    done = sample(model, tokenizer, prompts, cfg.max_completion_tokens)
+    done = sample(model, tokenizer, prompts, cfg.max_completion_tokens,
+                  ends={q.end for q in questions})
     rows = []
     for problem, completion in zip(problems, done):
         answer = extract(completion.text, problem.letters, cfg.chain_extraction,

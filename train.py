@@ -64,9 +64,11 @@ def make_method(cfg: Config, model: Llama, tokenizer: Tokenizer):
     micro-batches, metrics to take the largest of).
     """
     problems, context = load_split(cfg, "train"), model.args.max_position_embeddings
-    if cfg.method not in ON_POLICY and any(p.hidden for p in problems):
-        raise BadInput(f"data {cfg.data} holds questions to reason about, for method markovian; "
-                       f"this config has method {cfg.method}")
+    solves = cfg.method == "markovian" or cfg.method == "grpo" and cfg.template != "none"
+    if not solves and any(p.hidden for p in problems):
+        raise BadInput(f"data {cfg.data} holds questions to reason about, for method markovian, or "
+                       f"grpo with template: chat; this config has method {cfg.method}, "
+                       f"template {cfg.template}")
     if cfg.method == "sft":
         rows = tokenize(problems, tokenizer, context, template=cfg.template)
         return Batches(rows, cfg), partial(sft_loss, cfg)

@@ -109,7 +109,7 @@ def read_gguf(path: Path) -> Gguf:
         raise
     except OSError as error:
         raise BadInput(f"{path} cannot be read ({error.strerror}); {AGAIN}") from None
-    except (struct.error, ValueError, MemoryError) as error:
+    except (struct.error, ValueError, OverflowError, MemoryError) as error:
         raise BadInput(f"{path} is truncated or corrupt in its header ({one_line(error)}); "
                        f"{AGAIN}") from None
     tensors = {name: t._replace(start=first + t.start) for name, t in tensors.items()}

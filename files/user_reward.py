@@ -17,16 +17,16 @@ import numpy as np
 
 from config import BadInput
 from files.keys import parse_value
-from text.arithmetic import grade
+from text.arithmetic import grade_reply
 
 
 def correct(problem, completion) -> bool:
     """Whether the whole completion is the answer and it stopped by itself.
 
     No partial credit: substrings, lists of numbers and cut completions were each exploited
-    somewhere.
+    somewhere. Of a whole solution the final answer counts, as in validation.
     """
-    return grade(problem.answer, completion.text, completion.finished)
+    return grade_reply(problem, completion.text, completion.finished)["correct"]
 
 
 def load_rewards(entries: tuple[str, ...]) -> list[tuple]:

@@ -344,10 +344,10 @@ def summarize_accuracy(rows: list[dict]) -> dict:
 
 
 def summarize_loss(rows: list[tuple[float, int]]) -> dict:
-    """Rows (nats, tokens) to {loss, perplexity, rows}: nats a token, e to that power, the rows."""
+    """Rows (nats, tokens) to {loss, perplexity, row_losses}: nats a token, e to that power, all."""
     loss = bootstrap_ratio(*zip(*rows))
     return {"loss": loss, "perplexity": {key: value if key == "n" else float(np.exp(value))
-                                         for key, value in loss.items()}, "rows": rows}
+                                         for key, value in loss.items()}, "row_losses": rows}
 
 
 def compare_rows(report: dict, other: dict) -> dict:
@@ -357,7 +357,7 @@ def compare_rows(report: dict, other: dict) -> dict:
     """
     found, both = {}, (report, other)
     first, second = ([row for row in r["prompts"] if row["set"] == "test"] for r in both)
-    tokens = [[count for _, count in r.get("rows", [])] for r in both]
+    tokens = [[count for _, count in r.get("row_losses", [])] for r in both]
     if tokens[0] != tokens[1] or len(first) != len(second):
         raise BadInput(f"--compare: {report['ckpt']} and {other['ckpt']} read other tokens of the "
                        "test rows; expected one tokenizer and one context")
@@ -366,7 +366,7 @@ def compare_rows(report: dict, other: dict) -> dict:
                                    [row["correct"] for row in second])
     if "loss" in report:
         found["loss_difference"] = bootstrap_ratio(
-            [b - a for (a, _), (b, _) in zip(report["rows"], other["rows"])], tokens[0])
+            [b - a for (a, _), (b, _) in zip(report["row_losses"], other["row_losses"])], tokens[0])
     return found
 
 

@@ -14,7 +14,7 @@ from config import run_main
 from files.disk import write_text
 from report.stats import interval_text, mcnemar, paired_bootstrap, wilson
 from study.document import fill, seeds_text, table
-from study.results import chains_table, finished_run, gain_lines, machine_text, run_script
+from study.results import chains_table, finished_run, machine_text, run_script
 
 DOCUMENT = Path("docs/real_models.md")
 HEADING = "\n## SmolLM2-135M"       # what stands below it is this file's
@@ -96,6 +96,13 @@ def against_sft(reports: Reports) -> str:
             f"only SFT; McNemar exact p = {test['p']:.2g}")
 
 
+def chain_gains(reports: list[dict]) -> str:
+    """Points over the base on the same questions, each seed with its interval."""
+    right = lambda report: [row["correct"] for row in report["prompts"]]
+    return "; ".join(interval_text(paired_bootstrap(right(r["base"]), right(r)), 100, 1, "+")
+                     for r in reports)
+
+
 def write_part(text: str) -> None:
     """Put a part of the document below those that are written, in place of what stood there."""
     above, heading, below = DOCUMENT.read_text().partition(HEADING)
@@ -117,11 +124,12 @@ def main(argv: list[str]) -> None:
     two_digits = runs_of("two_digits", TWO_DIGITS, dict.fromkeys(SEEDS, two))
     write_part(fill("smollm2_two_digits", n=len(rights(two_digits["sft"])),
                     seeds=", ".join(map(str, SEEDS)), table=arms_table(two_digits, TWO_DIGITS)))
-    run_script(["-m", "tasks", "sums", str(sums), "--terms", "3", "--largest", "9", "--shots", "3"])
+    run_script(["-m", "tasks", "sums", str(sums), "--terms", "3", "--largest", "20",
+                "--shots", "3"])
     chains = {"markovian": [finished_run("real_markovian", seed, "smollm2_markovian", [])
                             for seed in CHAIN_SEEDS]}
-    write_part(fill("smollm2_chains", table=chains_table(chains),
-                    gains=gain_lines(chains["markovian"])))
+    write_part(fill("smollm2_chains", n=len(chains["markovian"][0]["prompts"]),
+                    table=chains_table(chains), gains=chain_gains(chains["markovian"])))
 
 
 if __name__ == "__main__":

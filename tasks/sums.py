@@ -34,9 +34,9 @@ def sample_sums(split: str, count: int, terms: int, largest: int, shots: int,
     drawn = []
     for _ in range(20 * count):
         numbers = draw_terms(rng, terms, largest, split)
-        # of few terms there are few sums, and each is judged once; the two to nine repeats of
+        # each set of terms is judged once, in one order: there may be few. The repeats of
         # RESULTS.md's data, which have no shots, stay as published
-        if split == "train" or not shots or numbers not in drawn:
+        if split == "train" or not shots or sorted(numbers) not in map(sorted, drawn):
             drawn.append(numbers)
         if len(drawn) == count:
             break

@@ -402,8 +402,8 @@ def test_columns(tmp_path, row, prompt, answer):
 @pytest.mark.parametrize("row, said", [
     ({"prompt": "a", "reply": "b"}, "it has columns prompt, reply.*expected .*question, answer"),
     ({"prompt": "", "response": "b"}, "it has columns response"), ({}, "it has columns none"),
-    ({"prompt": "a", "response": 5}, "every value must be a string"), ([1], "line 1 "),
-    ({"text": "a"}, "non-empty"), ({"text": 5}, "line 1 "), ({"conversations": "hi"}, "line 1 "),
+    ({"prompt": "a", "response": 5}, "answer must be a string"), ([1], "line 1 "),
+    ({"text": "a"}, "two characters"), ({"text": 5}, "line 1 "), ({"conversations": "hi"}, "line 1 "),
     ({"conversations": ASK[:2]}, "the assistant last"),
     ({"conversations": [{"from": "bing", "value": "b"}]}, "perhaps a system message"),
 ])
@@ -508,3 +508,25 @@ def test_data_are_described(tmp_path, tokenizer):
     assert said.endswith("3 test rows; left out, since the prompt leaves no room for an answer: 2")
     with pytest.raises(BadInput, match="none of 1 rows fits"):
         check_own(cfg, [], valid, read_problems(file)[20:21], tokenizer, 128)
+
+
+def test_a_talk_given_again_with_one_turn_more_stays_on_its_side(tmp_path):
+    talk = lambda n, turns: {"messages": [
+        {"role": role, "content": f"{role} {n} {turn}"}
+        for turn in range(turns) for role in ("user", "assistant")]}
+    file = write_rows(tmp_path / "talks.jsonl", [talk(n, turns) for n in range(20)
+                                                 for turns in (1, 2, 3)])
+    sides = {split: {p.messages[0] for p in load_split(config(data=str(file)), split)}
+             for split in ("train", "valid", "test")}
+    assert not sides["train"] & sides["test"] and not sides["train"] & sides["valid"]
+    assert sum(map(len, sides.values())) == 20
+
+
+@pytest.mark.parametrize("row, words", [
+    ({"prompt": "a \ud83d", "response": "b"}, "surrogates not allowed"),
+    ({"text": "a"}, "two characters"),
+    ({"prompt": "a", "response": "b", "hidden": True}, "hidden must be a string")])
+def test_rows_that_are_no_text(row, words, tmp_path):
+    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(BadInput, match=f"line 1 .*{words}"):
+        read_problems(tmp_path / "train.jsonl")

@@ -276,7 +276,7 @@ def test_report_on_long_answers(tmp_path, small_folder, write_config, recwarn):
         assert judged["loss"]["value"] == pytest.approx(sum(nats) / sum(counts), rel=1e-6)
         assert judged["loss"]["low"] <= judged["loss"]["value"] <= judged["loss"]["high"]
         assert judged["perplexity"]["value"] == pytest.approx(np.exp(judged["loss"]["value"]))
-        assert judged["loss"]["n"] == len(judged["rows"]) == 12 and "accuracy" not in judged
+        assert judged["loss"]["n"] == len(judged["row_losses"]) == 12 and "accuracy" not in judged
         assert len(judged["prompts"]) == 10 and list(judged["strength"]) == ["answer"]
         assert "class" not in judged and "operation_prob" not in judged["prompts"][0]
     assert report["loss"]["value"] < report["base"]["loss"]["value"]

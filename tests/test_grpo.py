@@ -38,6 +38,7 @@ from grpo import Answers, Rollouts, draw_problems, group_advantages, token_weigh
 from guard import CollapseGuard, repetition
 from lora import adapters_off, apply_lora
 from losses import kl_estimates, policy_loss, token_logprobs
+from tasks.published import make_question
 from text.arithmetic import make_problem, sample_train
 from text.rows import ends_of_reply, messages_of
 from text.tokenizer import load_tokenizer
@@ -187,6 +188,15 @@ def test_reward_right_answer(tokenizer):
     completion = Completion([5], "37", True, np.zeros(1), np.zeros(1))
     assert judged(make_problem("add", 30, 7), completion, tokenizer) == {
         "reward": [1.0], "right": [1.0]}
+
+
+def test_reward_reads_a_whole_solution(tokenizer):
+    """Of a question to reason about, as validation does; of any other the reply is the answer."""
+    problem = make_question("Solve.", "12 + 7", "19")
+    for text, right in (("12 + 7 = 19\nThe answer is 19.", 1), ("19 it is, or 20", 0)):
+        completion = Completion([5], text, True, np.zeros(1), np.zeros(1))
+        for asked, value in ((problem, right), (make_problem("add", 12, 7), 0)):
+            assert judged(asked, completion, tokenizer)["reward"] == [value]
 
 
 @pytest.mark.parametrize("body,message", [

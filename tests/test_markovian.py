@@ -110,9 +110,11 @@ def test_ids_by_parts_equal_the_whole_text(which, cot, llama3):
 @pytest.mark.parametrize("which", ["sentencepiece", "bpe"])
 @pytest.mark.parametrize("template", ["plain", "cued", "chat"])
 def test_in_a_template_the_reply_is_chain_header_and_answer(which, template, llama3):
-    """The parts are the conversation's own ids: question or its stand-in, one reply, its EOS."""
+    """The parts are the conversation's own ids: question or its stand-in, one reply, its end."""
     tokenizer = load_tokenizer(TINY_COT if which == "sentencepiece" else llama3)
-    tokenizer.chat_template = CHAT
+    # of the second the template ends a reply with another token than EOS
+    end = "eos_token" if which == "sentencepiece" else "'<|eot_id|>'"
+    tokenizer.chat_template = CHAT.replace("eos_token", end)
     problem, reply = QUESTIONS[0], f"12 + 7 = 19 + 30 = 49{HEADER} 49"
     chain = tokenizer.encode_continuation(" 12 + 7 = 19 + 30 = 49")
     for markovian, asked in ((True, problem.hidden), (False, problem.prompt)):

@@ -59,6 +59,8 @@ def from_sharegpt(turns: list[dict]) -> dict:
 
 def from_text(text: str) -> dict:
     """The prompt is the first half, or less, up to a space. Training reads the two as one."""
+    if len(text) < 2:
+        raise ValueError("text must have at least two characters")
     half = min(len(text) // 2, PROMPT_OF_TEXT)
     space = text.rfind(" ", 1, half + 1)
     cut = half if space < 0 else space
@@ -103,8 +105,12 @@ def read_problem(row: dict, needs_answer: bool = True) -> Problem:
     found = LAYOUTS[layout](*(filled.get(column, "") for column in layout))
     texts = found | {column: filled.get(column, other) for column, other in BESIDE.items()}
     messages = texts.pop("messages", ())
-    if not all(isinstance(text, str) for text in texts.values()):
-        raise ValueError("every value must be a string")
+    for column, text in texts.items():
+        if not isinstance(text, str):
+            raise ValueError(f"{column} must be a string")
+    # half an emoji is valid JSON and no text: UnicodeEncodeError is a ValueError
+    "".join(texts.values()).encode()
+    "".join(content for _, content in messages).encode()
     if not texts["prompt"] or needs_answer and not texts["answer"]:
         raise ValueError("prompt and response must be non-empty strings; a conversation has the "
                          "assistant last")
@@ -143,9 +149,15 @@ def files_of(data: Path) -> dict[str, Path]:
 
 
 def prompt_of(problem: Problem) -> tuple:
-    """What a row is known by: all that stands before its last reply; of a text all of it."""
-    text = problem.prompt + (problem.answer if problem.layout == TEXT else "")
-    return text, problem.messages[:-1]
+    """What a row is known by: its prompt; of a text all of it.
+
+    Of a conversation all up to the first question: a talk is often given again with one turn more,
+    and training reads every reply.
+    """
+    if problem.messages:
+        first = [role for role, _ in problem.messages].index("user")
+        return "", problem.messages[:first + 1]
+    return problem.prompt + (problem.answer if problem.layout == TEXT else ""), ()
 
 
 def split_off(problems: list[Problem], missing: list[str], path: Path) -> dict[str, list[Problem]]:

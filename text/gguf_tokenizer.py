@@ -33,6 +33,9 @@ def tokenizer_files(about: dict, path: Path) -> dict[str, bytes]:
     model, pre, tokens = header.get("model"), header.get("pre"), header.get("tokens")
     if tokens is None:
         return {}
+    # before anything is done with them
+    read_fields(header, {"model": (TEXT, REQUIRED), "pre": (TEXT, None),
+                         "tokens": (TEXTS, REQUIRED)}, f"{path}: tokenizer.ggml")
     if model not in ("gpt2", "llama") or model == "gpt2" and pre not in SPLITS:
         raise BadInput(f"{path}: a tokenizer of model {model!r} with pre {pre!r} is not supported; "
                        f"expected llama, or gpt2 with pre one of {', '.join(SPLITS)}: take another "

@@ -1,9 +1,9 @@
 """A user's own rows, before training and before judging: which of them fit, said in one line.
 
-A training row longer than the model's context is cut there; of one whose prompt fills the context
-nothing would be left to learn, so it is left out. A row to judge by is left out where its prompt
-leaves no room for max_completion_tokens. No key chooses: cutting loses the end of an answer and
-nothing else, and the line counts both.
+A row that SFT or dual-reward trains on is cut at the model's context; of one whose prompt fills the
+context nothing would be left to learn, so it is left out. A row to judge by is left out where its
+prompt leaves no room for max_completion_tokens. No key chooses: cutting loses the end of an answer
+and nothing else, and the line counts both.
 """
 from pathlib import Path
 

@@ -199,6 +199,10 @@ def class_word_ids(cfg: Config, tokenizer: Tokenizer, problems: list[Problem]) -
     """
     if cfg.class_words:
         before = [last_token(tokenizer, problems, cfg.template)]
+        if others := {p.operation for p in problems} - set(cfg.data_operations):
+            raise BadInput(f"class_words stand for data_operations = "
+                           f"{', '.join(cfg.data_operations)}, and rows have "
+                           f"{', '.join(sorted(others))}; leave class_words out")
         return dict(zip(cfg.data_operations, tokenizer.word_ids(list(cfg.class_words), before)))
     target = "symbol" if cfg.class_target == "symbol" else "word"
     return target_ids(tokenizer, problems, target, cfg.template)
@@ -217,7 +221,9 @@ def class_ids(cfg: Config, tokenizer: Tokenizer, problems: list[Problem]) -> lis
         return [stable_hash(p.prompt) % tokenizer.vocab_size for p in problems]
     ids = class_word_ids(cfg, tokenizer, problems)
     if cfg.class_target == "shuffled":
-        words = [ids[op] for op in cfg.data_operations if op in ids]
+        # the config's order first, then that of a folder's own operations
+        operations = dict.fromkeys((*cfg.data_operations, *sorted(ids)))
+        words = [ids[op] for op in operations if op in ids]
         return [words[stable_hash(p.prompt) % len(words)] for p in problems]
     return [ids[p.operation] for p in problems]
 
