@@ -404,7 +404,8 @@ def test_columns(tmp_path, row, prompt, answer):
     ({"prompt": "", "response": "b"}, "it has columns response"), ({}, "it has columns none"),
     ({"prompt": "a", "response": 5}, "answer must be a string"),
     ([1], "line 1 "),
-    ({"text": "a"}, "two characters"), ({"text": 5}, "line 1 "), ({"conversations": "hi"}, "line 1 "),
+    ({"text": "a"}, "two characters"), ({"text": 5}, "line 1 "),
+    ({"conversations": "hi"}, "line 1 "),
     ({"conversations": ASK[:2]}, "the assistant last"),
     ({"conversations": [{"from": "bing", "value": "b"}]}, "perhaps a system message"),
 ])
