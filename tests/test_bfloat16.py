@@ -37,7 +37,8 @@ class Run:
         self.model, tokenizer = prepare_model(self.cfg)
         self.source, loss = make_method(self.cfg, self.model, tokenizer)
         if self.cfg.method == "grpo":
-            self.source.task.reward = lambda problem, completion: sum(completion.ids) % 5
+            reward = lambda problem, completion: sum(completion.ids) % 5
+            self.source.task.functions = [("some", reward, 1.0)]
         self.optimizer = make_optimizer(self.cfg, self.model)
         self.loss_and_grads, self.update = compile_step(self.cfg, self.model, self.optimizer, loss)
 

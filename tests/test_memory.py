@@ -55,7 +55,8 @@ def one_step(which, full, sums_data):
                            strict=False)
     source, _ = make_method(cfg, model, tokenizer)
     if method == "grpo":
-        source.task.reward = lambda problem, completion: float(len(completion.text))
+        reward = lambda problem, completion: float(len(completion.text))
+        source.task.functions = [("some", reward, 1.0)]
     return model, cfg, source.at(0)[0][0]
 
 

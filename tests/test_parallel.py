@@ -156,7 +156,8 @@ def test_a_step_of_parts_is_the_step(method, more, tokenizer, sums_data, two_cor
         spare(model, cfg)
         source, loss = make_method(cfg, model, tokenizer)
         if method == "grpo":
-            source.task.reward = lambda problem, completion: float(sum(completion.ids) % 5)
+            reward = lambda problem, completion: float(sum(completion.ids) % 5)
+            source.task.functions = [("some", reward, 1.0)]
         loss_and_grads, update = compile_step(cfg, model, make_optimizer(cfg, model), loss)
 
         def counted(batch, of=loss_and_grads, seen=cut_into):
