@@ -399,6 +399,25 @@ def test_columns(tmp_path, row, prompt, answer):
                                     ("assistant", "15"))
 
 
+@pytest.mark.parametrize("row, prompt, answer, columns", [
+    ({"prompt": "7 + 8 = ", "answer": 15}, "7 + 8 = ", "", {"answer": 15}),
+    ({"prompt": "7 + 8 = ", "response": None, "text": "all"}, "7 + 8 = ", "", {"text": "all"}),
+    ({"prompt": "7 + 8 = ", "completion": "15", "level": 1}, "7 + 8 = ", "15", {"level": 1}),
+    ({"instruction": "add", "input": "7, 8", "id": 3}, "add\n7, 8\n", "", {"id": 3}),
+    ({"question": "7 + 8 ="}, "7 + 8 =\n", "", {}),
+    ({"conversations": ASK[:2], "operation": "add"}, "7 + 8 =", "", {}),
+])
+def test_columns_without_an_answer(tmp_path, row, prompt, answer, columns):
+    """For a user's reward, which is given what no layout reads; to be learnt they are refused."""
+    path = write_rows(tmp_path / "rows.jsonl", [row])
+    problem, = read_problems(path, needs_answer=False)
+    assert (problem.prompt, problem.answer, problem.columns) == (prompt, answer, columns)
+    assert set(problem.layout) <= set(row) - set(columns)
+    if not answer and "text" not in row:    # which is a plain text then
+        with pytest.raises(BadInput, match="1 bad rows: .*may the answer be left out"):
+            read_problems(path)
+
+
 @pytest.mark.parametrize("row, said", [
     ({"prompt": "a", "reply": "b"}, "it has columns prompt, reply.*expected .*question, answer"),
     ({"prompt": "", "response": "b"}, "it has columns response"), ({}, "it has columns none"),

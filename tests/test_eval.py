@@ -217,6 +217,7 @@ def test_a_chat_model_on_published_questions(tmp_path):
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["accuracy"]["n"] == report["invalid"]["n"] == 4
     assert "no answer to read (invalid)" in done.stdout and "question" in report["accuracy_by"]
+    assert "4 test rows" in report["data"] and "loss" not in report     # of the answer alone
 
 
 TALK = (("user", "seven"), ("assistant", "8 and 9"), ("user", "nine ="), ("assistant", "10"))
