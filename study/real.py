@@ -18,13 +18,16 @@ from study.results import chains_table, finished_run, machine_text, run_script
 
 DOCUMENT = Path("docs/real_models.md")
 HEADING = "\n## SmolLM2-135M"       # what stands below it is this file's
-FAR = ["class_weight=0.7", "steps=500", "batch_size=4"]
 FOLDS = 4
 ONE_DIGIT = {   # name: (label, config, overrides)
     "sft": ("SFT", "sft", []),
     "dual_reward": ("dual-reward, w 0.2", "dual_reward", []),
-    "dual_reward_w07": ("dual-reward, w 0.7, 500 steps of 4 rows", "dual_reward", FAR),
     "grpo": ("GRPO, 40 steps of 8 prompts by 8", "grpo", []),
+}
+PRIOR_WEIGHT = {
+    "sft": ONE_DIGIT["sft"],
+    "dual_reward_w07": ("dual-reward, w 0.7, 500 steps of 4 rows", "dual_reward",
+                        ["class_weight=0.7", "steps=500", "batch_size=4"]),
 }
 LONGER = ["steps=200"]
 TWO_DIGITS = {
@@ -119,6 +122,8 @@ def main(argv: list[str]) -> None:
     one = runs_of("one_digit", ONE_DIGIT, folds)
     write_part(fill("smollm2", machine=machine_text(one["sft"][0]), n=len(rights(one["sft"])),
                     table=arms_table(one, ONE_DIGIT), paired=against_sft(one)))
+    write_part(fill("smollm2_prior_weight",
+                    table=arms_table(runs_of("one_digit", PRIOR_WEIGHT, folds), PRIOR_WEIGHT)))
     two, sums = Path("runs/real_data/two_digits"), Path("runs/sums_of_three")
     run_script(["-m", "tasks", "few_shot", str(two), "--digits", "2"])
     two_digits = runs_of("two_digits", TWO_DIGITS, dict.fromkeys(SEEDS, two))
