@@ -137,6 +137,11 @@ class Config:
         return self.chain_tokens if self.method == "markovian" else self.max_completion_tokens
 
     @property
+    def has_loss(self) -> bool:
+        """Whether rows are a user's, and training is on their answers: then their loss tells."""
+        return self.data != "arithmetic" and self.method not in ON_POLICY
+
+    @property
     def needs_answers(self) -> bool:
         """False where rewards of the user's own judge replies: there may be no right one."""
         names = [entry.partition("*")[0].strip() for entry in self.grpo_reward]

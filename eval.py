@@ -43,7 +43,7 @@ from report.stats import (
     summarize_loss,
 )
 from report.terminal import report_text
-from text.arithmetic import NAMED_PROMPTS, Problem, evenly, grade_reply, is_own, named_problems
+from text.arithmetic import NAMED_PROMPTS, Problem, evenly, grade_reply, named_problems
 from text.rows import (
     answer_lengths,
     encode_prompt_of,
@@ -160,7 +160,7 @@ def inspect(model: Llama, tokenizer: Tokenizer, valid: list, done: int, cfg: Con
             rows = measure_accuracy(model, tokenizer, chosen, cfg.max_completion_tokens,
                                     cfg.template)
             record["valid_accuracy"] = float(np.mean([r["correct"] for r in rows]))
-        if is_own(cfg):
+        if cfg.has_loss:
             found = summarize_loss(measure_loss(model, tokenizer, chosen, cfg))
             record |= {f"valid_{key}": found[key]["value"] for key in ("loss", "perplexity")}
     if is_due(cfg.lens_every_steps) and cfg.method != "markovian" and has_answers:
@@ -196,7 +196,7 @@ def evaluate(model: Llama, tokenizer: Tokenizer, cfg: Config) -> dict:
         rows = measure_reward(model, tokenizer, test, cfg)
         return {**own, "reward": bootstrap_mean([r["reward"] for r in rows]), "layers": [],
                 "prompts": rows}
-    if is_own(cfg) and not to_reason:
+    if cfg.has_loss and not to_reason:
         own |= summarize_loss(measure_loss(model, tokenizer, test, cfg))
     named = {name: named_problems(name) for name in NAMED_PROMPTS if cfg.data == "arithmetic"}
     problems = test + [p for group in named.values() for p in group]

@@ -54,7 +54,7 @@ def convert(path: Path, folder: Path) -> None:
     """Write a GGUF's model, in the file's own precision, bfloat16 where it has codes."""
     file = read_gguf(path)
     read_model_config(read_config(file), str(path))
-    arrays = read_tensors(path)
+    arrays = read_tensors(file)
     check_numbers(arrays, str(path))
     write_files(folder, {WEIGHTS: arrays, **folder_files(file)})
 

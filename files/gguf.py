@@ -174,7 +174,7 @@ def unsupported(kind: str, where: str) -> BadInput:
 # tensors
 
 
-def read_tensors(path: Path, dtype: mx.Dtype | None = None, bits: int | None = None,
+def read_tensors(file: Gguf, dtype: mx.Dtype | None = None, bits: int | None = None,
                  group_size: int | None = None) -> dict[str, mx.array]:
     """A file's weights by the Hub's names. Codes are unpacked when MLX evaluates them.
 
@@ -182,7 +182,6 @@ def read_tensors(path: Path, dtype: mx.Dtype | None = None, bits: int | None = N
     bits, group_size   of a model that is to be quantised: if all matrices of the blocks are codes
             like that, they stay so, as MLX packs them
     """
-    file = read_gguf(path)
     config, found = read_config(file), {}
     kinds = {(BITS.get(kind), 32) for kind in matrix_kinds(file)}
     packed = bits is not None and kinds == {(bits, group_size or 32)}

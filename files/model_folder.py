@@ -407,9 +407,10 @@ def read_weights(folder: Path, tied: bool, dtype: mx.Dtype | None = None, bits: 
         blas.map_large_blocks()
     if files == [folder / GGUF]:
         # imported here: other models have no use for it
-        from files.gguf import read_tensors
+        from files.gguf import read_gguf, read_tensors
         # a quantised model's tables stay in 16 bits
-        return read_tensors(files[0], dtype if bits else dtype or default_dtype(), bits, group_size)
+        return read_tensors(read_gguf(files[0]), dtype if bits else dtype or default_dtype(), bits,
+                            group_size)
     for file in sorted(set(open_weights(folder).values())):
         found |= mx.load(str(file))
     # derived, in old checkpoints

@@ -234,13 +234,13 @@ def reply_lines(report: dict) -> list[str]:
         f"{report['config']['max_completion_tokens']}; replies to read:"]
     for reply in evenly(report["prompts"], 10):
         right = " (right)" if "accuracy" in report and reply["correct"] else ""
-        lines += [f"\n  prompt     {one_line(reply['prompt'])}",
-                  f"  expected   {one_line(reply['expected'])}",
-                  f"  generated  {one_line(reply['generated'])}{right}"]
+        lines += [f"\n  prompt     {shortened(reply['prompt'])}",
+                  f"  expected   {shortened(reply['expected'])}",
+                  f"  generated  {shortened(reply['generated'])}{right}"]
     return lines
 
 
-def one_line(text: str) -> str:
+def shortened(text: str) -> str:
     """A text in quotes; of a long one its beginning and its end."""
     return repr(text if len(text) <= 100 else f"{text[:60]} ... {text[-35:]}")
 

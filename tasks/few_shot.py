@@ -52,7 +52,7 @@ def equation(operation: str, a: int, b: int) -> str:
 
 def sample_few_shot(split: str, count: int, shots: int, digits: int, fold: int,
                     seed: int) -> list[Problem]:
-    """At most count / 3 distinct problems of each operation behind the shots.
+    """At most a third of count distinct problems of each operation behind the shots.
 
     Of valid and test the choice is of no seed. raises  BadInput
     """
@@ -70,8 +70,7 @@ def sample_few_shot(split: str, count: int, shots: int, digits: int, fold: int,
     for items in by_operation:
         rng.shuffle(items)
     # one of each operation in turn
-    worked = [by_operation[n % 3][n // 3] for n in range(shots)
-              if n // 3 < len(by_operation[n % 3])]
+    worked = [item for three in zip(*by_operation) for item in three][:shots]
     if len(worked) < shots:
         raise BadInput(f"--shots {shots}: there are {len(on_side['train'])} training problems of "
                        f"--digits {digits}, a third of each operation; give fewer shots")
@@ -81,6 +80,7 @@ def sample_few_shot(split: str, count: int, shots: int, digits: int, fold: int,
     for operation in OPERATIONS:
         cell = [item for item in on_side[split] if item[0] == operation]
         rng.shuffle(cell)
+        cell = cell[:count // len(OPERATIONS)]
         problems += [Problem(head + equation(*item), str(compute(*item)), operation,
-                             WORDINGS[digits], *item[1:]) for item in cell[:count // 3]]
+                             WORDINGS[digits], *item[1:]) for item in cell]
     return problems

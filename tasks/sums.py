@@ -3,6 +3,7 @@
 A sum's side of the split is decided by a hash of its terms in any order, so no order of a test
 sum's terms is trained on, whatever the seed.
 """
+import itertools
 import random
 
 from config import BadInput
@@ -31,13 +32,15 @@ def sample_sums(split: str, count: int, terms: int, largest: int, shots: int,
              model needs to see. The hidden prompt shows them too, and hides the question alone
     """
     rng = random.Random(seed if split == "train" else split)
-    drawn = []
+    drawn, seen = [], set()
     for _ in range(20 * count):
         numbers = draw_terms(rng, terms, largest, split)
         # each set of terms is judged once, in one order: there may be few. The repeats of
         # RESULTS.md's data, which have no shots, stay as published
-        if split == "train" or not shots or sorted(numbers) not in map(sorted, drawn):
+        terms_drawn = tuple(sorted(numbers))
+        if split == "train" or not shots or terms_drawn not in seen:
             drawn.append(numbers)
+            seen.add(terms_drawn)
         if len(drawn) == count:
             break
     rng, head = random.Random(f"shots {seed}"), SUMS
@@ -61,15 +64,11 @@ def write_chain(terms: tuple[int, ...], style: str) -> str:
         return " " + " and ".join(map(str, terms))
     if style == "about":
         return f" about {(sum(terms) + 5) // 10 * 10}"
-    text, total = "" if style == "steps" else f" {terms[0]}", terms[0]
-    for term in terms[1:]:
-        if style == "steps":
-            text += f" {total} + {term} = {total + term}."
-            total += term
-            continue
-        total += term
-        text += f" + {term} = {total}"
-    return text
+    totals = list(itertools.accumulate(terms))
+    steps = list(zip(totals, terms[1:], totals[1:]))     # (sum so far, what is added, sum)
+    if style == "steps":
+        return "".join(f" {before} + {term} = {after}." for before, term, after in steps)
+    return f" {terms[0]}" + "".join(f" + {term} = {after}" for _, term, after in steps)
 
 
 def sample_tiny_cot(count: int, most: int, largest: int, seed: int) -> list[Problem]:

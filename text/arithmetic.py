@@ -16,7 +16,7 @@ import random
 import re
 from dataclasses import dataclass, field
 
-from config import ON_POLICY, Config
+from config import Config
 
 SYMBOLS = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/"}
 # each phrase names one (operation, a, b) and no other;
@@ -76,11 +76,6 @@ class Problem:
     # compared, but not hashed: problems are put into sets, and a dict cannot be
     columns: dict = field(default_factory=dict, hash=False)
     layout: tuple[str, ...] = field(default=(), compare=False, repr=False)
-
-
-def is_own(cfg: Config) -> bool:
-    """Whether rows are a user's, and training is on their answers: then their loss is a measure."""
-    return cfg.data != "arithmetic" and cfg.method not in ON_POLICY
 
 
 def number_words(n: int) -> str:

@@ -32,9 +32,12 @@ def check_own(cfg: Config, rows: list, valid: list[Problem], test: list[Problem]
 
     raises   BadInput, of test rows too: not after the training
     """
-    if cfg.method != "markovian":     # whose chains need room of their own
-        valid, test = (with_room(side, tokenizer, context, cfg) for side in (valid, test))
-    return valid, describe_data(cfg, {"train": rows, "valid": valid, "test": test})
+    read, kept = {"train": read_split(cfg, "train"), "valid": valid, "test": test}, {"train": rows}
+    for split in ("valid", "test"):
+        # Markovian training's chains need room of their own
+        kept[split] = (read[split] if cfg.method == "markovian"
+                       else with_room(read[split], tokenizer, context, cfg))
+    return kept["valid"], describe_data(cfg, read, kept)
 
 
 def prepare_test(test: list[Problem], tokenizer: Tokenizer, context: int,
@@ -44,16 +47,15 @@ def prepare_test(test: list[Problem], tokenizer: Tokenizer, context: int,
     if not is_short(kept, tokenizer, cfg):
         longest = max(len(encode_prompt_of(p, tokenizer, cfg.template)) for p in kept)
         limit = min(max(REPLY_TOKENS, limit), context - longest)
-    return kept, limit, describe_data(cfg, {"test": kept})
+    return kept, limit, describe_data(cfg, {"test": test}, {"test": kept})
 
 
-def describe_data(cfg: Config, kept: dict[str, list]) -> str:
-    """One line: columns, rows of each split in kept, and what became of long ones.
+def describe_data(cfg: Config, splits: dict[str, list[Problem]], kept: dict[str, list]) -> str:
+    """One line: columns, rows of each split, and what became of long ones.
 
     kept     what is used of each split: problems, or Rows, which say whether they were cut
     """
     data = Path(cfg.data)
-    splits = {split: read_split(cfg, split) for split in kept}
     layouts = {", ".join(row.layout): None for rows in splits.values() for row in rows}
     parts = [f"data {data}: columns {' | '.join(layouts)}",
              ", ".join(f"{len(rows)} {split}" for split, rows in splits.items()) + " rows"]

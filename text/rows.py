@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from config import BadInput, Config
-from text.arithmetic import SYMBOLS, TEXT, Problem, evenly, is_own, stable_hash
+from text.arithmetic import SYMBOLS, TEXT, Problem, evenly, stable_hash
 from text.tokenizer import Tokenizer
 
 # --------------------------------------------------------------------------------------------------
@@ -266,7 +266,7 @@ def is_short(problems: list[Problem], tokenizer: Tokenizer, cfg: Config) -> bool
 
     What ends an answer is one of these tokens. Of a plain text no answer is right.
     """
-    if not is_own(cfg):
+    if not cfg.has_loss:
         return True
     lengths = answer_lengths(tokenizer, problems, cfg.template)
     is_text = any(p.layout == TEXT for p in problems)
