@@ -1,6 +1,5 @@
 """Conversations at the terminal: tokens equal to transformers', earlier turns kept, all endings."""
 import shutil
-from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -15,14 +14,6 @@ from text.tokenizer import load_tokenizer
 CHAT = ("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token + '\\n' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}")
 TURNS = ["add 3 and 4", "what is 7 * 8", "and 2 more"]
-
-
-@pytest.fixture
-def smollm2():
-    folder = Path("/tmp/smol/hub")
-    if not folder.exists():
-        pytest.skip("no SmolLM2 on this machine")
-    return folder
 
 
 @pytest.fixture(scope="module")
