@@ -24,17 +24,13 @@ ONE_DIGIT = {   # name: (label, config, overrides)
     "dual_reward": ("dual-reward, w 0.2", "dual_reward", []),
     "grpo": ("GRPO, 40 steps of 8 prompts by 8", "grpo", []),
 }
-PRIOR_STEPS = ["steps=500", "batch_size=4"]     # the prior work's
-MORE_STEPS = {
+PRIOR_WEIGHT = {
     "sft": ONE_DIGIT["sft"],
-    "dual_reward_500": ("dual-reward, w 0.2, 500 steps of 4 rows", "dual_reward", PRIOR_STEPS),
     "dual_reward_w07": ("dual-reward, w 0.7, 500 steps of 4 rows", "dual_reward",
-                        ["class_weight=0.7", *PRIOR_STEPS]),
+                        ["class_weight=0.7", "steps=500", "batch_size=4"]),
 }
-LONGER = ["steps=200"]
-TWO_DIGITS = {
-    "sft": ("SFT", "sft", LONGER), "dual_reward": ("dual-reward, w 0.2", "dual_reward", LONGER),
-}
+TWO_DIGITS = {"sft": ONE_DIGIT["sft"], "dual_reward": ONE_DIGIT["dual_reward"]}
+NO_LOOKS = ["eval_every_steps=0", "lens_every_steps=0"]     # on the way: the report is enough
 SEEDS = (0, 1, 2)
 CHAIN_SEEDS = (0, 1)
 Reports = dict[str, list[dict]]     # arm -> report.json of each fold or seed
@@ -43,8 +39,7 @@ Reports = dict[str, list[dict]]     # arm -> report.json of each fold or seed
 def runs_of(task: str, arms: dict, folds: dict[int, Path]) -> Reports:
     """Train every arm on every fold's or seed's data."""
     return {name: [finished_run(f"{task}_{name}", seed, f"smollm2_{config}",
-                                [*overrides, f"data={data}", "eval_every_steps=0",
-                                 "lens_every_steps=0"])
+                                [*overrides, *NO_LOOKS, f"data={data}"])
                    for seed, data in folds.items()]
             for name, (_, config, overrides) in arms.items()}
 
@@ -93,9 +88,9 @@ def arms_table(reports: Reports, labels: dict) -> str:
                   "word top-1 at L16, %", "GiB"], rows)
 
 
-def against_sft(reports: Reports, arm: str) -> str:
+def against_sft(reports: Reports) -> str:
     """McNemar: each problem is tested once, so an arm solves it or does not."""
-    dual, sft = (list(map(bool, rights(reports[name]).values())) for name in (arm, "sft"))
+    dual, sft = (list(map(bool, rights(reports[name]).values())) for name in ("dual_reward", "sft"))
     test = mcnemar(dual, sft)
     return (f"{test['only_first']} problems only dual-reward (w 0.2) solves, {test['only_second']} "
             f"only SFT; McNemar exact p = {test['p']:.2g}")
@@ -123,18 +118,17 @@ def main(argv: list[str]) -> None:
         run_script(["-m", "tasks", "few_shot", str(data), "--fold", str(fold)])
     one = runs_of("one_digit", ONE_DIGIT, folds)
     write_part(fill("smollm2", machine=machine_text(one["sft"][0]), n=len(rights(one["sft"])),
-                    table=arms_table(one, ONE_DIGIT), paired=against_sft(one, "dual_reward")))
-    longer = runs_of("one_digit", MORE_STEPS, folds)
-    write_part(fill("smollm2_more_steps", table=arms_table(longer, MORE_STEPS),
-                    paired=against_sft(longer, "dual_reward_500")))
+                    table=arms_table(one, ONE_DIGIT), paired=against_sft(one)))
+    write_part(fill("smollm2_prior_weight",
+                    table=arms_table(runs_of("one_digit", PRIOR_WEIGHT, folds), PRIOR_WEIGHT)))
     two, sums = Path("runs/real_data/two_digits"), Path("runs/sums_of_three")
     run_script(["-m", "tasks", "few_shot", str(two), "--digits", "2"])
     two_digits = runs_of("two_digits", TWO_DIGITS, dict.fromkeys(SEEDS, two))
     write_part(fill("smollm2_two_digits", n=len(rights(two_digits["sft"])),
                     seeds=", ".join(map(str, SEEDS)), table=arms_table(two_digits, TWO_DIGITS)))
     run_script(["-m", "tasks", "sums", str(sums), "--terms", "3", "--largest", "20",
-                "--shots", "3"])
-    chains = {"markovian": [finished_run("real_markovian", seed, "smollm2_markovian", [])
+                "--shots", "3", "--test", "100"])
+    chains = {"markovian": [finished_run("real_markovian", seed, "smollm2_markovian", NO_LOOKS)
                             for seed in CHAIN_SEEDS]}
     write_part(fill("smollm2_chains", n=len(chains["markovian"][0]["prompts"]),
                     table=chains_table(chains), gains=chain_gains(chains["markovian"])))
