@@ -22,7 +22,11 @@ from engine import blas
 
 @functools.cache
 def streams(n: int) -> list[mx.Stream]:
-    return [mx.new_stream(mx.cpu) for _ in range(n)]
+    found = [mx.new_stream(mx.cpu) for _ in range(n)]
+    with blas.subnormals_as_zero():
+        for stream in found:
+            blas.start_thread(stream)
+    return found
 
 
 def count(limit: int | None = None) -> int:

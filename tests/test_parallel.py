@@ -257,3 +257,18 @@ def test_this_processor_has_its_kernels():
     vectors = "avx2" in engine.blas.CPU_INFO.read_text()
     name = run("-c", code, check=0).stdout.strip()
     assert name and (name != "Prescott" or not vectors)
+
+
+# --- numbers below 1e-38
+
+
+def test_subnormals_are_zero_on_mlxs_threads_alone(two_cores):
+    """Also within a part's stream and in OpenBLAS; numpy, on this thread, keeps them."""
+    if engine.blas.os.uname().machine != "x86_64":
+        pytest.skip("of x86-64 alone")
+    small, smaller = mx.full((64, 64), 1e-20), mx.full((64, 64), 1e-21)
+    assert (small * smaller).sum().item() == 0 == (small @ smaller).sum().item()
+    parts = map_rows(lambda part: part["a"] * 1e-21, {"a": small})
+    assert len(parts) == 2 and not any(part.any().item() for part in parts)
+    assert (np.float32(1e-20) * np.float32(1e-21)) > 0 < np.finfo(np.float32).smallest_subnormal
+    assert (mx.full((4,), 1e-37) * 0.5).sum().item() > 0
