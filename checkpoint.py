@@ -10,7 +10,7 @@ import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from config import BadInput, Config, Parser, load_config
+from config import BadInput, Config, load_config
 from files.adapters import mlx_files, peft_files
 from files.disk import check_new
 from files.model_folder import model_files, read_origin, root_model, write_files
@@ -105,14 +105,8 @@ def load_checkpoint(ckpt: str | Path, adapter: str | Path | None = None,
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(
-        description="Fuse a run's adapter into its base model, or write the adapter alone.")
-    parser.add_checkpoint()
-    parser.add_argument("--out", required=True, type=Path, help="folder to write, new or empty")
-    parser.add_argument("--format", choices=("hub", "peft", "mlx"), default="hub",
-                        help="hub: base and adapter fused, in the Hub's layout (default); peft, "
-                             "mlx: the adapter alone, for peft or mlx-lm")
-    args = parser.parse_args(argv)
+    from files.options import export_options  # only this command has such words
+    args = export_options(argv)
     check_new(args.out)
     model, _, cfg = load_checkpoint(args.ckpt, args.adapter)
     if not adapter_arrays(model):

@@ -6,7 +6,6 @@ Precedence: dataclass < file < command line. Every mistake is collected and repo
 `BadInput` is what all files raise for something the user can mend; `run_main` turns it into one
 line and exit code 2.
 """
-import argparse
 import dataclasses
 import os
 import sys
@@ -173,25 +172,6 @@ def resolved(cfg: Config) -> dict:
     """
     return {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)
             if f.name != "overwrite" and cfg.method in owners_of(f.name)}
-
-
-class Parser(argparse.ArgumentParser):
-    """Of every command's words: a mistake in them is bad input like any other, one line."""
-
-    def add_checkpoint(self) -> None:
-        """What most commands look at: --ckpt, and --adapter on top of it."""
-        self.add_argument("--ckpt", required=True, help="run folder, model folder or Hub name")
-        self.add_argument("--adapter", metavar="FOLDER",
-                          help="take this adapter, ours, mlx-lm's or peft's, on top of --ckpt")
-
-    def add_template(self) -> None:
-        """Of commands that take a prompt: what it is put in."""
-        self.add_argument("--template", choices=CHOICES["template"],
-                          help="chat: the model's own; default: as the run was trained, otherwise "
-                               "none (of generate.py --chat: chat)")
-
-    def error(self, message: str):
-        raise BadInput(f"{message}; --help shows what {self.prog} expects")
 
 
 def run_main(main) -> None:

@@ -13,31 +13,10 @@ import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
 
-from config import BadInput, Config
+from config import Config
 from engine import workers
 from engine.memory import Load, supervised_load
-from text.arithmetic import Problem, held_out, sample_train
 from text.rows import Row
-
-# --------------------------------------------------------------------------------------------------
-# from a config to problems
-
-
-def load_split(cfg: Config, split: str) -> list[Problem]:
-    """The problems of train, valid or test; raises BadInput if there are none."""
-    if cfg.data == "arithmetic":
-        problems = sample_train(cfg) if split == "train" else held_out(cfg, split)
-    else:
-        from text.columns import read_split  # made problems have no use for it
-        problems = read_split(cfg, split)
-    if not problems:
-        raise BadInput(f"the {split} split of data = {cfg.data!r} is empty "
-                       f"(data_samples = {cfg.data_samples}); nothing to do")
-    return problems
-
-
-# --------------------------------------------------------------------------------------------------
-# batches
 
 
 def make_batch(rows: list[Row], indices: list[int], T: int, A: int,

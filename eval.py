@@ -21,8 +21,8 @@ import mlx.core as mx
 import numpy as np
 
 from checkpoint import checkpoint_files, load_base, load_checkpoint
-from config import BadInput, Config, Parser, load_config, load_overrides, resolved, run_main
-from data import load_split, make_batch
+from config import BadInput, Config, load_config, load_overrides, resolved, run_main
+from data import make_batch
 from engine import memory
 from engine.memory import LENS_PROMPTS
 from engine.parallel import map_rows
@@ -49,6 +49,7 @@ from text.rows import (
     encode_prompt_of,
     ends_of_reply,
     is_short,
+    load_split,
     name_targets,
     series_ids,
     tokenize,
@@ -223,7 +224,8 @@ def evaluate_on_chains(model: Llama, tokenizer: Tokenizer, test: list[Problem],
     The only series is the answer's first token: there is no operation to name.
     """
     # imported here: no other method writes chains
-    from markovian import answer_prompt, encode_question, evaluate_chains
+    from markovian import evaluate_chains
+    from text.questions import answer_prompt, encode_question
     rows = evaluate_chains(model, tokenizer, test, cfg)
     questions = [encode_question(p, tokenizer, cfg.markovian, cfg.template) for p in test]
     prompts = [answer_prompt(q, row["chain_ids"], tokenizer) for q, row in zip(questions, rows)]
@@ -294,17 +296,8 @@ def finish(cfg: Config, run: Run, estimated: float, with_base: bool) -> dict:
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(description="Accuracy and classifier report of a run or model.")
-    parser.add_checkpoint()
-    parser.add_argument("--base", action="store_true",
-                        help="evaluate the model it was trained from as well")
-    parser.add_argument("--compare", metavar="RUN2",
-                        help="another run or model, on the same problems")
-    parser.add_argument("--json", metavar="FILE", help="where to write the report; "
-                        "a run folder's report.json is left as it is")
-    parser.add_argument("overrides", nargs="*", metavar="key=value",
-                        help="config keys, such as data_wordings=worded")
-    args = parser.parse_args(argv)
+    from files.options import eval_options  # training evaluates too, and has no such words
+    args = eval_options(argv)
     report = make_report(args.ckpt, args.base, args.compare, args.overrides, args.adapter)
     print(report_text(report))
     if args.json:

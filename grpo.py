@@ -27,13 +27,13 @@ from engine.decode import fused_for_decoding
 from engine.memory import Load, rollout_load
 from engine.parallel import map_rows
 from files.user_reward import call_rewards, correct, load_rewards
-from generate import Completion, check_context, completion_stats, left_pad, pad_completions, sample
+from generate import Completion, completion_stats, left_pad, pad_completions, sample
 from guard import repetition
 from lora import adapters_off
 from losses import answer_reward_loss, kl_estimates, policy_loss, token_logprobs
 from model import Llama
 from text.arithmetic import Problem
-from text.rows import encode_prompt_of, ends_of_reply
+from text.rows import check_context, encode_prompt_of, ends_of_reply
 from text.tokenizer import Tokenizer
 
 ZERO_VARIANCE = 1e-6    # a group whose rewards differ by less carries no signal

@@ -18,79 +18,24 @@ Hiding is by construction: the scored ids are put together from the hidden promp
 sampled, the header's and the answer's. Nothing is decoded and encoded again, and where the answer
 stands is known, not searched.
 """
-from dataclasses import dataclass
 from functools import partial
 
 import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
 
-from config import BadInput, Config
+from config import Config
 from engine.parallel import map_rows
-from generate import Completion, check_context, left_pad, sample
+from generate import Completion, left_pad, sample
 from grpo import Group, completion_resid
 from lora import adapters_off
 from losses import token_logprobs
 from model import Llama, gather_positions
-from text.answers import LETTER_METHODS, NUMBER_METHODS, extract, is_right
+from text.answers import extract, is_right
 from text.arithmetic import Problem
-from text.rows import encode_prompt_of, hide_question
+from text.questions import Question, answer_prompt, check_extraction, encode_question
+from text.rows import check_context
 from text.tokenizer import Tokenizer
-
-# between chain and answer; it ends at the colon, since answers start with their space
-HEADER = "\nAnswer:"
-
-
-@dataclass
-class Question:
-    """A question problem as token ids."""
-    prompt: list[int]       # what the policy reads
-    shown: list[int]        # what the scorer reads before the chain: the question hidden, or not
-    header: list[int]       # between chain and answer
-    answer: list[int]       # the gold answer and its end; of a continuation without the end
-    end: int                # what ends a reply: EOS, or a chat template's own token
-    mean: bool              # the reward is a mean over the answer's tokens, not their sum
-
-
-def encode_question(problem: Problem, tokenizer: Tokenizer, markovian: bool,
-                    template: str = "none") -> Question:
-    """Encode the four parts; BadInput where a token spans the border of header and answer.
-
-    In a template the prompt, or what stands in its place where it is hidden, is the user's message,
-    and the reply goes from the chain's first token to the answer's EOS.
-    """
-    if not problem.hidden:
-        raise BadInput(f"method markovian needs questions to reason about, and {problem.prompt!r} "
-                       "is none; expected a data folder that `python -m tasks` writes, such as "
-                       "sums, whose rows have `hidden`")
-    prompt = encode_prompt_of(problem, tokenizer, template)
-    header = tokenizer.encode_continuation(HEADER)
-    ids = tokenizer.encode_continuation(f"{HEADER} {problem.answer}")
-    if ids[:len(header)] != header or len(ids) == len(header):
-        raise BadInput(f"the border between header {HEADER!r} and answer {problem.answer!r} falls "
-                       f"inside a token of {tokenizer.source}")
-    mean = problem.wording == "continuation"
-    shown = (encode_prompt_of(hide_question(problem), tokenizer, template) if markovian
-             else prompt)
-    end, = tokenizer.reply_ends(template).get("ends") or [tokenizer.eos_id]
-    answer = ids[len(header):] + ([] if mean else [end])
-    return Question(prompt, shown, header, answer, end, mean)
-
-
-def check_extraction(problems: list[Problem], method: str) -> None:
-    """Raises BadInput where a prior method for numbers meets letters, or the other way round."""
-    for problem in problems:
-        allowed = LETTER_METHODS if problem.letters else NUMBER_METHODS
-        if method not in allowed:
-            raise BadInput(f"chain_extraction = {method!r} does not read the answer "
-                           f"{problem.answer[:20]!r} of {problem.prompt[:60]!r}; expected one of "
-                           f"{', '.join(allowed)}")
-
-
-def answer_prompt(question: Question, chain: list[int], tokenizer: Tokenizer) -> list[int]:
-    """What the answerer reads: the shown prompt, the chain without its stop token, the header."""
-    ends = {*tokenizer.eos_ids, question.end}
-    return question.shown + [i for i in chain if i not in ends] + question.header
 
 
 def answer_arrays(questions: list[Question], chains: list[list[int]],

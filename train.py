@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from checkpoint import checkpoint_files, load_base
 from config import ON_POLICY, BadInput, Collapsed, Config, Stopped, load_config, run_main
-from data import Batches, load_split
+from data import Batches
 from engine import memory, workers
 from engine.adamw import AdamW
 from engine.parallel import map_rows
@@ -49,7 +49,7 @@ from lora import apply_lora
 from losses import dual_loss, sft_loss
 from model import Llama, parse_args
 from report.terminal import describe_run, format_collapse, format_line
-from text.rows import class_ids, tokenize, with_template
+from text.rows import class_ids, load_split, tokenize, with_template
 from text.tokenizer import Tokenizer
 
 BAR_KEYS = ("loss", "answer_loss", "class_loss", "class_accuracy", "reward", "entropy", "kl_k3",

@@ -33,10 +33,11 @@ import engine.blas
 from bench import fullsize
 from bench.limit import limit_seconds, minimal_flops, parameters
 from bench.ours import ROOT, llama_config, own_command, run_other, write_random_model
-from config import Parser, run_main
+from config import run_main
 from files.disk import read_json, read_json_lines, write_text
 from files.keys import BadInput
 from files.model_folder import find_folder
+from files.options import Parser
 from files.run_folder import provenance
 from model import ModelArgs, parse_args
 

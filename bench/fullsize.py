@@ -14,9 +14,10 @@ import sys
 from pathlib import Path
 
 from bench.ours import TRAINING, llama_config, own_command, run_other, write_random_model
-from config import Config, Parser, run_main
+from config import Config, run_main
 from engine import memory
 from files.keys import BadInput
+from files.options import Parser
 from model import parse_args
 
 UNTIED = {"tie_word_embeddings": False, "torch_dtype": "bfloat16"}

@@ -19,9 +19,10 @@ import numpy as np
 from bench.__main__ import SIZES
 from bench.limit import minimal_flops
 from bench.ours import llama_config, own_command, run_other, write_random_model
-from config import Parser, run_main
+from config import run_main
 from files.disk import read_json, write_text
 from files.keys import BadInput
+from files.options import Parser
 from model import parse_args
 
 SHAPE = {"hidden": 256, "blocks": 4, "heads": 4, "kv_heads": 2, "mlp": 704, "vocabulary": 4096}

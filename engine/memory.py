@@ -364,6 +364,41 @@ def read_in_turn(model: nn.Module, read, resid: mx.array, tokens: mx.array) -> m
     return mx.concatenate(parts, axis=1)
 
 
+def reduce_taps_in_turn(model: nn.Module, resids: mx.array, targets: mx.array, describe_final,
+                        describe) -> list[mx.array]:
+    """What `describe` reduces the logits of each tap to, (R, L+1, ...): resids (R, L+1, D).
+
+    describe_final  (logits (n, V)) -> tuple of arrays (n, ...), of the last tap
+    describe        (logits (n, V), targets (n, N), *those arrays) -> tuple of arrays (n, ...)
+    A few taps' logits are made by one product, and reduced in pieces that fit a CPU's cache.
+    mx.depends(x, y) is x, to be computed after y: without it the lazy graph would hold all logits
+    at once.
+    """
+    resids = resids.transpose(1, 0, 2)                                          # (L+1, R, D)
+    (taps, R, _), V = resids.shape, model.args.vocab_size
+    at_once = max(1, LOGITS_PER_CALL // (R * V))
+    rows = max(1, LOGITS_IN_CACHE // V) if blas.linux_cpu() else R
+    cuts = [slice(i, i + rows) for i in range(0, R, rows)]
+    final, previous, done = [], [], []
+
+    def in_turn(x):
+        return mx.depends(x, previous) if previous else x
+
+    for end in range(taps, 0, -at_once):
+        logits = model.head(in_turn(resids[max(0, end - at_once):end]))         # (g, R, V)
+        if not final:
+            for few in cuts:
+                previous = list(describe_final(in_turn(logits[-1, few])))
+                final.append(previous)
+        for tap_logits in logits[::-1]:
+            pieces = []
+            for few, output in zip(cuts, final):
+                previous = list(describe(in_turn(tap_logits[few]), targets[few], *output))
+                pieces.append(previous)
+            done.append([mx.concatenate(arrays) for arrays in zip(*pieces)])
+    return [mx.stack(arrays[::-1], axis=1) for arrays in zip(*done)]
+
+
 def spare(model: nn.Module, cfg: Config) -> None:
     """Have model recompute activations as cfg.recompute says, and read logits in parts; in place.
 

@@ -36,9 +36,10 @@ import numpy as np
 from scipy.optimize import minimize
 
 from checkpoint import load_checkpoint
-from config import Config, Parser, load_config, load_overrides, run_main
+from config import Config, load_config, load_overrides, run_main
 from files.disk import write_text
 from files.keys import BadInput
+from files.options import Parser
 from lens import pad_prompts, read_prompts, taps_at
 from model import Edit, Llama, gather_positions
 from report.stats import bootstrap_mean

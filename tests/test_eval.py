@@ -18,7 +18,6 @@ from conftest import (
 
 from checkpoint import load_checkpoint
 from config import load_config
-from data import load_split
 from engine import memory
 from eval import class_block, evaluate, make_report, measure_accuracy, measure_loss
 from files.keys import BadInput
@@ -29,7 +28,7 @@ from report.terminal import format_line, report_text
 from tasks.__main__ import write_task
 from text.arithmetic import Problem, held_out, make_problem, named_problems
 from text.chat import STOPS
-from text.rows import class_ids, encode_problem, target_ids
+from text.rows import class_ids, encode_problem, load_split, target_ids
 from text.tokenizer import load_tokenizer
 from train import train
 

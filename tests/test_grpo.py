@@ -27,7 +27,6 @@ from mlx.utils import tree_flatten
 
 from checkpoint import load_base
 from config import load_config
-from data import load_split
 from engine.decode import fused_for_decoding
 from eval import make_report
 from files.keys import BadInput
@@ -40,7 +39,7 @@ from lora import adapters_off, apply_lora
 from losses import kl_estimates, policy_loss, token_logprobs
 from tasks.published import make_question
 from text.arithmetic import make_problem, sample_train
-from text.rows import ends_of_reply, messages_of
+from text.rows import ends_of_reply, load_split, messages_of
 from text.tokenizer import load_tokenizer
 from train import accumulate, compile_step, make_optimizer, train
 

@@ -1,4 +1,4 @@
-"""From problems to token ids, and to the tokens that loss and lens look for.
+"""From a config to problems, to token ids, and to the tokens that loss and lens look for.
 
 Looked for are the answer's first token, the operation's word, the operator's symbol, never mixed.
 Words of a set are compared in one form, with a space before them or without (Tokenizer.word_ids),
@@ -11,8 +11,22 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from config import BadInput, Config
-from text.arithmetic import SYMBOLS, TEXT, Problem, evenly, stable_hash
+from text.arithmetic import SYMBOLS, TEXT, Problem, evenly, held_out, sample_train, stable_hash
 from text.tokenizer import Tokenizer
+
+
+def load_split(cfg: Config, split: str) -> list[Problem]:
+    """The problems of train, valid or test; raises BadInput if there are none."""
+    if cfg.data == "arithmetic":
+        problems = sample_train(cfg) if split == "train" else held_out(cfg, split)
+    else:
+        from text.columns import read_split  # made problems have no use for it
+        problems = read_split(cfg, split)
+    if not problems:
+        raise BadInput(f"the {split} split of data = {cfg.data!r} is empty "
+                       f"(data_samples = {cfg.data_samples}); nothing to do")
+    return problems
+
 
 # --------------------------------------------------------------------------------------------------
 # from a problem to ids: what a model reads, what it shall answer, where each begins
@@ -149,6 +163,14 @@ def cut_row(row: Row, context: int) -> Row | None:
     spans = tuple((start, min(stop, context)) for start, stop in row.spans if start < context)
     P = row.P if row.P < context or not spans else spans[-1][0]
     return Row(row.ids[:context], P, row.class_id, spans, True) if P < context else None
+
+
+def check_context(prompts: list[list[int]], max_completion_tokens: int, model) -> None:
+    """Raises BadInput where prompt and completion together would not fit the model's context."""
+    context, longest = model.args.max_position_embeddings, max(map(len, prompts))
+    if longest + max_completion_tokens > context:
+        raise BadInput(f"a prompt of {longest} tokens and {max_completion_tokens} more exceed "
+                       f"the model's context of {context}; shorten the prompt, or start anew")
 
 
 def no_room(problems: list[Problem], context: int) -> BadInput:
