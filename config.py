@@ -13,19 +13,7 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-from files.keys import (  # noqa: F401
-    BITS,
-    CHOICES,
-    METHODS,
-    ON_POLICY,
-    BadInput,
-    Collapsed,
-    Stopped,
-    owners_of,
-    read_keys,
-    validate,
-    write_keys,
-)
+from files.keys import ON_POLICY, BadInput, Stopped, owners_of, read_keys, validate  # noqa: F401
 
 
 @dataclass
@@ -145,6 +133,15 @@ class Config:
         """False where rewards of the user's own judge replies: there may be no right one."""
         names = [entry.partition("*")[0].strip() for entry in self.grpo_reward]
         return self.method != "grpo" or "correct" in names
+
+    def class_block(self, args) -> int:
+        """The 0-based block whose output the class loss reads; args: model.ModelArgs."""
+        L = args.num_hidden_layers
+        block = int(0.55 * L) if self.class_layer is None else self.class_layer     # prior work's
+        if not 0 <= block < L:
+            raise BadInput(f"class_layer = {block}: expected a block from 0 to {L - 1} of "
+                           f"{self.model}")
+        return block
 
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> Config:

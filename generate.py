@@ -4,7 +4,7 @@ Prompts are left-padded into one batch, so that all rows decode in step; each pr
 once and its keys and values repeated for the G completions of its group. Rows that have stopped
 leave the batch. Every token is drawn by inverting the cumulative distribution at one uniform number
 fixed beforehand for its row and position: which rows share a batch, and when they leave it, changes
-no draw. (The usual Gumbel trick needs two logarithms for every entry of the vocabulary.)
+no draw.
 
     python generate.py --ckpt runs/sft --prompt "7 * 8 = " --temperature 0.8 --top-p 0.95 --seed 1
     python generate.py --ckpt MODEL --chat --system "Be brief."
@@ -19,7 +19,7 @@ import numpy as np
 
 from checkpoint import load_checkpoint
 from config import BadInput, run_main
-from engine.decode import KVCache
+from engine.decode import KVCache, left_pad
 from engine.memory import CACHED_TOKENS, DECODED_ROWS
 from engine.ops import blocked_reduction, exp
 from engine.parallel import map_rows
@@ -36,38 +36,6 @@ class Completion:
     logprobs: np.ndarray    # (len(ids),) float32 at the temperature used; empty for greedy
     entropies: np.ndarray   # (len(ids),) float32 nats of the distribution drawn from; the same
     stop: str = ""          # which of `stops` ended it; "": a stop token did, or nothing
-
-
-def left_pad(prompts: list[list[int]]) -> tuple[mx.array, mx.array | None]:
-    """Tokens (P, T), and where each row starts, (P,), or None where all are of one length."""
-    T = max(map(len, prompts))
-    starts = [T - len(p) for p in prompts]
-    tokens = mx.array([[0] * s + p for s, p in zip(starts, prompts)])
-    return tokens, mx.array(starts) if any(starts) else None
-
-
-def pad_completions(done: list[Completion], limit: int) -> tuple[np.ndarray, ...]:
-    """Right-padded ids, log-probabilities and mask of N sampled completions, (N, C) each.
-
-    C is a multiple of four, at most limit: few shapes, few traces of mx.compile.
-    """
-    N, longest = len(done), max(len(c.ids) for c in done)
-    C = min(-(-longest // 4) * 4, limit)
-    ids, logprobs, mask = np.zeros((N, C), np.int32), *np.zeros((2, N, C), np.float32)
-    for i, completion in enumerate(done):
-        length = len(completion.ids)
-        ids[i, :length] = completion.ids
-        logprobs[i, :length] = completion.logprobs
-        mask[i, :length] = 1
-    return ids, logprobs, mask
-
-
-def completion_stats(done: list[Completion]) -> dict[str, float]:
-    """Means over sampled completions: tokens, share cut by the limit, nats a token."""
-    return {"length": float(np.mean([len(c.ids) for c in done])),
-            "truncated": float(np.mean([not c.finished for c in done])),
-            "entropy": float(np.mean(np.concatenate([c.entropies for c in done]))),
-            "logprob": float(np.mean(np.concatenate([c.logprobs for c in done])))}
 
 
 def choose(logits: mx.array, uniform: mx.array | None, temperature: float, top_k: int = 0,
@@ -208,22 +176,15 @@ def sample_batch(model: Llama, prompts: list[list[int]], group: int, pick, unifo
 def main(argv: list[str]) -> None:
     # imported here: training samples too, and talks with nobody
     from files.options import generate_options
-    from report.conversation import converse, read_lines
+    from report.conversation import talk
     args = generate_options(argv)
     model, tokenizer, cfg = load_checkpoint(args.ckpt, args.adapter)
     template = choose_template(args.template, cfg, tokenizer, "chat" if args.chat else "none")
     if template == "none" and (args.chat or args.system is not None):
         raise BadInput("--chat and --system need a template, and this is none; give --template "
                        "lines, plain, cued or chat")
-    reply = partial(converse, model, tokenizer, template=template, system=args.system,
-                    limit=args.max_tokens or (32 if template == "none" else 512),
-                    choose=partial(choose, temperature=args.temperature, top_k=args.top_k,
-                                   top_p=args.top_p))
-    if args.chat:
-        reply(read_lines(), seed=args.seed)
-    for n, text in enumerate(args.prompt or []):
-        print(text, end="" if template == "none" else "\n", flush=True)
-        reply([text], seed=args.seed + n)
+    talk(model, tokenizer, args, template, partial(
+        choose, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p))
 
 
 if __name__ == "__main__":

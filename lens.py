@@ -15,12 +15,8 @@ Memory: of a (rows, V) array of logits a few numbers per row are kept. Never (ta
 Its relatives stand in study/: the Jacobian lens, direct logit attribution, probes, edits.
 Shapes: A positions of a row, N targets at each, R = B * A rows to read, k top tokens.
 """
-import json
-import os
-import sys
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
@@ -28,10 +24,10 @@ import numpy as np
 
 from checkpoint import load_checkpoint
 from config import run_main
+from engine.decode import pad_prompts
 from engine.memory import LENS_ROWS, LOGITS_PER_CALL, reduce_taps_in_turn
 from engine.ops import blocked_reduction, exp, logsumexp, top_tokens
 from engine.parallel import map_rows
-from files.disk import write_text
 from model import Llama, gather_positions
 from text.rows import check_context, choose_template
 from text.tokenizer import Tokenizer
@@ -49,10 +45,6 @@ class Reading:
     final_probs: np.ndarray  # (L+1, B, A) probability of the token the model ends up with
     top_ids: np.ndarray     # (L+1, B, A, k) most probable first
     top_probs: np.ndarray   # (L+1, B, A, k)
-
-
-# --------------------------------------------------------------------------------------------------
-# the statistics of one tap
 
 
 def final_distribution(logits: mx.array) -> tuple[mx.array, ...]:
@@ -112,23 +104,20 @@ def taps_at(model: Llama, tokens: mx.array, positions: mx.array) -> list[mx.arra
     return [mx.concatenate(taps) for taps in zip(*parts)]
 
 
-def read_part(model: Llama, k: int, part: dict[str, mx.array]) -> list[mx.array]:
-    """A Reading's arrays, (R, L+1, ...), of some rows: resids (R, L+1, D), targets (R, N).
-
-    In plain words: [tap_statistics(model.head(resid), targets, *final, k) for resid in resids],
-    the last tap first, since all are compared with it. But logits are large, so this is done in
-    pieces, none of which is held longer than it is read.
-    """
-    return reduce_taps_in_turn(model, part["resids"], part["targets"], final_distribution,
-                               partial(tap_statistics, k=k))
-
-
 def read_resids(model: Llama, resids: list[mx.array], targets: mx.array, k: int = 1) -> Reading:
     """Read L+1 taps (B, A, D), or what a relative of the lens makes of them; targets (B, A, N)."""
     B, A, N = targets.shape
     batch = {"resids": mx.stack(resids, axis=2).reshape(B * A, len(resids), -1),
              "targets": targets.reshape(B * A, N)}
-    parts = map_rows(partial(read_part, model, k), batch, model.parts,
+
+    def read(part):
+        # in plain words: [tap_statistics(model.head(resid), targets, *final, k) for resid in taps],
+        # the last tap first, since all are compared with it. But logits are large: so it is done in
+        # pieces, none of which is held longer than it is read
+        return reduce_taps_in_turn(model, part["resids"], part["targets"], final_distribution,
+                                   partial(tap_statistics, k=k))                # (R, L+1, ...) each
+
+    parts = map_rows(read, batch, model.parts,
                      rows=max(1, LOGITS_PER_CALL // model.args.vocab_size))
     arrays = []
     for pieces in zip(*parts):
@@ -149,14 +138,6 @@ def read_taps(model: Llama, tokens: mx.array, positions: mx.array, targets: mx.a
     return read_resids(model, taps_at(model, tokens, positions), targets, k)
 
 
-def pad_prompts(prompts: list[list[int]]) -> tuple[mx.array, mx.array]:
-    """Right-pad prompts: tokens (B, T), and the position of each one's last token (B, 1)."""
-    T = max(map(len, prompts))
-    # on the right: causal attention never looks there, so that no mask is needed
-    tokens = mx.array([ids + [0] * (T - len(ids)) for ids in prompts])
-    return tokens, mx.array([[len(ids) - 1] for ids in prompts])
-
-
 def read_prompts(model: Llama, prompts: list[list[int]], targets: list[list[int]],
                  k: int = 1) -> Reading:
     """Read all taps at the last token of each prompt: A = 1. prompts: ids; targets: N ids each."""
@@ -167,12 +148,8 @@ def read_prompts(model: Llama, prompts: list[list[int]], targets: list[list[int]
     return read_resids(model, resids, mx.array(targets)[:, None], k)
 
 
-# --------------------------------------------------------------------------------------------------
-# one prompt, for a person
-
-
 def view_prompt(model: Llama, tokenizer: Tokenizer, prompt: str, words: list[str],
-                k: int = 10, template: str = "none") -> dict:
+                template: str = "none") -> dict:
     """All taps at all positions of one prompt, as plain numbers: report.lens_view.make_view's."""
     from report.lens_view import make_view  # training reads taps too, and shows nobody
     ids, _ = tokenizer.encode_messages([{"role": "user", "content": prompt}], template)
@@ -181,32 +158,19 @@ def view_prompt(model: Llama, tokenizer: Tokenizer, prompt: str, words: list[str
     # at every position the same words; without any, one token that nobody reads
     targets = mx.broadcast_to(mx.array(chosen or [0]), (1, len(ids), max(len(chosen), 1)))
     reading = read_taps(model, mx.array([ids]), mx.arange(len(ids))[None], targets,
-                        min(k, model.args.vocab_size))
+                        k=min(10, model.args.vocab_size))
     return make_view(reading, tokenizer, prompt, ids, words, chosen)
 
 
 def main(argv: list[str]) -> None:
     # imported here: training reads taps too, and shows nobody
     from files.options import lens_options
-    from report.lens_view import lens_table
+    from report.lens_view import show_view
     args = lens_options(argv)
     model, tokenizer, cfg = load_checkpoint(args.ckpt, args.adapter)
     template = choose_template(args.template, cfg, tokenizer, "none")
     view = view_prompt(model, tokenizer, args.prompt, args.words, template=template)
-    name = f"{args.ckpt} + {args.adapter}" if args.adapter else args.ckpt
-    print(f"{name}   {args.prompt!r}   logit lens: final norm and unembedding at every tap; "
-          "cell: top token, per cent")
-    print(lens_table(view, color=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
-    if args.json:
-        write_text(Path(args.json), json.dumps(view) + "\n")
-    if args.png:
-        from report.plot import lens_heatmap  # most of a second
-        lens_heatmap(view, args.png)
-    if args.html:
-        from report.page import lens_page  # as above
-        write_text(Path(args.html), lens_page(view))
-    if args.png or args.html or args.json:
-        print("wrote " + ", ".join(filter(None, (args.png, args.html, args.json))))
+    show_view(view, f"{args.ckpt} + {args.adapter}" if args.adapter else args.ckpt, args)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from bench.ours import TRAINING, llama_config, own_command, run_other, write_ran
 from config import Config, run_main
 from engine import memory
 from files.keys import BadInput
+from files.model_folder import parse_args
 from files.options import Parser
-from model import parse_args
 
 UNTIED = {"tie_word_embeddings": False, "torch_dtype": "bfloat16"}
 SHAPES = {  # width, blocks, heads, key-value heads, MLP, vocabulary

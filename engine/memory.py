@@ -29,7 +29,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from config import ON_POLICY, BadInput, Config
-from engine import blas, parallel
+from engine import blas, parallel, workers
 from files.model_folder import DTYPES, default_dtype
 
 GIB = 2 ** 30
@@ -63,22 +63,19 @@ class Load:
     valid: int = 0      # validation problems; 0: no inspection
 
 
-def supervised_load(cfg: Config, length: int, targets: int, prompt: int) -> Load:
-    """Of data.Batches: the longest row and prompt, and the most targets of a row."""
-    rows = cfg.batch_size // cfg.grad_accum_steps
-    logit_rows = rows * (targets + (cfg.method == "dual_reward"))
-    return Load(rows * length, length, logit_rows, prompt=prompt)
-
-
-def rollout_load(cfg: Config, prompt: int, processes: int) -> Load:
-    """Of grpo.Rollouts: the longest prompt, and how many processes take the step together."""
-    limit = cfg.rollout_tokens
+def load_of(cfg: Config, source) -> Load:
+    """Of a batch source, data.Batches or grpo.Rollouts."""
+    if cfg.method not in ON_POLICY:
+        rows, length = cfg.batch_size // cfg.grad_accum_steps, max(source.lengths)
+        logit_rows = rows * (source.A + (cfg.method == "dual_reward"))
+        return Load(rows * length, length, logit_rows, prompt=max(row.P for row in source.rows))
+    prompt, limit = max(len(ids) for _, ids in source.rows), cfg.rollout_tokens
     groups = -(-cfg.batch_size // cfg.grpo_group_size // cfg.grad_accum_steps)
     N = groups * cfg.grpo_group_size
     # no completion's last token is read; a chain is, and a second time, by its scorer
     tokens = groups * prompt + N * (limit - 1)
     tokens += (groups * prompt + N * limit) * (cfg.method == "markovian")
-    sampled = min(cfg.batch_size // processes, DECODED_ROWS) * (prompt + limit)
+    sampled = min(cfg.batch_size // workers.size(), DECODED_ROWS) * (prompt + limit)
     return Load(tokens, prompt + limit, N * limit, min(sampled, CACHED_TOKENS),
                 repeated=N * (prompt + limit - 1), prompt=prompt)
 

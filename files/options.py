@@ -7,7 +7,7 @@ import argparse
 import math
 from pathlib import Path
 
-from config import CHOICES, BadInput
+from files.keys import CHOICES, BadInput
 
 
 class Parser(argparse.ArgumentParser):

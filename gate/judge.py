@@ -27,11 +27,11 @@ import mlx.core as mx
 import numpy as np
 
 from config import run_main
+from engine.decode import pad_prompts
 from files.disk import json_lines, read_rows, read_text, write_text
 from files.keys import BadInput
 from files.options import Parser
 from gate.conversations import Conversation
-from lens import pad_prompts
 from losses import token_logprobs
 from model import Llama
 from report.stats import cohens_kappa

@@ -96,3 +96,14 @@ def converse(model, tokenizer: Tokenizer, texts: Iterable[str], template: str,
                              cache=cache, **ends)
         messages.append({"role": "assistant", "content": print_reply(pieces, template, room)})
         read = prompt
+
+
+def talk(model, tokenizer: Tokenizer, args, template: str, choose: Callable) -> None:
+    """What files.options.generate_options asks for: a conversation, or a reply to each prompt."""
+    limit = args.max_tokens or (32 if template == "none" else 512)
+    about = {"template": template, "system": args.system, "limit": limit, "choose": choose}
+    if args.chat:
+        converse(model, tokenizer, read_lines(), seed=args.seed, **about)
+    for n, text in enumerate(args.prompt or []):
+        print(text, end="" if template == "none" else "\n", flush=True)
+        converse(model, tokenizer, [text], seed=args.seed + n, **about)

@@ -3,7 +3,11 @@
 Every function takes the plain numbers that metrics.jsonl and report.json hold, so that a line can
 be made again from a file. No model and no array comes in.
 """
+import json
+from pathlib import Path
+
 from config import Config
+from files.disk import write_text
 from report.stats import EMERGED, interval_text, percent
 from text.arithmetic import evenly
 
@@ -102,6 +106,22 @@ def report_text(report: dict) -> str:
         output = "   (the output itself)" if layer["last"] else ""
         lines.append(f"  L{layer['layer']:<6} {cells}{layer['entropy']:.2f}{output}")
     return "\n".join(lines + (reply_lines(report) if "data" in report else []))
+
+
+def publish(report: dict, folder: Path, records: list[dict], peak: float,
+            estimated: float) -> None:
+    """Print a run's report and write it into its folder, with pictures of its metrics.jsonl."""
+    print(report_text(report))
+    cfg = report["config"]
+    title = f"{cfg['method']}, {cfg['model']}, seed {cfg['seed']}"
+    from report.plot import plot_run  # most of a second, which a run needs at its end only
+    pictures = plot_run(records, folder, title)
+    # last: its presence says that the run is finished
+    write_text(folder / "report.json", json.dumps(report, indent=1) + "\n")
+    files = ["report.json", "metrics.jsonl", *pictures,
+             "model.safetensors" if cfg["full"] else "adapters.safetensors"]
+    print(f"\nwrote {folder}/{', '.join(files)}; "
+          f"peak memory {peak:.2f} GiB, estimated {estimated:.2f}")
 
 
 def series_of(report: dict) -> list[str]:

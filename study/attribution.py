@@ -13,9 +13,9 @@ import numpy as np
 
 from checkpoint import load_checkpoint
 from config import run_main
+from engine.decode import pad_prompts
 from files.keys import BadInput
 from files.options import Parser
-from lens import pad_prompts
 from model import Llama, gather_positions
 from study.jacobian import word_directions
 from text.rows import check_context

@@ -28,6 +28,7 @@ from engine import memory
 from files import disk
 from files.disk import append_text, read_rows
 from files.keys import BadInput
+from files.model_folder import parse_args
 from files.run_folder import hash_file
 from gate import self_instruct
 from gate.self_instruct import (
@@ -51,7 +52,6 @@ from gate.self_instruct import (
     words_of,
 )
 from generate import Completion
-from model import parse_args
 from text.rows import load_split
 from text.tokenizer import load_tokenizer
 

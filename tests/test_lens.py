@@ -20,8 +20,7 @@ import model as model_file
 from engine import memory
 from lens import final_distribution, read_prompts, read_taps, tap_statistics, view_prompt
 from model import Llama, gather_positions, load
-from report.lens_view import lens_table
-from report.page import lens_page
+from report.lens_view import lens_page, lens_table
 from text.tokenizer import load_tokenizer
 
 

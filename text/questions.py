@@ -1,12 +1,17 @@
 """Questions to reason about, as token ids: the prompt, what its reader sees, header and answer.
 
-Markovian training puts its scoring rows together from these parts. Nothing is decoded and encoded
-again, so where the answer stands is known, not searched.
+Markovian training's scoring rows are put together from these parts and a chain's own ids. Nothing
+is decoded and encoded again, so where the answer stands is known, not searched.
 """
 from dataclasses import dataclass
 
+import engine.blas  # noqa: F401  (before mlx)
+import mlx.core as mx
+import numpy as np
+
 from config import BadInput
-from text.answers import LETTER_METHODS, NUMBER_METHODS
+from engine.decode import left_pad
+from text.answers import LETTER_METHODS, NUMBER_METHODS, extract, is_right
 from text.arithmetic import Problem
 from text.rows import encode_prompt_of, hide_question
 from text.tokenizer import Tokenizer
@@ -65,3 +70,48 @@ def answer_prompt(question: Question, chain: list[int], tokenizer: Tokenizer) ->
     """What the answerer reads: the shown prompt, the chain without its stop token, the header."""
     ends = {*tokenizer.eos_ids, question.end}
     return question.shown + [i for i in chain if i not in ends] + question.header
+
+
+def answer_arrays(questions: list[Question], chains: list[list[int]],
+                  tokenizer: Tokenizer) -> dict[str, mx.array]:
+    """Scoring rows for N chains, G to each question; G = N / len(questions).
+
+    shown        (1, T) int32 where all questions show the same, else (P, T), left-padded; computed
+                 once for all its chains
+    tails        (N, S) int32: chain, header, answer, right-padded
+    positions    (N, A) int32: where in its tail each answer token stands
+    answers      (N, A) int32: those tokens
+    share        (N, A) float32: 0 for filling; 1, or 1 over the length for a mean
+    """
+    G = len(chains) // len(questions)
+    rows = [(questions[i // G], chain) for i, chain in enumerate(chains)]
+    tails = [answer_prompt(q, chain, tokenizer)[len(q.shown):] + q.answer for q, chain in rows]
+    A, S = max(len(q.answer) for q, _ in rows), max(map(len, tails))
+    S = -(-S // 4) * 4      # few shapes, few traces of mx.compile
+    positions, answers = np.zeros((2, len(rows), A), np.int32)
+    share = np.zeros((len(rows), A), np.float32)
+    for i, ((q, _), tail) in enumerate(zip(rows, tails)):
+        n = len(q.answer)
+        positions[i, :n] = np.arange(len(tail) - n, len(tail))
+        answers[i, :n] = q.answer
+        share[i, :n] = 1 / n if q.mean else 1
+    shown = [q.shown for q in questions]
+    same = all(ids == shown[0] for ids in shown)
+    prompts, start = left_pad(shown[:1] if same else shown)
+    arrays = {"shown": prompts, "tails": mx.array([t + [0] * (S - len(t)) for t in tails]),
+              "positions": mx.array(positions), "answers": mx.array(answers),
+              "share": mx.array(share)}
+    return arrays if start is None else arrays | {"shown_start": start}
+
+
+def grade_answers(problems: list[Problem], done: list, method: str) -> list[dict]:
+    """Read and grade the answers behind given chains: [{generated, correct, invalid}].
+
+    method  chain_extraction's;  done: generate.Completions
+    """
+    rows = []
+    for problem, completion in zip(problems, done):
+        answer = extract(completion.text, problem.letters, method, completion.finished)
+        rows.append({"generated": completion.text.strip(),
+                     "correct": is_right(answer, problem.answer), "invalid": answer is None})
+    return rows

@@ -28,6 +28,28 @@ def load_split(cfg: Config, split: str) -> list[Problem]:
     return problems
 
 
+def draw_problems(problems: list, seed: int, start: int, count: int) -> list:
+    """Problems start .. start + count - 1 of an endless stream, shuffled anew at every epoch."""
+    n, drawn = len(problems), []
+    for epoch in range(start // n, (start + count - 1) // n + 1):
+        order = np.random.default_rng((seed, epoch)).permutation(n)
+        first, last = max(start - epoch * n, 0), min(start + count - epoch * n, n)
+        drawn += [problems[i] for i in order[first:last]]
+    return drawn
+
+
+def check_method(cfg: Config, problems: list[Problem]) -> None:
+    """Raises BadInput where cfg.method cannot train on these problems."""
+    solves = cfg.method == "markovian" or cfg.method == "grpo" and cfg.template != "none"
+    if not solves and any(p.hidden for p in problems):
+        raise BadInput(f"data {cfg.data} holds questions to reason about, for method markovian, or "
+                       f"grpo with template: chat; this config has method {cfg.method}, "
+                       f"template {cfg.template}")
+    if cfg.method == "dual_reward" and not all(p.operation for p in problems):
+        raise BadInput(f"method dual_reward needs an operation in every row of {cfg.data}; "
+                       "some rows have none")
+
+
 # --------------------------------------------------------------------------------------------------
 # from a problem to ids: what a model reads, what it shall answer, where each begins
 
@@ -248,6 +270,12 @@ def class_ids(cfg: Config, tokenizer: Tokenizer, problems: list[Problem]) -> lis
         words = [ids[op] for op in operations if op in ids]
         return [words[stable_hash(p.prompt) % len(words)] for p in problems]
     return [ids[p.operation] for p in problems]
+
+
+def describe_classes(tokenizer: Tokenizer, rows: list[Row]) -> str:
+    wanted = sorted({row.class_id for row in rows})
+    return (f"class loss wants {tokenizer.show(wanted[:8])}"
+            + (f" and {len(wanted) - 8} more" if len(wanted) > 8 else ""))
 
 
 def series_ids(tokenizer: Tokenizer, problems: list[Problem],
