@@ -135,7 +135,7 @@ class Config:
         return self.method != "grpo" or "correct" in names
 
     def class_block(self, args) -> int:
-        """The 0-based block whose output the class loss reads; args: model.ModelArgs."""
+        """The 0-based block whose output the class loss reads; args: a ModelArgs."""
         L = args.num_hidden_layers
         block = int(0.55 * L) if self.class_layer is None else self.class_layer     # prior work's
         if not 0 <= block < L:

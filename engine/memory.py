@@ -103,7 +103,7 @@ def available_gib() -> float:
 def weight_bytes(args, raw: dict, cfg: Config) -> int:
     """A model's weights once loaded as cfg says, from its config.json: nothing is allocated.
 
-    args, raw   model.ModelArgs, and the config.json that they were read of
+    args, raw   ModelArgs, and the config.json that they were read of
     """
     on_cpu, stored = default_dtype() is not None, None
     own = DTYPES.get(raw.get("dtype") or raw.get("torch_dtype"), mx.bfloat16)
@@ -180,7 +180,7 @@ def decoding_bytes(args, rows: int, cached: int, width: int, copies: int) -> int
 
 
 def inspection_bytes(args, cfg: Config, load: Load, width: int = 4) -> int:
-    """What eval.inspect needs: validation prompts decoded greedily, then the lens at their ends.
+    """What eval.look_inside needs: validation prompts decoded greedily, then the lens at their ends.
 
     Both read all prompts of a batch in one pass without gradients: a block's results are there at
     once, since operations are handed out long before they are done.
