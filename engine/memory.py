@@ -180,7 +180,7 @@ def decoding_bytes(args, rows: int, cached: int, width: int, copies: int) -> int
 
 
 def inspection_bytes(args, cfg: Config, load: Load, width: int = 4) -> int:
-    """What eval.look_inside needs: validation prompts decoded greedily, then the lens at their ends.
+    """What eval.look_inside needs: validation prompts decoded greedily, then the lens on them.
 
     Both read all prompts of a batch in one pass without gradients: a block's results are there at
     once, since operations are handed out long before they are done.
