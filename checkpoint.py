@@ -10,13 +10,13 @@ import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from config import BadInput, Config, Parser, load_config
-from files.adapters import mlx_files, peft_files
+from config import BadInput, Config, load_config
+from files.adapters import about_adapter, adapter_arrays, mlx_files, peft_files
 from files.disk import check_new
-from files.model_folder import model_files, read_origin, root_model, write_files
-from lora import about_adapter, adapter_arrays, load_adapters, merge
-from model import Llama, load, load_tokenizer_for, parse_args
-from text.tokenizer import Tokenizer
+from files.model_folder import model_files, parse_args, read_origin, root_model, write_files
+from lora import load_adapters, merge
+from model import Llama, load
+from text.tokenizer import Tokenizer, load_tokenizer
 
 
 def checkpoint_files(model: Llama, cfg: Config) -> dict:
@@ -51,15 +51,15 @@ def load_base(name: str | Path, dtype: str | None = None, bits: int | None = Non
             the tokenizer are read
     dtype   goes for the whole chain of runs under name; None: each run's own
     bits    a run's own quantised base stays as it was trained on until its adapter is merged; then
-            its layers are quantised to these bits, unless it had the same: then they stay, and
-            those that the adapter was merged into stay plain, or rounding would eat the update
+            its layers are quantised to these bits. If it had the same, they stay, and those that
+            the adapter was merged into stay plain, or rounding would eat the update
     raises  BadInput, also where there is no tokenizer
     """
     if from_scratch:
         folder, raw = read_origin(name)
         model = Llama(parse_args(raw, f"{folder}/config.json"))
         init_weights(model)
-        tokenizer = load_tokenizer_for(model, folder)
+        tokenizer = load_tokenizer(folder, model.args.vocab_size)
     elif root_model(name) == name:
         model, tokenizer = load(name, dtype, bits, group_size)
     else:
@@ -82,7 +82,6 @@ def load_checkpoint(ckpt: str | Path, adapter: str | Path | None = None,
     adapter  a folder, of ours, mlx-lm's or PEFT's: on top of the checkpoint, whose own adapter is
              then merged
     dtype    None: a run's own
-    raises   BadInput, also where there is no tokenizer
     """
     folder, cfg = Path(ckpt), None
     if (folder / "config.yaml").exists():
@@ -105,14 +104,8 @@ def load_checkpoint(ckpt: str | Path, adapter: str | Path | None = None,
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(
-        description="Fuse a run's adapter into its base model, or write the adapter alone.")
-    parser.add_checkpoint()
-    parser.add_argument("--out", required=True, type=Path, help="folder to write, new or empty")
-    parser.add_argument("--format", choices=("hub", "peft", "mlx"), default="hub",
-                        help="hub: base and adapter fused, in the Hub's layout (default); peft, "
-                             "mlx: the adapter alone, for peft or mlx-lm")
-    args = parser.parse_args(argv)
+    from files.options import export_options  # only this command has such words
+    args = export_options(argv)
     check_new(args.out)
     model, _, cfg = load_checkpoint(args.ckpt, args.adapter)
     if not adapter_arrays(model):

@@ -6,7 +6,6 @@ Precedence: dataclass < file < command line. Every mistake is collected and repo
 `BadInput` is what all files raise for something the user can mend; `run_main` turns it into one
 line and exit code 2.
 """
-import argparse
 import dataclasses
 import os
 import sys
@@ -14,19 +13,7 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-from files.keys import (  # noqa: F401
-    BITS,
-    CHOICES,
-    METHODS,
-    ON_POLICY,
-    BadInput,
-    Collapsed,
-    Stopped,
-    owners_of,
-    read_keys,
-    validate,
-    write_keys,
-)
+from files.keys import ON_POLICY, BadInput, Stopped, owners_of, read_keys, validate  # noqa: F401
 
 
 @dataclass
@@ -147,6 +134,15 @@ class Config:
         names = [entry.partition("*")[0].strip() for entry in self.grpo_reward]
         return self.method != "grpo" or "correct" in names
 
+    def class_block(self, args) -> int:
+        """The 0-based block whose output the class loss reads; args: a ModelArgs."""
+        L = args.num_hidden_layers
+        block = int(0.55 * L) if self.class_layer is None else self.class_layer     # prior work's
+        if not 0 <= block < L:
+            raise BadInput(f"class_layer = {block}: expected a block from 0 to {L - 1} of "
+                           f"{self.model}")
+        return block
+
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     """Read a YAML file and `key=value` words into a Config; raises BadInput with all mistakes."""
@@ -173,25 +169,6 @@ def resolved(cfg: Config) -> dict:
     """
     return {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)
             if f.name != "overwrite" and cfg.method in owners_of(f.name)}
-
-
-class Parser(argparse.ArgumentParser):
-    """Of every command's words: a mistake in them is bad input like any other, one line."""
-
-    def add_checkpoint(self) -> None:
-        """What most commands look at: --ckpt, and --adapter on top of it."""
-        self.add_argument("--ckpt", required=True, help="run folder, model folder or Hub name")
-        self.add_argument("--adapter", metavar="FOLDER",
-                          help="take this adapter, ours, mlx-lm's or peft's, on top of --ckpt")
-
-    def add_template(self) -> None:
-        """Of commands that take a prompt: what it is put in."""
-        self.add_argument("--template", choices=CHOICES["template"],
-                          help="chat: the model's own; default: as the run was trained, otherwise "
-                               "none (of generate.py --chat: chat)")
-
-    def error(self, message: str):
-        raise BadInput(f"{message}; --help shows what {self.prog} expects")
 
 
 def run_main(main) -> None:

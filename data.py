@@ -13,40 +13,17 @@ import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
 
-from config import BadInput, Config
+from config import Config
 from engine import workers
-from engine.memory import Load, supervised_load
-from text.arithmetic import Problem, held_out, sample_train
 from text.rows import Row
-
-# --------------------------------------------------------------------------------------------------
-# from a config to problems
-
-
-def load_split(cfg: Config, split: str) -> list[Problem]:
-    """The problems of train, valid or test; raises BadInput if there are none."""
-    if cfg.data == "arithmetic":
-        problems = sample_train(cfg) if split == "train" else held_out(cfg, split)
-    else:
-        from text.columns import read_split  # made problems have no use for it
-        problems = read_split(cfg, split)
-    if not problems:
-        raise BadInput(f"the {split} split of data = {cfg.data!r} is empty "
-                       f"(data_samples = {cfg.data_samples}); nothing to do")
-    return problems
-
-
-# --------------------------------------------------------------------------------------------------
-# batches
 
 
 def make_batch(rows: list[Row], indices: list[int], T: int, A: int,
                cfg: Config) -> dict[str, np.ndarray]:
     """Pad the rows to T tokens and say where their targets are.
 
-    rows     Row: ids, P (length of the prompt), targets() as (start, stop), and of a conversation
-             the spans of its replies. Targets are the answer and EOS, of a conversation every reply
-             and what ends it, or all tokens after the first (mask_prompt false)
+    rows     targets are the answer and EOS, of a conversation every reply and what ends it, or all
+             tokens after the first (mask_prompt false)
     indices  rows to take; -1 fills the batch up with a row of zeros that counts for nothing
     example  ids [1, 7, *, 8, =, 56, 2], P 5, A 3: target_positions [4, 5, 0],
              targets [56, 2, 7], target_mask [1, 1, 0]
@@ -136,8 +113,3 @@ class Batches:
 
     def restore(self, arrays: dict, plain: dict) -> None:
         pass
-
-    def memory_load(self) -> Load:
-        """What one micro-batch asks of the model, for the memory estimate."""
-        longest_prompt = max(row.P for row in self.rows)
-        return supervised_load(self.cfg, max(self.lengths), self.A, longest_prompt)

@@ -1,13 +1,12 @@
 """Judge a model: are its answers right, and which block already knows?
 
-Two measurements on the same prompts, kept apart. *Accuracy*: greedy completion, graded as a whole
-(data.grade), with a Wilson interval. *Classifier*: the logit lens at the last prompt token, for
-three series that are never mixed: the answer's first token, the operation's word, the operator's
-symbol. Words are compared in one form, with a space before them or without (Tokenizer.word_ids),
-and an answer has emerged only where its first token is all of it. Strength is the largest
-probability before the last block; the last block's own is the model's output and stands beside it,
-not in it (what prior code counted instead: study/prior_work.md). Of a user's own rows also the
-*loss*, in nats a token; where answers are too long to be matched, ten replies are there to be read.
+Two measurements on the same prompts, kept apart. *Accuracy*: greedy completion, graded as a whole,
+with a Wilson interval. *Classifier*: the logit lens at the last prompt token, for three series that
+are never mixed: the answer's first token, the operation's word, the operator's symbol. An answer
+has emerged only where its first token is all of it. Strength is the largest probability before the
+last block; the last block's own is the model's output and stands beside it, not in it. Of a user's
+own rows also the *loss*, in nats a token; where answers are too long to be matched, ten replies are
+there to be read.
 
     python eval.py --ckpt runs/dual_reward --base                    # beside its base model
     python eval.py --ckpt runs/dual_reward --compare runs/sft        # exact McNemar, same problems
@@ -21,8 +20,8 @@ import mlx.core as mx
 import numpy as np
 
 from checkpoint import checkpoint_files, load_base, load_checkpoint
-from config import BadInput, Config, Parser, load_config, load_overrides, resolved, run_main
-from data import load_split, make_batch
+from config import BadInput, Config, load_config, load_overrides, resolved, run_main
+from data import make_batch
 from engine import memory
 from engine.memory import LENS_PROMPTS
 from engine.parallel import map_rows
@@ -32,23 +31,15 @@ from generate import Completion, sample
 from lens import Reading, read_prompts
 from losses import token_logprobs
 from model import Llama
-from report.stats import (
-    bootstrap_mean,
-    compare_rows,
-    peak_of_prompt,
-    summarize_accuracy,
-    summarize_chains,
-    summarize_classifier,
-    summarize_lens,
-    summarize_loss,
-)
-from report.terminal import report_text
+from report import stats
+from report.terminal import publish, report_text
 from text.arithmetic import NAMED_PROMPTS, Problem, evenly, grade_reply, named_problems
 from text.rows import (
     answer_lengths,
     encode_prompt_of,
     ends_of_reply,
     is_short,
+    load_split,
     name_targets,
     series_ids,
     tokenize,
@@ -59,25 +50,9 @@ from text.tokenizer import Tokenizer
 LOSS_TOKENS = 4096      # of padded rows in one forward pass
 REPLIES = 10            # to be read, where answers are too long to be matched
 
-# --------------------------------------------------------------------------------------------------
-# which tokens are looked for
-
-
-def class_block(cfg: Config, model: Llama) -> int:
-    """The 0-based block the class loss reads: cfg.class_layer, or 55 % of depth (prior work)."""
-    L = model.args.num_hidden_layers
-    block = int(0.55 * L) if cfg.class_layer is None else cfg.class_layer
-    if not 0 <= block < L:
-        raise BadInput(f"class_layer = {block}: expected a block from 0 to {L - 1} of {cfg.model}")
-    return block
-
-
-# --------------------------------------------------------------------------------------------------
-# one model
-
 
 def read_series(model: Llama, tokenizer: Tokenizer, problems: list[Problem],
-                template: str = "none") -> tuple[Reading, np.ndarray]:
+                template: str) -> tuple[Reading, np.ndarray]:
     """The lens at each prompt's last token: a Reading (A = 1, N = 3) of SERIES, and series_ids."""
     prompts, ids = series_ids(tokenizer, problems, template)
     return read_prompts(model, prompts, ids.tolist()), ids
@@ -93,11 +68,7 @@ def complete(model: Llama, tokenizer: Tokenizer, problems: list[Problem],
 
 def measure_accuracy(model: Llama, tokenizer: Tokenizer, problems: list[Problem],
                      max_completion_tokens: int, template: str = "none") -> list[dict]:
-    """Complete and grade problems: [{prompt, expected, generated, correct, operation, wording}].
-
-    In a template a question to reason about is answered with a whole solution, whose final answer
-    counts.
-    """
+    """Complete and grade problems: [{prompt, expected, generated, correct, operation, wording}]."""
     done = complete(model, tokenizer, problems, max_completion_tokens, template)
     return [{"prompt": p.prompt, "expected": p.answer, "generated": c.text.strip(),
              **grade_reply(p, c.text, c.finished),
@@ -136,13 +107,17 @@ def measure_reward(model: Llama, tokenizer: Tokenizer, problems: list[Problem],
              "set": "test"} for p, c, reward in zip(problems, done, judged["reward"].tolist())]
 
 
-def inspect(model: Llama, tokenizer: Tokenizer, valid: list, done: int, cfg: Config) -> dict:
+def look_inside(cfg: Config, run: Run, model: Llama, tokenizer: Tokenizer, valid: list,
+                done: int) -> dict:
     """Validation accuracy and the lens, where due after `done` steps; always at start and end.
 
     Of own rows also the loss, the accuracy only where answers are short; of rows without an answer
     the mean reward alone. Of chains also the controls: without one, another's, the frozen base.
-    returns  {step, ...} for metrics.jsonl, or {} where nothing is due
+    returns  {step, ...}, which is logged, or {} where nothing is due
     """
+    if not run.writes:
+        return {}
+
     def is_due(every):
         return every and (done % every == 0 or done == cfg.steps)
 
@@ -151,7 +126,7 @@ def inspect(model: Llama, tokenizer: Tokenizer, valid: list, done: int, cfg: Con
         chosen = evenly(valid, cfg.eval_prompts)
         if cfg.method == "markovian":
             from markovian import evaluate_chains  # no other method writes chains
-            record["valid"] = summarize_chains(evaluate_chains(model, tokenizer, chosen, cfg))
+            record["valid"] = stats.summarize_chains(evaluate_chains(model, tokenizer, chosen, cfg))
             record["valid_accuracy"] = record["valid"]["correct"]["value"]
         elif not has_answers:
             rows = measure_reward(model, tokenizer, chosen, cfg)
@@ -161,21 +136,16 @@ def inspect(model: Llama, tokenizer: Tokenizer, valid: list, done: int, cfg: Con
                                     cfg.template)
             record["valid_accuracy"] = float(np.mean([r["correct"] for r in rows]))
         if cfg.has_loss:
-            found = summarize_loss(measure_loss(model, tokenizer, chosen, cfg))
+            found = stats.summarize_loss(measure_loss(model, tokenizer, chosen, cfg))
             record |= {f"valid_{key}": found[key]["value"] for key in ("loss", "perplexity")}
     if is_due(cfg.lens_every_steps) and cfg.method != "markovian" and has_answers:
         chosen = evenly(valid, min(cfg.eval_prompts, LENS_PROMPTS))
         reading, ids = read_series(model, tokenizer, chosen, cfg.template)
-        record["lens"] = summarize_lens(reading, ids, class_block(cfg, model))
-    return {"step": done} | record if record else {}
-
-
-def look_inside(cfg: Config, run: Run, model: Llama, tokenizer: Tokenizer, valid: list,
-                done: int) -> dict:
-    """What validation and the lens say after `done` steps, where they are due; logged."""
-    seen = inspect(model, tokenizer, valid, done, cfg) if run.writes else {}
-    if seen:
-        run.keep_if_best(seen, checkpoint_files(model, cfg))
+        record["lens"] = stats.summarize_lens(reading, ids, cfg.class_block(model.args))
+    if not record:
+        return {}
+    seen = {"step": done} | record
+    run.keep_if_best(seen, checkpoint_files(model, cfg))
     return seen
 
 
@@ -194,10 +164,10 @@ def evaluate(model: Llama, tokenizer: Tokenizer, cfg: Config) -> dict:
         test, limit, own["data"] = prepare_test(test, tokenizer, context, cfg)
     if not all(p.answer for p in test):
         rows = measure_reward(model, tokenizer, test, cfg)
-        return {**own, "reward": bootstrap_mean([r["reward"] for r in rows]), "layers": [],
+        return {**own, "reward": stats.bootstrap_mean([r["reward"] for r in rows]), "layers": [],
                 "prompts": rows}
     if cfg.has_loss and not to_reason:
-        own |= summarize_loss(measure_loss(model, tokenizer, test, cfg))
+        own |= stats.summarize_loss(measure_loss(model, tokenizer, test, cfg))
     named = {name: named_problems(name) for name in NAMED_PROMPTS if cfg.data == "arithmetic"}
     problems = test + [p for group in named.values() for p in group]
     sets = ["test"] * len(test) + [name for name, group in named.items() for _ in group]
@@ -206,11 +176,11 @@ def evaluate(model: Llama, tokenizer: Tokenizer, cfg: Config) -> dict:
     asked = evenly(range(len(problems)), len(problems) if short else REPLIES)
     rows = measure_accuracy(model, tokenizer, [problems[i] for i in asked], limit, cfg.template)
     for i, row in zip(asked, rows):
-        row |= {"set": sets[i], **peak_of_prompt(reading.probs[:, i, 0])}
-    lengths = answer_lengths(tokenizer, test, cfg.template)
+        row |= {"set": sets[i], **stats.peak_of_prompt(reading.probs[:, i, 0])}
+    lengths, block = answer_lengths(tokenizer, test, cfg.template), cfg.class_block(model.args)
     return {
-        **own, **(summarize_accuracy(rows) if short else {}),
-        **summarize_classifier(reading, ids[:len(test)], lengths, class_block(cfg, model)),
+        **own, **(stats.summarize_accuracy(rows) if short else {}),
+        **stats.summarize_classifier(reading, ids[:len(test)], lengths, block),
         **name_targets(tokenizer, problems, test, cfg),
         "prompts": rows,
     }
@@ -223,19 +193,20 @@ def evaluate_on_chains(model: Llama, tokenizer: Tokenizer, test: list[Problem],
     The only series is the answer's first token: there is no operation to name.
     """
     # imported here: no other method writes chains
-    from markovian import answer_prompt, encode_question, evaluate_chains
+    from markovian import evaluate_chains
+    from text.questions import answer_prompt, encode_question
     rows = evaluate_chains(model, tokenizer, test, cfg)
     questions = [encode_question(p, tokenizer, cfg.markovian, cfg.template) for p in test]
     prompts = [answer_prompt(q, row["chain_ids"], tokenizer) for q, row in zip(questions, rows)]
     ids = np.array([[q.answer[0]] for q in questions])
     reading = read_prompts(model, prompts, ids.tolist())
     for i, row in enumerate(rows):
-        row |= {"set": "test", **peak_of_prompt(reading.probs[:, i, 0])}
+        row |= {"set": "test", **stats.peak_of_prompt(reading.probs[:, i, 0])}
     graded = [row for row in rows if row["correct"] is not None]
     lengths = np.array([len(q.answer) - (q.answer[-1] == tokenizer.eos_id) for q in questions])
-    return {**summarize_accuracy(graded), "chains": summarize_chains(rows),
-            **summarize_classifier(reading, ids, lengths, class_block(cfg, model)), "targets": {},
-            "class_targets": {}, "prompts": rows}
+    return {**stats.summarize_accuracy(graded), "chains": stats.summarize_chains(rows),
+            **stats.summarize_classifier(reading, ids, lengths, cfg.class_block(model.args)),
+            "targets": {}, "class_targets": {}, "prompts": rows}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -269,42 +240,23 @@ def make_report(ckpt: str | Path, with_base: bool, compare: str | None = None,
             raise BadInput(f"--compare {compare} has method {other_cfg.method}, {ckpt} has "
                            f"{cfg.method}; expected both with chains of thought, or both without")
         other = {"ckpt": str(compare), **evaluate(other_model, other_tokenizer, cfg)}
-        report["compare"] = {**other, **compare_rows(report, other)}
+        report["compare"] = {**other, **stats.compare_rows(report, other)}
     return report
 
 
 def finish(cfg: Config, run: Run, estimated: float, with_base: bool) -> dict:
     """Evaluate the saved weights, as eval.py would, beside the base; write report and pictures."""
     peak = memory.peak_gib()    # of training: evaluating may load the base as well
-    # may take longer than the training: all test problems, whatever eval_prompts is
     run.say("testing on all test problems ...")
     report = make_report(run.folder, with_base)
     report |= {"peak_gib": round(peak, 3), "estimated_peak_gib": round(estimated, 3)}
-    print(report_text(report))
-    title = f"{cfg.method}, {cfg.model}, seed {cfg.seed}"
-    from report.plot import plot_run  # most of a second, which a run needs at its end only
-    pictures = plot_run(run.records, run.folder, title)
-    # last: its presence says that the run is finished
-    write_text(run.folder / "report.json", json.dumps(report, indent=1) + "\n")
-    files = ["report.json", "metrics.jsonl", *pictures,
-             "model.safetensors" if cfg.full else "adapters.safetensors"]
-    print(f"\nwrote {run.folder}/{', '.join(files)}; "
-          f"peak memory {peak:.2f} GiB, estimated {estimated:.2f}")
+    publish(report, run.folder, run.records, peak, estimated)
     return report
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(description="Accuracy and classifier report of a run or model.")
-    parser.add_checkpoint()
-    parser.add_argument("--base", action="store_true",
-                        help="evaluate the model it was trained from as well")
-    parser.add_argument("--compare", metavar="RUN2",
-                        help="another run or model, on the same problems")
-    parser.add_argument("--json", metavar="FILE", help="where to write the report; "
-                        "a run folder's report.json is left as it is")
-    parser.add_argument("overrides", nargs="*", metavar="key=value",
-                        help="config keys, such as data_wordings=worded")
-    args = parser.parse_args(argv)
+    from files.options import eval_options  # training evaluates too, and has no such words
+    args = eval_options(argv)
     report = make_report(args.ckpt, args.base, args.compare, args.overrides, args.adapter)
     print(report_text(report))
     if args.json:

@@ -4,12 +4,12 @@ Prompts are left-padded into one batch, so that all rows decode in step; each pr
 once and its keys and values repeated for the G completions of its group. Rows that have stopped
 leave the batch. Every token is drawn by inverting the cumulative distribution at one uniform number
 fixed beforehand for its row and position: which rows share a batch, and when they leave it, changes
-no draw. (The usual Gumbel trick needs two logarithms for every entry of the vocabulary.)
+no draw.
 
     python generate.py --ckpt runs/sft --prompt "7 * 8 = " --temperature 0.8 --top-p 0.95 --seed 1
     python generate.py --ckpt MODEL --chat --system "Be brief."
 """
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,14 +18,13 @@ import mlx.core as mx
 import numpy as np
 
 from checkpoint import load_checkpoint
-from config import BadInput, Parser, run_main
-from engine.decode import KVCache
+from config import BadInput, run_main
+from engine.decode import KVCache, left_pad
 from engine.memory import CACHED_TOKENS, DECODED_ROWS
 from engine.ops import blocked_reduction, exp
 from engine.parallel import map_rows
 from model import Llama
-from report.terminal import print_reply, read_lines
-from text.rows import choose_template
+from text.rows import check_context, choose_template
 from text.tokenizer import Tokenizer, first_stop, tokens_until_stop
 
 
@@ -37,46 +36,6 @@ class Completion:
     logprobs: np.ndarray    # (len(ids),) float32 at the temperature used; empty for greedy
     entropies: np.ndarray   # (len(ids),) float32 nats of the distribution drawn from; the same
     stop: str = ""          # which of `stops` ended it; "": a stop token did, or nothing
-
-
-def check_context(prompts: list[list[int]], max_completion_tokens: int, model: Llama) -> None:
-    """Raises BadInput where prompt and completion together would not fit the model's context."""
-    context, longest = model.args.max_position_embeddings, max(map(len, prompts))
-    if longest + max_completion_tokens > context:
-        raise BadInput(f"a prompt of {longest} tokens and {max_completion_tokens} more exceed "
-                       f"the model's context of {context}; shorten the prompt, or start anew")
-
-
-def left_pad(prompts: list[list[int]]) -> tuple[mx.array, mx.array | None]:
-    """Tokens (P, T), and where each row starts, (P,), or None where all are of one length."""
-    T = max(map(len, prompts))
-    starts = [T - len(p) for p in prompts]
-    tokens = mx.array([[0] * s + p for s, p in zip(starts, prompts)])
-    return tokens, mx.array(starts) if any(starts) else None
-
-
-def pad_completions(done: list[Completion], limit: int) -> tuple[np.ndarray, ...]:
-    """Right-padded ids, log-probabilities and mask of N sampled completions, (N, C) each.
-
-    C is a multiple of four, at most limit: few shapes, few traces of mx.compile.
-    """
-    N, longest = len(done), max(len(c.ids) for c in done)
-    C = min(-(-longest // 4) * 4, limit)
-    ids, logprobs, mask = np.zeros((N, C), np.int32), *np.zeros((2, N, C), np.float32)
-    for i, completion in enumerate(done):
-        length = len(completion.ids)
-        ids[i, :length] = completion.ids
-        logprobs[i, :length] = completion.logprobs
-        mask[i, :length] = 1
-    return ids, logprobs, mask
-
-
-def completion_stats(done: list[Completion]) -> dict[str, float]:
-    """Means over sampled completions: tokens, share cut by the limit, nats a token."""
-    return {"length": float(np.mean([len(c.ids) for c in done])),
-            "truncated": float(np.mean([not c.finished for c in done])),
-            "entropy": float(np.mean(np.concatenate([c.entropies for c in done]))),
-            "logprob": float(np.mean(np.concatenate([c.logprobs for c in done])))}
 
 
 def choose(logits: mx.array, uniform: mx.array | None, temperature: float, top_k: int = 0,
@@ -214,95 +173,18 @@ def sample_batch(model: Llama, prompts: list[list[int]], group: int, pick, unifo
     return out
 
 
-def stream_text(model: Llama, tokenizer: Tokenizer, prompt: list[int], max_completion_tokens: int,
-                temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
-                key: mx.array | None = None, many_lines: bool = False, stops: tuple[str, ...] = (),
-                ends: Collection[int] = (), cache: list[KVCache] | None = None) -> Iterator[str]:
-    """Yield one completion's text by tokens; the same as `sample` with the same arguments.
-
-    cache   of the prompt's first tokens, with room for the rest and the completion
-    """
-    check_context([prompt], max_completion_tokens, model)
-    uniforms = mx.random.uniform(shape=(1, max_completion_tokens), key=key)
-    cache = cache or model.make_cache(len(prompt) + max_completion_tokens)
-    tokens = mx.array([prompt[cache[0].offset:]])
-    ends = {*ends, *(tokenizer.eos_ids if many_lines else tokenizer.stop_ids)}
-    # half of a multi-byte character waits for the rest, and so does half of a stop
-    halves = ("\ufffd", *(stop[:n] for stop in stops for n in range(1, len(stop))))
-    ids, shown = [], 0
-    for t in range(max_completion_tokens):
-        logits = model.head(model.last_resid(tokens, cache))
-        token, _, _ = choose(logits, uniforms[:, t], temperature, top_k, top_p)
-        ids.append(token.item())
-        text, stop = tokenizer.decode_until(ids, many_lines, stops)
-        over = stop or ids[-1] in ends or t + 1 == max_completion_tokens
-        whole = over or not text.endswith(halves)
-        yield text[shown:] if whole else ""
-        shown = len(text) if whole else shown
-        if over:
-            return
-        tokens = token[:, None]
-
-
-def converse(model: Llama, tokenizer: Tokenizer, texts: Iterable[str], template: str,
-             system: str | None, limit: int, seed: int, **choice) -> None:
-    """Print the replies to a user's texts as they grow; each prompt holds all earlier turns.
-
-    limit, choice   of a reply: the most tokens; temperature, top_k and top_p
-    """
-    messages = [] if system is None else [{"role": "system", "content": system}]
-    ends = {} if template == "none" else tokenizer.reply_ends(template)  # as it is: one line
-    cache, read = None, []
-    for turn, text in enumerate(texts):
-        messages.append({"role": "user", "content": text})
-        prompt = tokenizer.encode_messages(messages, template)[0]
-        check_context([prompt], 1, model)
-        room = min(limit, model.args.max_position_embeddings - len(prompt))
-        if cache and prompt[:len(read)] == read:
-            # the last reply is read again: its text may have other tokens than those drawn
-            cache = [block.keep(len(read), len(prompt) + room) for block in cache]
-        else:
-            cache = model.make_cache(len(prompt) + room)
-        pieces = stream_text(model, tokenizer, prompt, room, key=mx.random.key(seed + turn),
-                             cache=cache, **choice, **ends)
-        messages.append({"role": "assistant", "content": print_reply(pieces, template, room)})
-        read = prompt
-
-
 def main(argv: list[str]) -> None:
-    parser = Parser(description="Complete prompts, printing as they grow.")
-    parser.add_checkpoint()
-    given = parser.add_mutually_exclusive_group(required=True)
-    given.add_argument("--prompt", action="append", help="may be given repeatedly")
-    given.add_argument("--chat", action="store_true", help="a conversation, line by line, up to "
-                       "an empty line or the end of the input")
-    parser.add_template()
-    parser.add_argument("--system", metavar="TEXT", help="of a conversation: who the model is")
-    parser.add_argument("--max-tokens", type=int, help="default 32; of a reply in a template 512")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: most probable token")
-    parser.add_argument("--top-k", type=int, default=0, help="0: all")
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    # in this form NaN is refused too: no comparison holds for it
-    if not (0 <= args.temperature < np.inf and args.top_k >= 0 and 0 < args.top_p <= 1
-            and (args.max_tokens is None or args.max_tokens >= 1)):
-        raise BadInput(f"--temperature {args.temperature} (expected at least 0), "
-                       f"--top-k {args.top_k} (at least 0), --top-p {args.top_p} (above 0, at most "
-                       f"1), --max-tokens {args.max_tokens} (at least 1): one is out of range")
+    # imported here: training samples too, and talks with nobody
+    from files.options import generate_options
+    from report.conversation import talk
+    args = generate_options(argv)
     model, tokenizer, cfg = load_checkpoint(args.ckpt, args.adapter)
     template = choose_template(args.template, cfg, tokenizer, "chat" if args.chat else "none")
     if template == "none" and (args.chat or args.system is not None):
         raise BadInput("--chat and --system need a template, and this is none; give --template "
                        "lines, plain, cued or chat")
-    reply = partial(converse, model, tokenizer, template=template, system=args.system,
-                    limit=args.max_tokens or (32 if template == "none" else 512),
-                    temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
-    if args.chat:
-        reply(read_lines(), seed=args.seed)
-    for n, text in enumerate(args.prompt or []):
-        print(text, end="" if template == "none" else "\n", flush=True)
-        reply([text], seed=args.seed + n)
+    talk(model, tokenizer, args, template, partial(
+        choose, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p))
 
 
 if __name__ == "__main__":

@@ -23,23 +23,21 @@ import numpy as np
 
 from config import BadInput, Config
 from engine import workers
-from engine.decode import fused_for_decoding
-from engine.memory import Load, rollout_load
+from engine.decode import fused_for_decoding, left_pad, pad_completions
 from engine.parallel import map_rows
 from files.user_reward import call_rewards, correct, load_rewards
-from generate import Completion, check_context, completion_stats, left_pad, pad_completions, sample
-from guard import repetition
+from generate import Completion, sample
 from lora import adapters_off
 from losses import answer_reward_loss, kl_estimates, policy_loss, token_logprobs
 from model import Llama
+from report.rollouts import summarize_answers, summarize_rollouts
 from text.arithmetic import Problem
-from text.rows import encode_prompt_of, ends_of_reply
+from text.rows import check_context, draw_problems, encode_prompt_of, ends_of_reply
 from text.tokenizer import Tokenizer
 
 ZERO_VARIANCE = 1e-6    # a group whose rewards differ by less carries no signal
 REDRAWS = 3             # fresh prompts, where no group of a step carries one
-PAD_GROUPS = 8          # micro-batches are padded to a multiple of so many groups: few shapes, so
-                        # that few traces are compiled
+PAD_GROUPS = 8          # micro-batches are padded to a multiple: few shapes, few compiled traces
 
 
 # --------------------------------------------------------------------------------------------------
@@ -199,16 +197,6 @@ def count_tokens(groups: list[Group]) -> int:
     return sum(len(c.ids) for g in groups for c in g.completions)
 
 
-def draw_problems(problems: list, seed: int, start: int, count: int) -> list:
-    """Problems start .. start + count - 1 of an endless stream, shuffled anew at every epoch."""
-    n, drawn = len(problems), []
-    for epoch in range(start // n, (start + count - 1) // n + 1):
-        order = np.random.default_rng((seed, epoch)).permutation(n)
-        first, last = max(start - epoch * n, 0), min(start + count - epoch * n, n)
-        drawn += [problems[i] for i in order[first:last]]
-    return drawn
-
-
 class Answers:
     """What GRPO samples and how it is rewarded: answers, by reward functions.
 
@@ -216,6 +204,7 @@ class Answers:
     """
     max_advantage = np.inf
     needs_variance = True       # a group whose rewards are all alike teaches nothing
+    summarize = staticmethod(summarize_answers)
 
     def __init__(self, model: Llama, tokenizer: Tokenizer, problems: list[Problem], cfg: Config):
         self.model, self.tokenizer = model, tokenizer
@@ -230,16 +219,6 @@ class Answers:
         if self.has_answers:
             judged["right"] = np.array([correct(p, c) for p, c in zip(asked, done)], float)
         return judged
-
-    def summarize(self, judged: dict[str, np.ndarray], done: list[Completion]) -> dict:
-        """What metrics.jsonl says of N judged completions."""
-        parts = {name: float(v.mean()) for name, v in judged.items() if name.startswith("reward_")}
-        if "right" not in judged:
-            return parts
-        right, lengths = judged["right"] > 0, np.array([len(c.ids) for c in done])
-        return parts | {"accuracy": float(right.mean()),
-                        "length_right": float(lengths[right].mean()) if right.any() else None,
-                        "length_wrong": float(lengths[~right].mean()) if not right.all() else None}
 
     def arrays(self, groups: list[Group], row_weights: mx.array, step: int) -> dict[str, mx.array]:
         """What a micro-batch holds beside the completions; answers need nothing more."""
@@ -298,10 +277,6 @@ class Rollouts:
                                    "rollout_s": sampled - start,
                                    "score_s": time.perf_counter() - sampled}
 
-    def memory_load(self) -> Load:
-        """What one micro-batch asks of the model, for the memory estimate."""
-        return rollout_load(self.cfg, max(len(ids) for _, ids in self.rows), workers.size())
-
     def rollout(self) -> tuple[list[Group], dict]:
         """Draw P problems, sample G completions of each, reward and compare them.
 
@@ -324,21 +299,9 @@ class Rollouts:
         divisors = advantage_divisors(rewards, cfg.grpo_advantage, cfg.grpo_std_floor)[:, 0]
         groups = [Group(problem, ids, done[i * G:(i + 1) * G], rewards[i], advantages[i],
                         float(divisors[i])) for i, (problem, ids) in enumerate(drawn)]
-        return groups, self.summarize(judged, done, rewards)
-
-    def summarize(self, judged: dict[str, np.ndarray], done: list[Completion],
-                  rewards: np.ndarray) -> dict:
-        """What metrics.jsonl says of a step's samples; lengths in tokens, entropy in nats."""
-        return {
-            "reward": float(rewards.mean()), "reward_std": float(rewards.std()),
-            "reward_min": float(rewards.min()), "reward_max": float(rewards.max()),
-            **self.task.summarize(judged, done),
-            "zero_variance_groups": float(zero_variance(rewards).mean()),
-            **completion_stats(done),
-            "repetition": float(np.mean([repetition(c.ids) for c in done])),
-            "n_tokens": sum(len(c.ids) for c in done),
-            "rows": [self.position - self.P, self.position],
-        }
+        metrics = summarize_rollouts(rewards, self.task.summarize(judged, done),
+                                     zero_variance(rewards), done)
+        return groups, metrics | {"rows": [self.position - self.P, self.position]}
 
     def make_updates(self, groups: list[Group], live: list[Group],
                      step: int) -> list[list[dict[str, mx.array]]]:
@@ -356,12 +319,9 @@ class Rollouts:
             chosen = [live[i] for i in part]
             fillers = [live[0]] * (n_groups - len(chosen))
             micro_batches.append(self.make_arrays(chosen, fillers, groups, live, step))
-        updates = []
-        for epoch in range(cfg.grpo_epochs):
-            # whether weights have moved since the sampling; nothing else differs between updates
-            off_policy = mx.array(epoch > 0)
-            updates.append([batch | {"off_policy": off_policy} for batch in micro_batches])
-        return updates
+        # off_policy: whether weights have moved since the sampling; nothing else differs
+        return [[batch | {"off_policy": mx.array(epoch > 0)} for batch in micro_batches]
+                for epoch in range(cfg.grpo_epochs)]
 
     def make_arrays(self, chosen: list[Group], fillers: list[Group], groups: list[Group],
                     live: list[Group], step: int) -> dict[str, mx.array]:

@@ -15,28 +15,21 @@ Memory: of a (rows, V) array of logits a few numbers per row are kept. Never (ta
 Its relatives stand in study/: the Jacobian lens, direct logit attribution, probes, edits.
 Shapes: A positions of a row, N targets at each, R = B * A rows to read, k top tokens.
 """
-import json
-import os
-import sys
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
 
 from checkpoint import load_checkpoint
-from config import BadInput, Parser, run_main
-from engine.memory import LENS_ROWS, LOGITS_IN_CACHE, LOGITS_PER_CALL
-from engine.ops import LINUX_CPU, blocked_reduction, exp, logsumexp, top_tokens
+from config import run_main
+from engine.decode import pad_prompts
+from engine.memory import LENS_ROWS, LOGITS_PER_CALL, reduce_taps_in_turn
+from engine.ops import blocked_reduction, exp, logsumexp, top_tokens
 from engine.parallel import map_rows
-from files.disk import write_text
-from generate import check_context
 from model import Llama, gather_positions
-from report.stats import EMERGED, depth
-from report.terminal import lens_table
-from text.rows import choose_template
+from text.rows import check_context, choose_template
 from text.tokenizer import Tokenizer
 
 
@@ -54,10 +47,6 @@ class Reading:
     top_probs: np.ndarray   # (L+1, B, A, k)
 
 
-# --------------------------------------------------------------------------------------------------
-# the statistics of one tap
-
-
 def final_distribution(logits: mx.array) -> tuple[mx.array, ...]:
     """What the last tap (R, V) says: probabilities (R, V), entropy, top token (R, 1)."""
     logprobs = logits - logsumexp(logits)[..., None]
@@ -65,11 +54,11 @@ def final_distribution(logits: mx.array) -> tuple[mx.array, ...]:
     return probs, -blocked_reduction(mx.sum, probs * logprobs), top_tokens(logits, 1)
 
 
-def tap_statistics(logits: mx.array, targets: mx.array, k: int, final_probs: mx.array,
-                   final_entropy: mx.array, final_top: mx.array) -> tuple[mx.array, ...]:
+def tap_statistics(logits: mx.array, targets: mx.array, final_probs: mx.array,
+                   final_entropy: mx.array, final_top: mx.array, k: int) -> tuple[mx.array, ...]:
     """Reduce float32 logits (R, V) of one tap to the arrays of a Reading, R rows each.
 
-    targets (R, N) int32; the rest is final_distribution's: KL compares with the last tap
+    targets (R, N) int32;  final_*: final_distribution's, since KL compares with the last tap
     """
     ranks, ties = [], []
     for n in range(targets.shape[1]):
@@ -115,45 +104,20 @@ def taps_at(model: Llama, tokens: mx.array, positions: mx.array) -> list[mx.arra
     return [mx.concatenate(taps) for taps in zip(*parts)]
 
 
-def read_part(model: Llama, k: int, part: dict[str, mx.array]) -> list[mx.array]:
-    """A Reading's arrays, (R, L+1, ...), of some rows: resids (R, L+1, D), targets (R, N).
-
-    In plain words: [tap_statistics(model.head(resid), targets, k, *final) for resid in resids],
-    the last tap first, since all are compared with it. But logits are large. So a few taps' are
-    made by one product, and reduced in pieces that fit a CPU's cache. mx.depends(x, y) is x, to be
-    computed after y: without it the lazy graph would hold all logits at once.
-    """
-    resids, targets = part["resids"].transpose(1, 0, 2), part["targets"]        # (L+1, R, D)
-    (taps, R, _), V = resids.shape, model.args.vocab_size
-    at_once = max(1, LOGITS_PER_CALL // (R * V))
-    rows = max(1, LOGITS_IN_CACHE // V) if LINUX_CPU else R
-    cuts = [slice(i, i + rows) for i in range(0, R, rows)]
-    final, previous, done = [], [], []
-
-    def in_turn(x):
-        return mx.depends(x, previous) if previous else x
-
-    for end in range(taps, 0, -at_once):
-        logits = model.head(in_turn(resids[max(0, end - at_once):end]))         # (g, R, V)
-        if not final:
-            for few in cuts:
-                previous = list(final_distribution(in_turn(logits[-1, few])))
-                final.append(previous)
-        for tap_logits in logits[::-1]:
-            pieces = []
-            for few, output in zip(cuts, final):
-                previous = list(tap_statistics(in_turn(tap_logits[few]), targets[few], k, *output))
-                pieces.append(previous)
-            done.append([mx.concatenate(arrays) for arrays in zip(*pieces)])
-    return [mx.stack(arrays[::-1], axis=1) for arrays in zip(*done)]
-
-
 def read_resids(model: Llama, resids: list[mx.array], targets: mx.array, k: int = 1) -> Reading:
     """Read L+1 taps (B, A, D), or what a relative of the lens makes of them; targets (B, A, N)."""
     B, A, N = targets.shape
     batch = {"resids": mx.stack(resids, axis=2).reshape(B * A, len(resids), -1),
              "targets": targets.reshape(B * A, N)}
-    parts = map_rows(partial(read_part, model, k), batch, model.parts,
+
+    def read(part):
+        # in plain words: [tap_statistics(model.head(resid), targets, *final, k) for resid in taps],
+        # the last tap first, since all are compared with it. But logits are large: so it is done in
+        # pieces, none of which is held longer than it is read
+        return reduce_taps_in_turn(model, part["resids"], part["targets"], final_distribution,
+                                   partial(tap_statistics, k=k))                # (R, L+1, ...) each
+
+    parts = map_rows(read, batch, model.parts,
                      rows=max(1, LOGITS_PER_CALL // model.args.vocab_size))
     arrays = []
     for pieces in zip(*parts):
@@ -174,14 +138,6 @@ def read_taps(model: Llama, tokens: mx.array, positions: mx.array, targets: mx.a
     return read_resids(model, taps_at(model, tokens, positions), targets, k)
 
 
-def pad_prompts(prompts: list[list[int]]) -> tuple[mx.array, mx.array]:
-    """Right-pad prompts: tokens (B, T), and the position of each one's last token (B, 1)."""
-    T = max(map(len, prompts))
-    # on the right: causal attention never looks there, so that no mask is needed
-    tokens = mx.array([ids + [0] * (T - len(ids)) for ids in prompts])
-    return tokens, mx.array([[len(ids) - 1] for ids in prompts])
-
-
 def read_prompts(model: Llama, prompts: list[list[int]], targets: list[list[int]],
                  k: int = 1) -> Reading:
     """Read all taps at the last token of each prompt: A = 1. prompts: ids; targets: N ids each."""
@@ -192,84 +148,29 @@ def read_prompts(model: Llama, prompts: list[list[int]], targets: list[list[int]
     return read_resids(model, resids, mx.array(targets)[:, None], k)
 
 
-# --------------------------------------------------------------------------------------------------
-# one prompt, for a person
-
-
 def view_prompt(model: Llama, tokenizer: Tokenizer, prompt: str, words: list[str],
-                k: int = 10, template: str = "none") -> dict:
-    """All taps by all positions of one prompt: plain numbers that `plot` draws, `--json` writes.
-
-    returns  {prompt, tokens [T], taps [L+1 names], top [L+1][T][k] of [token, probability],
-              entropy [L+1][T], kl [L+1][T], words {word: {id, piece, prob [L+1], rank [L+1],
-              onset, peak}} at the last position; onset at 0.10}
-    """
+                template: str = "none") -> dict:
+    """All taps at all positions of one prompt, as plain numbers: report.lens_view.make_view's."""
+    from report.lens_view import make_view  # training reads taps too, and shows nobody
     ids, _ = tokenizer.encode_messages([{"role": "user", "content": prompt}], template)
     check_context([ids], 0, model)
     chosen = tokenizer.word_ids(words, ids)
-    T = len(ids)
     # at every position the same words; without any, one token that nobody reads
-    targets = mx.broadcast_to(mx.array(chosen or [0]), (1, T, max(len(chosen), 1)))
-    reading = read_taps(model, mx.array([ids]), mx.arange(T)[None], targets,
-                        min(k, model.args.vocab_size))
-
-    def cell(tap, t):
-        top = zip(reading.top_ids[tap, 0, t], reading.top_probs[tap, 0, t])
-        return [[tokenizer.piece(i), round(float(p), 6)] for i, p in top]
-
-    taps = range(len(reading.entropy))
-    # tap l is after block l - 1: "L0" is the first block's
-    names = ["embed"] + [f"L{l}" for l in range(len(taps) - 1)]
-    series = {}
-    for n, word in enumerate(words):
-        prob = reading.probs[:, 0, -1, n]
-        where = depth(prob, EMERGED)
-        series[word] = {"id": chosen[n], "piece": tokenizer.piece(chosen[n]),
-                        "prob": prob.round(6).tolist(),
-                        "rank": reading.ranks[:, 0, -1, n].tolist(),
-                        "onset": names[where["onset"]] if where["onset"] > 0 else None,
-                        "peak": names[where["peak"]]}
-    return {
-        "prompt": prompt, "tokens": [tokenizer.piece(i) for i in ids], "taps": names,
-        "top": [[cell(tap, t) for t in range(T)] for tap in taps],
-        "entropy": reading.entropy[:, 0].round(4).tolist(),
-        "kl": reading.kl[:, 0].round(4).tolist(), "words": series,
-    }
+    targets = mx.broadcast_to(mx.array(chosen or [0]), (1, len(ids), max(len(chosen), 1)))
+    reading = read_taps(model, mx.array([ids]), mx.arange(len(ids))[None], targets,
+                        k=min(10, model.args.vocab_size))
+    return make_view(reading, tokenizer, prompt, ids, words, chosen)
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(description="Show what every block would answer, by the logit lens.")
-    parser.add_checkpoint()
-    parser.add_argument("--prompt", required=True)
-    parser.add_template()
-    parser.add_argument("--words", nargs="*", default=[],
-                        help="words to follow at the last position, one token each: all with a "
-                        "leading space or all without, whichever fits the prompt's end")
-    parser.add_argument("--png", metavar="FILE")
-    parser.add_argument("--html", metavar="FILE",
-                        help="one self-contained page; a cell shows its ten top tokens on hover")
-    parser.add_argument("--json", metavar="FILE", help="the numbers behind the pictures")
-    args = parser.parse_args(argv)
-    if not args.prompt:
-        raise BadInput("--prompt is empty; give a text such as '7 * 8 = '")
+    # imported here: training reads taps too, and shows nobody
+    from files.options import lens_options
+    from report.lens_view import show_view
+    args = lens_options(argv)
     model, tokenizer, cfg = load_checkpoint(args.ckpt, args.adapter)
     template = choose_template(args.template, cfg, tokenizer, "none")
     view = view_prompt(model, tokenizer, args.prompt, args.words, template=template)
-    name = f"{args.ckpt} + {args.adapter}" if args.adapter else args.ckpt
-    print(f"{name}   {args.prompt!r}   logit lens: final norm and unembedding at every tap; "
-          "cell: top token, per cent")
-    print(lens_table(view, color=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
-    if args.json:
-        write_text(Path(args.json), json.dumps(view) + "\n")
-    # imported here: training reads taps too, and draws no page
-    if args.png:
-        from report.plot import lens_heatmap  # most of a second
-        lens_heatmap(view, args.png)
-    if args.html:
-        from report.page import lens_page  # as above
-        write_text(Path(args.html), lens_page(view))
-    if args.png or args.html or args.json:
-        print("wrote " + ", ".join(filter(None, (args.png, args.html, args.json))))
+    show_view(view, f"{args.ckpt} + {args.adapter}" if args.adapter else args.ckpt, args)
 
 
 if __name__ == "__main__":

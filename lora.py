@@ -2,14 +2,12 @@
 
 Source: LoRA 2106.09685. Where packages differ: PEFT users set alpha, mlx-lm takes the scale itself;
 we set alpha and print both. A ~ U(-1/sqrt(in), 1/sqrt(in)) as in mlx-lm. Adapters are saved in
-mlx-lm's format, PEFT's is written and read too; mlx-lm and PEFT then give the same logits. Loading
-is strict (files/adapters.py).
+mlx-lm's format, PEFT's is written and read too; mlx-lm and PEFT then give the same logits.
 
     python lora.py --ckpt runs/sft --out fused                  # fuse: a folder in the Hub's layout
     python lora.py --ckpt runs/sft --out adapter --format peft  # the adapter alone; mlx: for mlx-lm
     python lora.py --ckpt models/tiny --adapter FOLDER --out fused      # mlx-lm's or PEFT's adapter
 """
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,12 +15,10 @@ from pathlib import Path
 import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
-from config import BadInput, run_main
-from files.adapters import MODULES, from_peft, layer_names, read_adapter, to_peft
-from files.model_folder import check_numbers, check_tensors
+from config import run_main
+from files.adapters import MODULES, fit_adapter, read_adapter
 from model import Llama
 
 
@@ -111,30 +107,6 @@ def adapters_off(model: Llama) -> Iterator[None]:
             layer.enabled = True
 
 
-def fingerprint(model: Llama) -> str:
-    """Tell bases of one shape apart: a hash of the final norm's gains as bfloat16.
-
-    So it is the same for a checkpoint loaded in float32 and in bfloat16.
-    """
-    gains = np.array(model.model.norm.weight.astype(mx.bfloat16).astype(mx.float32))
-    return hashlib.sha256(gains.tobytes()).hexdigest()[:16]
-
-
-def adapter_arrays(model: Llama) -> dict[str, mx.array]:
-    """The adapter's tensors by mlx-lm's names: model.layers.0.self_attn.q_proj.lora_a, ..."""
-    return {k: v for k, v in tree_flatten(model.parameters())
-            if k.rsplit(".", 1)[-1] in ("lora_a", "lora_b")}
-
-
-def about_adapter(model: Llama, base: str | Path) -> dict:
-    """What an adapter's folder says of it; base: the model that it belongs on."""
-    wrapped = {path: m for path, m in model.named_modules() if isinstance(m, LoRALinear)}
-    layer = next(iter(wrapped.values()))
-    return {"rank": layer.lora_a.shape[1], "scale": layer.scale, "base": base,
-            "layers": layer_names(list(wrapped), model.args.num_hidden_layers),
-            "fingerprint": fingerprint(model)}
-
-
 def load_adapters(model: Llama, folder: str | Path) -> None:
     """Wrap the model in place with an adapter, ours, mlx-lm's or PEFT's; BadInput lists misfits.
 
@@ -143,17 +115,8 @@ def load_adapters(model: Llama, folder: str | Path) -> None:
     """
     about, found, file = read_adapter(Path(folder), model.args.num_hidden_layers)
     wrap(model, about["paths"], about["rank"], about["scale"])
-    expected = adapter_arrays(model)
-    # by the names in the file, which are those that its owner can look for
-    check_tensors(found, to_peft(expected) if about["is_peft"] else expected,
-                  f"adapter {folder} on this model (trained on {about['base']}: load it there)")
-    check_numbers(found, file)
-    found = from_peft(found) if about["is_peft"] else found
-    if about["fingerprint"] not in (None, fingerprint(model)):
-        raise BadInput(f"adapter {folder} was trained on another model of the same shape "
-                       f"({about['base']}); load it on that one")
-    arrays = [(name, array.astype(mx.float32)) for name, array in found.items()]
-    model.load_weights(arrays, strict=False)    # all of them fit: just checked
+    arrays = fit_adapter(model, about, found, file)
+    model.load_weights(list(arrays.items()), strict=False)      # all of them fit: just checked
     mx.eval(model.parameters())
 
 

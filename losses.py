@@ -54,14 +54,11 @@ def dual_reward_loss(class_loss: mx.array, answer_loss: mx.array, weight: mx.arr
 
 
 def inputs_of(cfg: Config, batch: dict[str, mx.array]) -> tuple[mx.array, mx.array]:
-    """What the model reads, and where it is asked for the targets, (B, A).
-
-    returns  tokens (B, T-1) and positions; the published error reads all T
-    """
+    """What the model reads, (B, T-1), and where it is asked for the targets, (B, A)."""
     tokens, positions = batch["tokens"], batch["target_positions"]
     if cfg.answer_shift:
         return tokens[:, :-1], positions    # position t predicts t + 1: the last has no target
-    # the published error: the logits at t are compared with the token at t itself
+    # the published error: the logits at t are compared with the token at t itself, for all T
     return tokens, positions + 1
 
 
@@ -84,9 +81,9 @@ def sft_loss(cfg: Config, model: Llama, batch: dict[str, mx.array]) -> tuple[mx.
     return loss, {"answer_loss": loss}, {}
 
 
-def dual_loss(cfg: Config, block: int, model: Llama,
-              batch: dict[str, mx.array]) -> tuple[mx.array, dict, dict]:
+def dual_loss(cfg: Config, model: Llama, batch: dict[str, mx.array]) -> tuple[mx.array, dict, dict]:
     """The same for dual-reward: the answer's loss, and the class's at block c."""
+    block = cfg.class_block(model.args)
     tokens, positions = inputs_of(cfg, batch)
     # where the class is read from the last block, that block's other positions are needed too
     class_at_last = block + 1 == model.args.num_hidden_layers

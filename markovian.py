@@ -8,121 +8,38 @@ weights too, the gradient of E[r] has two halves, and both are taken:
 
     grad E[r] = E[ (r - baseline) grad log p(c | question)  +  grad log p(answer | c) ]
 
-The first is GRPO's policy term with r as reward. In the public code (2404.18988) the second was
-computed without gradients, and would have vanished even with them, since the loss was the mean of
-*standardised* rewards, whose sum is 0 whatever the weights; here it stands on the raw r, divided by
-what the advantages are divided by, so that both halves have one unit. That code also took its "PPO"
-ratio against the frozen base and dropped the KL term with it (configs/markovian_collapse.yaml).
+The first is GRPO's policy term with r as reward. The second stands on the raw r, since a mean of
+standardised rewards has no gradient at all, divided by what the advantages are divided by, so that
+both halves have one unit. What the public code (2404.18988) does instead: study/prior_work.md.
 
-Hiding is by construction: the scored ids are put together from the hidden prompt's, the chain's as
-sampled, the header's and the answer's. Nothing is decoded and encoded again, and where the answer
-stands is known, not searched.
+Hiding is by construction: text/questions.py puts the scored ids together from those of the hidden
+prompt, the chain as sampled, the header and the answer.
 """
-from dataclasses import dataclass
 from functools import partial
 
 import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
 
-from config import BadInput, Config
+from config import Config
 from engine.parallel import map_rows
-from generate import Completion, check_context, left_pad, sample
+from generate import Completion, sample
 from grpo import Group, completion_resid
 from lora import adapters_off
 from losses import token_logprobs
 from model import Llama, gather_positions
-from text.answers import LETTER_METHODS, NUMBER_METHODS, extract, is_right
+from report.rollouts import summarize_scorers
 from text.arithmetic import Problem
-from text.rows import encode_prompt_of, hide_question
+from text.questions import (
+    Question,
+    answer_arrays,
+    answer_prompt,
+    check_extraction,
+    encode_question,
+    grade_answers,
+)
+from text.rows import check_context
 from text.tokenizer import Tokenizer
-
-# between chain and answer; it ends at the colon, since answers start with their space
-HEADER = "\nAnswer:"
-
-
-@dataclass
-class Question:
-    """A question problem as token ids."""
-    prompt: list[int]       # what the policy reads
-    shown: list[int]        # what the scorer reads before the chain: the question hidden, or not
-    header: list[int]       # between chain and answer
-    answer: list[int]       # the gold answer and its end; of a continuation without the end
-    end: int                # what ends a reply: EOS, or a chat template's own token
-    mean: bool              # the reward is a mean over the answer's tokens, not their sum
-
-
-def encode_question(problem: Problem, tokenizer: Tokenizer, markovian: bool,
-                    template: str = "none") -> Question:
-    """Encode the four parts; BadInput where a token spans the border of header and answer.
-
-    In a template the prompt, or what stands in its place where it is hidden, is the user's message,
-    and the reply goes from the chain's first token to the answer's EOS.
-    """
-    if not problem.hidden:
-        raise BadInput(f"method markovian needs questions to reason about, and {problem.prompt!r} "
-                       "is none; expected a data folder that `python -m tasks` writes, such as "
-                       "sums, whose rows have `hidden`")
-    prompt = encode_prompt_of(problem, tokenizer, template)
-    header = tokenizer.encode_continuation(HEADER)
-    ids = tokenizer.encode_continuation(f"{HEADER} {problem.answer}")
-    if ids[:len(header)] != header or len(ids) == len(header):
-        raise BadInput(f"the border between header {HEADER!r} and answer {problem.answer!r} falls "
-                       f"inside a token of {tokenizer.source}")
-    mean = problem.wording == "continuation"
-    shown = (encode_prompt_of(hide_question(problem), tokenizer, template) if markovian
-             else prompt)
-    end, = tokenizer.reply_ends(template).get("ends") or [tokenizer.eos_id]
-    answer = ids[len(header):] + ([] if mean else [end])
-    return Question(prompt, shown, header, answer, end, mean)
-
-
-def check_extraction(problems: list[Problem], method: str) -> None:
-    """Raises BadInput where a prior method for numbers meets letters, or the other way round."""
-    for problem in problems:
-        allowed = LETTER_METHODS if problem.letters else NUMBER_METHODS
-        if method not in allowed:
-            raise BadInput(f"chain_extraction = {method!r} does not read the answer "
-                           f"{problem.answer[:20]!r} of {problem.prompt[:60]!r}; expected one of "
-                           f"{', '.join(allowed)}")
-
-
-def answer_prompt(question: Question, chain: list[int], tokenizer: Tokenizer) -> list[int]:
-    """What the answerer reads: the shown prompt, the chain without its stop token, the header."""
-    ends = {*tokenizer.eos_ids, question.end}
-    return question.shown + [i for i in chain if i not in ends] + question.header
-
-
-def answer_arrays(questions: list[Question], chains: list[list[int]],
-                  tokenizer: Tokenizer) -> dict[str, mx.array]:
-    """Scoring rows for N chains, G to each question; G = N / len(questions).
-
-    shown        (1, T) int32 where all questions show the same, else (P, T), left-padded; computed
-                 once for all its chains
-    tails        (N, S) int32: chain, header, answer, right-padded
-    positions    (N, A) int32: where in its tail each answer token stands
-    answers      (N, A) int32: those tokens
-    share        (N, A) float32: 0 for filling; 1, or 1 over the length for a mean
-    """
-    G = len(chains) // len(questions)
-    rows = [(questions[i // G], chain) for i, chain in enumerate(chains)]
-    tails = [answer_prompt(q, chain, tokenizer)[len(q.shown):] + q.answer for q, chain in rows]
-    A, S = max(len(q.answer) for q, _ in rows), max(map(len, tails))
-    S = -(-S // 4) * 4      # few shapes, few traces of mx.compile
-    positions, answers = np.zeros((2, len(rows), A), np.int32)
-    share = np.zeros((len(rows), A), np.float32)
-    for i, ((q, _), tail) in enumerate(zip(rows, tails)):
-        n = len(q.answer)
-        positions[i, :n] = np.arange(len(tail) - n, len(tail))
-        answers[i, :n] = q.answer
-        share[i, :n] = 1 / n if q.mean else 1
-    shown = [q.shown for q in questions]
-    same = all(ids == shown[0] for ids in shown)
-    prompts, start = left_pad(shown[:1] if same else shown)
-    arrays = {"shown": prompts, "tails": mx.array([t + [0] * (S - len(t)) for t in tails]),
-              "positions": mx.array(positions), "answers": mx.array(answers),
-              "share": mx.array(share)}
-    return arrays if start is None else arrays | {"shown_start": start}
 
 
 def answer_rewards(model: Llama, arrays: dict[str, mx.array], with_grad: bool = False) -> mx.array:
@@ -142,6 +59,7 @@ class Chains:
     The same members as grpo.Answers.
     """
     max_advantage = 5       # one chain at -40 nats shall not own its group
+    summarize = staticmethod(summarize_scorers)
 
     def __init__(self, model: Llama, tokenizer: Tokenizer, problems: list[Problem], cfg: Config):
         check_extraction(problems, cfg.chain_extraction)
@@ -172,14 +90,6 @@ class Chains:
                 found["frozen"] += map_rows(self.frozen, arrays, self.model.parts)
         judged = {name: np.concatenate(parts) for name, parts in found.items()}
         return judged | {"reward": judged[cfg.markovian_scorer]}
-
-    def summarize(self, judged: dict[str, np.ndarray], done: list[Completion]) -> dict:
-        """What metrics.jsonl says of N judged chains; nats."""
-        summary = {}
-        for scorer in ("actor", "frozen"):
-            summary[f"{scorer}_reward"] = float(judged[scorer].mean())
-            summary[f"{scorer}_reward_p10"] = float(np.quantile(judged[scorer], 0.1))
-        return summary
 
     def arrays(self, groups: list[Group], row_weights: mx.array, step: int) -> dict[str, mx.array]:
         """For the answer term of N chains: their scoring rows, and what each counts.
@@ -217,22 +127,14 @@ def greedy_answers(model: Llama, tokenizer: Tokenizer, problems: list[Problem],
     prompts = [answer_prompt(q, chain, tokenizer) for q, chain in zip(questions, chains)]
     done = sample(model, tokenizer, prompts, cfg.max_completion_tokens,
                   ends={q.end for q in questions})
-    rows = []
-    for problem, completion in zip(problems, done):
-        answer = extract(completion.text, problem.letters, cfg.chain_extraction,
-                         completion.finished)
-        rows.append({"generated": completion.text.strip(),
-                     "correct": is_right(answer, problem.answer), "invalid": answer is None})
-    return rows
+    return grade_answers(problems, done, cfg.chain_extraction)
 
 
 def score_chains(model: Llama, tokenizer: Tokenizer, questions: list[Question],
-                 chains: list[list[int]], logits_at_once: int = 1024) -> np.ndarray:
-    """log p(gold answer | chain) of each, (N,) nats; sum, or mean for continuations.
-
-    logits_at_once   positions unembedded together: half a GiB for a vocabulary of 128,256
-    """
-    rows = max(1, logits_at_once // max(len(q.answer) for q in questions))
+                 chains: list[list[int]]) -> np.ndarray:
+    """log p(gold answer | chain) of each, (N,) nats; sum, or mean for continuations."""
+    # 1024 positions are unembedded together: half a GiB for a vocabulary of 128,256
+    rows = max(1, 1024 // max(len(q.answer) for q in questions))
     parts = [answer_rewards(model, answer_arrays(questions[i:i + rows], chains[i:i + rows],
                                                  tokenizer)) for i in range(0, len(chains), rows)]
     return np.concatenate([np.array(part) for part in parts])

@@ -17,7 +17,6 @@ rank. Blocks are counted from 0: "L5" in a table is block 5, and tap 6 comes aft
 """
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import engine.blas  # noqa: F401  (before mlx: an OpenBLAS that is loaded later has no effect)
@@ -26,42 +25,12 @@ import mlx.nn as nn
 import numpy as np
 
 from engine.decode import KVCache
+from files import model_folder
 from files.disk import read_json
-from files.model_folder import (
-    DTYPES,
-    default_dtype,
-    fill_weights,
-    find_folder,
-    read_model_config,
-    read_weights,
-)
+from files.model_folder import ModelArgs
 from text.tokenizer import Tokenizer, load_tokenizer
 
 Edit = dict[int, Callable[[mx.array], mx.array]]     # tap -> what replaces the stream there
-
-
-@dataclass
-class ModelArgs:
-    hidden_size: int                # D
-    intermediate_size: int          # F
-    num_hidden_layers: int          # L
-    num_attention_heads: int        # H
-    num_key_value_heads: int        # K
-    head_dim: int                   # d; not always D / H
-    vocab_size: int                 # V
-    max_position_embeddings: int
-    rms_norm_eps: float
-    rope_theta: float
-    rope_scaling: dict | None       # {"rope_type": "llama3" | "linear", ...}
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    tie_word_embeddings: bool
-
-
-def parse_args(raw: dict, where: str) -> ModelArgs:
-    """config.json, old or new spelling; raises BadInput on what is not implemented."""
-    return ModelArgs(**read_model_config(raw, where))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -358,31 +327,23 @@ def load(path_or_hub_name: str | Path, dtype: str | mx.Dtype | None = None,
          group_size: int | None = None) -> tuple[Llama, Tokenizer | None]:
     """Return (model, tokenizer) from a folder or Hub name; tokenizer None where there is none.
 
-    path_or_hub_name  also NAME@REVISION or a .gguf file; a checkpoint that is quantised, in
-                  mlx-community's layout, stays so
+    path_or_hub_name  also NAME@REVISION, or a .gguf file. A quantised checkpoint stays so
     dtype         float32, bfloat16, float16, or None: float32 on CPU, the checkpoint's on GPU
     bits          2, 3, 4, 5, 6 or 8 quantises the blocks' linear layers, in groups of group_size
-                  (32, 64, 128; None: 64 where that divides a row, else 32); embedding and
-                  unembedding stay, on a CPU in their own 16 bits
+                  (32, 64, 128; None: 64 where that divides a row, else 32)
     raises        BadInput
     """
-    folder = find_folder(path_or_hub_name)
+    folder = model_folder.find_folder(path_or_hub_name)
     raw = read_json(folder / "config.json")
-    model = Llama(parse_args(raw, f"{folder}/config.json"))
-    dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
-    found = read_weights(folder, model.args.tie_word_embeddings, dtype, bits, group_size)
+    model = Llama(model_folder.parse_args(raw, f"{folder}/config.json"))
+    dtype = model_folder.DTYPES[dtype] if isinstance(dtype, str) else dtype
+    found = model_folder.read_weights(folder, model.args.tie_word_embeddings, dtype, bits,
+                                      group_size)
     make_layer, where = None, str(folder)       # each layer takes its tensors as they are
     if bits or raw.get("quantization") or raw.get("quantization_config"):
         # QLoRA's base: weights as small codes in groups
         from engine.quant import layer_maker
         make_layer = layer_maker(model, found, raw, bits, group_size, dtype, where)
-    fill_weights(model, found, dtype or default_dtype(), make_layer, where)
-    return model.eval(), load_tokenizer_for(model, folder)
-
-
-def load_tokenizer_for(model: Llama, folder: Path) -> Tokenizer | None:
-    """The folder's tokenizer, if it has one; raises BadInput where an id has no row."""
-    tokenizer = load_tokenizer(folder)
-    if tokenizer:   # MLX reads past the end of the embedding silently
-        tokenizer.check_rows(model.args.vocab_size)
-    return tokenizer
+    dtype = dtype or model_folder.default_dtype()
+    model_folder.fill_weights(model, found, dtype, make_layer, where)
+    return model.eval(), load_tokenizer(folder, model.args.vocab_size)

@@ -1,18 +1,12 @@
 """The one training loop. Methods differ in their batch source and loss (make_method).
 
-    python train.py configs/sft.yaml                       # LoRA on the bundled model
-    python train.py configs/sft_full.yaml                  # the same, all weights
-    python train.py configs/dual_reward.yaml               # also the operation, at a middle block
-    python train.py configs/grpo.yaml                      # from samples and a reward
-    python train.py configs/markovian_sums.yaml            # chains that must carry the answer
+    python train.py configs/dual_reward.yaml               # README.md lists all configs
     python train.py configs/sft.yaml lr=1e-3 steps=200     # any key on the command line
 
 One step: a batch -> loss and gradients of its micro-batches, summed -> finite? -> clip -> AdamW.
 A supervised batch is a pure function of (seed, step). GRPO and Markovian training sample one from
 the weights, the seed and a position that is saved, and may take several updates from it. So a run
-that was killed continues bit for bit from its last save: the same command again. A loss or gradient
-that is not finite stops the run before the optimizer has moved; the guard of sampled training
-(guard.py) skips such an update.
+that was killed continues bit for bit from its last save: the same command again.
 """
 import sys
 import time
@@ -28,28 +22,20 @@ from mlx.utils import tree_flatten, tree_map
 from tqdm import tqdm
 
 from checkpoint import checkpoint_files, load_base
-from config import ON_POLICY, BadInput, Collapsed, Config, Stopped, load_config, run_main
-from data import Batches, load_split
+from config import ON_POLICY, BadInput, Config, Stopped, load_config, run_main
+from data import Batches
 from engine import memory, workers
 from engine.adamw import AdamW
 from engine.parallel import map_rows
-from eval import class_block, finish, look_inside
-from files.model_folder import read_origin
-from files.run_folder import (
-    Run,
-    check_free,
-    hash_frozen,
-    hash_rows,
-    open_for_all,
-    require_gate,
-    restore_training,
-    training_arrays,
-)
+from eval import finish, look_inside
+from files import run_folder
+from files.keys import Collapsed
+from files.model_folder import parse_args, read_origin
 from lora import apply_lora
 from losses import dual_loss, sft_loss
-from model import Llama, parse_args
+from model import Llama
 from report.terminal import describe_run, format_collapse, format_line
-from text.rows import class_ids, tokenize, with_template
+from text.rows import check_method, class_ids, describe_classes, load_split, tokenize, with_template
 from text.tokenizer import Tokenizer
 
 BAR_KEYS = ("loss", "answer_loss", "class_loss", "class_accuracy", "reward", "entropy", "kl_k3",
@@ -64,21 +50,14 @@ def make_method(cfg: Config, model: Llama, tokenizer: Tokenizer):
     micro-batches, metrics to take the largest of).
     """
     problems, context = load_split(cfg, "train"), model.args.max_position_embeddings
-    solves = cfg.method == "markovian" or cfg.method == "grpo" and cfg.template != "none"
-    if not solves and any(p.hidden for p in problems):
-        raise BadInput(f"data {cfg.data} holds questions to reason about, for method markovian, or "
-                       f"grpo with template: chat; this config has method {cfg.method}, "
-                       f"template {cfg.template}")
+    check_method(cfg, problems)
     if cfg.method == "sft":
         rows = tokenize(problems, tokenizer, context, template=cfg.template)
         return Batches(rows, cfg), partial(sft_loss, cfg)
     if cfg.method == "dual_reward":
-        if not all(p.operation for p in problems):
-            raise BadInput(f"method dual_reward needs an operation in every row of {cfg.data}; "
-                           "some rows have none")
         wanted = class_ids(cfg, tokenizer, problems)
         rows = tokenize(problems, tokenizer, context, wanted, cfg.template)
-        return Batches(rows, cfg), partial(dual_loss, cfg, class_block(cfg, model))
+        return Batches(rows, cfg), partial(dual_loss, cfg)
     # imported here: a supervised run starts without reading files that it does not use
     from grpo import Answers, Rollouts, rollout_loss
     if cfg.method == "grpo":
@@ -155,7 +134,7 @@ def compile_step(cfg: Config, model: Llama, optimizer: optim.Optimizer, loss):
         metrics["grad_norm"] = mx.sqrt(sum(squares))
         record = {name: value.item() for name, value in metrics.items()}    # waits for the device
         if cfg.method in ON_POLICY and cfg.grpo_guard:
-            from guard import harmful  # supervised runs have no use for it
+            from report.rollouts import harmful  # supervised runs have no use for it
             verdict = harmful(record, cfg)
             if verdict:
                 return record | {verdict: 1}    # the optimizer is left alone
@@ -194,16 +173,9 @@ def accumulate(loss_and_grads, micro_batches: list[dict[str, mx.array]], parts: 
     return grads, sums, maxima
 
 
-class NotFinite(Stopped):
-    """A loss or gradient that is no number; micro_batches: what gave it."""
-
-    def __init__(self, message: str, micro_batches: list[dict[str, mx.array]]):
-        super().__init__(message)
-        self.micro_batches = micro_batches
-
-
-def take_step(step: int, cfg: Config, source, loss_and_grads, update, parts: int | None) -> dict:
-    """One step of the training: its metrics. raises  NotFinite, or what source.at raises"""
+def take_step(step: int, cfg: Config, run: run_folder.Run, source, loss_and_grads, update,
+              parts: int | None) -> dict:
+    """One step of the training: its metrics. raises  Stopped, or what source.at raises"""
     updates, metrics = source.at(step)      # each update: its micro-batches. SFT has one update
     lr = lr_at(step, cfg) * metrics.get("lr_scale", 1.0)
     for micro_batches in updates:
@@ -212,26 +184,27 @@ def take_step(step: int, cfg: Config, source, loss_and_grads, update, parts: int
         try:
             metrics |= update(grads, sums | maxima, lr)
         except Stopped as error:
-            where = f"step {step + 1}: {error}, on rows {metrics['rows']}"
-            raise NotFinite(where, micro_batches) from None
+            run.write_failed(step + 1, micro_batches)
+            raise Stopped(f"step {step + 1}: {error}, on rows {metrics['rows']}") from None
         if "early_stop" in metrics:         # the guard: no further update from these samples
             break
     return metrics
 
 
-def save(cfg: Config, run: Run, step: int, model: Llama, optimizer, source) -> None:
+def save(cfg: Config, run: run_folder.Run, step: int, model: Llama, optimizer, source) -> None:
     """Write the weights, then all that continuing needs as one file, each by one rename."""
     arrays, state = source.state()      # nothing for SFT; GRPO: problems drawn, the guard's memory
-    run.save(step, checkpoint_files(model, cfg), arrays | training_arrays(model, optimizer), state)
+    arrays |= run_folder.training_arrays(model, optimizer)
+    run.save(step, checkpoint_files(model, cfg), arrays, state)
 
 
-def take_steps(cfg: Config, run: Run, done: int, model: Llama, optimizer, source, loss,
+def take_steps(cfg: Config, run: run_folder.Run, done: int, model: Llama, optimizer, source, loss,
                look, block: int) -> None:
     """Take steps done .. cfg.steps - 1: log each, look inside and save where that is due.
 
     block    the class loss's, for the printed line
     look     (steps done) -> what validation and the lens say, where they are due
-    raises   NotFinite, Collapsed, BadInput (a user's reward); KeyboardInterrupt after a clean save
+    raises   Stopped, BadInput (a user's reward); KeyboardInterrupt after a clean save
     """
     loss_and_grads, update = compile_step(cfg, model, optimizer, loss)
     bar = tqdm(total=cfg.steps, initial=done, disable=None if run.writes else True, unit="step",
@@ -241,23 +214,20 @@ def take_steps(cfg: Config, run: Run, done: int, model: Llama, optimizer, source
             # to put back what a failed step has changed: the source moves before the weights do
             start, before, taken = time.perf_counter(), source.state(), optimizer.step.item()
             try:
-                metrics = take_step(step, cfg, source, loss_and_grads, update, model.parts)
+                metrics = take_step(step, cfg, run, source, loss_and_grads, update, model.parts)
             except Collapsed:       # the guard has put the best weights back
                 run.write_files(checkpoint_files(model, cfg))
                 raise
-            except (BadInput, NotFinite) as error:
+            except (BadInput, Stopped):
                 # nothing is lost: the step begins anew when the run is continued; one that has
                 # moved the weights already, from the last save
                 if step and optimizer.step.item() == taken:
                     source.restore(*before)
                     save(cfg, run, step, model, optimizer, source)
-                if isinstance(error, NotFinite):
-                    run.write_failed(step + 1, error.micro_batches)
                 raise
             if run.writes and "collapsed" in metrics:
                 tqdm.write(format_collapse(step + 1, metrics), file=sys.stdout)
-            record = with_times(metrics, time.perf_counter() - start, cfg)
-            run.log({"step": step + 1, **record})
+            record = run.log_step(step + 1, metrics, time.perf_counter() - start, cfg)
             bar.set_postfix({k: f"{record[k]:.3g}" for k in BAR_KEYS if k in record})
             bar.update()
             seen = look(step + 1)
@@ -273,30 +243,20 @@ def take_steps(cfg: Config, run: Run, done: int, model: Llama, optimizer, source
                 raise KeyboardInterrupt
 
 
-def with_times(metrics: dict, seconds: float, cfg: Config) -> dict:
-    """A step's line for metrics.jsonl: with times in seconds, speeds and peak memory in GiB."""
-    record = {k: v for k, v in metrics.items() if k not in ("rows", "n_tokens", "lr_scale")}
-    record |= {"seconds": round(seconds, 5), "peak_gib": round(memory.peak_gib(), 3),
-               "tokens_per_s": round(metrics["n_tokens"] / seconds)}
-    if cfg.method in ON_POLICY:
-        record["completions_per_s"] = round(cfg.batch_size * workers.size() / seconds)
-        record["update_s"] = seconds - metrics["rollout_s"] - metrics["score_s"]
-    return record
-
-
 def train(cfg: Config, with_base: bool = True) -> dict:
     """Train as cfg says, or continue where the run folder stands; returns the report.
 
     with_base  evaluate the model it started from as well
     raises     BadInput, Stopped (a guard), KeyboardInterrupt (after a clean save)
     """
-    check_free(cfg.run_dir)     # or it would be said after loading a model
+    run_folder.check_free(cfg.run_dir)     # or it would be said after loading a model
     workers.connect()
     if cfg.require_gate and workers.rank() == 0:
-        require_gate(cfg.require_gate, cfg.model)
+        run_folder.require_gate(cfg.require_gate, cfg.model)
     folder, raw = read_origin(cfg.model)
     memory.before_loading(parse_args(raw, f"{folder}/config.json"), raw, cfg)
     model, tokenizer = prepare_model(cfg)
+    block = cfg.class_block(model.args)
     valid = load_split(cfg, "valid")    # operand pairs, or rows, that training never sees
     cfg = with_template(cfg, tokenizer, valid)
     # all processes plan the step that they take together, and each takes its micro-batches
@@ -310,21 +270,22 @@ def train(cfg: Config, with_base: bool = True) -> dict:
                                       model.args.max_position_embeddings)
     optimizer = make_optimizer(cfg, model)
     # refuses what will not fit, with what would make it fit
-    needed = memory.prepare(cfg, model, raw, replace(source.memory_load(), valid=len(valid)))
+    asked = replace(memory.load_of(whole, source), valid=len(valid))
+    needed = memory.prepare(cfg, model, raw, asked)
     # a Hub name or a data folder may stand for something else when the run is continued
-    inputs = {"model": hash_frozen(model), "data": hash_rows([*source.rows, *valid]),
+    inputs = {"model": run_folder.hash_frozen(model),
+              "data": run_folder.hash_rows([*source.rows, *valid]),
               "processes": str(workers.size())}
     if cfg.method in ON_POLICY and cfg.grpo_guard:
         from guard import Guarded  # supervised runs have none
         source = Guarded(source, model, optimizer)
-    block = class_block(cfg, model)
     # opened after all that can be wrong with the input: a mistake leaves no folder behind
-    expected = training_arrays(model, optimizer)
-    with open_for_all(cfg, inputs, expected) as (run, done, arrays, state):
+    expected = run_folder.training_arrays(model, optimizer)
+    with run_folder.open_for_all(cfg, inputs, expected) as (run, done, arrays, state):
         if done:
-            restore_training(arrays, model, optimizer)
+            run_folder.restore_training(arrays, model, optimizer)
             source.restore(arrays, state)
-        if run.is_finished(done, cfg.steps):
+        if done >= cfg.steps and run.report():
             run.say(f"{run.folder} is finished ({done} steps); see report.json, "
                     "or give overwrite=true to train again")
             return run.report()
@@ -334,9 +295,7 @@ def train(cfg: Config, with_base: bool = True) -> dict:
         if about_data:
             run.say(about_data)
         if cfg.method == "dual_reward":
-            wanted = sorted({row.class_id for row in source.rows})
-            run.say(f"class loss wants {tokenizer.show(wanted[:8])}"
-                    + (f" and {len(wanted) - 8} more" if len(wanted) > 8 else ""))
+            run.say(describe_classes(tokenizer, source.rows))
         look = partial(look_inside, cfg, run, model, tokenizer, valid)
         if done == 0:
             look(0)

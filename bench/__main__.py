@@ -33,12 +33,12 @@ import engine.blas
 from bench import fullsize
 from bench.limit import limit_seconds, minimal_flops, parameters
 from bench.ours import ROOT, llama_config, own_command, run_other, write_random_model
-from config import Parser, run_main
+from config import run_main
 from files.disk import read_json, read_json_lines, write_text
 from files.keys import BadInput
-from files.model_folder import find_folder
+from files.model_folder import ModelArgs, find_folder, parse_args
+from files.options import Parser
 from files.run_folder import provenance
-from model import ModelArgs, parse_args
 
 ROUNDS, LENS_PEER_BATCH = 3, 64     # the peers' lens is fastest at 64 prompts
 SIZES = {   # what one call of each work is given

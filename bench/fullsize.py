@@ -14,10 +14,11 @@ import sys
 from pathlib import Path
 
 from bench.ours import TRAINING, llama_config, own_command, run_other, write_random_model
-from config import Config, Parser, run_main
+from config import Config, run_main
 from engine import memory
 from files.keys import BadInput
-from model import parse_args
+from files.model_folder import parse_args
+from files.options import Parser
 
 UNTIED = {"tie_word_embeddings": False, "torch_dtype": "bfloat16"}
 SHAPES = {  # width, blocks, heads, key-value heads, MLP, vocabulary

@@ -19,10 +19,11 @@ import numpy as np
 from bench.__main__ import SIZES
 from bench.limit import minimal_flops
 from bench.ours import llama_config, own_command, run_other, write_random_model
-from config import Parser, run_main
+from config import run_main
 from files.disk import read_json, write_text
 from files.keys import BadInput
-from model import parse_args
+from files.model_folder import parse_args
+from files.options import Parser
 
 SHAPE = {"hidden": 256, "blocks": 4, "heads": 4, "kv_heads": 2, "mlp": 704, "vocabulary": 4096}
 COUNT, TOLERANCE = 5, 0.15      # calls of a point; what an exponent may lie above another by noise

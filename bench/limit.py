@@ -14,7 +14,7 @@ import numpy as np
 
 from bench.peers.clock import clock
 from engine.memory import matrix_shapes
-from model import ModelArgs
+from files.model_folder import ModelArgs
 
 RANK = 16   # of the adapters, ours and the peers'
 

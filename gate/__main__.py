@@ -18,9 +18,10 @@ from pathlib import Path
 
 import engine.blas  # noqa: F401  (before mlx)
 
-from config import Parser, run_main
+from config import run_main
 from files.disk import read_json_lines
 from files.keys import BadInput, Stopped
+from files.options import Parser
 from files.run_folder import read_report
 from gate.evaluate import run_gate
 from gate.judge import LEAST_KAPPA, LEAST_LABELS, LEAST_LOW

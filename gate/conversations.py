@@ -22,9 +22,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from config import Parser, run_main
+from config import run_main
 from files.disk import json_lines, read_rows, write_text
 from files.keys import BadInput, read_keys
+from files.options import Parser
 from files.run_folder import hash_file
 from gate.checks import find, normalise, term_pattern, validate_check
 from gate.drafts import Conversation, Turn, draft_conversation, load_texts, values_of

@@ -26,15 +26,16 @@ import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
 
-from config import Parser, run_main
+from config import run_main
+from engine.decode import pad_prompts
 from files.disk import json_lines, read_rows, read_text, write_text
 from files.keys import BadInput
+from files.options import Parser
 from gate.conversations import Conversation
-from generate import check_context
-from lens import pad_prompts
 from losses import token_logprobs
 from model import Llama
 from report.stats import cohens_kappa
+from text.rows import check_context
 from text.tokenizer import Tokenizer
 
 PROMPTS = Path(__file__).parent / "benchmark"      # what a judge reads: judge.txt, tiny_judge.txt

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from operator import ge, gt, le, lt
 from pathlib import Path
 
-from config import BITS
-from files.keys import BadInput, read_keys
+from files.keys import BITS, BadInput, read_keys
 from gate.replies import SCORERS, rate
 from report import stats
 from text.chat import TEMPLATES

@@ -90,27 +90,6 @@ def power_of_mcnemar(n: int, only_first: float, only_second: float, alpha: float
     return float((scipy.stats.binom.pmf(m, n, apart) * reached).sum())
 
 
-def items_needed(only_first: float, only_second: float, alpha: float = 0.01, power: float = 0.9,
-                 most: int = 5000) -> int | None:
-    """How many pairs reach that power; None if `most` do not, or the second is not ahead.
-
-    Power climbs in small teeth, since counts are whole: this is the first n at which the next
-    three reach it too.
-    """
-    reaches = lambda n: power_of_mcnemar(n, only_first, only_second, alpha) >= power
-    if only_second <= only_first or not reaches(most):
-        return None
-    low, high = 0, 1
-    while not reaches(high):
-        low, high = high, min(2 * high, most)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if reaches(middle) else (middle, high)
-    while not all(reaches(n) for n in range(high, high + 4)):
-        high += 1
-    return high
-
-
 def cohens_kappa(first: Sequence, second: Sequence, level: float = 0.95) -> dict:
     """Agreement of two raters beyond chance: {value, low, high, n, agreement, ac1}.
 

@@ -1,14 +1,13 @@
-"""What the commands print, as text: a training run's lines, the report's tables, the lens's table.
+"""What train.py and eval.py print, as text: a training run's lines, the report's tables.
 
-Every function takes the plain numbers that metrics.jsonl, report.json and a lens view hold, so that
-a line can be made again from a file. No model and no array comes in. A conversation alone is
-printed while it grows, and read line by line.
+Every function takes the plain numbers that metrics.jsonl and report.json hold, so that a line can
+be made again from a file. No model and no array comes in.
 """
-import sys
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+import json
+from pathlib import Path
 
 from config import Config
+from files.disk import write_text
 from report.stats import EMERGED, interval_text, percent
 from text.arithmetic import evenly
 
@@ -107,6 +106,22 @@ def report_text(report: dict) -> str:
         output = "   (the output itself)" if layer["last"] else ""
         lines.append(f"  L{layer['layer']:<6} {cells}{layer['entropy']:.2f}{output}")
     return "\n".join(lines + (reply_lines(report) if "data" in report else []))
+
+
+def publish(report: dict, folder: Path, records: list[dict], peak: float,
+            estimated: float) -> None:
+    """Print a run's report and write it into its folder, with pictures of its metrics.jsonl."""
+    print(report_text(report))
+    cfg = report["config"]
+    title = f"{cfg['method']}, {cfg['model']}, seed {cfg['seed']}"
+    from report.plot import plot_run  # most of a second, which a run needs at its end only
+    pictures = plot_run(records, folder, title)
+    # last: its presence says that the run is finished
+    write_text(folder / "report.json", json.dumps(report, indent=1) + "\n")
+    files = ["report.json", "metrics.jsonl", *pictures,
+             "model.safetensors" if cfg["full"] else "adapters.safetensors"]
+    print(f"\nwrote {folder}/{', '.join(files)}; "
+          f"peak memory {peak:.2f} GiB, estimated {estimated:.2f}")
 
 
 def series_of(report: dict) -> list[str]:
@@ -257,66 +272,3 @@ def prompt_lines(prompts: list[dict]) -> list[str]:
         lines.append(f"  {prompt['prompt']:<14}{prompt['expected']:>9}"
                      f"{prompt['generated'][:10]:>11}  {right:<7}{answer:<30}{word}")
     return lines
-
-
-# --------------------------------------------------------------------------------------------------
-# a conversation
-
-
-def read_lines() -> Iterator[str]:
-    """What a user types or a pipe says, up to an empty line or the end."""
-    sys.stdin.reconfigure(errors="replace")
-    is_terminal = sys.stdin.isatty()
-    if is_terminal:
-        with suppress(ImportError):     # input() then knows arrow keys and earlier lines
-            import readline  # noqa: F401
-    try:
-        while line := input("> " if is_terminal else "").strip():
-            yield line
-    except (EOFError, KeyboardInterrupt):
-        if is_terminal:
-            print()
-
-
-def print_reply(pieces: Iterable[str], template: str, limit: int) -> str:
-    """Print a reply as it grows, a piece a token, and return it; say that it reached its limit."""
-    reply = ""
-    for n, piece in enumerate(pieces, 1):
-        if not reply and template in ("plain", "cued"):
-            piece = piece.removeprefix(" ")     # it stands between a cue and its reply
-        print(piece, end="", flush=True)
-        reply += piece
-    print()
-    if template != "none" and n == limit:
-        print(f"note: the reply ends at its limit of {limit} tokens (--max-tokens, or the "
-              "context)", file=sys.stderr)
-    return reply
-
-
-# --------------------------------------------------------------------------------------------------
-# a lens view
-
-
-def lens_table(view: dict, color: bool, width: int = 12) -> str:
-    """Blocks by positions, last on top: each cell's top token and per cent, darker when surer."""
-    def cell(token: str, prob: float) -> str:
-        text = f"{token[:width - 5]:<{width - 5}}{100 * prob:4.0f} "
-        shade = 255 - int(23 * prob ** 0.5)  # 256-colour greys run from 232 (black) to 255 (white)
-        return (f"\033[48;5;{shade}m\033[38;5;{16 if shade > 243 else 231}m{text}\033[0m"
-                if color else text)
-    lines = [" " * 7 + "".join(f"{token[:width - 1]:<{width}}" for token in view["tokens"])
-             + "entropy, KL to the end (nats, last position)"]
-    for tap in reversed(range(len(view["taps"]))):
-        lines.append(f"{view['taps'][tap]:<7}"
-                     + "".join(cell(*cells[0]) for cells in view["top"][tap])
-                     + f"{view['entropy'][tap][-1]:5.2f} {abs(view['kl'][tap][-1]):6.2f}")
-    for word, series in view["words"].items():
-        steps = "  ".join(f"{name} {p:.2f} (#{r})" for name, p, r in
-                          zip(view["taps"], series["prob"], series["rank"]))
-        lines.append(f"{word!r}, token {series['piece']} ({series['id']}), at the last position, "
-                     f"probability (rank): {steps}; "
-                     f"onset {series['onset'] or 'none'}, peak {series['peak']}")
-    if view["words"]:
-        lines.append("before the last block: onset, where the probability rises to "
-                     f"{EMERGED} and stays for 3 blocks; peak, where it is largest")
-    return "\n".join(lines)

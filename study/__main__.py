@@ -24,9 +24,10 @@ import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 
 from checkpoint import load_base, load_checkpoint
-from config import Parser, load_overrides, run_main
+from config import load_overrides, run_main
 from files.disk import write_text
 from files.keys import BadInput
+from files.options import Parser
 from files.run_folder import provenance
 from study.findings import write_study
 from study.measure import measure, trajectory

@@ -12,12 +12,13 @@ import mlx.core as mx
 import numpy as np
 
 from checkpoint import load_checkpoint
-from config import Parser, run_main
+from config import run_main
+from engine.decode import pad_prompts
 from files.keys import BadInput
-from generate import check_context
-from lens import pad_prompts
+from files.options import Parser
 from model import Llama, gather_positions
 from study.jacobian import word_directions
+from text.rows import check_context
 from text.tokenizer import Tokenizer
 
 

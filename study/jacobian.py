@@ -8,8 +8,9 @@ import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
 
+from engine.decode import pad_prompts
 from engine.memory import LENS_ROWS
-from lens import Reading, pad_prompts, read_resids, taps_at
+from lens import Reading, read_resids, taps_at
 from model import Llama
 
 

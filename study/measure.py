@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from config import Config
-from eval import class_block, measure_accuracy
+from eval import measure_accuracy
 from files.disk import read_json_lines
 from lens import read_prompts
 from model import Llama
@@ -32,7 +32,7 @@ def measure(model: Llama, tokenizer: Tokenizer, cfg: Config, size: dict) -> dict
     problems  the same before averaging, where a measure is a mean over problems; the problems do
               not depend on the seed, so runs can be paired
     """
-    block = class_block(cfg, model)
+    block = cfg.class_block(model.args)
     result = {"values": {}, "curves": {}, "problems": {}, "block": block}
     rows = []
     for wording in WORDINGS:

@@ -25,16 +25,18 @@ import engine.blas  # noqa: F401  (before mlx)
 import numpy as np
 
 from checkpoint import load_checkpoint
-from config import Config, Parser, run_main
-from data import load_split
+from config import Config, run_main
 from files.disk import write_text
 from files.keys import BadInput
+from files.options import Parser
 from lora import adapters_off
-from markovian import Question, encode_question, greedy_answers, greedy_chains, score_chains
+from markovian import greedy_answers, greedy_chains, score_chains
 from model import Llama
 from report import plot
 from report.stats import bootstrap_mean, sign_flip
 from text.arithmetic import Problem, evenly
+from text.questions import Question, encode_question
+from text.rows import load_split
 from text.tokenizer import Tokenizer
 
 KINDS = ("delete", "truncate_back", "truncate_front", "digits", "letters")

@@ -36,10 +36,12 @@ import numpy as np
 from scipy.optimize import minimize
 
 from checkpoint import load_checkpoint
-from config import Config, Parser, load_config, load_overrides, run_main
+from config import Config, load_config, load_overrides, run_main
+from engine.decode import pad_prompts
 from files.disk import write_text
 from files.keys import BadInput
-from lens import pad_prompts, read_prompts, taps_at
+from files.options import Parser
+from lens import read_prompts, taps_at
 from model import Edit, Llama, gather_positions
 from report.stats import bootstrap_mean
 from study.jacobian import jacobian, last_token_stream, read_transported, word_directions

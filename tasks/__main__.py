@@ -14,9 +14,10 @@ same command writes the same bytes. Other bytes are never written over.
 import random
 from pathlib import Path
 
-from config import BadInput, Config, Parser, run_main
+from config import BadInput, Config, run_main
 from files.disk import json_lines, write_text
 from files.model_folder import find_folder
+from files.options import Parser
 from tasks.few_shot import sample_few_shot
 from tasks.published import SOURCES, SPLITS, carve, cut_articles, load_questions
 from tasks.sums import held_out_tiny_cot, sample_sums, sample_tiny_cot

@@ -7,9 +7,9 @@ import itertools
 import random
 
 from config import BadInput
-from markovian import HEADER
 from tasks.published import HIDDEN, chain_prompt, make_question
 from text.arithmetic import Problem, side_of
+from text.questions import HEADER
 
 SUMS = "Add the numbers."
 

@@ -2,6 +2,7 @@
 
 Nothing here needs a network, but `smollm2` once.
 """
+import dataclasses
 import fcntl
 import json
 import os
@@ -26,11 +27,13 @@ import tokenizers  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
 from config import Config  # noqa: E402
+from files.adapters import adapter_arrays  # noqa: E402
+from files.model_folder import parse_args  # noqa: E402
 from grpo import rollout_loss  # noqa: E402
-from lora import adapter_arrays, apply_lora  # noqa: E402
+from lora import apply_lora  # noqa: E402
 from losses import dual_loss, sft_loss  # noqa: E402
 from markovian import answer_rewards  # noqa: E402
-from model import Llama, parse_args  # noqa: E402
+from model import Llama  # noqa: E402
 from tasks.__main__ import write_task  # noqa: E402
 from text.tokenizer import load_tokenizer  # noqa: E402
 
@@ -147,7 +150,9 @@ def loss_of(cfg, block=0):
         return partial(rollout_loss, cfg, answer_rewards)
     if cfg.method == "grpo":
         return partial(rollout_loss, cfg, None)
-    return partial(sft_loss, cfg) if cfg.method == "sft" else partial(dual_loss, cfg, block)
+    if cfg.method == "sft":
+        return partial(sft_loss, cfg)
+    return partial(dual_loss, dataclasses.replace(cfg, class_layer=block))
 
 
 def grads_of(model, cfg, micro_batches):

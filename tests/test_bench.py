@@ -15,7 +15,7 @@ from bench.__main__ import Peer, summarise
 from bench.limit import minimal_flops
 from bench.ours import llama_config, write_random_model
 from files.keys import BadInput
-from model import parse_args
+from files.model_folder import parse_args
 
 SHAPE = (12, 2, 3, 1, 20, 256)      # D, blocks, heads, key-value heads, MLP, vocabulary
 SMALL = {"sft": {"rows": 2, "tokens": 7, "answer": 3},

@@ -1,19 +1,26 @@
 """Conversations at the terminal: tokens equal to transformers', earlier turns kept, all endings."""
 import shutil
+from functools import partial
 
 import mlx.core as mx
 import pytest
 from conftest import TINY, assert_one_clear_line, run
 
 import generate
-from generate import converse, sample, stream_text
+from generate import sample
 from model import load
+from report import conversation
+from report.conversation import converse, stream_text
 from text.chat import STOPS
 from text.tokenizer import load_tokenizer
 
 CHAT = ("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token + '\\n' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}")
 TURNS = ["add 3 and 4", "what is 7 * 8", "and 2 more"]
+
+
+def greedy(logits, uniform):
+    return generate.choose(logits, uniform, 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +77,7 @@ def test_three_turns_equal_transformers(smollm2, system, monkeypatch, capsys):
         prompts.append(ids[0].tolist())
         tokens += drawn
         replies.append(their_tokenizer.decode(drawn, skip_special_tokens=True))
-    ours, seen = {"prompts": [], "tokens": []}, (generate.choose, generate.stream_text)
+    ours, seen = {"prompts": [], "tokens": []}, (generate.choose, conversation.stream_text)
 
     def choose(*args):
         found = seen[0](*args)
@@ -81,8 +88,8 @@ def test_three_turns_equal_transformers(smollm2, system, monkeypatch, capsys):
         ours["prompts"].append(prompt)
         return seen[1](model, tokenizer, prompt, *args, **keys)
     monkeypatch.setattr(generate, "choose", choose)
-    monkeypatch.setattr(generate, "stream_text", stream)
-    converse(*load(smollm2, "float32"), texts, "chat", system, 48, 0)
+    monkeypatch.setattr(conversation, "stream_text", stream)
+    converse(*load(smollm2, "float32"), texts, "chat", system, 48, 0, greedy)
     assert ours == {"prompts": prompts, "tokens": tokens} and tokens.count(2) == 3
     assert capsys.readouterr().out == "".join(f"{reply}\n" for reply in replies)
 
@@ -107,7 +114,7 @@ def test_what_was_read_is_not_read_again(chatty, monkeypatch):
     """A second prompt is read from where the first ended: its reply, and the new message."""
     model, tokenizer = load(chatty)
     prompts, read = [], []
-    stream, last_resid = generate.stream_text, model.last_resid
+    stream, last_resid = conversation.stream_text, model.last_resid
 
     def streamed(model, tokenizer, prompt, *args, **keys):
         prompts.append(len(prompt))
@@ -116,9 +123,9 @@ def test_what_was_read_is_not_read_again(chatty, monkeypatch):
     def counted(tokens, cache):
         read.append(tokens.shape[1])
         return last_resid(tokens, cache)
-    monkeypatch.setattr(generate, "stream_text", streamed)
+    monkeypatch.setattr(conversation, "stream_text", streamed)
     model.last_resid = counted
-    converse(model, tokenizer, TURNS[:2], "chat", None, 5, 0)
+    converse(model, tokenizer, TURNS[:2], "chat", None, 5, 0, greedy)
     assert [n for n in read if n > 1] == [prompts[0], prompts[1] - prompts[0]]
 
 
@@ -128,7 +135,7 @@ def test_another_beginning_is_read_anew(chatty, capsys):
     tokenizer.chat_template = (
         "{% for m in messages %}{{ (m['role'] if loop.last else 'old') + ': ' + m['content'] "
         "+ eos_token + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'go:' }}{% endif %}")
-    converse(model, tokenizer, TURNS, "chat", None, 7, 0)
+    converse(model, tokenizer, TURNS, "chat", None, 7, 0, greedy)
     replies = []
     for n in range(3):
         ids, _ = tokenizer.encode_messages(talk(TURNS[:n + 1], replies), "chat")
@@ -201,7 +208,8 @@ def test_half_of_a_stop_is_not_shown(model, tokenizer, monkeypatch):
     """One piece a token; what may begin a stop waits, and is shown where none comes of it."""
     ids = [*tokenizer.encode("56"), *tokenizer.encode("\nUse 7\nUser: 3")[1:]]
     scripted(monkeypatch, ids)
-    pieces = list(stream_text(model, tokenizer, [1, 5], 64, many_lines=True, stops=STOPS["plain"]))
+    pieces = list(stream_text(model, tokenizer, [1, 5], 64, greedy, many_lines=True,
+                              stops=STOPS["plain"]))
     names = [tokenizer.piece(i) for i in ids[:len(pieces)]]
     assert names == ["·56", "<0x0A>", "U", "s", "e", "·7", "<0x0A>", "U", "s", "e", "r", ":"]
     assert pieces == ["56", "", "", "", "", "\nUse 7", *[""] * 6]
@@ -210,7 +218,8 @@ def test_half_of_a_stop_is_not_shown(model, tokenizer, monkeypatch):
 def test_a_held_piece_comes_at_the_limit(model, tokenizer, monkeypatch):
     ids = [*tokenizer.encode("56"), *tokenizer.encode("\nUser: 3")[1:]]
     scripted(monkeypatch, ids)
-    pieces = list(stream_text(model, tokenizer, [1, 5], 4, many_lines=True, stops=STOPS["plain"]))
+    pieces = list(stream_text(model, tokenizer, [1, 5], 4, greedy, many_lines=True,
+                              stops=STOPS["plain"]))
     assert pieces == ["56", "", "", "\nUs"]
 
 
@@ -218,11 +227,12 @@ def test_a_held_piece_comes_at_the_limit(model, tokenizer, monkeypatch):
 def test_streaming_equals_sampling_with_stops(model, tokenizer, key):
     """Random tokens, stops that are among them, cut by the limit or ended."""
     ids = tokenizer.encode_prompt("7 * 8 = ")
-    keys = {"temperature": 1.0, "key": mx.random.key(key), "many_lines": True}
-    free = sample(model, tokenizer, [ids], 24, **keys)[0].text
+    keys = {"key": mx.random.key(key), "many_lines": True}
+    hot = partial(generate.choose, temperature=1.0)
+    free = sample(model, tokenizer, [ids], 24, temperature=1.0, **keys)[0].text
     for stops in ((), (free[5:8],), (free[-3:], free[9:11])):
-        whole = sample(model, tokenizer, [ids], 24, stops=stops, **keys)[0]
-        pieces = list(stream_text(model, tokenizer, ids, 24, stops=stops, **keys))
+        whole = sample(model, tokenizer, [ids], 24, temperature=1.0, stops=stops, **keys)[0]
+        pieces = list(stream_text(model, tokenizer, ids, 24, hot, stops=stops, **keys))
         assert "".join(pieces) == whole.text and len(pieces) == len(whole.ids)
         assert not stops or whole.finished
 
@@ -238,7 +248,7 @@ def test_a_template_ends_replies_with_its_own_token(chatty, monkeypatch):
     ids = [*tokenizer.encode("5\n6"), tokenizer.bos_id, *tokenizer.encode("7")]
     keys = tokenizer.reply_ends("chat")
     scripted(monkeypatch, ids)
-    assert "".join(stream_text(model, tokenizer, [1, 5], 16, **keys)) == "5\n6"
+    assert "".join(stream_text(model, tokenizer, [1, 5], 16, greedy, **keys)) == "5\n6"
     scripted(monkeypatch, [*ids, *[tokenizer.eos_id] * 9])
     done = sample(model, tokenizer, [[1, 5]], 16, **keys)[0]
     assert (done.text, done.finished, done.ids) == ("5\n6", True, ids[:-1])
@@ -252,12 +262,12 @@ def test_reply_behind_a_cue_has_no_space(llama3, chatty, monkeypatch, capsys):
     model, tokenizer = load(chatty)[0], load_tokenizer(llama3)
     drawn = [[*tokenizer.encode(" multiply"), 1], [*tokenizer.encode(" = "), 1]]
     scripted(monkeypatch, drawn[0] + drawn[1])
-    prompts, stream = [], generate.stream_text
+    prompts, stream = [], conversation.stream_text
 
     def streamed(model, tokenizer, prompt, *args, **keys):
         prompts.append(tokenizer.decode(prompt))
         return stream(model, tokenizer, prompt, *args, **keys)
-    monkeypatch.setattr(generate, "stream_text", streamed)
-    converse(model, tokenizer, ["a", "b"], "plain", None, 20, 0)
+    monkeypatch.setattr(conversation, "stream_text", streamed)
+    converse(model, tokenizer, ["a", "b"], "plain", None, 20, 0, greedy)
     assert capsys.readouterr().out == "multiply\n= \n"
     assert prompts[1] == "User: a\nAssistant: multiply\nUser: b\nAssistant:"

@@ -13,7 +13,7 @@ import pytest
 from conftest import CHAT, TINY, config, run, small_config, write_model
 
 from config import load_config
-from data import Batches, load_split, make_batch
+from data import Batches, make_batch
 from eval import make_report
 from files.keys import BadInput
 from grpo import Answers
@@ -34,7 +34,7 @@ from text.arithmetic import (
 )
 from text.columns import read_problems
 from text.own_rows import check_own, prepare_test
-from text.rows import Row, encode_prompt_of, tokenize
+from text.rows import Row, encode_prompt_of, load_split, tokenize
 from text.tokenizer import load_tokenizer
 from train import train
 

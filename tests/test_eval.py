@@ -18,9 +18,8 @@ from conftest import (
 
 from checkpoint import load_checkpoint
 from config import load_config
-from data import load_split
 from engine import memory
-from eval import class_block, evaluate, make_report, measure_accuracy, measure_loss
+from eval import evaluate, make_report, measure_accuracy, measure_loss
 from files.keys import BadInput
 from generate import Completion
 from lens import Reading
@@ -29,7 +28,7 @@ from report.terminal import format_line, report_text
 from tasks.__main__ import write_task
 from text.arithmetic import Problem, held_out, make_problem, named_problems
 from text.chat import STOPS
-from text.rows import class_ids, encode_problem, target_ids
+from text.rows import class_ids, encode_problem, load_split, target_ids
 from text.tokenizer import load_tokenizer
 from train import train
 
@@ -344,10 +343,10 @@ def test_compare_needs_the_same_tokens(tmp_path, small_folder, word_bpe):
 
 
 def test_class_block(model):
-    assert class_block(config(), model) == 1  # int(0.55 * 2)
-    assert class_block(config(method="dual_reward", class_layer=0), model) == 0
+    assert config().class_block(model.args) == 1  # int(0.55 * 2)
+    assert config(method="dual_reward", class_layer=0).class_block(model.args) == 0
     with pytest.raises(BadInput, match="class_layer = 2: expected a block from 0 to 1"):
-        class_block(config(method="dual_reward", class_layer=2), model)
+        config(method="dual_reward", class_layer=2).class_block(model.args)
 
 
 def test_compare_with_itself_and_print(small_folder):

@@ -26,10 +26,10 @@ import eval as eval_script
 import generate as generate_script
 import lens as lens_script
 from checkpoint import checkpoint_files, load_checkpoint, main
-from files.adapters import mlx_files, peft_files
+from files.adapters import about_adapter, adapter_arrays, mlx_files, peft_files
 from files.keys import BadInput
 from files.model_folder import model_files, write_files
-from lora import about_adapter, adapter_arrays, load_adapters, merge
+from lora import load_adapters, merge
 from model import load
 
 QKVO = ("q", "k", "v", "o")

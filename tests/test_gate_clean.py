@@ -7,9 +7,9 @@ from conftest import GOLDEN, lora_model
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from checkpoint import checkpoint_files
-from config import Config, resolved, write_keys
+from config import Config, resolved
 from files.disk import write_text
-from files.keys import BadInput
+from files.keys import BadInput, write_keys
 from files.model_folder import write_files
 from gate.clean import (
     INJECTION,

@@ -24,11 +24,11 @@ from conftest import (
 
 from bench.fullsize import SHAPES
 from config import Config, load_config
-from data import load_split
 from engine import memory
 from files import disk
 from files.disk import append_text, read_rows
 from files.keys import BadInput
+from files.model_folder import parse_args
 from files.run_folder import hash_file
 from gate import self_instruct
 from gate.self_instruct import (
@@ -52,7 +52,7 @@ from gate.self_instruct import (
     words_of,
 )
 from generate import Completion
-from model import parse_args
+from text.rows import load_split
 from text.tokenizer import load_tokenizer
 
 SEEDS = read_rows(self_instruct.SEEDS, lambda row: (row["prompt"], row["response"]), "")

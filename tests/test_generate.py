@@ -1,13 +1,16 @@
 """Sampling against plain forward passes, exact distributions, and itself batched otherwise."""
+from functools import partial
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import TINY, assert_one_clear_line, run
 
 import generate
-from generate import choose, sample, stream_text
+from generate import choose, sample
 from losses import token_logprobs
 from model import load
+from report.conversation import stream_text
 
 TEXTS = ["7 * 8 = ", "12 + 5 = ", "what is nine minus two = ", "add one and two = ", "3 - 1 = "]
 
@@ -166,7 +169,8 @@ def test_streaming_equals_sampling():
     for text in TEXTS:
         ids, key = tokenizer.encode_prompt(text), mx.random.key(5)
         whole = sample(model, tokenizer, [ids], 8, temperature=1.5, key=key)[0].text
-        assert "".join(stream_text(model, tokenizer, ids, 8, temperature=1.5, key=key)) == whole
+        hot = partial(generate.choose, temperature=1.5)
+        assert "".join(stream_text(model, tokenizer, ids, 8, hot, key)) == whole
 
 
 def test_command_line():

@@ -19,7 +19,8 @@ from mlx.utils import tree_flatten
 from engine.quant import QuantizedLinear
 from files.gguf import read_gguf, read_tensors
 from files.keys import BadInput
-from model import Llama, load, parse_args
+from files.model_folder import parse_args
+from model import Llama, load
 
 KINDS = gguf.GGMLQuantizationType
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,

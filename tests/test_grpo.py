@@ -27,20 +27,19 @@ from mlx.utils import tree_flatten
 
 from checkpoint import load_base
 from config import load_config
-from data import load_split
 from engine.decode import fused_for_decoding
 from eval import make_report
 from files.keys import BadInput
 from files.run_folder import training_arrays
 from files.user_reward import call_rewards, load_rewards
 from generate import Completion, sample
-from grpo import Answers, Rollouts, draw_problems, group_advantages, token_weights
-from guard import CollapseGuard, repetition
+from grpo import Answers, Rollouts, group_advantages, token_weights
 from lora import adapters_off, apply_lora
 from losses import kl_estimates, policy_loss, token_logprobs
+from report.rollouts import CollapseGuard, repetition
 from tasks.published import make_question
 from text.arithmetic import make_problem, sample_train
-from text.rows import ends_of_reply, messages_of
+from text.rows import draw_problems, ends_of_reply, load_split, messages_of
 from text.tokenizer import load_tokenizer
 from train import accumulate, compile_step, make_optimizer, train
 

@@ -17,10 +17,10 @@ from conftest import (
 
 import lens
 import model as model_file
+from engine import memory
 from lens import final_distribution, read_prompts, read_taps, tap_statistics, view_prompt
 from model import Llama, gather_positions, load
-from report.page import lens_page
-from report.terminal import lens_table
+from report.lens_view import lens_page, lens_table
 from text.tokenizer import load_tokenizer
 
 
@@ -51,7 +51,7 @@ def read_alone(logits, targets, k, final=None):
     rows = lambda x: mx.array(np.asarray(x, np.float32).reshape(B * A, V))
     logits, final = rows(logits), rows(logits if final is None else final)
     targets = mx.array(targets).reshape(B * A, -1)
-    arrays = tap_statistics(logits, targets, k, *final_distribution(final))
+    arrays = tap_statistics(logits, targets, *final_distribution(final), k)
     return [np.array(a).reshape(B, A, *a.shape[1:]) for a in arrays]
 
 
@@ -98,8 +98,9 @@ def test_taps_at_once_change_nothing(model, monkeypatch):
     """One head call for all taps or one a tap; all rows reduced together or one by one."""
     prompts, targets = [[1, 7, 70, 8, 71], [1, 9, 5]], [[5, 6], [7, 8]]
     together = read_prompts(model, prompts, targets, 3)
-    monkeypatch.setattr(lens, "LOGITS_PER_CALL", 1)
-    monkeypatch.setattr(lens, "LOGITS_IN_CACHE", 1)
+    for file in (lens, memory):
+        monkeypatch.setattr(file, "LOGITS_PER_CALL", 1)
+    monkeypatch.setattr(memory, "LOGITS_IN_CACHE", 1)
     alone = read_prompts(model, prompts, targets, 3)
     for name in lens.Reading.__dataclass_fields__:
         np.testing.assert_allclose(getattr(together, name), getattr(alone, name), rtol=1e-4,

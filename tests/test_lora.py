@@ -9,9 +9,10 @@ from conftest import GOLDEN, adapted, config, small_model
 from mlx.utils import tree_flatten
 
 from checkpoint import checkpoint_files
+from files.adapters import adapter_arrays
 from files.keys import BadInput
 from files.model_folder import write_files
-from lora import LoRALinear, adapter_arrays, apply_lora, load_adapters, merge
+from lora import LoRALinear, apply_lora, load_adapters, merge
 from model import load
 
 TOKENS = mx.array(np.random.default_rng(0).integers(3, 300, (2, 12)))

@@ -33,19 +33,12 @@ from generate import Completion
 from grpo import Rollouts
 from lora import adapters_off
 from losses import token_logprobs
-from markovian import (
-    HEADER,
-    Chains,
-    answer_arrays,
-    answer_prompt,
-    answer_rewards,
-    encode_question,
-    evaluate_chains,
-)
+from markovian import Chains, answer_rewards, evaluate_chains
 from report.stats import summarize_chains
 from study.perturb import KINDS, perturb
 from tasks.__main__ import PUBLISHED_KEYS, write_task
 from tasks.published import make_question
+from text.questions import HEADER, answer_arrays, answer_prompt, encode_question
 from text.tokenizer import load_tokenizer
 from train import train
 

@@ -24,10 +24,11 @@ from mlx.utils import tree_flatten
 from bench.fullsize import SHAPES
 from config import Config, load_config
 from engine import blas, memory, parallel
+from files.model_folder import ModelArgs, parse_args
 from generate import choose, sample_batch
 from lens import read_prompts
 from lora import apply_lora
-from model import ModelArgs, load, parse_args
+from model import load
 from text.tokenizer import load_tokenizer
 from train import make_method, make_optimizer, prepare_model
 

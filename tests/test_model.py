@@ -14,9 +14,9 @@ from mlx.utils import tree_flatten
 
 from engine import memory
 from files.keys import BadInput
-from files.model_folder import BITS_OF, INDEX, is_finite, read_safetensors
+from files.model_folder import BITS_OF, INDEX, is_finite, parse_args, read_safetensors
 from losses import token_logprobs
-from model import FORMULAS, gather_positions, load, parse_args, rope, rope_periods
+from model import FORMULAS, gather_positions, load, rope, rope_periods
 
 
 @pytest.fixture(params=FAMILIES)

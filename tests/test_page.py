@@ -9,7 +9,7 @@ from selenium.webdriver import ActionChains
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 
-from report.page import lens_page
+from report.lens_view import lens_page
 
 HOSTILE = ["<script>window.hacked=1</script>", "<img src=x onerror=window.hacked=1>", "&amp;",
            "\"'`", "</td>", "</style></table>", "-->", "\u05e9\u05dc\u05d5\u05dd", "\u202eabc",

@@ -5,8 +5,9 @@ import shutil
 from conftest import TINY, lora_model
 
 from checkpoint import checkpoint_files
-from config import Config, resolved, write_keys
+from config import Config, resolved
 from files.disk import write_text
+from files.keys import write_keys
 from files.model_folder import write_files
 from files.run_folder import hash_model, provenance
 

@@ -19,13 +19,14 @@ from conftest import (
 from mlx.utils import tree_flatten
 
 from checkpoint import checkpoint_files, load_base, load_checkpoint
-from config import resolved, write_keys
+from config import resolved
 from engine import quant
 from engine.quant import HalfEmbedding, HalfLinear, QuantizedLinear, unquantize
+from files.adapters import adapter_arrays
 from files.disk import write_text
-from files.keys import BadInput
+from files.keys import BadInput, write_keys
 from files.model_folder import save_safetensors, write_files
-from lora import adapter_arrays, apply_lora, load_adapters, merge
+from lora import apply_lora, load_adapters, merge
 from model import load
 from train import prepare_model
 

@@ -21,7 +21,6 @@ from kill_drill import METHODS, differences, run_killed, run_whole, tensors, wri
 from mlx.utils import tree_map
 
 import checkpoint
-import eval as eval_script
 import train as training
 from config import load_config
 from files import model_folder, run_folder
@@ -351,8 +350,12 @@ def test_a_reward_that_fails_in_a_redraw(write_config, tmp_path, monkeypatch):
 def test_best_is_the_first_of_the_highest(write_config, tmp_path, monkeypatch, full):
     """Its weights are those of a run that ends there; eval.py judges it as it does a run."""
     keys = {"full": full, "lr_schedule": "constant", "save_every_steps": 4}    # 6 steps
-    monkeypatch.setattr(eval_script, "inspect", lambda *args: {
-        "step": args[3], "valid_accuracy": (0.2, 0.5, None, 0.7, 0.4, 0.7, 0.6)[args[3]]})
+
+    def look(cfg, run, model, tokenizer, valid, done):
+        seen = {"step": done, "valid_accuracy": (0.2, 0.5, None, 0.7, 0.4, 0.7, 0.6)[done]}
+        run.keep_if_best(seen, checkpoint.checkpoint_files(model, cfg))
+        return seen
+    monkeypatch.setattr(training, "look_inside", look)
     monkeypatch.setattr(training, "format_line", lambda *_: "")
     path, folder = write_config(**keys)
     train(load_config(path))
@@ -368,7 +371,7 @@ def test_best_is_the_first_of_the_highest(write_config, tmp_path, monkeypatch, f
     assert judged["layers"] == ended["layers"] and judged["config"]["steps"] == 6
     # started over, nothing of it is left
     path, _ = write_config(**keys | {"overwrite": "true", "steps": 1})
-    monkeypatch.setattr(eval_script, "inspect", lambda *_: {})
+    monkeypatch.setattr(training, "look_inside", lambda *_: {})
     train(load_config(path))
     assert not (folder / "best").exists()
 

@@ -18,7 +18,6 @@ from report.stats import (
     cohens_kappa,
     depth,
     equivalence_p,
-    items_needed,
     mcnemar,
     mean_interval,
     paired_bootstrap,
@@ -213,9 +212,6 @@ def test_power_against_the_table_and_against_simulation():
         p = scipy_stats.binomtest(int(first), int(first + second)).pvalue if first + second else 1
         won += p < .05 and second > first
     assert power_of_mcnemar(60, .1, .3, .05) == pytest.approx(won / 4000, abs=.025)
-    needed = items_needed(.06, .56)
-    assert power_of_mcnemar(needed, .06, .56) >= .9 > power_of_mcnemar(needed - 2, .06, .56)
-    assert items_needed(.3, .3) is None and items_needed(.300, .301) is None
     assert power_of_mcnemar(50, 0, 0) == 0
 
 

@@ -12,9 +12,7 @@ import pytest
 from conftest import PUBLISHED, ROOT, TINY_COT, assert_one_clear_line, config, run
 from pyarrow import parquet
 
-from data import load_split
 from files.keys import BadInput
-from markovian import HEADER
 from tasks.__main__ import DEFAULTS, NAMES, make_split, parse, write_task
 from tasks.few_shot import FOLDS
 from tasks.published import (
@@ -32,6 +30,8 @@ from tasks.tiny import sample_tiny
 from text.answers import extract, is_right
 from text.arithmetic import SYMBOLS, side_of
 from text.columns import read_problems
+from text.questions import HEADER
+from text.rows import load_split
 from text.tokenizer import load_tokenizer
 
 FIXTURES = ROOT / "tests" / "fixtures"

@@ -1,4 +1,4 @@
-"""From problems to token ids, and to the tokens that loss and lens look for.
+"""From a config to problems, to token ids, and to the tokens that loss and lens look for.
 
 Looked for are the answer's first token, the operation's word, the operator's symbol, never mixed.
 Words of a set are compared in one form, with a space before them or without (Tokenizer.word_ids),
@@ -11,8 +11,44 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from config import BadInput, Config
-from text.arithmetic import SYMBOLS, TEXT, Problem, evenly, stable_hash
+from text.arithmetic import SYMBOLS, TEXT, Problem, evenly, held_out, sample_train, stable_hash
 from text.tokenizer import Tokenizer
+
+
+def load_split(cfg: Config, split: str) -> list[Problem]:
+    """The problems of train, valid or test; raises BadInput if there are none."""
+    if cfg.data == "arithmetic":
+        problems = sample_train(cfg) if split == "train" else held_out(cfg, split)
+    else:
+        from text.columns import read_split  # made problems have no use for it
+        problems = read_split(cfg, split)
+    if not problems:
+        raise BadInput(f"the {split} split of data = {cfg.data!r} is empty "
+                       f"(data_samples = {cfg.data_samples}); nothing to do")
+    return problems
+
+
+def draw_problems(problems: list, seed: int, start: int, count: int) -> list:
+    """Problems start .. start + count - 1 of an endless stream, shuffled anew at every epoch."""
+    n, drawn = len(problems), []
+    for epoch in range(start // n, (start + count - 1) // n + 1):
+        order = np.random.default_rng((seed, epoch)).permutation(n)
+        first, last = max(start - epoch * n, 0), min(start + count - epoch * n, n)
+        drawn += [problems[i] for i in order[first:last]]
+    return drawn
+
+
+def check_method(cfg: Config, problems: list[Problem]) -> None:
+    """Raises BadInput where cfg.method cannot train on these problems."""
+    solves = cfg.method == "markovian" or cfg.method == "grpo" and cfg.template != "none"
+    if not solves and any(p.hidden for p in problems):
+        raise BadInput(f"data {cfg.data} holds questions to reason about, for method markovian, or "
+                       f"grpo with template: chat; this config has method {cfg.method}, "
+                       f"template {cfg.template}")
+    if cfg.method == "dual_reward" and not all(p.operation for p in problems):
+        raise BadInput(f"method dual_reward needs an operation in every row of {cfg.data}; "
+                       "some rows have none")
+
 
 # --------------------------------------------------------------------------------------------------
 # from a problem to ids: what a model reads, what it shall answer, where each begins
@@ -151,6 +187,14 @@ def cut_row(row: Row, context: int) -> Row | None:
     return Row(row.ids[:context], P, row.class_id, spans, True) if P < context else None
 
 
+def check_context(prompts: list[list[int]], max_completion_tokens: int, model) -> None:
+    """Raises BadInput where prompt and completion together would not fit the model's context."""
+    context, longest = model.args.max_position_embeddings, max(map(len, prompts))
+    if longest + max_completion_tokens > context:
+        raise BadInput(f"a prompt of {longest} tokens and {max_completion_tokens} more exceed "
+                       f"the model's context of {context}; shorten the prompt, or start anew")
+
+
 def no_room(problems: list[Problem], context: int) -> BadInput:
     return BadInput(f"none of {len(problems)} rows fits, such as {problems[0].prompt[:60]!r}: the "
                     f"model's context is {context} tokens, and a prompt leaves no room for an "
@@ -226,6 +270,12 @@ def class_ids(cfg: Config, tokenizer: Tokenizer, problems: list[Problem]) -> lis
         words = [ids[op] for op in operations if op in ids]
         return [words[stable_hash(p.prompt) % len(words)] for p in problems]
     return [ids[p.operation] for p in problems]
+
+
+def describe_classes(tokenizer: Tokenizer, rows: list[Row]) -> str:
+    wanted = sorted({row.class_id for row in rows})
+    return (f"class loss wants {tokenizer.show(wanted[:8])}"
+            + (f" and {len(wanted) - 8} more" if len(wanted) > 8 else ""))
 
 
 def series_ids(tokenizer: Tokenizer, problems: list[Problem],

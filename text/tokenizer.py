@@ -396,7 +396,13 @@ def read_tokenizer(folder: Path) -> dict | None:
             "space_behind_control": space}
 
 
-def load_tokenizer(folder: Path) -> Tokenizer | None:
-    """A model folder's tokenizer; None where it has none, BadInput where it is damaged."""
+def load_tokenizer(folder: Path, V: int | None = None) -> Tokenizer | None:
+    """A model folder's tokenizer; None where it has none, BadInput where it is damaged.
+
+    V   rows of the model's embedding, which must hold all its ids; None: not asked
+    """
     found = read_tokenizer(folder)
-    return Tokenizer(**found) if found else None
+    tokenizer = Tokenizer(**found) if found else None
+    if tokenizer and V is not None:
+        tokenizer.check_rows(V)
+    return tokenizer
