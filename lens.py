@@ -29,7 +29,7 @@ from engine.memory import LENS_ROWS, LOGITS_PER_CALL, reduce_taps_in_turn
 from engine.ops import blocked_reduction, exp, logsumexp, top_tokens
 from engine.parallel import map_rows
 from model import Llama, gather_positions
-from text.rows import check_context, choose_template
+from text.rows import check_context, choose_template, followed_ids
 from text.tokenizer import Tokenizer
 
 
@@ -154,7 +154,7 @@ def view_prompt(model: Llama, tokenizer: Tokenizer, prompt: str, words: list[str
     from report.lens_view import make_view  # training reads taps too, and shows nobody
     ids, _ = tokenizer.encode_messages([{"role": "user", "content": prompt}], template)
     check_context([ids], 0, model)
-    chosen = tokenizer.word_ids(words, ids)
+    chosen = followed_ids(tokenizer, words, ids)
     # at every position the same words; without any, one token that nobody reads
     targets = mx.broadcast_to(mx.array(chosen or [0]), (1, len(ids), max(len(chosen), 1)))
     reading = read_taps(model, mx.array([ids]), mx.arange(len(ids))[None], targets,

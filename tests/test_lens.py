@@ -189,7 +189,7 @@ def test_words_follow_the_form_that_the_prompt_asks_for(word_bpe, tmp_path):
                "--words", "Paris", "add", check=0)
     assert "minus 'add' (tokens ·Paris (" in done.stdout
     model, loaded = random_model(raw), load_tokenizer(folder)
-    for words, pieces in ((["Paris", "add"], ["Paris", "add"]), ([" Paris"], ["·Paris"]),
+    for words, pieces in ((["Paris", "add"], ["·Paris", "·add"]), ([" Paris"], ["·Paris"]),
                           (["Paris", "subtract"], ["·Paris", "·subtract"])):
         view = view_prompt(model, loaded, "x is ", words)
         assert [series["piece"] for series in view["words"].values()] == pieces

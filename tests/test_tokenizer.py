@@ -16,7 +16,7 @@ from data import make_batch
 from files.keys import BadInput
 from model import load
 from text.arithmetic import Problem
-from text.rows import encode_problem
+from text.rows import encode_problem, followed_ids, target_ids
 from text.tokenizer import load_tokenizer
 
 
@@ -89,6 +89,23 @@ def test_words_of_a_set_take_one_form(llama3, word_bpe):
     for text in ("x is", "7 * 8 =", "x,"):
         assert shown(text, "Paris", "London") == ["·Paris", "·London"]
         assert shown(text, " Paris") == ["·Paris"]
+
+
+def test_followed_operations_have_the_reports_form(word_bpe):
+    """"add" beside an answer is the token that the class loss trains; other words stand alone."""
+    loaded = load_tokenizer(word_bpe)
+    before = loaded.encode_prompt("7 * 8 = ")
+    problems = [Problem("7 * 8 = ", "5", op, "file") for op in ("add", "multiply")]
+    trained = target_ids(loaded, problems, "word")
+    assert loaded.piece(trained["add"]) == "·add"
+    for word, piece in (("7", "7"), ("Paris", "·Paris")):       # there is no "·7"
+        followed = followed_ids(loaded, ["add", word, "multiply"], before)
+        assert [followed[0], followed[2]] == list(trained.values())
+        assert loaded.piece(followed[1]) == piece
+    assert followed_ids(loaded, [], before) == []
+    assert loaded.piece(followed_ids(loaded, ["Paris"], before)[0]) == "Paris"
+    with pytest.raises(BadInput, match="'zebra'"):
+        followed_ids(loaded, ["add", "zebra"], before)
 
 
 @pytest.mark.parametrize("kind", ["spm", "json"])

@@ -236,6 +236,24 @@ def target_ids(tokenizer: Tokenizer, problems: list[Problem], target: str,
     return dict(zip(operations, ids))
 
 
+def followed_ids(tokenizer: Tokenizer, words: list[str], before: list[int]) -> list[int]:
+    """The one token of each word that a user wants to follow behind the ids `before`.
+
+    An operation's name has the form that reports and the class loss give it, and the others have it
+    too where they can. example  SmolLM2 behind "= ": add, 8 -> " add", "8"
+    """
+    operations = list(SYMBOLS) if set(words) & set(SYMBOLS) else []
+    for together, alone in (([*words, *operations], []), (operations, words)):
+        try:
+            found = dict(zip(together, tokenizer.word_ids(together, before)))
+        except BadInput:    # one is in the way: the next way; the last, below, says which
+            continue
+        alone = [word for word in alone if word not in found]
+        found |= dict(zip(alone, tokenizer.word_ids(alone, before)))
+        return [found[word] for word in words]
+    return tokenizer.word_ids(words, before)
+
+
 def class_word_ids(cfg: Config, tokenizer: Tokenizer, problems: list[Problem]) -> dict[str, int]:
     """The token that the class loss wants for each operation, but for class_target answer, random.
 
