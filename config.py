@@ -13,7 +13,7 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-from files.keys import ON_POLICY, BadInput, Stopped, owners_of, read_keys, validate  # noqa: F401
+from files.keys import ON_POLICY, BadInput, Stopped, owners_of, read_keys, validate
 
 
 @dataclass
@@ -87,11 +87,11 @@ class Config:
     grpo_clip_low: float = 0.2      # the ratio to the old policy is clipped to 1 - low, 1 + high
     grpo_clip_high: float = 0.28
     grpo_dual_clip: float = 3.0     # bound of the loss where the advantage is negative; 0: none
-    grpo_kl_weight: float = 0.02    # of KL(policy || adapters off), k2; 0: no reference is scored
+    grpo_kl_weight: float = 0.02    # of KL(policy || adapters off), by k2; 0: none
     grpo_epochs: int = 1            # updates from one step's samples
     grpo_kl_stop: float = 0.02      # KL(old || policy) that ends a step's passes; 0: never
     grpo_guard: bool = True         # on collapse: best weights back, half the learning rate
-    # sampler | base: the published error, ratio against the frozen base and no other leash
+    # sampler | base: the published error, ratio against the frozen base (there with no KL term)
     grpo_ratio: str = "sampler"
 
     # --- Markovian training: the completion is a chain, the reward log p(answer | chain)

@@ -1,4 +1,4 @@
-"""From a config to batches that say what the loss counts.
+"""From rows to batches that say what the loss counts.
 
 A problem is a prompt and its answer; arithmetic problems are made (text/arithmetic.py), all others
 are read from a file, or a folder as `python -m tasks` writes it (text/columns.py).
@@ -22,10 +22,10 @@ def make_batch(rows: list[Row], indices: list[int], T: int, A: int,
                cfg: Config) -> dict[str, np.ndarray]:
     """Pad the rows to T tokens and say where their targets are.
 
-    rows     targets are the answer and EOS, of a conversation every reply and what ends it, or all
-             tokens after the first (mask_prompt false)
+    rows     their targets (Row.targets): the answer and EOS; of a conversation every reply and what
+             ends it; all tokens after the first where cfg.mask_prompt is false
     indices  rows to take; -1 fills the batch up with a row of zeros that counts for nothing
-    example  ids [1, 7, *, 8, =, 56, 2], P 5, A 3: target_positions [4, 5, 0],
+    example  ids [1, 7, *, 8, =, 56, 2], 5 of them the prompt, A 3: target_positions [4, 5, 0],
              targets [56, 2, 7], target_mask [1, 1, 0]
     """
     B = len(indices)
@@ -88,9 +88,10 @@ class Batches:
         return [plan[i] for i in rng.permutation(len(plan))]
 
     def at(self, step: int) -> tuple[list[list[dict[str, mx.array]]], dict]:
-        """One update of a 0-based step: cfg.grad_accum_steps equal parts of its rows, and metrics.
+        """([update], metrics) of a 0-based step: its rows in cfg.grad_accum_steps equal parts.
 
-        n_targets and n_rows count the whole step, so that its micro-batches' losses add up.
+        n_targets and n_rows count the whole step, so that its micro-batches' losses add up. Of
+        several processes cfg is that of all together (train.py's `whole`).
         """
         epoch, k = divmod(step, self.per_epoch)
         if epoch != self._epoch:

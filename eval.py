@@ -244,7 +244,7 @@ def make_report(ckpt: str | Path, with_base: bool, compare: str | None = None,
     return report
 
 
-def finish(cfg: Config, run: Run, estimated: float, with_base: bool) -> dict:
+def finish(run: Run, estimated: float, with_base: bool) -> dict:
     """Evaluate the saved weights, as eval.py would, beside the base; write report and pictures."""
     peak = memory.peak_gib()    # of training: evaluating may load the base as well
     run.say("testing on all test problems ...")

@@ -5,14 +5,14 @@ needed (DeepSeekMath 2402.03300). This file makes the batches and the loss; the 
 train.py. Where we differ from the paper: the mean leaves the completion itself out (RLOO
 2402.14740) and is not divided by the group's standard deviation, and the loss is divided by a
 constant, not by each completion's length (Dr. GRPO 2503.20783). The last two are options.
-Mistakes of public code that tests hold against this one: study/prior_work.md.
+What public code got wrong here, and tests look for: study/prior_work.md.
 
     old policy        the weights that sampled; its log-probabilities come with the samples
-    reference policy  the base model: this model with its adapters off; only the KL term reads it
+    reference policy  this model with its adapters off; the KL term reads it, and grpo_ratio: base
 
 Advantages compare inside a group, so they do not see a policy that gets worse everywhere. The KL
 term and guard.py watch for that.
-Shapes: P prompts, G completions of each, N = P * G, C tokens of the longest completion.
+Shapes: P prompts, of a step or a micro-batch; G completions of each, N = P * G, padded to C tokens.
 """
 import time
 from dataclasses import dataclass
@@ -76,10 +76,10 @@ def completion_logprobs(model: Llama, batch: dict[str, mx.array], temperature: f
 
 def rollout_loss(cfg: Config, answer_rewards, model: Llama,
                  batch: dict[str, mx.array]) -> tuple[mx.array, dict, dict]:
-    """GRPO and Markovian training: the scalar, its parts to add up, and maxima, of a micro-batch.
+    """A micro-batch's loss in GRPO and Markovian training, sums to add up, and maxima.
 
     answer_rewards  markovian.answer_rewards, whose gradient that method adds; None for GRPO
-    batch           Rollouts.make_arrays; its weights hold the denominators of the whole update
+    batch           Rollouts.make_arrays: its weights count in the loss, mean_weights in reports
     """
     weights, mean_weights = batch["weights"], batch["mean_weights"]             # (N, C)
     logprobs = completion_logprobs(model, batch, cfg.grpo_temperature, with_grad=True)
@@ -92,22 +92,22 @@ def rollout_loss(cfg: Config, answer_rewards, model: Llama,
         n = mx.maximum(mean_weights.sum(1, keepdims=True), 1e-12)
         policy = (logprobs * mean_weights).sum(1, keepdims=True) / n            # (N, 1)
         old_policy = (batch["ref_logprobs"] * mean_weights).sum(1, keepdims=True) / n
-    loss, means = policy_loss(policy, old_policy, batch["advantages"], weights,
-                              cfg.grpo_clip_low, cfg.grpo_clip_high, cfg.grpo_dual_clip)
+    loss, per_token = policy_loss(policy, old_policy, batch["advantages"], weights,
+                                  cfg.grpo_clip_low, cfg.grpo_clip_high, cfg.grpo_dual_clip)
     is_real = mean_weights > 0
-    maxima = {"ratio_max": mx.where(is_real, means["ratio"], 0).max(),
+    maxima = {"ratio_max": mx.where(is_real, per_token["ratio"], 0).max(),
               "sampler_diff_max": mx.where(is_real & ~batch["off_policy"],
                                            mx.abs(now - batch["old_logprobs"]), 0).max()}
     sums = {"policy_loss": loss}
     # KL(old || policy) in this order: the samples are the old policy's
-    means["kl_old"] = kl_estimates(old, now)["kl_k3"]
+    per_token["kl_old"] = kl_estimates(old, now)["kl_k3"]
     if "ref_logprobs" in batch:
         # an expectation over the policy's next token, which the old policy sampled: hence the ratio
         ratio = mx.exp(mx.clip(now - old, -20, 20))
         for name, value in kl_estimates(logprobs, batch["ref_logprobs"]).items():
-            means[name] = ratio * value
+            per_token[name] = ratio * value
         if cfg.grpo_kl_weight:
-            loss = loss + cfg.grpo_kl_weight * (weights * means["kl_k2"]).sum()
+            loss = loss + cfg.grpo_kl_weight * (weights * per_token["kl_k2"]).sum()
     if "answer_weights" in batch:
         # Markovian: the half of the gradient that the policy term lacks. Without a ratio: the chain
         # is taken as given, as PPO takes states. The ratio of a whole chain varies too much: at
@@ -115,7 +115,7 @@ def rollout_loss(cfg: Config, answer_rewards, model: Llama,
         rewards = answer_rewards(model, batch, with_grad=True)                  # (N,)
         sums["answer_loss"] = answer_reward_loss(rewards, batch["answer_weights"])
         loss = loss + sums["answer_loss"]
-    sums |= {name: (value * mean_weights).sum() for name, value in means.items()}
+    sums |= {name: (value * mean_weights).sum() for name, value in per_token.items()}
     return loss, sums, maxima
 
 
@@ -165,7 +165,7 @@ def token_weights(mask: np.ndarray, norm: str, n_rows: float, n_tokens: float,
                   limit: int) -> np.ndarray:
     """What each token counts in the loss, (N, C), from the (N, C) mask of a micro-batch.
 
-    norm              constant: 1 / (n_rows * limit), no length bias (Dr. GRPO)
+    norm              constant: 1 / (n_rows * limit), the longest allowed: no length bias (Dr. GRPO)
                       token:    1 / n_tokens (DAPO 2503.14476)
                       sequence: 1 / (n_rows * the completion's length): a long wrong answer is
                                 punished less for each of its tokens (DeepSeekMath)
@@ -285,7 +285,7 @@ class Rollouts:
         cfg, G = self.cfg, self.cfg.grpo_group_size
         drawn = draw_problems(self.rows, cfg.seed, self.position, self.P)
         first, last = workers.my_range(self.P)
-        key = mx.random.key((cfg.seed << 32) + self.position)
+        key = mx.random.key((cfg.seed % 2 ** 32 << 32) + self.position)
         with fused_for_decoding(self.model):
             done = sample(self.model, self.task.tokenizer, [ids for _, ids in drawn[first:last]],
                           self.limit, G, cfg.grpo_temperature, key=key,
@@ -301,13 +301,13 @@ class Rollouts:
                         float(divisors[i])) for i, (problem, ids) in enumerate(drawn)]
         metrics = summarize_rollouts(rewards, self.task.summarize(judged, done),
                                      zero_variance(rewards), done)
-        return groups, metrics | {"rows": [self.position - self.P, self.position]}
+        return groups, metrics | {"rows": f"drawn {self.position - self.P} to {self.position - 1}"}
 
     def make_updates(self, groups: list[Group], live: list[Group],
                      step: int) -> list[list[dict[str, mx.array]]]:
         """One update for each pass over the step's samples, each cut into micro-batches.
 
-        Zero-variance groups are left out, of the KL term too, but count in the denominators.
+        Only `live` groups are in it, in the KL term too; the denominators count all.
         """
         cfg = self.cfg
         parts = [p.tolist() for p in np.array_split(np.arange(len(live)), cfg.grad_accum_steps)]
@@ -342,7 +342,7 @@ class Rollouts:
             "prompts": prompts, "completions": mx.array(completions),
             "old_logprobs": mx.array(old_logprobs), "weights": mx.array(weights),
             "advantages": mx.array(advantages.astype(np.float32)),              # (N, 1)
-            "mean_weights": mx.array(mask / count_tokens(live)),    # for means that are reported
+            "mean_weights": mx.array(mask / count_tokens(live)),    # of reported means; 0: no token
         }
         if start is not None:
             arrays["start"] = start

@@ -54,16 +54,16 @@ def final_distribution(logits: mx.array) -> tuple[mx.array, ...]:
     return probs, -blocked_reduction(mx.sum, probs * logprobs), top_tokens(logits, 1)
 
 
-def tap_statistics(logits: mx.array, targets: mx.array, final_probs: mx.array,
-                   final_entropy: mx.array, final_top: mx.array, k: int) -> tuple[mx.array, ...]:
-    """Reduce float32 logits (R, V) of one tap to the arrays of a Reading, R rows each.
+def tap_statistics(logits: mx.array, targets: mx.array, last_probs: mx.array,
+                   last_entropy: mx.array, last_top: mx.array, k: int) -> tuple[mx.array, ...]:
+    """Reduce float32 logits (R, V) of one tap to R rows of a Reading's fields, in their order.
 
-    targets (R, N) int32;  final_*: final_distribution's, since KL compares with the last tap
+    targets (R, N) int32;  last_*: final_distribution's (R, V), (R,), (R, 1), what KL compares with
     """
     ranks, ties = [], []
     for n in range(targets.shape[1]):
-        # no sort: two reductions a target. The logits of a bfloat16 model tie by the hundred.
-        # Before the shift below, which rounds small differences away
+        # no sort: two reductions a target, made before the shift below, which rounds small
+        # differences away. The logits of a bfloat16 model tie by the hundred
         chosen = mx.take_along_axis(logits, targets[:, n:n + 1], axis=-1)           # (R, 1)
         ranks.append((logits > chosen).sum(-1) + 1)
         ties.append((logits == chosen).sum(-1) - 1)
@@ -74,14 +74,14 @@ def tap_statistics(logits: mx.array, targets: mx.array, final_probs: mx.array,
     log_total = mx.log(total)
     entropy = log_total - blocked_reduction(mx.sum, weights * logits) / total
     # KL(q || p) = sum q (log q - log p), with log p = logits - log_total
-    kl = log_total - blocked_reduction(mx.sum, final_probs * logits) - final_entropy
+    kl = log_total - blocked_reduction(mx.sum, last_probs * logits) - last_entropy
 
     def logprobs_of(ids):
         return mx.take_along_axis(logits, ids, axis=-1) - log_total[:, None]
 
     logprobs = logprobs_of(targets)                                                 # (R, N)
     return (mx.exp(logprobs), mx.stack(ranks, -1), mx.stack(ties, -1), logprobs, entropy, kl,
-            mx.exp(logprobs_of(final_top))[:, 0], top, mx.exp(logprobs_of(top)))
+            mx.exp(logprobs_of(last_top))[:, 0], top, mx.exp(logprobs_of(top)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -151,7 +151,7 @@ def read_prompts(model: Llama, prompts: list[list[int]], targets: list[list[int]
 def view_prompt(model: Llama, tokenizer: Tokenizer, prompt: str, words: list[str],
                 template: str = "none") -> dict:
     """All taps at all positions of one prompt, as plain numbers: report.lens_view.make_view's."""
-    from report.lens_view import make_view  # training reads taps too, and shows nobody
+    from report.lens_view import make_view  # training, which imports this file, shows none
     ids, _ = tokenizer.encode_messages([{"role": "user", "content": prompt}], template)
     check_context([ids], 0, model)
     chosen = followed_ids(tokenizer, words, ids)
@@ -163,8 +163,7 @@ def view_prompt(model: Llama, tokenizer: Tokenizer, prompt: str, words: list[str
 
 
 def main(argv: list[str]) -> None:
-    # imported here: training reads taps too, and shows nobody
-    from files.options import lens_options
+    from files.options import lens_options  # as above
     from report.lens_view import show_view
     args = lens_options(argv)
     model, tokenizer, cfg = load_checkpoint(args.ckpt, args.adapter)

@@ -100,7 +100,7 @@ def adapters_off(model: Llama) -> Iterator[None]:
     layers = [m for _, m in model.named_modules() if isinstance(m, LoRALinear)]
     try:
         for layer in layers:
-            layer.enabled = False       # a plain attribute: functions compiled before do not see it
+            layer.enabled = False   # no array: a compiled function keeps it as it was when traced
         yield
     finally:
         for layer in layers:

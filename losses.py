@@ -33,7 +33,7 @@ def token_logprobs(logits: mx.array, tokens: mx.array) -> mx.array:
 
 # The same with one array of the logits' size kept for the gradient; tests hold the two equal
 FORMULAS = {"token_logprobs": token_logprobs}
-from engine.ops import token_logprobs  # noqa: E402, F811
+from engine.ops import token_logprobs  # noqa: E402
 
 
 def masked_cross_entropy(logprobs: mx.array, mask: mx.array, denominator: mx.array) -> mx.array:
@@ -54,7 +54,7 @@ def dual_reward_loss(class_loss: mx.array, answer_loss: mx.array, weight: mx.arr
 
 
 def inputs_of(cfg: Config, batch: dict[str, mx.array]) -> tuple[mx.array, mx.array]:
-    """What the model reads, (B, T-1), and where it is asked for the targets, (B, A)."""
+    """What the model reads, (B, T-1) or all T, and where it is asked for the targets, (B, A)."""
     tokens, positions = batch["tokens"], batch["target_positions"]
     if cfg.answer_shift:
         return tokens[:, :-1], positions    # position t predicts t + 1: the last has no target
@@ -99,7 +99,7 @@ def dual_loss(cfg: Config, model: Llama, batch: dict[str, mx.array]) -> tuple[mx
     class_logprobs = token_logprobs(class_logits, batch["class_ids"])                   # (B,)
     class_loss = masked_cross_entropy(class_logprobs, batch["row_mask"], batch["n_rows"])
     is_right = mx.argmax(class_logits, axis=-1) == batch["class_ids"]
-    # 1 - w in float32
+    # the weight as an array: 1 - w is then taken in float32
     loss = dual_reward_loss(class_loss, answer_loss, mx.array(cfg.class_weight))
     return loss, {"answer_loss": answer_loss, "class_loss": class_loss,
                   "class_accuracy": (is_right * batch["row_mask"]).sum() / batch["n_rows"]}, {}
@@ -123,8 +123,8 @@ def policy_loss(logprobs: mx.array, old_logprobs: mx.array, advantages: mx.array
     example       ratio 1.5, A 1, clip_high .28 -> -1.28; ratio 5, A -1, dual_clip 3 -> 3
     source        PPO 1707.06347; clip_high > clip_low: DAPO 2503.14476
     """
-    # e^89 would be inf. Beyond e^20 the gradient is 0, which the clip below makes it in any case,
-    # but for a negative advantage without dual_clip
+    # e^89 would be inf. Beyond e^20 the gradient is 0. The clip below makes it 0 too, but where an
+    # advantage is negative and dual_clip is 0
     ratio = mx.exp(mx.clip(logprobs - old_logprobs, -20, 20))
     clipped = mx.clip(ratio, 1 - clip_low, 1 + clip_high)
     # the smaller of the two: an update never gains from leaving the clip range
@@ -153,7 +153,7 @@ def kl_estimates(logprobs: mx.array, ref_logprobs: mx.array) -> dict[str, mx.arr
 def answer_reward_loss(rewards: mx.array, weights: mx.array) -> mx.array:
     """Markovian training's second term: -sum of weight * log p(answer | chain), both (N,).
 
-    On raw rewards. A mean of standardised ones has gradient 0 whatever the weights are, since their
-    sum is 0: the published term. example  rewards [-1, -3], weights [.5, .5] -> 2.0
+    On raw rewards. A mean of standardised ones, the published term, is 0 for any model, since their
+    sum is 0, and so is its gradient. example  rewards [-1, -3], weights [.5, .5] -> 2.0
     """
     return -(rewards * weights).sum()

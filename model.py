@@ -5,7 +5,7 @@ hidden states) after the embedding, tap 0, and after every block, tap 1 to L. `h
 then unembedding) turns any of them into logits. At tap L that is the model's output; at an earlier
 tap it is the logit lens. So the lens cannot drift from the model it looks at.
 
-Families, told apart by config.json: Llama-2 and TinyLlama (plain RoPE), Llama-3.x (llama3-scaled
+Families, told apart by config.json: Llama-2, TinyLlama, SmolLM2 (plain RoPE), Llama-3.x (scaled
 RoPE, tied or untied unembedding), Qwen2.5 (bias on q, k, v). Parameter names equal the Hub
 checkpoint's keys, so loading renames nothing.
 Sources: Llama 2307.09288, Llama 3 2407.21783, RMSNorm 1910.07467, RoPE 2104.09864, GQA 2305.13245,
@@ -34,7 +34,7 @@ Edit = dict[int, Callable[[mx.array], mx.array]]     # tap -> what replaces the 
 
 
 # --------------------------------------------------------------------------------------------------
-# the four formulas of a Llama. What runs is the same computed faster: the import below them
+# the four formulas of a Llama, to be read. What runs is engine.ops', imported below them: faster
 
 
 def rms_norm(x: mx.array, gain: mx.array, eps: float) -> mx.array:
@@ -48,8 +48,8 @@ def rms_norm(x: mx.array, gain: mx.array, eps: float) -> mx.array:
 def rope(x: mx.array, offset: int, periods: mx.array) -> mx.array:
     """Rotate each pair of features by position / period, so that q k^T sees relative positions.
 
-    x (B, H, T, d) at positions offset, offset + 1, ...; periods (d/2,), positions a radian, from
-    rope_periods
+    x (B, H, T, d) at positions offset, offset + 1, ...; periods (d/2,) of rope_periods: positions
+    for one radian
     """
     T, d = x.shape[-2:]
     angles = (offset + mx.arange(T))[:, None] / periods                                 # (T, d/2)
@@ -86,15 +86,15 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
 # The same four by faster kernels: mx.fast's, and on a Linux CPU our own for swiglu and float32
 # attention. Without the last of these lines all runs on the formulas; test_ops.py holds both equal
 FORMULAS = {f.__name__: f for f in (rms_norm, rope, attention, swiglu)}
-from engine.ops import attention, rms_norm, rope, swiglu  # noqa: E402, F811
+from engine.ops import attention, rms_norm, rope, swiglu  # noqa: E402
 
 
 def rope_periods(args: ModelArgs) -> mx.array:
-    """Return the d/2 reciprocal rotation frequencies, which is what `mx.fast.rope` calls `freqs`.
+    """Of each of d/2 pairs the positions that turn it by one radian; `mx.fast.rope`'s `freqs`.
 
-    Plain RoPE turns pair i by position / theta^(2i/d). Llama 3's scaling leaves fast pairs
-    (wavelength below C / high), slows slow ones by `factor` (above C / low), and blends between;
-    C is the original context. It acts inside that context too, so leaving it out is never harmless.
+    Plain RoPE turns pair i by position / theta^(2i/d); linear scaling slows all by `factor`.
+    Llama 3's leaves fast pairs (wavelength below C / high), slows slow ones (above C / low) and
+    blends between, C the original context: inside it too, so leaving it out is never harmless.
     source   Llama 3.1 model card and transformers' modeling_rope_utils
     """
     d = args.head_dim
@@ -235,7 +235,7 @@ class Llama(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.args = args
-        self.parts = None   # in how many parts map_rows may cut a batch; None: one a core
+        self.parts = None   # the most that engine.parallel cuts a batch into; None: blas.PARTS
         self.model = Body(args)
         if not args.tie_word_embeddings:
             self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
@@ -277,8 +277,8 @@ class Llama(nn.Module):
     def last_resid(self, tokens: mx.array, cache: list[KVCache] | None = None) -> mx.array:
         """The same at the last position of tokens (B, T) alone: (B, D)."""
         B, T = tokens.shape
-        last_token = None if T == 1 else mx.full((B, 1), T - 1)
-        return self.final_resid(tokens, cache, positions=last_token)[:, 0]
+        last = None if T == 1 else mx.full((B, 1), T - 1)
+        return self.final_resid(tokens, cache, positions=last)[:, 0]
 
     def head(self, resid: mx.array) -> mx.array:
         """Final norm, then unembedding: (..., D) -> float32 logits (..., V).
@@ -299,9 +299,9 @@ class Llama(nn.Module):
                     with_grad: bool = True) -> mx.array:
         """read(logits, tokens) where a loss reads them: resid (B, A, D), tokens (B, A) -> (B, A).
 
-        read      (logits (n, V), tokens (n,)) -> (n,), a function of each row alone
-        with_grad  whether a gradient will be asked for
-        engine.memory.spare puts one here that makes the logits of few rows at a time.
+        read       (logits (..., V), tokens (...)) -> (...), a function of each row alone
+        In training engine.memory.spare puts one here that makes the logits of few rows at a time;
+        with_grad tells that one whether a gradient will be asked for.
         """
         return read(self.head(resid), tokens)
 

@@ -16,7 +16,6 @@ from functools import partial
 import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 from tqdm import tqdm
@@ -110,11 +109,12 @@ def lr_at(step: int, cfg: Config) -> float:
     return cfg.lr * 0.5 * (1 + np.cos(np.pi * progress))
 
 
-def compile_step(cfg: Config, model: Llama, optimizer: optim.Optimizer, loss):
+def compile_step(cfg: Config, model: Llama, optimizer: AdamW, loss):
     """Return (loss_and_grads, update): two functions, since a host check stands between them.
 
-    The lists of state are what makes the compiled functions see weights that change; a closed-over
-    model would be baked in as it is now, and the loss would stay the same for ever.
+    inputs: the state that a trace reads anew; a model that it just closed over would be baked in as
+    it is now, and the loss would stay the same for ever. outputs: what it leaves changed, if only
+    value_and_grad's placeholders for weights.
     """
     @partial(mx.compile, inputs=[model.state], outputs=[model.state])
     def loss_and_grads(batch):
@@ -129,7 +129,7 @@ def compile_step(cfg: Config, model: Llama, optimizer: optim.Optimizer, loss):
         optimizer.update(model, tree_map(lambda g: g * scale, grads))
 
     def update(grads, metrics: dict[str, mx.array], lr: float) -> dict[str, float]:
-        """Finite? harmless? clip, AdamW; returns the metrics. raises Stopped, nothing moved."""
+        """Harmless? finite? clip, AdamW; returns the metrics. raises Stopped before any change."""
         squares = [(g.astype(mx.float32) ** 2).sum() for _, g in tree_flatten(grads)]
         metrics["grad_norm"] = mx.sqrt(sum(squares))
         record = {name: value.item() for name, value in metrics.items()}    # waits for the device
@@ -191,11 +191,11 @@ def take_step(step: int, cfg: Config, run: run_folder.Run, source, loss_and_grad
     return metrics
 
 
-def save(cfg: Config, run: run_folder.Run, step: int, model: Llama, optimizer, source) -> None:
-    """Write the weights, then all that continuing needs as one file, each by one rename."""
+def save(cfg: Config, run: run_folder.Run, done: int, model: Llama, optimizer, source) -> None:
+    """After `done` steps: the weights, then all that continuing needs, each file by one rename."""
     arrays, state = source.state()      # nothing for SFT; GRPO: problems drawn, the guard's memory
     arrays |= run_folder.training_arrays(model, optimizer)
-    run.save(step, checkpoint_files(model, cfg), arrays, state)
+    run.save(done, checkpoint_files(model, cfg), arrays, state)
 
 
 def take_steps(cfg: Config, run: run_folder.Run, done: int, model: Llama, optimizer, source, loss,
@@ -270,8 +270,8 @@ def train(cfg: Config, with_base: bool = True) -> dict:
                                       model.args.max_position_embeddings)
     optimizer = make_optimizer(cfg, model)
     # refuses what will not fit, with what would make it fit
-    asked = replace(memory.load_of(whole, source), valid=len(valid))
-    needed = memory.prepare(cfg, model, raw, asked)
+    load = replace(memory.load_of(whole, source), valid=len(valid))
+    needed = memory.prepare(cfg, model, raw, load)
     # a Hub name or a data folder may stand for something else when the run is continued
     inputs = {"model": run_folder.hash_frozen(model),
               "data": run_folder.hash_rows([*source.rows, *valid]),
@@ -302,7 +302,7 @@ def train(cfg: Config, with_base: bool = True) -> dict:
         elif done == cfg.steps:     # killed before its report
             run.write_files(checkpoint_files(model, cfg))
         take_steps(cfg, run, done, model, optimizer, source, loss, look, block)
-        return finish(cfg, run, needed["peak"], with_base) if run.writes else {}
+        return finish(run, needed["peak"], with_base) if run.writes else {}
 
 
 def main(argv: list[str]) -> None:
