@@ -1,19 +1,22 @@
 """Make MLX's Linux CPU backend fast; `import engine.blas` goes before `import mlx.core`.
 
-Three repairs. (1) The Linux wheel of MLX calls `cblas_sgemm` and bundles the reference BLAS, about
+Four repairs. (1) The Linux wheel of MLX calls `cblas_sgemm` and bundles the reference BLAS, about
 thirty times slower than OpenBLAS. The dynamic loader binds the symbol once, when libmlx is loaded:
 an OpenBLAS that is already in the process with RTLD_GLOBAL wins, one loaded afterwards does
 nothing. Hence the order, and hence this is the one file of the project whose import has an effect.
 NANOLENS_BLAS=/path/to/libopenblas.so.0 names a library; NANOLENS_BLAS=none keeps the bundled one
-(to measure). (2) MLX allocates every array by malloc, and glibc gives large blocks back to the
-kernel at once: the next one is zeroed and mapped anew, page by page, which costs an operation on a
-large array ten times its arithmetic. `keep_freed_memory` tells glibc to keep them. (3) That backend
-uses one core for everything but BLAS: PARTS says in how many parts parallel.py may cut a batch.
-macOS (Accelerate, Metal) and CUDA need none of it.
+(to measure). (2) An OpenBLAS that is older than the processor takes it for one of 2004, and
+multiplies five times slower: it is told better (`best_kernels`). (3) MLX allocates every array by
+malloc, and glibc gives large blocks back to the kernel at once: the next one is zeroed and mapped
+anew, page by page, which costs an operation on a large array ten times its arithmetic.
+`keep_freed_memory` tells glibc to keep them. (4) That backend uses one core for everything but
+BLAS: PARTS says in how many parts parallel.py may cut a batch. macOS (Accelerate, Metal) and CUDA
+need none of it.
 
 NANOLENS_PLAIN=1 gives a Linux CPU the arithmetic of Metal and CUDA, for tests: MLX's own functions
 (`linux_cpu` is false), batches in one part.
 """
+import _ctypes
 import ctypes
 import ctypes.util
 import importlib.metadata
@@ -21,10 +24,14 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 DEBIAN_PATH = f"/usr/lib/{os.uname().machine}-linux-gnu/libopenblas.so.0"
 MOST = 4    # parts
 ORDER, IN_TURN = "MLX_BFS_MAX_WIDTH", "1000"
+KERNELS = "OPENBLAS_CORETYPE"
+CPU_INFO = Path("/proc/cpuinfo")
+OLDEST = b"Prescott"    # what an OpenBLAS takes an x86-64 processor for that it does not know
 REMEDY = "run `apt-get install libopenblas0`, or set NANOLENS_BLAS=/path/to/libopenblas.so.0"
 
 
@@ -44,10 +51,31 @@ def load_openblas() -> str:
             continue
         # some builds rename their symbols; such a library would load and change nothing
         if library is not None and hasattr(library, "cblas_sgemm"):
+            best_kernels(path, library)
             return path
     tried = f"NANOLENS_BLAS={named} does not load as an OpenBLAS" if named else "no OpenBLAS found"
     print(f"note: {tried}: MLX runs 8 to 12 times slower on this CPU; {REMEDY}", file=sys.stderr)
     return ""
+
+
+def best_kernels(path: str, library: ctypes.CDLL) -> None:
+    """Have an OpenBLAS that does not know this processor use the vectors that it has.
+
+    Debian 12's (0.3.21) takes Intel's of 2023 and AMD's of 2024 for the oldest. The kernels are
+    chosen while the library is loaded, by KERNELS before its own guess: so it is loaded once more.
+    """
+    name = getattr(library, "openblas_get_corename", None)
+    if name is None or KERNELS in os.environ:
+        return
+    name.restype = ctypes.c_char_p
+    if name() != OLDEST:
+        return
+    flags = set(CPU_INFO.read_text().partition("flags")[2].partition("\n")[0].split())
+    if not {"avx2", "fma"} <= flags:
+        return
+    os.environ[KERNELS] = "SkylakeX" if {"avx512bw", "avx512dq", "avx512vl"} <= flags else "Haswell"
+    _ctypes.dlclose(library._handle)
+    ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
 
 
 def count_cores() -> int:

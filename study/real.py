@@ -24,10 +24,12 @@ ONE_DIGIT = {   # name: (label, config, overrides)
     "dual_reward": ("dual-reward, w 0.2", "dual_reward", []),
     "grpo": ("GRPO, 40 steps of 8 prompts by 8", "grpo", []),
 }
-PRIOR_WEIGHT = {
+PRIOR_STEPS = ["steps=500", "batch_size=4"]     # the prior work's
+MORE_STEPS = {
     "sft": ONE_DIGIT["sft"],
+    "dual_reward_500": ("dual-reward, w 0.2, 500 steps of 4 rows", "dual_reward", PRIOR_STEPS),
     "dual_reward_w07": ("dual-reward, w 0.7, 500 steps of 4 rows", "dual_reward",
-                        ["class_weight=0.7", "steps=500", "batch_size=4"]),
+                        ["class_weight=0.7", *PRIOR_STEPS]),
 }
 LONGER = ["steps=200"]
 TWO_DIGITS = {
@@ -91,9 +93,9 @@ def arms_table(reports: Reports, labels: dict) -> str:
                   "word top-1 at L16, %", "GiB"], rows)
 
 
-def against_sft(reports: Reports) -> str:
+def against_sft(reports: Reports, arm: str) -> str:
     """McNemar: each problem is tested once, so an arm solves it or does not."""
-    dual, sft = (list(map(bool, rights(reports[name]).values())) for name in ("dual_reward", "sft"))
+    dual, sft = (list(map(bool, rights(reports[name]).values())) for name in (arm, "sft"))
     test = mcnemar(dual, sft)
     return (f"{test['only_first']} problems only dual-reward (w 0.2) solves, {test['only_second']} "
             f"only SFT; McNemar exact p = {test['p']:.2g}")
@@ -121,9 +123,10 @@ def main(argv: list[str]) -> None:
         run_script(["-m", "tasks", "few_shot", str(data), "--fold", str(fold)])
     one = runs_of("one_digit", ONE_DIGIT, folds)
     write_part(fill("smollm2", machine=machine_text(one["sft"][0]), n=len(rights(one["sft"])),
-                    table=arms_table(one, ONE_DIGIT), paired=against_sft(one)))
-    write_part(fill("smollm2_prior_weight",
-                    table=arms_table(runs_of("one_digit", PRIOR_WEIGHT, folds), PRIOR_WEIGHT)))
+                    table=arms_table(one, ONE_DIGIT), paired=against_sft(one, "dual_reward")))
+    longer = runs_of("one_digit", MORE_STEPS, folds)
+    write_part(fill("smollm2_more_steps", table=arms_table(longer, MORE_STEPS),
+                    paired=against_sft(longer, "dual_reward_500")))
     two, sums = Path("runs/real_data/two_digits"), Path("runs/sums_of_three")
     run_script(["-m", "tasks", "few_shot", str(two), "--digits", "2"])
     two_digits = runs_of("two_digits", TWO_DIGITS, dict.fromkeys(SEEDS, two))

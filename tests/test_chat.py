@@ -1,7 +1,6 @@
 """Conversations at the terminal: tokens equal to transformers', earlier turns kept, all endings."""
 import shutil
 from functools import partial
-from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -22,14 +21,6 @@ TURNS = ["add 3 and 4", "what is 7 * 8", "and 2 more"]
 
 def greedy(logits, uniform):
     return generate.choose(logits, uniform, 0.0)
-
-
-@pytest.fixture
-def smollm2():
-    folder = Path("/tmp/smol/hub")
-    if not folder.exists():
-        pytest.skip("no SmolLM2 on this machine")
-    return folder
 
 
 @pytest.fixture(scope="module")

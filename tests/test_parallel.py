@@ -1,11 +1,12 @@
 """A batch cut in parts gives what the whole gives; BLAS has its cores back afterwards."""
 import ctypes
+from types import SimpleNamespace
 
 import engine.blas
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import TINY, TINY_COT, config, lora_model, small_config, write_model
+from conftest import TINY, TINY_COT, config, lora_model, run, small_config, write_model
 from mlx.utils import tree_flatten
 
 from engine import parallel
@@ -220,3 +221,39 @@ def test_quantised_and_fully_trained_models_keep_batches_whole(tmp_path, two_cor
     assert parallel.count(lora.parts) == parallel.count(8) == 2
     prompts = {"tokens": mx.array([[1, 7], [1, 8]])}
     assert len(cut(prompts, load(folder, bits=4)[0].parts)) == 1 and len(cut(prompts)) == 2
+
+
+# --- an OpenBLAS older than the processor
+
+INTEL, AMD = "avx2 fma avx512f avx512bw avx512dq avx512vl", "sse2 avx avx2 fma"
+
+
+@pytest.mark.parametrize("name,flags,told", [
+    (b"Prescott", INTEL, "SkylakeX"), (b"Prescott", AMD, "Haswell"), (b"Prescott", "avx", None),
+    (b"SkylakeX", INTEL, None), (b"Zen", AMD, None)])
+def test_kernels_of_an_unknown_processor(name, flags, told, monkeypatch, tmp_path):
+    """A library that takes the processor for the oldest is loaded again, told what to use."""
+    (tmp_path / "cpuinfo").write_text(f"model name\t: X\nflags\t\t: fpu {flags}\nbugs\t\t:\n")
+    monkeypatch.setattr(engine.blas, "CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setenv(engine.blas.KERNELS, "")
+    monkeypatch.delenv(engine.blas.KERNELS)
+    calls = []
+    monkeypatch.setattr(engine.blas._ctypes, "dlclose", calls.append)
+    monkeypatch.setattr(engine.blas.ctypes, "CDLL", lambda path, mode: calls.append(path))
+    library = SimpleNamespace(openblas_get_corename=lambda: name, _handle=7)
+    engine.blas.best_kernels("lib.so", library)
+    assert engine.blas.os.environ.get(engine.blas.KERNELS) == told
+    assert calls == ([7, "lib.so"] if told else [])
+    monkeypatch.setenv(engine.blas.KERNELS, "Prescott")     # the user has chosen
+    engine.blas.best_kernels("lib.so", library)
+    assert len(calls) == (2 if told else 0)
+
+
+@pytest.mark.skipif(not OPENBLAS, reason="no OpenBLAS to load")
+def test_this_processor_has_its_kernels():
+    """What a fresh process multiplies with knows the vectors of this machine."""
+    code = ("import engine.blas as b, ctypes; f = ctypes.CDLL(b.LOADED).openblas_get_corename; "
+            "f.restype = ctypes.c_char_p; print(f().decode())")
+    vectors = "avx2" in engine.blas.CPU_INFO.read_text()
+    name = run("-c", code, check=0).stdout.strip()
+    assert name and (name != "Prescott" or not vectors)
