@@ -10,10 +10,17 @@ import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from config import BadInput, Config, load_config
+from config import BadInput, Config
 from files.adapters import mlx_files, peft_files
-from files.disk import check_new
-from files.model_folder import model_files, read_origin, root_model, write_files
+from files.disk import check_new, is_file
+from files.model_folder import (
+    check_logits,
+    load_run_config,
+    model_files,
+    read_origin,
+    root_model,
+    write_files,
+)
 from lora import about_adapter, adapter_arrays, load_adapters, merge
 from model import Llama, load, load_tokenizer_for, parse_args
 from text.tokenizer import Tokenizer
@@ -85,13 +92,13 @@ def load_checkpoint(ckpt: str | Path, adapter: str | Path | None = None,
     raises   BadInput, also where there is no tokenizer
     """
     folder, cfg = Path(ckpt), None
-    if (folder / "config.yaml").exists():
-        cfg = load_config(folder / "config.yaml")
+    if is_file(folder / "config.yaml"):
+        cfg = load_run_config(folder)
         # a whole model's last file (files/model_folder.py)
         if not any((folder / name).exists() for name in ("adapters.safetensors", "config.json")):
             raise BadInput(f"run folder {folder} holds no weights yet; "
                            f"finish it with `python train.py {folder}/config.yaml`")
-    own = (folder / "adapter_config.json").exists()
+    own = is_file(folder / "adapter_config.json")
     if own and cfg is None:
         raise BadInput(f"{folder} holds an adapter but no config.yaml, so its base model is "
                        f"unknown; give --ckpt BASE --adapter {folder} (load_adapters does it on a "
@@ -101,6 +108,7 @@ def load_checkpoint(ckpt: str | Path, adapter: str | Path | None = None,
     model, tokenizer = load_base(base, dtype or own_dtype, bits)
     if top is not None:
         load_adapters(model, top)
+    check_logits(model, f"{ckpt} + {adapter}" if adapter else ckpt)
     return model, tokenizer, cfg
 
 

@@ -158,6 +158,16 @@ def linux_cpu() -> bool:
     return CPU_WHEEL and not PLAIN and mx.default_device() == mx.Device(mx.cpu)
 
 
+def end_quietly(kind: type, error: BaseException, trace) -> None:
+    """What Python says of an error that ends it; of Ctrl-C, as modules load, nothing."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+
+
+# the project's own commands; a program of the user's, which imports us, keeps its traceback
+if Path(__file__).parent.parent in Path(
+        getattr(sys.modules["__main__"], "__file__", None) or "").resolve().parents[:2]:
+    sys.excepthook = end_quietly
 CPU_WHEEL = cpu_wheel()
 # after `import mlx.core` it would be too late
 LOADED = load_openblas() if CPU_WHEEL and "mlx.core" not in sys.modules else ""

@@ -2,7 +2,7 @@
 
     python tests/hostile.py                 # all cases, by class (`make hostile`)
     python tests/hostile.py 150 --seed 1    # a sample of them
-    python tests/hostile.py --only peft     # those whose name holds a text; each one's line is shown
+    python tests/hostile.py --only peft     # those whose name holds a text; each one's line too
 
 Cases are made by rule, not by hand: each field of each file with each wrong value, each file with
 each damage, each path as directory, pipe, link, device or socket, each key with each wrong word.
@@ -40,8 +40,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-DEADLINE_S = float(os.environ.get("HOSTILE_DEADLINE_S", 60))         # of one case, on a busy machine; most take a tenth of a second
-LEAST_SAMPLE = 150
+# of one case, on a busy machine; most take a tenth of a second
+DEADLINE_S = float(os.environ.get("HOSTILE_DEADLINE_S", 60))
 SECRET = "sk-hostile0123456789abcdef"
 NAN, INF = float("nan"), float("inf")
 
@@ -101,7 +101,8 @@ def change_json(path: Path, field: str, value, line: int | None = None) -> None:
     """Set a field of a JSON file, a.b for a field of a field; line: of a file of JSON lines."""
     lines = path.read_text().split("\n") if line is not None else [path.read_text()]
     whole = json.loads(lines[line or 0])
-    *outer, last = [int(part) if part.isdigit() else part for part in field.split(".")]
+    *outer, last = [int(part) if part.lstrip("-").isdigit() else part
+                    for part in field.split(".")]
     inner = functools.reduce(lambda found, part: found[part], outer, whole)
     if value is MISSING:
         inner.pop(last, None) if isinstance(inner, dict) else inner.__delitem__(last)
@@ -273,9 +274,9 @@ PEFT_FIELDS = {
     "layers_to_transform": ("ids", False), "init_lora_weights": ("switch", False),
     "base_model_name_or_path": ("text", False), "use_dora": ("names", False)}
 # the values of which a field's default, or what it is at any rate, may be one
-ALSO_RIGHT = {"attention_bias zero": "refused", "num_layers negative": "either",
-              "num_layers large": "either", "lora_parameters.rank large": "refused",
-              "peft use_dora zero": "either", "eos_token surrogate": "refused"}
+ALSO_RIGHT = {"num_layers negative": "either", "num_layers large": "either",
+              "rope_scaling object": "either", "eos_token digits": "either",
+              "chat_template text": "either", "chat_template digits": "either"}
 
 
 def with_json(place: Place, field: str, value, words: Callable, file: str,
@@ -345,8 +346,8 @@ def data_cases() -> Iterator[Case]:
                            {"own": ("text", False)}, {k: VALUES[k] for k in ("nan", "surrogate")})
 
 
-BENCHMARK_FIELDS = ("id", "category", "turns", "turns.0", "turns.0.user", "turns.0.scored",
-                    "turns.0.checks", "turns.0.answer", "turns.0.checks.0.type")
+BENCHMARK_FIELDS = ("id", "category", "turns", "turns.-1", "turns.-1.user", "turns.-1.scored",
+                    "turns.-1.checks", "turns.-1.answer", "turns.-1.checks.0.type")
 
 
 def gate_rows() -> Iterator[Case]:
@@ -590,7 +591,8 @@ def template_cases() -> Iterator[Case]:
 
 
 REWARDS = {
-    "exit": "import sys\ndef f(p, c): sys.exit(0)", "exit text": "def f(p, c): raise SystemExit('x')",
+    "exit": "import sys\ndef f(p, c): sys.exit(0)",
+    "exit text": "def f(p, c): raise SystemExit('x')",
     "exit on load": "raise SystemExit", "os loop": "def f(p, c):\n    while True: pass",
     "sleep": "import time\ndef f(p, c): time.sleep(9999)",
     "load loop": "while True: pass", "interrupt": "def f(p, c): raise KeyboardInterrupt",
@@ -610,7 +612,8 @@ def reward_cases() -> Iterator[Case]:
         def make(place: Place, text=text) -> list[str]:
             (place.folder / "reward.py").write_text(text + "\n")
             return train_with(place, **METHOD_KEYS["grpo"], grpo_reward="reward.py:f")
-        yield Case("reward", f"reward {name}", make, "either" if name == "huge" else "refused")
+        yield Case("reward", f"reward {name}", make, {
+            "huge": "either", "interrupt": "interrupted"}.get(name, "refused"))
     for entry in ("nonsense", "reward.py", "nothing.py:f", "reward.py:f*nan", "reward.py:f*many",
                   "correct*inf", ".:f", "reward.py:f*1e999", "correct, correct"):
         def make_entry(place: Place, entry=entry) -> list[str]:
@@ -788,7 +791,7 @@ def fresh_cases() -> Iterator[Case]:
                           "generate": "$PY $ROOT/generate.py --ckpt model --prompt 7",
                           "lora": "$PY $ROOT/lora.py --ckpt run --out out",
                           "gate": "$PY -m gate c.yaml"}.items():
-        for wait in (0.15, 0.4):
+        for wait in (0.5, 1.5):
             yield fresh(f"{name} interrupted at {wait} s",
                         f"{command} & sleep {wait}; kill -INT $!; wait $!", "interrupted")
     yield fresh("lens | head", f"{lens} | head -c 1", "accepted")
@@ -829,7 +832,7 @@ def all_cases() -> list[Case]:
 def make_fixtures(folder: Path) -> None:
     """In a process of its own: it computes, and what is forked from it afterwards would hang."""
     import mlx.core as mx
-    from conftest import TINY, CHAT, adapted, small_config, small_model, write_model
+    from conftest import CHAT, TINY, adapted, small_config, small_model, write_model
     from mlx.utils import tree_flatten
 
     from files.adapters import mlx_files, peft_files
@@ -906,7 +909,8 @@ def snapshot(folder: Path, without: tuple[str, ...] = ()) -> dict[str, tuple]:
             about = os.lstat(path)
             is_folder = stat.S_ISDIR(about.st_mode)
             found[os.path.relpath(path, folder)] = (
-                about.st_mode, about.st_ino, None if is_folder else (about.st_size, about.st_mtime_ns),
+                about.st_mode, about.st_ino,
+                None if is_folder else (about.st_size, about.st_mtime_ns),
                 os.readlink(path) if stat.S_ISLNK(about.st_mode) else "")
     return found
 
@@ -943,7 +947,8 @@ def run_forked(words: list[str], place: Place, mains: dict, out: Path) -> None:
         os.chdir(place.folder)
         from config import run_main
         from files import user_reward
-        user_reward.DEADLINE_S = 3
+        from gate import judge
+        user_reward.DEADLINE_S = judge.REQUEST_S = 3
         if words[0].startswith("cd "):
             os.chdir(words.pop(0)[3:])
         sys.argv = words
@@ -983,7 +988,7 @@ def wait_for(pid: int, deadline: float) -> int | None:
 def judge_case(case: Case, code: int | None, stdout: str, stderr: str, changes: list[str],
                own: list[str]) -> str:
     """"" if the promise is kept, else what is broken: hang, traceback, crash, accepted, ..."""
-    lines = [line for line in stderr.splitlines()
+    lines = [line for line in stderr.replace("\r", "\n").splitlines()
              if line.strip() and not line.startswith(("note: ", "warning: "))]
     if code is None:
         return "hang"
@@ -1005,7 +1010,7 @@ def judge_case(case: Case, code: int | None, stdout: str, stderr: str, changes: 
         return f"exit code {code}"
     if case.expected == "accepted":
         return "refused"
-    errors = [line for line in stderr.replace("\r", "\n").splitlines() if line.startswith("error: ")]
+    errors = [line for line in lines if line.startswith("error: ")]
     bars = [line for line in lines if "it/s" in line or "step/s" in line or "s/step" in line]
     if len(errors) != 1 or len(lines) - len(bars) > 1:
         return "not one line"
@@ -1023,13 +1028,14 @@ def run_case(case: Case, fixtures: Path, mains: dict) -> tuple[str, str, float]:
     for folder in (place.folder, place.outside, base / "out"):
         folder.mkdir()
     (place.outside / "kept.txt").write_text("kept\n")
+    said = base / "out" / "stdout", base / "out" / "stderr"
     try:
         words = case.make(place)
         before, witness = snapshot(place.folder), snapshot(place.outside)
         project = snapshot(ROOT, NOT_OURS)
         start = time.monotonic()
         if case.fresh:
-            with (open(base / "out" / "stdout", "w") as out, open(base / "out" / "stderr", "w") as err):
+            with open(said[0], "w") as out, open(said[1], "w") as err:
                 pid = subprocess.Popen(["bash", "-c", words[0]], cwd=place.folder, stdout=out,
                                        stderr=err, stdin=subprocess.DEVNULL, env=environment(place),
                                        start_new_session=True).pid
@@ -1040,8 +1046,8 @@ def run_case(case: Case, fixtures: Path, mains: dict) -> tuple[str, str, float]:
         code = wait_for(pid, start + DEADLINE_S)
         seconds = time.monotonic() - start
         end(pid)        # what it has left behind, of its own group
-        stdout, stderr = ((base / "out" / name).read_text(errors="replace")
-                          if (base / "out" / name).exists() else "" for name in ("stdout", "stderr"))
+        stdout, stderr = (path.read_text(errors="replace") if path.exists() else ""
+                          for path in said)
         changed = lambda old, new: sorted(
             name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
         changes = [*changed(witness, snapshot(place.outside)),
@@ -1058,9 +1064,13 @@ def run_case(case: Case, fixtures: Path, mains: dict) -> tuple[str, str, float]:
 
 
 @contextmanager
-def prepared() -> Iterator[tuple[Path, dict]]:
-    """Fixtures, made in a process of their own, and the commands, warm."""
-    fixtures = Path(tempfile.mkdtemp(prefix="hostile-fixtures-"))
+def prepared(kept: Path | None = None) -> Iterator[tuple[Path, dict]]:
+    """Fixtures, made in a process of their own, and the commands, warm. kept: made before."""
+    if kept and (kept / "gate" / "gate.json").exists():
+        yield kept, warm()
+        return
+    fixtures = kept or Path(tempfile.mkdtemp(prefix="hostile-fixtures-"))
+    fixtures.mkdir(parents=True, exist_ok=True)
     code = "import sys, hostile, pathlib; hostile.make_fixtures(pathlib.Path(sys.argv[1]))"
     try:
         done = subprocess.run([sys.executable, "-c", code, str(fixtures)], text=True,
@@ -1069,7 +1079,8 @@ def prepared() -> Iterator[tuple[Path, dict]]:
         assert done.returncode == 0, done.stderr
         yield fixtures, warm()
     finally:
-        shutil.rmtree(fixtures, ignore_errors=True)
+        if not kept:
+            shutil.rmtree(fixtures, ignore_errors=True)
 
 
 def sample(n: int, seed: int) -> list[Case]:
@@ -1088,12 +1099,13 @@ def main() -> int:
     parser.add_argument("n", nargs="?", type=int, help="a sample of so many; default: all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="cases whose name holds this text; their lines are shown")
+    parser.add_argument("--fixtures", type=Path, help="a folder to keep them in: made once")
     args = parser.parse_args()
     cases = sample(args.n, args.seed) if args.n else all_cases()
     cases = [case for case in cases if not args.only or args.only in case.name]
     counts, kept, broken = collections.Counter(), collections.Counter(), []
     start = time.monotonic()
-    with prepared() as (fixtures, mains):
+    with prepared(args.fixtures) as (fixtures, mains):
         for case in cases:
             why, said, seconds = run_case(case, fixtures, mains)
             counts[case.kind] += 1

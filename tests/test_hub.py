@@ -449,7 +449,7 @@ def save(path, tensors):
     (lambda f: (f / SECOND).write_bytes(b""), ("truncated or corrupt", SECOND)),
     (lambda f: (f / SECOND).write_bytes(b"\xff" * 500), ("truncated or corrupt", SECOND)),
     (lambda f: (f / INDEX).write_text("[" * 100_000), (INDEX, "not valid JSON")),
-    (lambda f: (f / INDEX).write_bytes(b"\xff"), (INDEX, "not valid JSON")),
+    (lambda f: (f / INDEX).write_bytes(b"\xff"), (INDEX, "not UTF-8")),
     (lambda f: (f / INDEX).unlink(), ("no model.safetensors", FIRST, "only safetensors")),
     (lambda f: [p.unlink() for p in f.iterdir()] and (f / "pytorch_model.bin").write_text("x"),
      ("no model.safetensors", "but pytorch_model.bin", "only safetensors")),
