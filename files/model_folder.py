@@ -277,7 +277,8 @@ def read_index(folder: Path) -> dict[str, str]:
     raises   BadInput where an entry is more than the name of a safetensors file in that folder
     """
     path = folder / INDEX
-    if not os.path.lexists(path):
+    # a link that leads nowhere is no folder without an index
+    if not is_file(path) and not os.path.lexists(path):
         return {}
     promised = read_json(path).get("weight_map")
     if not isinstance(promised, dict) or not promised:

@@ -274,7 +274,7 @@ PEFT_FIELDS = {
     "layers_to_transform": ("ids", False), "init_lora_weights": ("switch", False),
     "base_model_name_or_path": ("text", False), "use_dora": ("names", False)}
 # the values of which a field's default, or what it is at any rate, may be one
-ALSO_RIGHT = {"num_layers negative": "either", "num_layers large": "either",
+ALSO_RIGHT = {"records step zero": "either", "num_layers negative": "either", "num_layers large": "either",
               "rope_scaling object": "either", "eos_token digits": "either",
               "chat_template text": "either", "chat_template digits": "either"}
 
@@ -301,7 +301,7 @@ def json_cases() -> Iterator[Case]:
     for name, fields in (("mlx", MLX_FIELDS), ("peft", PEFT_FIELDS)):
         words = functools.partial(look_with_adapter, adapter=name)
         yield from field_cases(name, of(words, f"{name}/adapter_config.json"), fields)
-    yield from field_cases("state", of(continue_run, "run/metrics.jsonl", 0),
+    yield from field_cases("records", of(continue_run, "run/metrics.jsonl", 0),
                            {"step": ("names", True)})
     yield from field_cases("gate.json", of(train_behind_gate, "gate/gate.json"), {
         "verdict": ("names", True), "models": ("names", True), "models.base": ("names", True),

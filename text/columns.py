@@ -102,6 +102,9 @@ def read_problem(row: dict, needs_answer: bool = True) -> Problem:
     # what is empty is not there, such as Alpaca's input
     filled = {column: value for column, value in row.items() if value not in (None, "")}
     layout = layout_of(set(filled), needs_answer)
+    for column in {*layout} - {"messages", "conversations"}:
+        if not isinstance(filled.get(column, ""), str):
+            raise ValueError(f"{column} must be a string")
     found = LAYOUTS[layout](*(filled.get(column, "") for column in layout))
     texts = found | {column: filled.get(column, other) for column, other in BESIDE.items()}
     messages = texts.pop("messages", ())

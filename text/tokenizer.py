@@ -352,6 +352,8 @@ def read_tokenizer(folder: Path) -> dict | None:
         try:
             backend = sentencepiece.SentencePieceProcessor(
                 model_proto=read_data(path, "a sentencepiece model"))
+            if not backend.get_piece_size():
+                raise RuntimeError("it is empty")
         except RuntimeError as error:
             raise BadInput(f"{path} is not a sentencepiece model ({str(error)[:80]}); "
                            "fetch it again") from None
