@@ -49,7 +49,7 @@ def read_adapter(folder: Path, blocks: int) -> tuple[dict, dict[str, mx.array], 
     if not is_file(where):
         raise BadInput(f"{folder} holds no adapter (no adapter_config.json); expected a run's "
                        "folder, or an adapter's as mlx-lm or peft writes it")
-    raw = read_json(where)
+    raw = read_json(where, "an adapter's settings, as mlx-lm or peft writes them")
     is_peft = "peft_type" in raw
     read_config = read_peft_config if is_peft else read_mlx_config
     rank, scale, paths = read_config(raw, linear_paths(blocks), str(where))

@@ -191,7 +191,7 @@ def check_target(path: str | Path, is_folder: bool = False) -> None:
     try:
         if is_kind(os.lstat(path).st_mode):
             return
-        why = f"it is there, and no {kind} (a link, a pipe, a device?)"
+        why = f"what lies there is no {kind}, but perhaps a link, a pipe or a device"
     except FileNotFoundError:
         return
     except (OSError, ValueError) as error:      # a part of the path is no folder, or a link's loop

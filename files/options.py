@@ -27,8 +27,11 @@ class Parser(argparse.ArgumentParser):
     def add_output(self, name: str, what: str) -> None:
         """A file to write: refused before any work is done if it is a link, a pipe or a device."""
         def new_file(path: str) -> str:
-            check_target(path)
-            check_target(Path(path).parent.resolve(), is_folder=True)
+            try:
+                check_target(path)
+                check_target(Path(path).parent.resolve(), is_folder=True)
+            except (BadInput, OSError, RuntimeError) as error:  # resolve: a loop of links
+                raise argparse.ArgumentTypeError(str(error)) from None
             return path
 
         self.add_argument(name, metavar="FILE", type=new_file, help=what)

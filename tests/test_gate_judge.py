@@ -189,7 +189,8 @@ def test_labels(tmp_path):
     for text, words in ((other, "labels another reply than base-raw a now has"),
                         (row("c", "pass") + row("a", "pass", "x"),
                          "2 bad rows: line 1 .base-raw c is unknown.*line 2 .x a is unknown"),
-                        (row("a", "yes"), '1 bad rows: line 1 .*human = "yes", expected "pass" or "fail"'),
+                        (row("a", "yes"),
+                         '1 bad rows: line 1 .*human = "yes", expected "pass" or "fail"'),
                         (row("a", "pass") * 2, "1 bad rows: line 2 .base-raw a is there twice"),
                         ("{", "1 bad rows: line 1 ")):
         path.write_text(text)

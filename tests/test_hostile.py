@@ -4,12 +4,13 @@ The commands are forked from a process that has computed nothing, so it is not t
 """
 import hostile
 import pytest
-from conftest import run
+from conftest import ROOT, run
 
 
 def test_there_are_enough():
     cases = hostile.all_cases()
     assert len(cases) >= 600
+    assert f"{len(cases):,} hostile inputs" in (ROOT / "README.md").read_text()
     drawn = hostile.sample(150, 0)
     assert {case.kind for case in drawn} == {case.kind for case in cases}
     assert [case.name for case in drawn] == [case.name for case in hostile.sample(150, 0)]
