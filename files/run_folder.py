@@ -289,8 +289,6 @@ def check_is_run(folder: Path) -> None:
     """
     if folder.is_symlink():
         check_target(folder, is_folder=True)
-    for name in (*RUN_FILES, LOCK):
-        check_target(folder / name, is_folder=name == "best")
     try:
         names = {path.name for path in folder.iterdir()}
     except FileNotFoundError:
@@ -303,6 +301,8 @@ def check_is_run(folder: Path) -> None:
     if "config.yaml" not in names and names - {LOCK, ".config.yaml.tmp"}:
         raise BadInput(f"run_dir = {folder} exists and is not a run folder "
                        "(it has no config.yaml); give another run_dir")
+    for name in (*RUN_FILES, LOCK):
+        check_target(folder / name, is_folder=name == "best")
 
 
 def check_same_run(keys: dict, config: Path) -> None:

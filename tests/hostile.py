@@ -687,6 +687,7 @@ def serve(how: str, outside: Path, ready) -> None:
             self.end_headers()
             self.wfile.write(body)
 
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)    # what it says of those that hang up
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     os.write(ready, str(server.server_port).encode())
     server.serve_forever()

@@ -1,9 +1,9 @@
 """Conversations as texts: what each template puts around messages, and where the messages stand.
 
-A chat template is a stranger's program and is rendered in a process of its own (sandbox.py), with a
-slot in place of each message. Control tokens are looked for in the template's own text alone, and
-what people and models wrote is put between as plain ids (tokenizer.py). Rendering first and encoding
-the whole lets a message speak for any role.
+A chat template is a stranger's program and is rendered in a process of its own (sandbox.py), with
+a slot in place of each message. Control tokens are looked for in the template's own text alone, and
+what people and models wrote is put between as plain ids (tokenizer.py). Rendering first and
+encoding the whole lets a message speak for any role.
 
     raw     the user's text, nothing else          lines   a line each, for so small a model that
     plain   "User: ...\nAssistant:" for a base             labels are most of what it would read
