@@ -43,6 +43,9 @@ gate: .venv/ready  ## before you train: is there a gap? on the bundled model, wi
 kill: .venv/ready  ## kill -9 at 100 random moments, then the same command: every run must end bit-identical (15 minutes)
 	$(PY) tests/kill_drill.py
 
+hostile: .venv/ready_dev  ## thousands of hostile inputs, each file, field, path and key with each wrong value: one clear line, in time, nothing touched (15 minutes)
+	OPENBLAS_NUM_THREADS=1 $(PY) tests/hostile.py
+
 study: .venv/ready  ## the study: every condition, then RESULTS.md; goes on where it stopped (90 minutes on two cores; STUDY=smoke: two)
 	$(PY) -m study $(if $(filter smoke,$(STUDY)),--smoke)
 
@@ -81,4 +84,4 @@ tiny_cot: .venv/ready  ## the same for the one that can write chains (20 minutes
 clean:  ## remove the virtual environment and all runs
 	rm -rf .venv .venv-bench runs
 
-.PHONY: help setup run real smollm2 test test-plain gate kill lint table study results markovian fullsize bench bench-peers growth tiny tiny_cot clean
+.PHONY: help setup run real smollm2 test test-plain gate kill hostile lint table study results markovian fullsize bench bench-peers growth tiny tiny_cot clean

@@ -10,10 +10,10 @@ import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from config import BadInput, Config, load_config
+from config import BadInput, Config
+from files import model_folder
 from files.adapters import about_adapter, adapter_arrays, mlx_files, peft_files
-from files.disk import check_new
-from files.model_folder import model_files, parse_args, read_origin, root_model, write_files
+from files.disk import check_new, is_file
 from lora import load_adapters, merge
 from model import Llama, load
 from text.tokenizer import Tokenizer, load_tokenizer
@@ -23,7 +23,7 @@ def checkpoint_files(model: Llama, cfg: Config) -> dict:
     """What a run saves for eval.py and others, {file name: content}: adapter or all weights."""
     if not cfg.full:
         return mlx_files(adapter_arrays(model), about_adapter(model, cfg.model))
-    return model_files(model, cfg.model)
+    return model_folder.model_files(model, cfg.model)
 
 
 def init_weights(model: Llama) -> None:
@@ -43,8 +43,7 @@ def init_weights(model: Llama) -> None:
 
 
 def load_base(name: str | Path, dtype: str | None = None, bits: int | None = None,
-              from_scratch: bool = False,
-              group_size: int | None = None) -> tuple[Llama, Tokenizer]:
+              from_scratch: bool = False, group_size: int | None = None) -> tuple[Llama, Tokenizer]:
     """`model.load`, where name may also be a run: its adapter is merged first.
 
     from_scratch  random weights from MLX's current random state; of the folder only config.json and
@@ -56,11 +55,11 @@ def load_base(name: str | Path, dtype: str | None = None, bits: int | None = Non
     raises  BadInput, also where there is no tokenizer
     """
     if from_scratch:
-        folder, raw = read_origin(name)
-        model = Llama(parse_args(raw, f"{folder}/config.json"))
+        folder, raw = model_folder.read_origin(name)
+        model = Llama(model_folder.parse_args(raw, f"{folder}/config.json"))
         init_weights(model)
         tokenizer = load_tokenizer(folder, model.args.vocab_size)
-    elif root_model(name) == name:
+    elif model_folder.root_model(name) == name:
         model, tokenizer = load(name, dtype, bits, group_size)
     else:
         model, tokenizer, _ = load_checkpoint(name, dtype=dtype)
@@ -84,13 +83,13 @@ def load_checkpoint(ckpt: str | Path, adapter: str | Path | None = None,
     dtype    None: a run's own
     """
     folder, cfg = Path(ckpt), None
-    if (folder / "config.yaml").exists():
-        cfg = load_config(folder / "config.yaml")
+    if is_file(folder / "config.yaml"):
+        cfg = model_folder.load_run_config(folder)
         # a whole model's last file (files/model_folder.py)
         if not any((folder / name).exists() for name in ("adapters.safetensors", "config.json")):
             raise BadInput(f"run folder {folder} holds no weights yet; "
                            f"finish it with `python train.py {folder}/config.yaml`")
-    own = (folder / "adapter_config.json").exists()
+    own = is_file(folder / "adapter_config.json")
     if own and cfg is None:
         raise BadInput(f"{folder} holds an adapter but no config.yaml, so its base model is "
                        f"unknown; give --ckpt BASE --adapter {folder} (load_adapters does it on a "
@@ -100,6 +99,7 @@ def load_checkpoint(ckpt: str | Path, adapter: str | Path | None = None,
     model, tokenizer = load_base(base, dtype or own_dtype, bits)
     if top is not None:
         load_adapters(model, top)
+    model_folder.check_logits(model, f"{ckpt} + {adapter}" if adapter else ckpt)
     return model, tokenizer, cfg
 
 
@@ -114,14 +114,15 @@ def main(argv: list[str]) -> None:
     name, base = (args.adapter, args.ckpt) if args.adapter else (args.ckpt, cfg.model)
     if args.format != "hub":
         make_files = peft_files if args.format == "peft" else mlx_files
-        write_files(args.out, make_files(adapter_arrays(model), about_adapter(model, base)))
+        files = make_files(adapter_arrays(model), about_adapter(model, base))
+        model_folder.write_files(args.out, files)
         print(f"wrote the adapter of {name} to {args.out}; its base is {base}")
-        if root_model(base) != base:
+        if model_folder.root_model(base) != base:
             print(f"{base} is a run itself, and the base is that run fused: "
                   f"`python lora.py --ckpt {base} --out FOLDER`")
         return
     merge(model)
     from engine.quant import unquantize  # as above
     unquantize(model, model.model.norm.weight.dtype)
-    write_files(args.out, model_files(model, base))
+    model_folder.write_files(args.out, model_folder.model_files(model, base))
     print(f"fused {name} into {args.out}")

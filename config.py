@@ -13,6 +13,7 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
+from files.disk import check_words, describe, steady_output
 from files.keys import ON_POLICY, BadInput, Stopped, owners_of, read_keys, validate
 
 
@@ -173,14 +174,15 @@ def resolved(cfg: Config) -> dict:
 
 def run_main(main) -> None:
     """Call an entry point and exit with a code: 0 done, 2 bad input, 3 guard, 130 interrupted."""
+    steady_output()
     try:
-        code = main(sys.argv[1:])
-    except BadInput as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        code = 2
+        code = main(check_words(sys.argv[1:]))
     except Stopped as error:
         print(f"stopped: {error}", file=sys.stderr)
         code = 3
+    except (BadInput, MemoryError, RuntimeError) as error:
+        print(f"error: {describe(error)}", file=sys.stderr)
+        code = 2
     except KeyboardInterrupt:
         code = 130
     sys.exit(code or 0)

@@ -99,8 +99,7 @@ def measure_loss(model: Llama, tokenizer: Tokenizer, problems: list[Problem],
 def measure_reward(model: Llama, tokenizer: Tokenizer, problems: list[Problem],
                    cfg: Config) -> list[dict]:
     """Of rows without an answer, judged by cfg.grpo_reward: [{prompt, ..., reward}]."""
-    # imported here: no other method has such rows
-    from files.user_reward import call_rewards, load_rewards
+    from files.user_reward import call_rewards, load_rewards  # no other method has such rows
     done = complete(model, tokenizer, problems, cfg.max_completion_tokens, cfg.template)
     judged = call_rewards(load_rewards(cfg.grpo_reward), model, tokenizer, problems, done)
     return [{"prompt": p.prompt, "generated": c.text.strip(), "correct": None, "reward": reward,
@@ -192,8 +191,7 @@ def evaluate_on_chains(model: Llama, tokenizer: Tokenizer, test: list[Problem],
 
     The only series is the answer's first token: there is no operation to name.
     """
-    # imported here: no other method writes chains
-    from markovian import evaluate_chains
+    from markovian import evaluate_chains  # no other method writes chains
     from text.questions import answer_prompt, encode_question
     rows = evaluate_chains(model, tokenizer, test, cfg)
     questions = [encode_question(p, tokenizer, cfg.markovian, cfg.template) for p in test]

@@ -174,8 +174,7 @@ def sample_batch(model: Llama, prompts: list[list[int]], group: int, pick, unifo
 
 
 def main(argv: list[str]) -> None:
-    # imported here: training samples too, and talks with nobody
-    from files.options import generate_options
+    from files.options import generate_options  # training samples too, and talks with nobody
     from report.conversation import talk
     args = generate_options(argv)
     model, tokenizer, cfg = load_checkpoint(args.ckpt, args.adapter)

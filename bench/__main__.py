@@ -224,7 +224,7 @@ def times(side: dict) -> str:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(description="Measure speed and memory, ours and peers'.")
-    parser.add_argument("--json", metavar="FILE", help="write the numbers")
+    parser.add_output("--json", "the numbers")
     parser.add_argument("--only", metavar="WORK", action="append",
                         help=f"of {', '.join(SIZES)}; may be given repeatedly")
     parser.add_argument("--shape", choices=SHAPES, default="40m", help="of the random weights")

@@ -81,7 +81,7 @@ def line(curve: dict) -> str:
 
 def main(argv: list[str]) -> None:
     parser = Parser(description="How time and memory grow with each size.")
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_output("--json", "the curves")
     parser.add_argument("--only", action="append", metavar="SIZE", help=", ".join(SWEEPS))
     args = parser.parse_args(argv)
     if wrong := [name for name in args.only or () if name not in SWEEPS]:

@@ -22,6 +22,7 @@ import ctypes
 import ctypes.util
 import importlib.metadata
 import os
+import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -32,6 +33,7 @@ MOST = 4    # parts
 ORDER, IN_TURN = "MLX_BFS_MAX_WIDTH", "1000"
 KERNELS = "OPENBLAS_CORETYPE"
 CPU_INFO = Path("/proc/cpuinfo")
+LEAST_ADDRESSES = 2 ** 31   # bytes: libraries, threads' stacks and malloc's arenas take most of it
 OLDEST = b"Prescott"    # what an OpenBLAS takes an x86-64 processor for that it does not know
 REMEDY = "run `apt-get install libopenblas0`, or set NANOLENS_BLAS=/path/to/libopenblas.so.0"
 
@@ -187,6 +189,22 @@ def linux_cpu() -> bool:
     return CPU_WHEEL and not PLAIN and mx.default_device() == mx.Device(mx.cpu)
 
 
+def end_quietly(kind: type, error: BaseException, trace) -> None:
+    """What Python says of an error that ends it; of Ctrl-C, as modules load, nothing."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+
+
+# the project's own commands; a program of the user's, which imports us, keeps its traceback
+if Path(__file__).parent.parent in Path(
+        getattr(sys.modules["__main__"], "__file__", None) or "").resolve().parents[:2]:
+    sys.excepthook = end_quietly
+    addresses = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if addresses != resource.RLIM_INFINITY and addresses < LEAST_ADDRESSES:
+        print(f"error: the limit on memory (ulimit -v) is {addresses // 1024} KiB; expected at "
+              f"least {LEAST_ADDRESSES // 1024}: with less, MLX's threads wait for ever for what "
+              "they are not given", file=sys.stderr)
+        sys.exit(2)
 CPU_WHEEL = cpu_wheel()
 # after `import mlx.core` it would be too late
 FIRST = CPU_WHEEL and "mlx.core" not in sys.modules

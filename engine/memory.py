@@ -92,12 +92,14 @@ def peak_gib() -> float:
 
 
 def available_gib() -> float:
-    """The machine's memory, or the GPU's."""
+    """The machine's memory or what a limit leaves of it, or the GPU's."""
     about = mx.device_info() if mx.default_device() != mx.Device(mx.cpu) else {}
     for key in ("max_recommended_working_set_size", "total_memory", "memory_size"):
         if key in about:    # Metal, CUDA, Metal
             return about[key] / GIB
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]      # ulimit -v
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return (memory if limit == resource.RLIM_INFINITY else min(memory, limit)) / GIB
 
 
 def weight_bytes(args, raw: dict, cfg: Config) -> int:

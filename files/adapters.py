@@ -20,7 +20,10 @@ from files.disk import (
     NAMES,
     OBJECT,
     POSITIVE,
+    RANK,
     REQUIRED,
+    SWITCH,
+    TEXT,
     Kind,
     is_file,
     one_of,
@@ -50,7 +53,7 @@ def read_adapter(folder: Path, blocks: int) -> tuple[dict, dict[str, mx.array], 
     if not is_file(where):
         raise BadInput(f"{folder} holds no adapter (no adapter_config.json); expected a run's "
                        "folder, or an adapter's as mlx-lm or peft writes it")
-    raw = read_json(where)
+    raw = read_json(where, "an adapter's settings, as mlx-lm or peft writes them")
     is_peft = "peft_type" in raw
     read_config = read_peft_config if is_peft else read_mlx_config
     rank, scale, paths = read_config(raw, linear_paths(blocks), str(where))
@@ -173,8 +176,10 @@ def from_peft(arrays: dict[str, mx.array]) -> dict[str, mx.array]:
 
 # adapter_config.json of mlx-lm, and of it lora_parameters; without keys all linear layers are meant
 MLX_FIELDS = {"fine_tune_type": (one_of("lora"), "lora"), "lora_parameters": (OBJECT, REQUIRED),
-              "num_layers": (Kind("a whole number", lambda v: type(v) is int), -1)}
-MLX_LORA = {"rank": (COUNT, REQUIRED), "scale": (POSITIVE, REQUIRED), "keys": (NAMES, None)}
+              "num_layers": (Kind("a whole number above 0, or -1", lambda v: (
+                  v == -1 or COUNT.fits(v))), -1),
+              "model": (TEXT, None), "base_fingerprint": (TEXT, None)}
+MLX_LORA = {"rank": (RANK, REQUIRED), "scale": (POSITIVE, REQUIRED), "keys": (NAMES, None)}
 
 
 def read_mlx_config(settings: dict, layers: list[str],
@@ -197,6 +202,9 @@ def read_mlx_config(settings: dict, layers: list[str],
     return lora["rank"], lora["scale"], paths
 
 
+UNSET = one_of(False, "", [], {})
+
+
 def read_peft_config(settings: dict, layers: list[str],
                      where: str) -> tuple[int, float, list[str]]:
     """A PEFT config's rank, scale, and the paths out of `layers` that it wraps.
@@ -205,41 +213,30 @@ def read_peft_config(settings: dict, layers: list[str],
     blocks, which PEFT takes for all where it is not set.
     raises   BadInput, naming every setting that asks for more than two matrices to a linear layer
     """
-    rank, alpha, targets = (settings.get(k) for k in ("r", "lora_alpha", "target_modules"))
-    L, blocks = len(layers) // len(MODULES), settings.get("layers_to_transform")
-    blocks = list(range(L)) if blocks is None or blocks == [] else blocks
-    blocks = blocks if isinstance(blocks, list) else [blocks]
-
     def ends(path, target):
         return f".{path}".endswith(f".{target}")
 
-    read = {  # setting: is it one we compute, and what it should be
-        "peft_type": (settings["peft_type"] == "LORA", "LORA"),
-        "r": (COUNT.fits(rank), COUNT.expected),
-        "lora_alpha": (POSITIVE.fits(alpha), POSITIVE.expected),
-        "target_modules": (NAMES.fits(targets) and all(
-            any(ends(path, target) for path in layers) for target in targets),
-            f"a list out of {', '.join(PEFT_TARGETS)}, or paths of such layers"),
-        "layers_to_transform": (all(type(b) is int and 0 <= b < L for b in blocks),
-                                f"blocks out of 0 to {L - 1}"),
-        "layers_pattern": (settings.get("layers_pattern") in (None, "", [], "layers", ["layers"]),
-                           "layers"),
-        "bias": (settings.get("bias", "none") == "none", "none"),
-        "use_rslora": (settings.get("use_rslora") in (None, False, True), "true or false"),
+    L = len(layers) // len(MODULES)
+    in_model = lambda v: type(v) is int and 0 <= v < L
+    fields = {
+        "peft_type": (one_of("LORA"), REQUIRED), "r": (RANK, REQUIRED),
+        "lora_alpha": (POSITIVE, REQUIRED), "base_model_name_or_path": (TEXT, None),
+        "target_modules": (Kind(
+            f"a list out of {', '.join(PEFT_TARGETS)}, or paths of such layers",
+            lambda v: NAMES.fits(v) and all(any(ends(p, t) for p in layers) for t in v)), REQUIRED),
+        "layers_to_transform": (Kind(f"blocks out of 0 to {L - 1}", lambda v: (
+            in_model(v) or type(v) is list and all(map(in_model, v)))), []),
+        "layers_pattern": (one_of("", "layers", [], ["layers"]), ""),
+        "bias": (one_of("none"), "none"), "use_rslora": (SWITCH, False),
         # the others change the base's own weights as well
-        "init_lora_weights": (settings.get("init_lora_weights", True) in (True, False, "gaussian"),
-                              "true, false or gaussian"),
-    }
-    mistakes = [(k, expected) for k, (fits, expected) in read.items() if not fits]
+        "init_lora_weights": (one_of(True, False, "gaussian"), True)}
     # whatever else is set, by this PEFT or a later one, may change what is computed
-    mistakes += [(k, "unset") for k, v in settings.items()
-                 if k not in read.keys() | PEFT_NEUTRAL
-                 and v is not None and v is not False and v not in ("", [], {})]
-    if mistakes:
-        raise BadInput(f"{where}: not a PEFT adapter that can be read here: " + "; ".join(
-            f"{k} = {json.dumps(settings.get(k))[:80]}, expected {expected}"
-            for k, expected in mistakes))
-    scale = alpha / (rank ** 0.5 if settings.get("use_rslora") else rank)
+    fields |= {name: (UNSET, None) for name in settings.keys() - fields.keys() - PEFT_NEUTRAL}
+    about = read_fields(settings, fields, f"{where}: not a PEFT adapter that can be read here")
+    rank, alpha, targets = about["r"], about["lora_alpha"], about["target_modules"]
+    blocks = about["layers_to_transform"]
+    blocks = [blocks] if type(blocks) is int else blocks or range(L)
+    scale = alpha / (rank ** 0.5 if about["use_rslora"] else rank)
     paths = [path for path in layers if any(ends(path, target) for target in targets)
              and int(path.split(".")[2]) in blocks]
     return rank, scale, paths

@@ -2,35 +2,58 @@
 
 A kill or a power cut may come at any moment. So a file is written beside its place, made durable,
 and renamed: a reader sees the old one or the new one, never a part. Lines are appended, and a torn
-last line is dropped on reading. What comes from outside is held against a declared shape.
+last line is dropped on reading. A target that is a link, a pipe or a device is refused: writing
+would change something else, or wait for ever.
+
+What comes from outside is read in one way: a regular file of bounded size, UTF-8, JSON whose
+nesting is bounded, whose numbers are finite and whose texts are text. Then it is held against a
+declared shape, {field: (kind, default)}, and all mistakes are said at once.
 """
 import json
+import math
 import os
 import re
 import stat
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
-from config import BadInput
+SECRETS = re.compile(
+    r"hf_\w{16,}|sk-[\w-]{16,}|(?<=[Bb]earer )[^\s'\"]+|(?<=://)[^/@\s]+(?=@)")
+KEYS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "OPENAI_API_KEY")
+LARGEST = 2 ** 26       # bytes of settings; tokenizers, the longest such files, have 2 ** 25
+LARGEST_ROWS = 2 ** 33  # of data: rows are read as a whole
+DEEPEST = 64            # objects within objects
 
-SECRETS = re.compile(r"hf_\w{16,}|(?<=[Bb]earer )[^\s'\"]+|(?<=://)[^/@\s]+(?=@)")
+
+class BadInput(ValueError):
+    """Something the user can mend: says what was given, what was expected, where, and the fix."""
+
+
+def scrub(text: object) -> str:
+    """On one line, printable, without a token: what a user pasted, or a server sent back."""
+    text = " ".join(str(text).split())
+    for name in KEYS:
+        if token := os.environ.get(name, "").strip():
+            text = text.replace(token, "<token>")
+    return "".join(c if c.isprintable() else "?" for c in SECRETS.sub("<token>", text))
 
 
 def one_line(error: object) -> str:
-    """Its text on one line, 200 printable characters, and no token: a server may send it back."""
-    text = " ".join(str(error).split())
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        if token := os.environ.get(name, "").strip():
-            text = text.replace(token, "<token>")
-    return "".join(c if c.isprintable() else "?" for c in SECRETS.sub("<token>", text))[:200]
+    """A foreign error in a message: its first 200 characters."""
+    return scrub(error)[:200]
+
+
+# --------------------------------------------------------------------------------------------------
+# in
 
 
 def is_file(path: Path) -> bool:
     """A file or a link to one, as all of the Hub's cache is; BadInput where one may not look."""
     try:
         return stat.S_ISREG(path.stat().st_mode)
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):     # a null byte in a name
         return False
     except OSError as error:
         raise unreadable(path, error) from None
@@ -41,20 +64,139 @@ def unreadable(path: Path, error: OSError) -> BadInput:
                     "check its permissions and its folder's")
 
 
-def read_json(path: Path) -> dict:
-    """Read a JSON object; raises BadInput naming the file."""
+def read_data(path: str | Path, expected: str, largest: int = LARGEST) -> bytes:
+    """A file from outside, or what a link to one leads to; raises BadInput."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        # or opening a pipe would wait until somebody writes to it
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            about = os.fstat(file.fileno())
+            if not stat.S_ISREG(about.st_mode):
+                raise BadInput(f"{path} is a folder, a pipe or a device; expected {expected}")
+            # one byte more than it says: a file of the kernel's says 0, and may have no end
+            data = file.read(about.st_size + 1) if about.st_size <= largest else b""
+        if about.st_size > largest or len(data) > about.st_size:
+            raise BadInput(f"{path} has more than {min(largest, about.st_size)} bytes; "
+                           f"expected {expected}")
+        return data
     except FileNotFoundError:
-        raise BadInput(f"{path} is missing; expected a folder in the Hub's layout "
-                       "(config.json, *.safetensors, tokenizer)") from None
-    except OSError as error:
-        raise unreadable(path, error) from None
-    except (ValueError, RecursionError) as error:   # not JSON, not UTF-8, nested without end
-        raise BadInput(f"{path} is not valid JSON ({one_line(error)}); fetch it again") from None
+        raise BadInput(f"{path} is missing; expected {expected}") from None
+    except (OSError, ValueError, MemoryError) as error:
+        if isinstance(error, BadInput):
+            raise
+        why = getattr(error, "strerror", None) or one_line(error) or "it does not fit the memory"
+        raise BadInput(f"{path} cannot be read ({why}); expected {expected}") from None
+
+
+def read_text(path: str | Path, expected: str, largest: int = LARGEST) -> str:
+    try:
+        return read_data(path, expected, largest).decode()
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not UTF-8 ({one_line(error)}); expected {expected}") from None
+
+
+def parse_json(text: str) -> object:
+    """A JSON value; ValueError where numbers are not finite, texts no text, or it nests too deep.
+
+    Python's own reader takes NaN, 1e999 and half an emoji, which is valid JSON and no text.
+    """
+    try:
+        value = json.loads(text, parse_constant=finite_number, parse_float=finite_number)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    level, depth = [value], 0
+    # most texts have too few brackets to be looked into
+    while level and text.count("{") + text.count("[") > DEEPEST:
+        if depth > DEEPEST:
+            raise ValueError(f"nested more than {DEEPEST} deep")
+        depth += 1
+        level = [inner for outer in level if isinstance(outer, dict | list)
+                 for inner in (outer.values() if isinstance(outer, dict) else outer)]
+    if "\\ud" in text.lower():
+        json.dumps(value, ensure_ascii=False).encode()     # UnicodeEncodeError is a ValueError
+    return value
+
+
+def finite_number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no finite number")
+    return value
+
+
+def read_json(path: Path, expected: str = "a folder in the Hub's layout (config.json, "
+              "*.safetensors, tokenizer)") -> dict:
+    """Read a JSON object; raises BadInput naming the file."""
+    text = read_text(path, expected)
+    try:
+        value = parse_json(text)
+    except ValueError as error:
+        raise BadInput(f"{path} is not valid JSON ({one_line(error)}); expected {expected}, "
+                       "whole: fetch or write it again") from None
     if not isinstance(value, dict):
         raise BadInput(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    """The rows of a file of ours up to where a kill has torn it; [] if there is none."""
+    if not os.path.lexists(path):
+        return []
+    check_target(path)      # it is written on
+    rows = []
+    # bytes: it may be torn within a letter
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            rows.append(json.loads(line))
+        except (ValueError, RecursionError):
+            break
+        if not isinstance(rows[-1], dict):
+            return rows[:-1]
+    return rows
+
+
+def read_rows(path: str | Path, read: Callable[[dict], object], expected: str) -> list:
+    """`read` of each line's object; BadInput names the lines that it refuses.
+
+    read     raises ValueError, KeyError, TypeError or AttributeError. Empty lines are left out
+    """
+    rows, bad = [], []
+    # splitlines would cut at U+2028 too
+    for number, line in enumerate(read_text(path, expected, LARGEST_ROWS).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = parse_json(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"a {type(row).__name__}, no object")
+            rows.append(read(row))
+        except ValueError as error:
+            bad.append(f"line {number} ({scrub(error)[:400]})")
+        except (KeyError, TypeError, AttributeError) as error:
+            bad.append(f"line {number} ({one_line(repr(error))})")
+    if bad:
+        raise BadInput(f"{path}: {len(bad)} bad rows: {', '.join(bad[:5])}"
+                       f"{' ...' if bad[5:] else ''}; expected {expected}")
+    if not rows:
+        raise BadInput(f"{path} is empty; expected {expected}")
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------
+# out
+
+
+def check_target(path: str | Path, is_folder: bool = False) -> None:
+    """BadInput unless a file (folder) may be written there: there is none yet, or one, no link."""
+    kind, is_kind = ("folder", stat.S_ISDIR) if is_folder else ("file", stat.S_ISREG)
+    try:
+        if is_kind(os.lstat(path).st_mode):
+            return
+        why = f"what lies there is no {kind}, but perhaps a link, a pipe or a device"
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:      # a part of the path is no folder, or a link's loop
+        why = getattr(error, "strerror", None) or one_line(error)
+    raise BadInput(f"{path} cannot be written ({why}); give the name of a new {kind}")
 
 
 def replace_file(temporary: Path, path: Path) -> None:
@@ -66,10 +208,13 @@ def replace_file(temporary: Path, path: Path) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a temporary file, then rename: a reader sees the old or the new. Raises BadInput."""
+    check_target(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
+        temporary.unlink(missing_ok=True)   # made anew: a link there would be written through
+        with open(temporary, "xb") as file:
+            file.write(data)
         replace_file(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -83,6 +228,7 @@ def write_text(path: Path, text: str) -> None:
 
 def check_new(folder: Path) -> None:
     """BadInput unless a folder to write is absent or empty: two models in one would mix."""
+    check_target(folder, is_folder=True)
     try:
         taken = any(folder.iterdir())
     except FileNotFoundError:
@@ -95,6 +241,7 @@ def check_new(folder: Path) -> None:
 
 def append_text(path: Path, text: str, sync: bool = False) -> None:
     """Add text to a file; sync: on the disk before this returns. Raises BadInput."""
+    check_target(path)
     try:
         with open(path, "ab") as file:
             file.write(text.encode())
@@ -111,53 +258,67 @@ def json_lines(rows: Iterable[dict]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def read_json_lines(path: Path) -> list[dict]:
-    """The rows of a file up to where a kill has torn it; [] if there is none."""
-    rows = []
-    # bytes: it may be torn within a letter
-    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+class Steady:
+    """A stream that goes on where nobody reads any more: a closed pipe or a full disk under what is
+    printed ends no training."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        return self.attempt(self.stream.write, text) or len(text)
+
+    def flush(self) -> None:
+        self.attempt(self.stream.flush)
+
+    def attempt(self, do: Callable, *words):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-        if not isinstance(rows[-1], dict):
-            return rows[:-1]
-    return rows
+            return do(*words)
+        except OSError as error:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())      # what waits in the buffer goes there too
+            os.close(nowhere)
+            if not isinstance(error, BrokenPipeError) and self is sys.stdout:
+                print(f"note: what is printed is lost ({error.strerror})", file=sys.stderr)
 
 
-def read_each_line(text: str, read: Callable[[dict], object]) -> tuple[list, list[tuple]]:
-    """`read` of every JSON line, and what it refuses: ([result, ...], [(line number, error), ...]).
-
-    read     raises ValueError, KeyError, TypeError or AttributeError. Empty lines are left out
-    """
-    results, bad = [], []
-    for number, line in enumerate(text.split("\n"), 1):     # splitlines would cut at U+2028 too
-        if not line.strip():
-            continue
+def steady_output() -> None:
+    """Make printing safe: streams that are closed, that break, or that lack a letter."""
+    for number in range(3):
         try:
-            results.append(read(json.loads(line)))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            bad.append((number, error))
-    return results, bad
+            os.fstat(number)
+        except OSError:     # or the next file to be opened would be printed into
+            os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")
+        if hasattr(stream, "reconfigure"):      # "?" where its encoding lacks a letter
+            stream.reconfigure(errors="replace")
+        setattr(sys, name, stream if isinstance(stream, Steady) else Steady(stream))
 
 
-def read_text(path: str | Path, expected: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path} cannot be read ({error}); expected {expected}") from None
+def check_words(words: list[str]) -> list[str]:
+    """A command's words; BadInput where one is no text: bytes that are not UTF-8."""
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise BadInput(f"{word[:80]!a} is not UTF-8; give it in that encoding") from None
+    return words
 
 
-def read_rows(path: str | Path, read: Callable[[dict], object], expected: str) -> list:
-    """`read` of each line's object; BadInput names the lines that it refuses (ValueError)."""
-    rows, refused = read_each_line(read_text(path, expected), read)
-    bad = [f"{path}:{number}: {str(error)[:200]}" for number, error in refused]
-    if bad:
-        raise BadInput(f"{'; '.join(bad[:4])}{' ...' if bad[4:] else ''}; {len(bad)} bad lines, "
-                       f"expected {expected}")
-    if not rows:
-        raise BadInput(f"{path} holds no rows; expected {expected}")
-    return rows
+def describe(error: Exception) -> str:
+    """A command's last line about what the user can mend; raises all else again."""
+    text = scrub(error)
+    out = isinstance(error, MemoryError) or re.search(
+        r"allocate|bad_alloc|out of memory|can't start new thread", text, re.I)
+    if not out and not isinstance(error, BadInput):
+        raise error
+    return text if not out or isinstance(error, BadInput) else (
+        f"the memory is used up ({text[:200] or 'no more to be had'}); free some, raise the limit "
+        "(ulimit -v), or take a smaller model or batch")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -178,7 +339,7 @@ def grow(path: Path, part: int, key: str, wanted: list,
     rows = read_json_lines(path)
     if len(rows) < len(wanted):
         rows = rows[:len(rows) // part * part]
-    if [row[key] for row in rows] != wanted[:len(rows)]:
+    if [row.get(key) for row in rows] != wanted[:len(rows)]:
         raise BadInput(f"{path} is about {others}")
     write_text(path, json_lines(rows))      # without what a kill has torn
     while len(rows) < len(wanted):
@@ -198,13 +359,11 @@ def begin_folder(folder: Path, about: dict[str, object], again: str) -> None:
     again    what a user can do about another value
     """
     path, about = folder / BEGUN, json.loads(json.dumps(about))     # as read back: tuples are lists
+    check_target(folder, is_folder=True)
     record = {}
-    if path.exists():
-        try:
-            record = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise BadInput(f"{path} is damaged ({one_line(error)}); {again}") from None
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if os.path.lexists(path):
+        record = read_json(path, f"what {folder} was begun with; {again}")
+    elif folder.exists() and any(folder.iterdir()):
         raise BadInput(f"{folder} holds other files (it has no {BEGUN}); name a new folder")
     unlike = [f"{what} (was {record[what]}, is {value})" for what, value in about.items()
               if record.get(what, value) != value]
@@ -232,11 +391,25 @@ def one_of(*choices) -> Kind:
                 lambda v: any(type(v) is type(c) and v == c for c in choices))
 
 
+def whole(low: int, high: int) -> Kind:
+    return Kind(f"a whole number from {low} to {high}",
+                lambda v: type(v) is int and low <= v <= high)
+
+
+def list_of(kind: Kind) -> Kind:
+    return Kind(f"a list of which each is {kind.expected}",
+                lambda v: type(v) is list and all(map(kind.fits, v)))
+
+
 REQUIRED = object()     # as a default: the value must be there
 COUNT = Kind("a whole number of at least 1", lambda v: type(v) is int and 1 <= v < 2 ** 31)
-# float32's range; json reads NaN and Infinity
-POSITIVE = Kind("a finite number above 0", lambda v: type(v) in (int, float) and 1e-38 < v < 1e38)
+# what sizes memory and time is bounded, far above every model there is
+LAYERS, RANK, WIDTH = whole(1, 4096), whole(1, 4096), whole(1, 2 ** 22)
+# float32's range; whole numbers as MLX takes them
+POSITIVE = Kind("a finite number above 0", lambda v: (
+    type(v) is float and 1e-38 < v < 1e38 or COUNT.fits(v)))
 SWITCH = Kind("true or false", lambda v: type(v) is bool)
+TEXT = Kind("a text", lambda v: type(v) is str)
 OBJECT = Kind("an object {...}", lambda v: type(v) is dict)
 NAMES = Kind("a list of names, not empty",
              lambda v: type(v) is list and v and all(type(name) is str for name in v))
@@ -252,7 +425,7 @@ def read_fields(raw: dict, fields: dict[str, tuple[Kind, object]], where: str) -
               for name, (_, default) in fields.items()}
     mistakes = [f"missing {name}, expected {kind.expected}"
                 for name, (kind, _) in fields.items() if values[name] is REQUIRED]
-    mistakes += [f"{name} = {json.dumps(raw[name])[:80]}, expected {kind.expected}"
+    mistakes += [f"{name} = {one_line(json.dumps(raw[name]))[:80]}, expected {kind.expected}"
                  for name, (kind, _) in fields.items()
                  if raw.get(name) is not None and not kind.fits(raw[name])]
     if mistakes:

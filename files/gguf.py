@@ -22,7 +22,7 @@ import mlx.core as mx
 import numpy as np
 
 from config import BadInput
-from files.disk import COUNT, POSITIVE, REQUIRED, one_line, read_fields
+from files.disk import COUNT, LAYERS, POSITIVE, REQUIRED, WIDTH, one_line, read_fields
 from text.gguf_tokenizer import read_special_ids, to_json, tokenizer_files
 
 AGAIN = "fetch or convert it again"
@@ -45,12 +45,12 @@ IN_BLOCK = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernor
             "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
             "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
 # config.json's names: the header's behind "llama.", what it must be, and where it is left out
-FIELDS = {"hidden_size": ("embedding_length", COUNT, REQUIRED),
-          "intermediate_size": ("feed_forward_length", COUNT, REQUIRED),
-          "num_hidden_layers": ("block_count", COUNT, REQUIRED),
-          "num_attention_heads": ("attention.head_count", COUNT, REQUIRED),
-          "num_key_value_heads": ("attention.head_count_kv", COUNT, None),
-          "head_dim": ("attention.key_length", COUNT, None),
+FIELDS = {"hidden_size": ("embedding_length", WIDTH, REQUIRED),
+          "intermediate_size": ("feed_forward_length", WIDTH, REQUIRED),
+          "num_hidden_layers": ("block_count", LAYERS, REQUIRED),
+          "num_attention_heads": ("attention.head_count", WIDTH, REQUIRED),
+          "num_key_value_heads": ("attention.head_count_kv", WIDTH, None),
+          "head_dim": ("attention.key_length", WIDTH, None),
           "max_position_embeddings": ("context_length", COUNT, 2048),
           "rms_norm_eps": ("attention.layer_norm_rms_epsilon", POSITIVE, REQUIRED),
           "rope_theta": ("rope.freq_base", POSITIVE, 10000.0)}

@@ -7,15 +7,14 @@ Mistakes are collected, not raised one by one, and `BadInput` is what every file
 """
 import difflib
 import math
+import os
 import types
 import typing
 from pathlib import Path
 
 import yaml
 
-
-class BadInput(ValueError):
-    """Something the user can mend: says what was given, what was expected, where, and the fix."""
+from files.disk import BadInput, one_line, read_text
 
 
 class Stopped(RuntimeError):
@@ -56,14 +55,14 @@ def parse_value(text, kind) -> object:
 
 def read_yaml(path: Path) -> list[tuple[str, object, int]]:
     """The file's (key, text, line) triples: scalars stay text, `parse_value` alone types them."""
+    # the null device stands for no file: all keys have their defaults
+    text = "" if str(path) == os.devnull else read_text(
+        path, "a config file (YAML); see configs/ for examples", 2 ** 20)
     try:
-        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except FileNotFoundError:
-        raise BadInput(f"no config file {path}; see configs/ for examples") from None
-    except IsADirectoryError:
-        raise BadInput(f"{path} is a folder; a config file (YAML) was expected") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise BadInput(f"{path} is not valid YAML: "
+                       f"{one_line(error) or 'nested too deep'}") from None
     if node is None:
         return []
     if not isinstance(node, yaml.MappingNode):
@@ -71,11 +70,11 @@ def read_yaml(path: Path) -> list[tuple[str, object, int]]:
     triples = []
     for key, value in node.value:
         line = key.start_mark.line + 1
-        if isinstance(value, yaml.MappingNode):
-            raise BadInput(f"{path}:{line}: {key.value} holds keys of its own; "
+        items = value.value if isinstance(value, yaml.SequenceNode) else [value]
+        if not all(isinstance(part, yaml.ScalarNode) for part in (key, *items)):
+            raise BadInput(f"{path}:{line}: {one_line(key.value)[:80]} holds keys of its own; "
                            "all keys are flat, such as lora_rank: 16")
-        items = isinstance(value, yaml.SequenceNode)
-        text = [item.value for item in value.value] if items else value.value
+        text = [item.value for item in items] if items != [value] else value.value
         triples.append((key.value, text, line))
     return triples
 
@@ -112,7 +111,7 @@ def read_keys(path: str | Path, overrides: list[str], kinds: dict[str, type],
             try:
                 values[key] = parse_value(text, kinds[key])
             except ValueError as error:
-                mistakes.append(f"{where}: {key} = {text!r}: expected {error}")
+                mistakes.append(f"{where}: {key} = {str(text)[:80]!r}: expected {error}")
     return values, mistakes
 
 
@@ -164,6 +163,9 @@ AT_LEAST = {"data_samples": 0, "steps": 1, "batch_size": 1, "grad_accum_steps": 
             "grpo_dual_clip": 0, "grpo_kl_weight": 0, "grpo_epochs": 1, "grpo_kl_stop": 0,
             "grpo_std_floor": 0, "markovian_answer_weight": 0, "markovian_ramp_steps": 0,
             "chain_tokens": 1, "max_completion_tokens": 1, "seed": 0, "lr": 0}
+# what sizes memory or time; a seed is 64 bits wide, all other numbers are float32 or int32 at last
+AT_MOST = {"lora_rank": 4096, "seed": 2 ** 63 - 1, "data_samples": 10 ** 7, "batch_size": 2 ** 20,
+           "steps": 10 ** 8, "chain_tokens": 2 ** 20, "max_completion_tokens": 2 ** 20}
 
 
 def owners_of(key: str) -> tuple[str, ...]:
@@ -187,6 +189,9 @@ def validate(cfg, given: set[str]) -> list[str]:
                             f"expected one or more of {', '.join(map(str, allowed))}")
     mistakes += [f"{key} = {getattr(cfg, key)}: expected at least {low}"
                  for key, low in AT_LEAST.items() if getattr(cfg, key) < low]
+    mistakes += [f"{key} = {value}: expected at most {AT_MOST.get(key, 3e38):.10g}"
+                 for key, value in vars(cfg).items() if type(value) in (int, float)
+                 and not abs(value) <= AT_MOST.get(key, 3e38 if type(value) is float else 2 ** 31)]
     for key, value in vars(cfg).items():
         if isinstance(value, tuple) and len(set(value)) < len(value):
             mistakes.append(f"{key} = {', '.join(value)}: expected each entry once")

@@ -13,6 +13,7 @@ the tensors it promises are held against the files' headers, and every number mu
 import atexit
 import functools
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -26,17 +27,21 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from safetensors import SafetensorError, safe_open
 
-from config import BadInput, load_config
+from config import BadInput, Config, load_config
 from engine import blas
 from files.disk import (
     COUNT,
+    LAYERS,
     OBJECT,
     POSITIVE,
     REQUIRED,
     SWITCH,
+    WIDTH,
+    check_target,
     is_file,
     one_line,
     one_of,
+    read_data,
     read_fields,
     read_json,
     replace_file,
@@ -64,9 +69,24 @@ SMALL_FILES = ("config.json", INDEX, *TOKENIZER_FILES)
 
 def root_model(name: str | Path) -> str | Path:
     """The model under a run's adapter, under whatever runs it was itself trained on."""
-    while (Path(name) / "adapter_config.json").exists() and (Path(name) / "config.yaml").exists():
-        name = load_config(Path(name) / "config.yaml").model
+    seen = set()
+    while os.path.exists(f"{name}/adapter_config.json") and os.path.exists(f"{name}/config.yaml"):
+        if os.path.realpath(name) in seen:
+            raise BadInput(f"the run {name} is trained on itself: the model of its config.yaml, or "
+                           "that one's model, is the run again; put back what it was trained on")
+        seen.add(os.path.realpath(name))
+        name = load_run_config(name).model
     return name
+
+
+def load_run_config(folder: str | Path) -> Config:
+    """A run's config.yaml. Its model, if that is no folder from here, is looked for beside the run
+    and above it, so that commands work from another directory."""
+    cfg = load_config(Path(folder) / "config.yaml")
+    if not os.path.exists(Path(cfg.model).expanduser()):
+        above = [str(place / cfg.model) for place in Path(folder).resolve().parents]
+        cfg.model = next(filter(os.path.isdir, above), cfg.model)
+    return cfg
 
 
 def find_folder(name: str | Path, weights: bool = True) -> Path:
@@ -183,10 +203,10 @@ def fetch(repo: str, revision: str, files: list[str], lacks: str = "") -> Path:
 # config.json: what each value must be, and what it is where it is left out
 
 FIELDS = {
-    "hidden_size": (COUNT, REQUIRED), "intermediate_size": (COUNT, REQUIRED),
-    "num_hidden_layers": (COUNT, REQUIRED), "num_attention_heads": (COUNT, REQUIRED),
-    "vocab_size": (COUNT, REQUIRED), "num_key_value_heads": (COUNT, None),
-    "head_dim": (COUNT, None), "max_position_embeddings": (COUNT, 2048),
+    "hidden_size": (WIDTH, REQUIRED), "intermediate_size": (WIDTH, REQUIRED),
+    "num_hidden_layers": (LAYERS, REQUIRED), "num_attention_heads": (WIDTH, REQUIRED),
+    "vocab_size": (WIDTH, REQUIRED), "num_key_value_heads": (WIDTH, None),
+    "head_dim": (WIDTH, None), "max_position_embeddings": (COUNT, 2048),
     "rms_norm_eps": (POSITIVE, 1e-6), "rope_theta": (POSITIVE, 10000.0),
     "rope_scaling": (OBJECT, {}), "rope_parameters": (OBJECT, {}),
     "attention_bias": (SWITCH, False), "mlp_bias": (SWITCH, False),
@@ -274,7 +294,8 @@ def read_index(folder: Path) -> dict[str, str]:
     raises   BadInput where an entry is more than the name of a safetensors file in that folder
     """
     path = folder / INDEX
-    if not is_file(path):
+    # a link that leads nowhere is no folder without an index
+    if not is_file(path) and not os.path.lexists(path):
         return {}
     promised = read_json(path).get("weight_map")
     if not isinstance(promised, dict) or not promised:
@@ -311,6 +332,8 @@ def weight_files(folder: Path) -> list[Path]:
 
 def tensor_names(path: Path) -> list[str]:
     """The tensors that a file's header names; BadInput where it is missing, cut short, corrupt."""
+    if os.path.lexists(path) and not is_file(path):     # opening a pipe would wait for ever
+        raise BadInput(f"{path} is a folder, a pipe or a device; expected a safetensors file")
     try:
         path.open("rb").close()     # safetensors calls every file that it may not open missing
         with safe_open(path, framework="numpy") as file:    # also checks that all bytes are there
@@ -407,6 +430,13 @@ def check_numbers(arrays: dict[str, mx.array], where: str, codes: tuple[str, ...
                        "fetch or train it again")
 
 
+def check_logits(model: nn.Module, where: str | Path) -> None:
+    """BadInput where a model's logits are no numbers: finite weights may overflow together."""
+    if not mx.isfinite(model(mx.zeros((1, 1), mx.int32))).all().item():
+        raise BadInput(f"{where}: its logits are NaN or infinite, though each weight is finite; "
+                       "train it again, or take another checkpoint or adapter")
+
+
 def default_dtype() -> mx.Dtype | None:
     """float32 on a CPU, where half precision is emulated; on a GPU None, the checkpoint's own."""
     return mx.float32 if mx.default_device() == mx.Device(mx.cpu) else None
@@ -477,11 +507,13 @@ def save_safetensors(path: Path, arrays: dict[str, mx.array],
 
     raises   BadInput if the disk is full or not writable; the old file is then untouched
     """
+    check_target(path)
     # mx appends .safetensors to any other ending
     temporary = path.with_name(f".{path.name}.tmp.safetensors")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         mx.eval(arrays)
+        temporary.unlink(missing_ok=True)   # a link there would be written through
         mx.save_safetensors(str(temporary), arrays, metadata={"format": "mlx", **(metadata or {})})
         # a full disk can leave a short file without an exception
         with safe_open(temporary, framework="numpy"):
@@ -505,7 +537,8 @@ def model_files(model: nn.Module, source: str | Path) -> dict[str, dict | str | 
     raw["rope_theta"], raw["rope_scaling"] = model.args.rope_theta, model.args.rope_scaling
     raw["dtype"] = str(arrays["model.norm.weight"].dtype).removeprefix("mlx.core.")
     raw["torch_dtype"] = raw["dtype"]
-    beside = {f.name: f.read_bytes() for f in origin.iterdir() if f.name in TOKENIZER_FILES}
+    beside = {f.name: read_data(f, "a tokenizer's file", 2 ** 28) for f in origin.iterdir()
+              if f.name in TOKENIZER_FILES}
     return {**beside, WEIGHTS: arrays, "config.json": json.dumps(raw, indent=2) + "\n"}
 
 

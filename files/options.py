@@ -7,6 +7,7 @@ import argparse
 import math
 from pathlib import Path
 
+from files.disk import check_target
 from files.keys import CHOICES, BadInput
 
 
@@ -23,6 +24,18 @@ class Parser(argparse.ArgumentParser):
                           help="chat: the model's own; default: as the run was trained, otherwise "
                                "none (of generate.py --chat: chat)")
 
+    def add_output(self, name: str, what: str) -> None:
+        """A file to write: refused before any work is done if it is a link, a pipe or a device."""
+        def new_file(path: str) -> str:
+            try:
+                check_target(path)
+                check_target(Path(path).parent.resolve(), is_folder=True)
+            except (BadInput, OSError, RuntimeError) as error:  # resolve: a loop of links
+                raise argparse.ArgumentTypeError(str(error)) from None
+            return path
+
+        self.add_argument(name, metavar="FILE", type=new_file, help=what)
+
     def error(self, message: str):
         raise BadInput(f"{message}; --help shows what {self.prog} expects")
 
@@ -35,10 +48,9 @@ def lens_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--words", nargs="*", default=[],
                         help="words to follow at the last position, one token each: all with a "
                         "leading space or all without, whichever fits the prompt's end")
-    parser.add_argument("--png", metavar="FILE")
-    parser.add_argument("--html", metavar="FILE",
-                        help="one self-contained page; a cell shows its ten top tokens on hover")
-    parser.add_argument("--json", metavar="FILE", help="the numbers behind the pictures")
+    parser.add_output("--png", "the table as a picture")
+    parser.add_output("--html", "one self-contained page; a cell shows its ten top tokens on hover")
+    parser.add_output("--json", "the numbers behind the pictures")
     args = parser.parse_args(argv)
     if not args.prompt:
         raise BadInput("--prompt is empty; give a text such as '7 * 8 = '")
@@ -62,10 +74,12 @@ def generate_options(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     # in this form NaN is refused too: no comparison holds for it
     if not (0 <= args.temperature < math.inf and args.top_k >= 0 and 0 < args.top_p <= 1
-            and (args.max_tokens is None or args.max_tokens >= 1)):
+            and (args.max_tokens is None or args.max_tokens >= 1)
+            and 0 <= args.seed < 2 ** 64):
         raise BadInput(f"--temperature {args.temperature} (expected at least 0), "
                        f"--top-k {args.top_k} (at least 0), --top-p {args.top_p} (above 0, at most "
-                       f"1), --max-tokens {args.max_tokens} (at least 1): one is out of range")
+                       f"1), --max-tokens {args.max_tokens} (at least 1), --seed {args.seed} (0 to "
+                       "2 ** 64 - 1): one is out of range")
     return args
 
 
@@ -76,8 +90,8 @@ def eval_options(argv: list[str]) -> argparse.Namespace:
                         help="evaluate the model it was trained from as well")
     parser.add_argument("--compare", metavar="RUN2",
                         help="another run or model, on the same problems")
-    parser.add_argument("--json", metavar="FILE", help="where to write the report; "
-                        "a run folder's report.json is left as it is")
+    parser.add_output("--json", "where to write the report; a run folder's report.json is left "
+                      "as it is")
     parser.add_argument("overrides", nargs="*", metavar="key=value",
                         help="config keys, such as data_wordings=worded")
     return parser.parse_args(argv)

@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -31,11 +32,27 @@ from safetensors import safe_open
 
 from config import ON_POLICY, BadInput, Config, load_config, resolved
 from engine import blas, memory, workers
-from files.disk import append_text, json_lines, read_json_lines, write_text
+from files.disk import (
+    OBJECT,
+    REQUIRED,
+    TEXT,
+    append_text,
+    check_target,
+    json_lines,
+    list_of,
+    one_of,
+    parse_json,
+    read_fields,
+    read_json,
+    read_json_lines,
+    whole,
+    write_text,
+)
 from files.keys import write_keys
 from files.model_folder import (
     check_tensors,
     find_folder,
+    load_run_config,
     read_safetensors,
     root_model,
     save_safetensors,
@@ -100,12 +117,14 @@ class Run:
         check_tensors({k: v for k, v in arrays.items() if not k.startswith("best.")}, expected,
                       str(path))
         with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata()
+            metadata = file.metadata() or {}
         if "about" not in metadata:
             raise BadInput(f"cannot continue {self.folder}, which another version wrote ({path} "
                            "says nothing of its step); give another run_dir, or overwrite=true to "
                            "start over")
-        about = json.loads(metadata["about"])
+        about = parse_json(metadata["about"])
+        read_fields(about, {"step": (whole(1, 2 ** 31), REQUIRED), "inputs": (OBJECT, REQUIRED)},
+                    str(path))
         changed = [name for name, value in self.inputs.items()
                    if about["inputs"].get(name, value) != value]
         if changed and not (self.folder / "report.json").exists():
@@ -121,15 +140,21 @@ class Run:
             return
         path = self.folder / "metrics.jsonl"
         for record in read_json_lines(path):
-            if record["step"] > done or done == 0:
+            if done == 0 or type(record.get("step")) is not int or not 0 <= record["step"] <= done:
                 break
             self.records.append(record)
+        # each is durable before the state that counts it: what lacks was taken away afterwards
+        lost = set(range(1, done + 1)) - {record["step"] for record in self.records}
+        if lost:
+            raise BadInput(f"cannot continue {self.folder}: {path} lacks {len(lost)} of {done} "
+                           f"steps, step {min(lost)} first; put the file back, or overwrite=true "
+                           "to start over")
         write_text(path, json_lines(self.records))
 
     def report(self) -> dict:
         """What the run's end has written; {} before."""
         path = self.folder / "report.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        return read_json(path, "a finished run's report") if path.exists() else {}
 
     def say(self, line: str) -> None:
         if self.writes:
@@ -219,6 +244,9 @@ def open_run(cfg: Config, keys: dict, inputs: dict[str, str], writes: bool) -> I
     with lock_run(folder) as lock:
         if config.exists() and not cfg.overwrite:
             check_same_run(keys, config)
+        lock.seek(0)
+        if not re.fullmatch(r"(\d+ on .*\n)?", lock.read()):
+            raise BadInput(f"{folder / LOCK} is no lock of a run; give another run_dir")
         try:
             lock.truncate(0)
             lock.write(f"{os.getpid()} on {os.uname().nodename}\n")
@@ -259,13 +287,20 @@ def remove_run(folder: Path) -> None:
 
 
 def check_free(run_dir: str) -> None:
-    """Raises BadInput where another process trains in the folder: said before a model is loaded."""
-    if (Path(run_dir) / LOCK).exists():
+    """Raises BadInput where another process trains in the folder, or it is no run: said before a
+    model is loaded."""
+    check_is_run(Path(run_dir))
+    if os.path.lexists(Path(run_dir) / LOCK):
         lock_run(Path(run_dir), fcntl.LOCK_SH).close()
 
 
 def check_is_run(folder: Path) -> None:
-    """Raises BadInput where run_dir is something other than a run: it would be written into."""
+    """Raises BadInput where run_dir is something other than a run: it would be written into.
+
+    A link in it, or a pipe in a file's place, is somebody else's.
+    """
+    if folder.is_symlink():
+        check_target(folder, is_folder=True)
     try:
         names = {path.name for path in folder.iterdir()}
     except FileNotFoundError:
@@ -278,6 +313,8 @@ def check_is_run(folder: Path) -> None:
     if "config.yaml" not in names and names - {LOCK, ".config.yaml.tmp"}:
         raise BadInput(f"run_dir = {folder} exists and is not a run folder "
                        "(it has no config.yaml); give another run_dir")
+    for name in (*RUN_FILES, LOCK):
+        check_target(folder / name, is_folder=name == "best")
 
 
 def check_same_run(keys: dict, config: Path) -> None:
@@ -311,7 +348,11 @@ def lock_run(folder: Path, kind: int = fcntl.LOCK_EX) -> TextIO:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / LOCK, "a+")
+        check_target(folder / LOCK)
+        # no link is followed, no pipe is waited for
+        lock = open(os.open(folder / LOCK, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+                            | os.O_NONBLOCK | os.O_CLOEXEC, 0o666), "a+",
+                    errors="replace")
     except OSError as error:
         raise unwritable(folder, error) from None
     try:
@@ -375,7 +416,7 @@ def hash_model(name: str) -> dict[str, str]:
     weights, place = [], str(name)
     while root_model(place) != place:   # a run: its adapter, on whatever it was trained on
         weights.append(Path(place) / "adapters.safetensors")
-        place = str(load_config(Path(place) / "config.yaml").model)
+        place = str(load_run_config(place).model)
     folder = find_folder(place)
     weights += weight_files(folder)
 
@@ -400,27 +441,22 @@ def provenance() -> dict:
             "commit_changed": bool(status.stdout.strip()) if status.returncode == 0 else None}
 
 
-def read_report(path: Path, mend: str) -> dict:
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(report, dict):
-            raise ValueError
-        return report
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or "not a report"
-        raise BadInput(f"{path} cannot be read ({why}); {mend}") from None
+GATE = {"verdict": (one_of("GO", "NO-GO", "AMBIGUOUS"), "nothing"), "reasons": (list_of(TEXT), []),
+        "models": (OBJECT, {})}
 
 
 def require_gate(path: str, model: str) -> None:
     """Raises BadInput unless a gate says GO for these very weights: before a training run."""
     run = "run `python -m gate CONFIG` first, and give its FOLDER/gate.json"
-    report = read_report(Path(path), f"require_gate asks for a passed gate: {run}")
-    if report.get("verdict") != "GO":
-        why = "; ".join(report.get("reasons", [])[:3]) or "it compared nothing"
-        raise BadInput(f"require_gate: {path} says {report.get('verdict', 'nothing')} ({why}); "
+    report = read_json(Path(path), f"a passed gate, since require_gate asks for one: {run}")
+    report = read_fields(report, GATE, path)
+    if report["verdict"] != "GO":
+        why = "; ".join(report["reasons"][:3]) or "it compared nothing"
+        raise BadInput(f"require_gate: {path} says {report['verdict']} ({why}); "
                        "training would teach what is there already, or cannot be measured: choose "
                        "another task or benchmark, or drop require_gate")
-    stored = report.get("models", {}).get("base", {})
+    base = {"base": (OBJECT, {})}
+    stored = read_fields(report["models"], base, f"{path}: models")["base"]
     if stored.get("weights") != hash_model(model)["weights"]:
         raise BadInput(f"require_gate: {path} is about other weights ({stored.get('name')}) than "
                        f"model = {model}; {run}")

@@ -6,6 +6,8 @@
 The second form is for rewards that the model itself computes, such as study/self_reward.py's.
 What else a row holds is in problem.columns: problem.columns["level"]. Several rewards are added up,
 each times its weight: `grpo_reward: [correct, rewards.py:short*0.2]`.
+
+A call may take DEADLINE_S, ten minutes: one that waits for ever would hold a run for a night.
 """
 import importlib.util
 import inspect
@@ -16,8 +18,12 @@ from pathlib import Path
 import numpy as np
 
 from config import BadInput
+from files.deadline import deadline
+from files.disk import one_line
 from files.keys import parse_value
 from text.arithmetic import grade_reply
+
+DEADLINE_S = 600
 
 
 def correct(problem, completion) -> bool:
@@ -54,12 +60,14 @@ def load_function(path: str, name: str, modules: dict):
         if path not in modules:
             spec = importlib.util.spec_from_file_location(Path(path).stem, path)
             modules[path] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(modules[path])
+            with deadline(DEADLINE_S):
+                spec.loader.exec_module(modules[path])
         function = getattr(modules[path], name)
         inspect.signature(function)     # TypeError for what is no function
         return function
-    except Exception as error:  # a user's file may raise anything
-        raise BadInput(f"grpo_reward = '{path}:{name}' does not load ({error!r})") from None
+    except (Exception, SystemExit) as error:    # a user's file may raise anything, and end us
+        raise BadInput(f"grpo_reward = '{path}:{name}' does not load "
+                       f"({one_line(repr(error))}); mend the file") from None
 
 
 def call_rewards(rewards: list[tuple], model, tokenizer, problems: list,
@@ -108,11 +116,13 @@ def call_reward(name: str, function, model, tokenizer, problems: list,
 def explained(where: str, problems: list):
     """BadInput for whatever a user's function raises."""
     try:
-        yield
-    except Exception as error:
+        with deadline(DEADLINE_S):
+            yield
+    except (Exception, SystemExit) as error:
         columns = sorted({column for problem in problems for column in problem.columns})
         known = f", and the row's own columns are {', '.join(columns) or 'none'}"
-        raise BadInput(f"{where} raised {error!r}{known if isinstance(error, KeyError) else ''}; "
+        raise BadInput(f"{where} raised {one_line(repr(error))}"
+                       f"{known if isinstance(error, KeyError) else ''}; "
                        "mend the function, or the row") from None
 
 

@@ -19,10 +19,9 @@ from pathlib import Path
 import engine.blas  # noqa: F401  (before mlx)
 
 from config import run_main
-from files.disk import read_json_lines
+from files.disk import NAMES, OBJECT, REQUIRED, TEXT, read_fields, read_json, read_rows
 from files.keys import BadInput, Stopped
 from files.options import Parser
-from files.run_folder import read_report
 from gate.evaluate import run_gate
 from gate.judge import LEAST_KAPPA, LEAST_LABELS, LEAST_LOW
 from gate.verdict import GateConfig, compare, number
@@ -94,16 +93,33 @@ def print_verdict(report: dict) -> None:
     print("\n" + "\n  ".join([report["verdict"], *report["reasons"]]))
 
 
+REPORT = {"conditions": (OBJECT, REQUIRED), "scorers": (NAMES, REQUIRED),
+          "benchmark": (OBJECT, REQUIRED)}
+BENCHMARK = {"path": (TEXT, REQUIRED), "sha256": (TEXT, REQUIRED)}
+OUTCOME = {"id": (TEXT, REQUIRED), "category": (TEXT, REQUIRED), "passed": (OBJECT, REQUIRED)}
+
+
 def read_condition(word: str) -> tuple[dict, str, list[dict]]:
     """FOLDER:CONDITION of a finished gate: its report, the condition, outcomes.jsonl's rows."""
     folder, _, condition = word.rpartition(":")
     path = Path(folder or word) / "gate.json"
-    report = read_report(path, f"--paired {word}: expected FOLDER:CONDITION of a finished "
-                         "evaluation, such as runs/gate_tiny:base-raw")
+    report = read_json(path, f"--paired {word} to be FOLDER:CONDITION of a finished evaluation, "
+                       "such as runs/gate_tiny:base-raw")
+    read_fields(report, REPORT, str(path))
+    read_fields(report["benchmark"], BENCHMARK, f"{path}: benchmark")
     if condition not in report["conditions"]:
         raise BadInput(f"{path.parent} has no condition {condition!r}; expected one of "
                        f"{', '.join(report['conditions'])}")
-    return report, condition, read_json_lines(path.parent / "outcomes.jsonl")
+
+    def read(row: dict) -> dict:
+        passed = read_fields(row, OUTCOME, "an outcome")["passed"]
+        said = [passed[scorer][condition] for scorer in report["scorers"]]
+        if not all(outcome in (True, False, None) for outcome in said):
+            raise ValueError("each outcome is true, false or null")
+        return row
+
+    return report, condition, read_rows(path.parent / "outcomes.jsonl", read,
+                                        "what a finished gate writes; run it again")
 
 
 def compare_folders(first: str, second: str) -> dict:

@@ -23,7 +23,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from config import run_main
-from files.disk import json_lines, read_rows, write_text
+from files.disk import (
+    OBJECT,
+    REQUIRED,
+    SWITCH,
+    TEXT,
+    json_lines,
+    list_of,
+    read_fields,
+    read_rows,
+    write_text,
+)
 from files.keys import BadInput, read_keys
 from files.options import Parser
 from files.run_folder import hash_file
@@ -36,14 +46,24 @@ SHARES = {"memory": 60, "preferences": 50, "continuity": 50, "updates": 40}     
 
 
 # --- files
+ROW = {"id": (TEXT, REQUIRED), "category": (TEXT, REQUIRED), "family": (TEXT, REQUIRED),
+       "difficulty": (TEXT, REQUIRED), "slots": (OBJECT, REQUIRED),
+       "turns": (list_of(OBJECT), REQUIRED)}
+TURN = {"user": (TEXT, REQUIRED), "scored": (SWITCH, False), "need": (TEXT, ""),
+        "answer": (TEXT, ""), "checks": (list_of(OBJECT), [])}
+
+
 def read_benchmark(path: Path) -> tuple[list[Conversation], str]:
     """The conversations of a file and its SHA-256; BadInput names the first bad line."""
     ids = set()
 
     def read(row: dict) -> Conversation:
+        read_fields(row, ROW, "a conversation")
+        for turn in row["turns"]:
+            read_fields(turn, TURN, "a turn")
         turns = tuple(Turn(**{**turn, "checks": tuple(turn.get("checks", ()))})
                       for turn in row["turns"])
-        if not turns or not all(isinstance(turn.user, str) and turn.user.strip() for turn in turns):
+        if not turns or not all(turn.user.strip() for turn in turns):
             raise ValueError("every conversation has turns, and every turn a text in user")
         for check in itertools.chain.from_iterable(turn.checks for turn in turns):
             validate_check(check)

@@ -93,7 +93,7 @@ def collect_verdicts(cfg: GateConfig, conversations: list[Conversation],
                     stamp = hash_text(repr((settings, pair)))[:24]
                     asked[name][c.id, t], pairs[stamp] = stamp, pair
     path = Path(cfg.out) / f"judge_{hash_text(repr(settings))[:8]}.jsonl"
-    known = {row["stamp"]: row for row in read_json_lines(path)}
+    known = {row.get("stamp"): row for row in read_json_lines(path)}
     missing = [stamp for stamp in pairs if stamp not in known]
     if missing:
         write_text(path, json_lines(known.values()))    # without what a kill has torn

@@ -20,6 +20,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import engine.blas  # noqa: F401  (before mlx)
@@ -28,7 +29,20 @@ import numpy as np
 
 from config import run_main
 from engine.decode import pad_prompts
-from files.disk import json_lines, read_rows, read_text, write_text
+from files.deadline import deadline
+from files.disk import (
+    REQUIRED,
+    TEXT,
+    check_target,
+    json_lines,
+    one_line,
+    one_of,
+    parse_json,
+    read_fields,
+    read_rows,
+    read_text,
+    write_text,
+)
 from files.keys import BadInput
 from files.options import Parser
 from gate.conversations import Conversation
@@ -43,7 +57,8 @@ FIELDS = ("need", "answer", "chat", "reply", "right", "wrong", "first", "second"
 LEAST_LABELS, LEAST_KAPPA, LEAST_LOW = 30, 0.7, 0.55
 MIN_MASS = 0.5      # of both letters together; with less it answers something else
 ROWS = 32           # prompts of a forward pass
-WAITS = (0, 1, 2)   # seconds before each attempt of a request
+WAITS = (0, 1, 2)   # seconds before each attempt of a request; a server may ask for more
+REQUEST_S, LARGEST_ANSWER = 60, 2 ** 20     # of one attempt; bytes
 
 
 def load_prompt(path: str | Path) -> str:
@@ -148,38 +163,70 @@ def parse_letter(text: str, letters: tuple[str, str]) -> str | None:
     return match[1] if match and not re.search(rf"\b({either})\b", rest) else None
 
 
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """The key is for the host that the user named: where that points elsewhere, nobody goes."""
+    def redirect_request(self, *_):
+        return None     # the answer is then an error, by its code
+
+
+OPENER = urllib.request.build_opener(NoRedirect)
+
+
 def request_text(url: str, name: str, prompt: str) -> str:
-    """One chat completion at temperature 0; the key goes in a header and nowhere else."""
+    """One chat completion at temperature 0; the key goes in a header to that host, nowhere else."""
     address = url.rstrip("/") + "/chat/completions"
     body = {"model": name, "temperature": 0, "max_tokens": 16,
             "messages": [{"role": "user", "content": prompt}]}
     headers = {"Content-Type": "application/json"}
     if key := os.environ.get("OPENAI_API_KEY"):
         headers["Authorization"] = f"Bearer {key}"
+    asked_to_wait = 0
     for seconds in WAITS:
-        time.sleep(seconds)
+        time.sleep(max(seconds, asked_to_wait))
         try:
             request = urllib.request.Request(address, json.dumps(body).encode(), headers)
-            with urllib.request.urlopen(request, timeout=60) as response:
-                text = json.load(response)["choices"][0]["message"]["content"]
-            return text if isinstance(text, str) else ""
-        except (KeyError, IndexError, TypeError, json.JSONDecodeError):
-            return ""   # an answer of another form: asked again, then invalid
+            # the timeout is for one byte, the deadline for the whole answer
+            with deadline(REQUEST_S), OPENER.open(request, timeout=REQUEST_S) as response:
+                data = response.read(LARGEST_ANSWER + 1)
+            if len(data) <= LARGEST_ANSWER:
+                return read_answer(data)
+            why = f"its answer has more than {LARGEST_ANSWER} bytes"
+            break
         except urllib.error.HTTPError as error:
-            why = f"HTTP {error.code} {error.reason}"
+            with error, suppress(OSError, http.client.HTTPException), deadline(REQUEST_S):
+                said = one_line(error.read(1000).decode(errors="replace"))
+            why = f"HTTP {error.code} {error.reason}" + f": {said}" * bool(said)
+            wait = error.headers.get("Retry-After", "0")
+            asked_to_wait = int(wait) if wait.isdecimal() else 0
+            if asked_to_wait > REQUEST_S:
+                why += f"; it asks for {asked_to_wait} s of patience"
+                break
             if error.code not in (408, 429) and error.code < 500:
                 break       # wrong address, key or model: asking again will not help
         except (http.client.InvalidURL, ValueError):    # whose text would show the key
             why = "the address or OPENAI_API_KEY holds what cannot be sent"
             break
         except (OSError, http.client.HTTPException) as error:
-            why = str(getattr(error, "reason", error)) or type(error).__name__
+            why = one_line(getattr(error, "reason", error)) or type(error).__name__
     raise BadInput(f"the judge at {address} (model {name or 'not named'}) does not answer ({why}); "
                    "check judge, judge_model and OPENAI_API_KEY. Replies and verdicts so far are "
                    "kept: the same command goes on from there")
 
 
+def read_answer(data: bytes) -> str:
+    """The text of a completion; "" for an answer of another form: asked again, then invalid."""
+    try:
+        text = parse_json(data.decode())["choices"][0]["message"]["content"]
+    except (KeyError, IndexError, TypeError, ValueError):
+        return ""
+    return text if isinstance(text, str) else ""
+
+
 # --- people's labels
+LABEL = {"condition": (TEXT, REQUIRED), "id": (TEXT, REQUIRED), "chat": (TEXT, None),
+         "human": (one_of("pass", "fail"), None)}
+
+
 def read_labels(path: str, chats: dict[tuple[str, str], str]) -> dict[tuple[str, str], bool]:
     """Rows {"condition", "id", "human": "pass", "fail" or null}: {(condition, id): passes}.
 
@@ -189,14 +236,13 @@ def read_labels(path: str, chats: dict[tuple[str, str], str]) -> dict[tuple[str,
     labels = {}
 
     def read(row: dict) -> None:
-        key = row["condition"], row["id"]
-        if row["human"] not in ("pass", "fail", None):
-            raise ValueError(f"human is {row['human']!r}")
+        values = read_fields(row, LABEL, "a label")
+        key = values["condition"], values["id"]
         if key in labels or key not in chats:
             raise ValueError(f"{' '.join(key)} is {'there twice' if key in labels else 'unknown'}")
-        if row.get("chat", chats[key]) != chats[key]:
+        if values["chat"] not in (None, chats[key]):
             raise ValueError(f"labels another reply than {' '.join(key)} now has")
-        labels[key] = row["human"]
+        labels[key] = values["human"]
 
     read_rows(path, read, 'labels: the judged spotcheck.jsonl, {"condition": ..., "id": ..., '
               '"human": "pass" or "fail"} of this benchmark\'s conversations')
@@ -224,6 +270,7 @@ def write_spotcheck(path: Path, chats: dict[tuple[str, str], str]) -> None:
     random.Random(0).shuffle(drawn)
     rows = [{"condition": condition, "id": i, "chat": chats[condition, i], "human": None}
             for condition, i in drawn[:max(1, round(len(drawn) / 10))]]
+    check_target(path)
     lines = path.read_bytes().split(b"\n") if path.exists() else []
     if all(line.endswith(b'"human": null}') for line in lines if line):
         write_text(path, json_lines(rows))

@@ -185,7 +185,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--judge", action="append", default=[],
                         help="run, model folder or Hub name")
     parser.add_argument("--problems", type=int, default=200)
-    parser.add_argument("--json", metavar="FILE", type=Path)
+    parser.add_output("--json", "the report")
     parser.add_argument("--png", metavar="FILE", type=Path, help="a picture of the drops")
     args = parser.parse_args(argv)
     if args.problems < 1:
@@ -203,7 +203,7 @@ def main(argv: list[str]) -> None:
         report["compare"] = other["ckpt"]
     print_report(report)
     if args.json:
-        write_text(args.json, json.dumps(report, indent=1) + "\n")
+        write_text(Path(args.json), json.dumps(report, indent=1) + "\n")
     if args.png:
         plot.damage_curves(report, args.png)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from config import load_overrides
+from files.disk import read_text
 from files.keys import BadInput
 
 GIVEN_TO_STUDY = ("seeds", "sweep_seeds", "run_dir")    # words that are not config keys of runs
@@ -28,10 +29,10 @@ class Run:
 def load_study(path: str | Path, smoke: bool, words: list[str]) -> dict:
     """Read a study file, apply its smoke section and the command line; raises BadInput."""
     try:
-        study = yaml.safe_load(Path(path).read_text())
+        study = yaml.safe_load(read_text(path, "a study file, such as study/plan.yaml", 2 ** 20))
         small = study.pop("smoke", {})
         study["conditions"] = {name: c or {} for name, c in study["conditions"].items()}
-    except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+    except (RecursionError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
         raise BadInput(f"{path} is not a study file ({' '.join(str(error).split())}); "
                        "see study/plan.yaml") from None
     own_dir = study.setdefault("run_dir", f"runs/{Path(path).stem}")

@@ -495,7 +495,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--pairs", type=int, default=200, help="operand pairs of each split")
     parser.add_argument("--permutations", type=int, default=PERMUTATIONS,
                         help="refits on shuffled labels, for the probe's p; 0: none")
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_output("--json", "the report")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config keys")
     args = parser.parse_args(argv)
     if args.pairs < 6:

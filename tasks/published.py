@@ -21,7 +21,6 @@ import csv
 import fnmatch
 import functools
 import io
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -33,7 +32,7 @@ import pyarrow
 from pyarrow import parquet
 
 from config import BadInput
-from files.disk import one_line
+from files.disk import LARGEST_ROWS, one_line, parse_json, read_text
 from text.answers import parse_number
 from text.arithmetic import Problem, stable_hash
 from text.tokenizer import Tokenizer
@@ -253,13 +252,13 @@ def read_rows(path: Path) -> list[dict]:
     try:
         if path.suffix == ".parquet":
             return parquet.read_table(path).to_pylist()
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, "data as published", LARGEST_ROWS)
         if path.suffix == ".csv":   # question, choices, letter; no header
             return [{"question": row[0], "choices": row[1:-1], "answer": row[-1]}
                     for row in csv.reader(io.StringIO(text), strict=True) if row]
         if text.lstrip().startswith("["):
-            return json.loads(text)
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
+            return parse_json(text)
+        return [parse_json(line) for line in text.split("\n") if line.strip()]
     except (OSError, ValueError, csv.Error, pyarrow.ArrowException) as error:
         raise BadInput(f"could not read {path} ({one_line(error)[:120]}); "
                        "fetch it again") from None

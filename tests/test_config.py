@@ -83,7 +83,8 @@ def test_all_mistakes_at_once_on_one_line(write):
     path = write("stesp: 10\nlr: fast\nbatch: 3\n")
     assert_one_clear_line(run("train.py", path, "sede=1", "steps"), "stesp", "lr = 'fast'",
                           "batch", "sede", "expected key=value, got 'steps'")
-    assert_one_clear_line(run("train.py", "no/such.yaml"), "no config file no/such.yaml")
+    assert_one_clear_line(run("train.py", "no/such.yaml"),
+                          "no/such.yaml is missing; expected a config file")
     assert_one_clear_line(run("train.py"), "python train.py CONFIG.yaml")
 
 

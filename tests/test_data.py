@@ -421,7 +421,7 @@ def test_columns_without_an_answer(tmp_path, row, prompt, answer, columns):
 @pytest.mark.parametrize("row, said", [
     ({"prompt": "a", "reply": "b"}, "it has columns prompt, reply.*expected .*question, answer"),
     ({"prompt": "", "response": "b"}, "it has columns response"), ({}, "it has columns none"),
-    ({"prompt": "a", "response": 5}, "answer must be a string"),
+    ({"prompt": "a", "response": 5}, "response must be a string"),
     ([1], "line 1 "),
     ({"text": "a"}, "two characters"), ({"text": 5}, "line 1 "),
     ({"conversations": "hi"}, "line 1 "),

@@ -277,7 +277,8 @@ def test_bad_input(parts, tmp_path, monkeypatch):
     here = parts / "sums.yaml"
     assert_one_clear_line(run("eval.py"), "the following arguments are required: --ckpt", "--help")
     assert_one_clear_line(run("-m", "gate"), "nothing to compare", "--paired")
-    assert_one_clear_line(run("-m", "gate", tmp_path / "no.yaml"), "no config file")
+    assert_one_clear_line(run("-m", "gate", tmp_path / "no.yaml"), "no.yaml is missing",
+                          "expected a config file")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.txt").write_text("")
     for words, expected in (([f"out={tmp_path}/taken"], "no begun.json"),
@@ -289,7 +290,7 @@ def test_bad_input(parts, tmp_path, monkeypatch):
     with pytest.raises(BadInput, match="no model folder .*none"):
         run_gate(here, [f"instruct={TINY}-none", f"out={tmp_path}/c"])
     assert not list((tmp_path / "c").glob("replies*"))
-    with pytest.raises(BadInput, match="x/gate.json cannot be read"):
+    with pytest.raises(BadInput, match="x/gate.json is missing"):
         compare_folders("x:base-raw", "y:base-raw")
     monkeypatch.setattr("gate.judge.time.sleep", lambda _: None)
     with pytest.raises(BadInput, match="does not answer .*kept"):

@@ -175,7 +175,7 @@ def test_prompt_files(tmp_path):
         path.write_text(text)
         with pytest.raises(BadInput, match=named):
             load_prompt(path)
-    with pytest.raises(BadInput, match="cannot be read"):
+    with pytest.raises(BadInput, match="is missing; expected a text file"):
         load_prompt(tmp_path / "none.txt")
 
 
@@ -188,10 +188,11 @@ def test_labels(tmp_path):
     other = json.dumps({"condition": "base-raw", "id": "a", "human": "pass", "chat": "old"})
     for text, words in ((other, "labels another reply than base-raw a now has"),
                         (row("c", "pass") + row("a", "pass", "x"),
-                         ":1: base-raw c is unknown; .*:2: x a is unknown; 2 bad lines"),
-                        (row("a", "yes"), ":1: human is 'yes'; 1 bad lines"),
-                        (row("a", "pass") * 2, ":2: base-raw a is there twice; 1 bad lines"),
-                        ("{", ":1: .*1 bad lines")):
+                         "2 bad rows: line 1 .base-raw c is unknown.*line 2 .x a is unknown"),
+                        (row("a", "yes"),
+                         '1 bad rows: line 1 .*human = "yes", expected "pass" or "fail"'),
+                        (row("a", "pass") * 2, "1 bad rows: line 2 .base-raw a is there twice"),
+                        ("{", "1 bad rows: line 1 ")):
         path.write_text(text)
         with pytest.raises(BadInput, match=words):
             read_labels(path, known)

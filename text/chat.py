@@ -1,24 +1,20 @@
 """Conversations as texts: what each template puts around messages, and where the messages stand.
 
-A chat template is a stranger's program and is rendered in a sandbox, with a slot in place of each
-message; control tokens are looked for in the template's own text alone, and what people and models
-wrote is put between as plain ids (tokenizer.py). Rendering first and encoding the whole lets a
-message speak for any role.
+A chat template is a stranger's program and is rendered in a process of its own (sandbox.py), with
+a slot in place of each message. Control tokens are looked for in the template's own text alone, and
+what people and models wrote is put between as plain ids (tokenizer.py). Rendering first and
+encoding the whole lets a message speak for any role.
 
     raw     the user's text, nothing else          lines   a line each, for so small a model that
     plain   "User: ...\nAssistant:" for a base             labels are most of what it would read
     cued    "Instruction: ...\nResponse:"          chat    the instruct model's own template
 """
-import datetime
 import functools
 import hashlib
 import re
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
-
 from config import BadInput
+from text.sandbox import render
 
 TEMPLATES = ("raw", "lines", "plain", "cued", "chat")
 LABELS = {"system": "System", "user": "User", "assistant": "Assistant"}
@@ -80,29 +76,6 @@ def turns_of(messages: list[dict[str, str]], template: str) -> list[tuple[str, s
     return turns
 
 
-class GenerationTag(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %}, which some templates put around replies."""
-    tags = {"generation"}
-
-    def parse(self, parser):
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-@functools.cache
-def compile_template(source: str) -> jinja2.Template:
-    """A stranger's program: nothing outside its arguments can be reached or changed."""
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", GenerationTag])
-    environment.globals["raise_exception"] = raise_exception
-    # a fixed day, what Llama's own template falls back to: prompts must not change overnight
-    environment.globals["strftime_now"] = datetime.datetime(2024, 7, 26).strftime
-    return environment.from_string(source)
-
-
 def render_chat(source: str, messages: list[dict[str, str]], reply_follows: bool,
                 names: dict[str, str]) -> tuple[list[str], list[str]]:
     """A rendered conversation, cut where its messages stand, and what it writes of each.
@@ -112,13 +85,13 @@ def render_chat(source: str, messages: list[dict[str, str]], reply_follows: bool
              messages it is in the parts
     raises   whatever the template raises; BadInput where a message is not there exactly once
     """
-    render = functools.partial(render_slots, source, messages, reply_follows, names)
-    parts, texts = render(), [m["content"].strip() for m in messages]
+    slots = functools.partial(render_slots, source, messages, reply_follows, names)
+    parts, texts = slots(), [m["content"].strip() for m in messages]
     replies = [m["content"] for m in messages if m["role"] == "assistant"]
     if all(reply == reply.strip() for reply in replies):
         return parts, texts
     # a template may trim: what a rendering with white space has more than one without is kept
-    indented, trailed = render(indented=True), render(trailed=True)
+    indented, trailed = slots(indented=True), slots(trailed=True)
     for k in range(1, len(parts), 2):
         n, before, after = int(parts[k]), parts[k - 1], parts[k + 1]
         if messages[n]["role"] != "assistant":
@@ -144,8 +117,8 @@ def render_slots(source: str, messages: list[dict[str, str]], reply_follows: boo
         before = before if indented or not is_reply else ""
         after = after if text.strip() and (trailed or not is_reply) else ""
         slotted.append({"role": message["role"], "content": f"{before}{slot}{n}e{after}"})
-    text = compile_template(source).render(messages=slotted, tools=None, documents=None,
-                                           add_generation_prompt=reply_follows, **names)
+    text = render(source, messages=slotted, tools=None, documents=None,
+                  add_generation_prompt=reply_follows, **names)
     parts = re.split(f"{slot}(\\d+)e", text)
     if sorted(map(int, parts[1::2])) != list(range(len(messages))):
         raise BadInput(f"of messages 0 to {len(messages) - 1} it writes "

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from config import BadInput, Config
-from files.disk import read_each_line
+from files.disk import read_rows
 from text.arithmetic import TEXT, Problem, stable_hash
 
 SPLITS = ("train", "valid", "test")
@@ -78,7 +78,7 @@ LAYOUTS: dict[tuple[str, ...], Callable[..., dict]] = {     # the answer's colum
     TEXT: from_text,
 }
 BESIDE = {"operation": "", "wording": "file", "hidden": "", "letters": ""}
-EXPECTED = ("expected one JSON object a line, with columns "
+EXPECTED = ("one JSON object a line, with columns "
             f"{' | '.join(', '.join(columns) for columns in LAYOUTS)}, not empty; only where "
             "method grpo has rewards of your own, and not correct, may the answer be left out")
 
@@ -102,15 +102,15 @@ def read_problem(row: dict, needs_answer: bool = True) -> Problem:
     # what is empty is not there, such as Alpaca's input
     filled = {column: value for column, value in row.items() if value not in (None, "")}
     layout = layout_of(set(filled), needs_answer)
+    for column in {*layout} - {"messages", "conversations"}:
+        if not isinstance(filled.get(column, ""), str):
+            raise ValueError(f"{column} must be a string")
     found = LAYOUTS[layout](*(filled.get(column, "") for column in layout))
     texts = found | {column: filled.get(column, other) for column, other in BESIDE.items()}
     messages = texts.pop("messages", ())
     for column, text in texts.items():
         if not isinstance(text, str):
             raise ValueError(f"{column} must be a string")
-    # half an emoji is valid JSON and no text: UnicodeEncodeError is a ValueError
-    "".join(texts.values()).encode()
-    "".join(content for _, content in messages).encode()
     if not texts["prompt"] or needs_answer and not texts["answer"]:
         raise ValueError("prompt and response must be non-empty strings; a conversation has the "
                          "assistant last")
@@ -128,16 +128,7 @@ def read_problems(path: Path, needs_answer: bool = True) -> list[Problem]:
 
     needs_answer   False: an answer may be missing, and is then ""
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"could not read {path} ({error}); data is a file of JSON lines, or a "
-                       "folder of train.jsonl and perhaps valid.jsonl and test.jsonl") from None
-    problems, refused = read_each_line(text, partial(read_problem, needs_answer=needs_answer))
-    bad = [f"line {number} ({error!r})" for number, error in refused]
-    if bad:
-        raise BadInput(f"{path}: {len(bad)} bad rows: {', '.join(bad[:5])}; {EXPECTED}")
-    return problems
+    return read_rows(path, partial(read_problem, needs_answer=needs_answer), EXPECTED)
 
 
 def files_of(data: Path) -> dict[str, Path]:

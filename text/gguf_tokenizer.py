@@ -12,7 +12,7 @@ import struct
 from pathlib import Path
 
 from config import BadInput
-from files.disk import REQUIRED, SWITCH, Kind, read_fields
+from files.disk import REQUIRED, SWITCH, TEXT, Kind, read_fields
 
 # each pattern splits what the one before it has left
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -22,7 +22,6 @@ QWEN2 = LLAMA3.replace("{1,3}", "")
 SPLITS = {"gpt-2": (GPT2,), "smollm": (r"\p{N}", GPT2), "qwen2": (QWEN2,),
           "deepseek-r1-qwen": (QWEN2,), "llama-bpe": (LLAMA3,), "llama3": (LLAMA3,),
           "llama-v3": (LLAMA3,)}
-TEXT = Kind("a text", lambda v: type(v) is str)
 TEXTS = Kind("a list of texts", lambda v: type(v) is list and all(map(TEXT.fits, v)))
 NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6     # types of tokens
 

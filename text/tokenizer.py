@@ -8,6 +8,7 @@ may stop at any of several ids. (4) Text is text: "<|im_end|>" typed by a user n
 control token of that name.
 """
 import functools
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,11 +17,20 @@ import sentencepiece
 import tokenizers
 
 from config import BadInput
-from files.disk import Kind, read_fields, read_json
+from files.disk import SWITCH, TEXT, Kind, read_data, read_fields, read_json, read_text
 
 is_id = lambda value: type(value) is int and 0 <= value < 2 ** 31
 IDS = Kind("a token's id, or a list of such", lambda v: is_id(v) or (
     type(v) is list and all(map(is_id, v))))
+TOKEN = Kind("a text, or an object with one as content", lambda v: TEXT.fits(
+    v.get("content") if type(v) is dict else v))
+TEMPLATE = Kind("a text, or a list of {name, template} with one named default", lambda v: (
+    TEXT.fits(v) or type(v) is list and v != [] and all(
+        type(t) is dict and TEXT.fits(t.get("name")) and TEXT.fits(t.get("template")) for t in v)))
+# of tokenizer_config.json
+FIELDS = {"eos_token": (TOKEN, None), "bos_token": (TOKEN, None), "unk_token": (TOKEN, None),
+          "add_bos_token": (SWITCH, True), "legacy": (SWITCH, False),
+          "chat_template": (TEMPLATE, None)}
 
 
 class Tokenizer:
@@ -280,31 +290,25 @@ def tokens_until_stop(tokenizer: Tokenizer, ids: list[int], stops: tuple[str, ..
 
 
 def read_optional_json(path: Path) -> dict:
-    return read_json(path) if path.exists() else {}
+    return read_json(path) if os.path.lexists(path) else {}
 
 
-def read_chat_template(folder: Path, settings: dict) -> str | None:
+def read_chat_template(folder: Path, template: str | list | None) -> str | None:
     """chat_template.jinja, or tokenizer_config.json's own, of several the one named default."""
     path = folder / "chat_template.jinja"
-    if path.exists():
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise BadInput(f"{path} cannot be read ({error}); fetch it again") from None
-    template = settings.get("chat_template")
+    if os.path.lexists(path):
+        return read_text(path, "a chat template", 2 ** 20)
     if isinstance(template, list):
-        template = next((t.get("template") for t in template
-                         if isinstance(t, dict) and t.get("name") == "default"), None)
-    if template is not None and not isinstance(template, str):
-        raise BadInput(f"{folder}/tokenizer_config.json: chat_template is a "
-                       f"{type(template).__name__}; expected a text, or a list with a default")
+        return next((t["template"] for t in template if t["name"] == "default"), None)
     return template
 
 
 def read_fast(path: Path) -> tokenizers.Tokenizer:
     """A tokenizer.json; raises BadInput. Control tokens in a text are text to it."""
     try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
+        backend = tokenizers.Tokenizer.from_str(read_text(path, "a tokenizer", 2 ** 28))
+    except BadInput:
+        raise
     except Exception as error:  # the library raises bare Exception
         raise BadInput(f"{path} is not a tokenizer ({str(error)[:80]}); fetch it again") from None
     backend.no_truncation()
@@ -340,13 +344,17 @@ def read_tokenizer(folder: Path) -> dict | None:
     is the original.
     """
     settings = read_optional_json(folder / "tokenizer_config.json")
+    fields = read_fields(settings, FIELDS, f"{folder}/tokenizer_config.json")
     model_config = read_optional_json(folder / "config.json")
     generation = read_optional_json(folder / "generation_config.json")
-    if (folder / "tokenizer.model").exists():
+    if os.path.lexists(folder / "tokenizer.model"):
         path = folder / "tokenizer.model"
         try:
-            backend = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
+            backend = sentencepiece.SentencePieceProcessor(
+                model_proto=read_data(path, "a sentencepiece model"))
+            if not backend.get_piece_size():
+                raise RuntimeError("it is empty")
+        except RuntimeError as error:
             raise BadInput(f"{path} is not a sentencepiece model ({str(error)[:80]}); "
                            "fetch it again") from None
         name_of = backend.id_to_piece
@@ -355,10 +363,10 @@ def read_tokenizer(folder: Path) -> dict | None:
             found = backend.piece_to_id(name)
             return found if name_of(found) == name else None
 
-        bos_id = (backend.bos_id() if backend.bos_id() >= 0 and settings.get("add_bos_token", True)
+        bos_id = (backend.bos_id() if backend.bos_id() >= 0 and fields["add_bos_token"]
                   else None)
         default_eos = backend.eos_id() if backend.eos_id() >= 0 else None
-    elif (folder / "tokenizer.json").exists():
+    elif os.path.lexists(folder / "tokenizer.json"):
         path = folder / "tokenizer.json"
         backend = read_fast(path)
         find, name_of = backend.token_to_id, backend.id_to_token
@@ -370,7 +378,7 @@ def read_tokenizer(folder: Path) -> dict | None:
         return None
     stops = read_stops(folder, generation, model_config)
     # the token that training appends: the one the tokenizer itself calls EOS
-    name = settings.get("eos_token")
+    name = fields["eos_token"]
     name = name["content"] if isinstance(name, dict) else name
     named = find(name) if name else default_eos
     if name and named is None:
@@ -386,13 +394,13 @@ def read_tokenizer(folder: Path) -> dict | None:
     for name, token in (("bos_token", bos_id), ("eos_token", eos_id)):
         if token is not None:
             names.setdefault(name, name_of(token) or "")
-    space = settings.get("legacy") is True
-    if (folder / "tokenizer.json").exists():    # the one that chats were made with
+    space = fields["legacy"]
+    if os.path.lexists(folder / "tokenizer.json"):    # the one that chats were made with
         fast = read_fast(folder / "tokenizer.json")
         space = puts_space_behind(fast, name_of(eos_id) or "")
     return {"backend": backend, "bos_id": bos_id, "eos_id": eos_id,
             "eos_ids": set(stops) | {eos_id}, "source": str(path),
-            "chat_template": read_chat_template(folder, settings), "names": names,
+            "chat_template": read_chat_template(folder, fields["chat_template"]), "names": names,
             "space_behind_control": space}
 
 
