@@ -70,7 +70,7 @@ SMALL_FILES = ("config.json", INDEX, *TOKENIZER_FILES)
 def root_model(name: str | Path) -> str | Path:
     """The model under a run's adapter, under whatever runs it was itself trained on."""
     seen = set()
-    while os.path.exists(f"{name}/adapter_config.json") and os.path.exists(f"{name}/config.yaml"):
+    while is_file(Path(name, "adapter_config.json")) and is_file(Path(name, "config.yaml")):
         if os.path.realpath(name) in seen:
             raise BadInput(f"the run {name} is trained on itself: the model of its config.yaml, or "
                            "that one's model, is the run again; put back what it was trained on")
