@@ -60,7 +60,7 @@ def is_file(path: Path) -> bool:
 
 
 def unreadable(path: Path, error: OSError) -> BadInput:
-    return BadInput(f"{path} cannot be read ({error.strerror or one_line(error)}); "
+    return BadInput(f"{str(path)[:400]} cannot be read ({error.strerror or one_line(error)}); "
                     "check its permissions and its folder's")
 
 
@@ -386,13 +386,13 @@ class Kind(NamedTuple):
     fits: Callable[[object], bool]
 
 
-def one_of(*choices) -> Kind:
-    return Kind(" or ".join(map(json.dumps, choices)),
+def one_of(*choices, expected: str = "") -> Kind:
+    return Kind(expected or " or ".join(map(json.dumps, choices)),
                 lambda v: any(type(v) is type(c) and v == c for c in choices))
 
 
 def whole(low: int, high: int) -> Kind:
-    return Kind(f"a whole number from {low} to {high}",
+    return Kind(f"a whole number of at least {low}, at most {high}",
                 lambda v: type(v) is int and low <= v <= high)
 
 
