@@ -105,12 +105,13 @@ def parse_json(text: str) -> object:
         raise ValueError("nested too deep") from None
     level, depth = [value], 0
     # most texts have too few brackets to be looked into
-    while level and text.count("{") + text.count("[") > DEEPEST:
+    while text.count("{") + text.count("[") > DEEPEST and (
+            level := [v for v in level if isinstance(v, dict | list)]):
+        depth += 1
         if depth > DEEPEST:
             raise ValueError(f"nested more than {DEEPEST} deep")
-        depth += 1
-        level = [inner for outer in level if isinstance(outer, dict | list)
-                 for inner in (outer.values() if isinstance(outer, dict) else outer)]
+        level = [v for outer in level
+                 for v in (outer.values() if isinstance(outer, dict) else outer)]
     if "\\ud" in text.lower():
         json.dumps(value, ensure_ascii=False).encode()     # UnicodeEncodeError is a ValueError
     return value
