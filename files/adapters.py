@@ -202,7 +202,7 @@ def read_mlx_config(settings: dict, layers: list[str],
     return lora["rank"], lora["scale"], paths
 
 
-UNSET = one_of(False, "", [], {})
+UNSET = one_of(False, "", [], {}, expected="unset")
 
 
 def read_peft_config(settings: dict, layers: list[str],
@@ -219,17 +219,18 @@ def read_peft_config(settings: dict, layers: list[str],
     L = len(layers) // len(MODULES)
     in_model = lambda v: type(v) is int and 0 <= v < L
     fields = {
-        "peft_type": (one_of("LORA"), REQUIRED), "r": (RANK, REQUIRED),
+        "peft_type": (one_of("LORA", expected="LORA"), REQUIRED), "r": (RANK, REQUIRED),
         "lora_alpha": (POSITIVE, REQUIRED), "base_model_name_or_path": (TEXT, None),
         "target_modules": (Kind(
             f"a list out of {', '.join(PEFT_TARGETS)}, or paths of such layers",
             lambda v: NAMES.fits(v) and all(any(ends(p, t) for p in layers) for t in v)), REQUIRED),
         "layers_to_transform": (Kind(f"blocks out of 0 to {L - 1}", lambda v: (
             in_model(v) or type(v) is list and all(map(in_model, v)))), []),
-        "layers_pattern": (one_of("", "layers", [], ["layers"]), ""),
-        "bias": (one_of("none"), "none"), "use_rslora": (SWITCH, False),
+        "layers_pattern": (one_of("", "layers", [], ["layers"], expected="layers"), ""),
+        "bias": (one_of("none", expected="none"), "none"), "use_rslora": (SWITCH, False),
         # the others change the base's own weights as well
-        "init_lora_weights": (one_of(True, False, "gaussian"), True)}
+        "init_lora_weights": (one_of(True, False, "gaussian",
+                                     expected="true, false or gaussian"), True)}
     # whatever else is set, by this PEFT or a later one, may change what is computed
     fields |= {name: (UNSET, None) for name in settings.keys() - fields.keys() - PEFT_NEUTRAL}
     about = read_fields(settings, fields, f"{where}: not a PEFT adapter that can be read here")

@@ -60,7 +60,7 @@ def is_file(path: Path) -> bool:
 
 
 def unreadable(path: Path, error: OSError) -> BadInput:
-    return BadInput(f"{path} cannot be read ({error.strerror or one_line(error)}); "
+    return BadInput(f"{str(path)[:400]} cannot be read ({error.strerror or one_line(error)}); "
                     "check its permissions and its folder's")
 
 
@@ -105,12 +105,13 @@ def parse_json(text: str) -> object:
         raise ValueError("nested too deep") from None
     level, depth = [value], 0
     # most texts have too few brackets to be looked into
-    while level and text.count("{") + text.count("[") > DEEPEST:
+    while text.count("{") + text.count("[") > DEEPEST and (
+            level := [v for v in level if isinstance(v, dict | list)]):
+        depth += 1
         if depth > DEEPEST:
             raise ValueError(f"nested more than {DEEPEST} deep")
-        depth += 1
-        level = [inner for outer in level if isinstance(outer, dict | list)
-                 for inner in (outer.values() if isinstance(outer, dict) else outer)]
+        level = [v for outer in level
+                 for v in (outer.values() if isinstance(outer, dict) else outer)]
     if "\\ud" in text.lower():
         json.dumps(value, ensure_ascii=False).encode()     # UnicodeEncodeError is a ValueError
     return value
@@ -386,13 +387,13 @@ class Kind(NamedTuple):
     fits: Callable[[object], bool]
 
 
-def one_of(*choices) -> Kind:
-    return Kind(" or ".join(map(json.dumps, choices)),
+def one_of(*choices, expected: str = "") -> Kind:
+    return Kind(expected or " or ".join(map(json.dumps, choices)),
                 lambda v: any(type(v) is type(c) and v == c for c in choices))
 
 
 def whole(low: int, high: int) -> Kind:
-    return Kind(f"a whole number from {low} to {high}",
+    return Kind(f"a whole number of at least {low}, at most {high}",
                 lambda v: type(v) is int and low <= v <= high)
 
 

@@ -245,7 +245,7 @@ def open_run(cfg: Config, keys: dict, inputs: dict[str, str], writes: bool) -> I
         if config.exists() and not cfg.overwrite:
             check_same_run(keys, config)
         lock.seek(0)
-        if not re.fullmatch(r"(\d+ on .*\n)?", lock.read()):
+        if not re.fullmatch(r"(\d+( on .*)?\n?)?", lock.read()):
             raise BadInput(f"{folder / LOCK} is no lock of a run; give another run_dir")
         try:
             lock.truncate(0)

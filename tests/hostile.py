@@ -782,7 +782,8 @@ def fresh_cases() -> Iterator[Case]:
     """Interpreters that start, pipes that close: `python ...` in a shell."""
     def make(place: Place, line: str) -> list[str]:
         train_with(place)
-        place.copy("run")
+        for name in ("run", "gate.yaml", "talks.jsonl"):
+            place.copy(name)
         return [line]
 
     def fresh(name: str, line: str, expected: str) -> Case:
@@ -793,7 +794,7 @@ def fresh_cases() -> Iterator[Case]:
     for name, command in {"lens": lens, "train": train, "eval": "$PY $ROOT/eval.py --ckpt run",
                           "generate": "$PY $ROOT/generate.py --ckpt model --prompt 7",
                           "lora": "$PY $ROOT/lora.py --ckpt run --out out",
-                          "gate": "$PY -m gate c.yaml"}.items():
+                          "gate": "$PY -m gate gate.yaml"}.items():
         for wait in (0.5, 1.5):
             yield fresh(f"{name} interrupted at {wait} s",
                         f"{command} & sleep {wait}; kill -INT $!; wait $!", "interrupted")

@@ -68,13 +68,14 @@ def test_a_lock_that_is_a_link_is_left_alone(tmp_path):
     kept, run_dir = tmp_path / "kept.txt", tmp_path / "run"
     run_dir.mkdir()
     kept.write_text("kept\n")
+    (run_dir / "config.yaml").write_text("steps: 1\n")
     for place in (run_dir / ".lock", run_dir / "metrics.jsonl"):
         place.symlink_to(kept)
         with pytest.raises(BadInput, match=f"{place.name} cannot be written"):
             check_free(str(run_dir))
         place.unlink()
     os.link(kept, run_dir / ".lock")    # no link to be seen: what it holds is not a lock's
-    cfg = load_overrides([f"run_dir={run_dir}"])
+    cfg = load_overrides([f"run_dir={run_dir}", "overwrite=true"])
     with pytest.raises(BadInput, match="no lock of a run"), open_run(cfg, {}, {}, True):
         pass
     assert kept.read_text() == "kept\n"

@@ -350,10 +350,10 @@ def read_tokenizer(folder: Path) -> dict | None:
     if os.path.lexists(folder / "tokenizer.model"):
         path = folder / "tokenizer.model"
         try:
-            backend = sentencepiece.SentencePieceProcessor(
-                model_proto=read_data(path, "a sentencepiece model"))
-            if not backend.get_piece_size():
+            data = read_data(path, "a sentencepiece model")
+            if not data:    # which the library takes, and fails at later
                 raise RuntimeError("it is empty")
+            backend = sentencepiece.SentencePieceProcessor(model_proto=data)
         except RuntimeError as error:
             raise BadInput(f"{path} is not a sentencepiece model ({str(error)[:80]}); "
                            "fetch it again") from None
