@@ -94,13 +94,16 @@ def read_text(path: str | Path, expected: str, largest: int = LARGEST) -> str:
         raise BadInput(f"{path} is not UTF-8 ({one_line(error)}); expected {expected}") from None
 
 
-def parse_json(text: str) -> object:
+def parse_json(text: str, finite: bool = True) -> object:
     """A JSON value; ValueError where numbers are not finite, texts no text, or it nests too deep.
 
     Python's own reader takes NaN, 1e999 and half an emoji, which is valid JSON and no text.
+    finite   False: NaN and infinity are taken, by ours (a guard's best is -inf before the first) or
+             where read_fields names the field
     """
+    number = finite_number if finite else float
     try:
-        value = json.loads(text, parse_constant=finite_number, parse_float=finite_number)
+        value = json.loads(text, parse_constant=number, parse_float=number)
     except RecursionError:
         raise ValueError("nested too deep") from None
     level, depth = [value], 0
@@ -129,7 +132,7 @@ def read_json(path: Path, expected: str = "a folder in the Hub's layout (config.
     """Read a JSON object; raises BadInput naming the file."""
     text = read_text(path, expected)
     try:
-        value = parse_json(text)
+        value = parse_json(text, finite=False)
     except ValueError as error:
         raise BadInput(f"{path} is not valid JSON ({one_line(error)}); expected {expected}, "
                        "whole: fetch or write it again") from None

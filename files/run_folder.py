@@ -122,7 +122,7 @@ class Run:
             raise BadInput(f"cannot continue {self.folder}, which another version wrote ({path} "
                            "says nothing of its step); give another run_dir, or overwrite=true to "
                            "start over")
-        about = parse_json(metadata["about"])
+        about = parse_json(metadata["about"], finite=False)
         read_fields(about, {"step": (whole(1, 2 ** 31), REQUIRED), "inputs": (OBJECT, REQUIRED)},
                     str(path))
         changed = [name for name, value in self.inputs.items()

@@ -370,7 +370,7 @@ def test_command(long_model, tmp_path):
     (["OUT", "m=3", "seed=-1"], "unknown key 'm'.*seed = -1"),
     (["OUT", "labels=A,A"], "two different words"),
     (["OUT", "heldout=no/such.jsonl"], "no/such.jsonl is missing"),
-    (["OUT", f"heldout={TINY}/config.json"], "config.json:1: .*expected a benchmark")])
+    (["OUT", f"heldout={TINY}/config.json"], "config.json: .*line 1 .*expected a benchmark")])
 def test_bad_words(words, match, tmp_path):
     words = [word.replace("OUT", str(tmp_path / "out")) for word in words]
     with pytest.raises(BadInput, match=match):

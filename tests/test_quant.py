@@ -162,8 +162,11 @@ def test_sixteen_bit_tables_under_a_float32_model(tied, tmp_path, monkeypatch):
     np.testing.assert_allclose(np.array(half(tokens)), np.array(whole(tokens)), atol=1e-5)
     resid = mx.random.normal((1, 5, 32))
     grads = [mx.grad(lambda x, m=m: (m.head(x) ** 2).sum())(resid) for m in (half, whole)]
-    assert mx.abs(grads[0]).max() > 1e-2
-    np.testing.assert_allclose(np.array(grads[0]), np.array(grads[1]), rtol=1e-3, atol=1e-5)
+    largest = mx.abs(grads[0]).max().item()
+    assert largest > 1e-2
+    # each is a sum over the vocabulary, rounded as its largest terms are
+    np.testing.assert_allclose(np.array(grads[0]), np.array(grads[1]), rtol=1e-3,
+                               atol=1e-5 * max(1, largest))
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -87,7 +87,7 @@ def test_study_file_mistakes(tmp_path):
     bad = tmp_path / "bad.yaml"
     bad.write_text("steps: 3\n")
     for path in (bad, tmp_path / "none.yaml"):
-        with pytest.raises(BadInput, match="is not a study file"):
+        with pytest.raises(BadInput, match="is not a study file|is missing; expected a study file"):
             load_study(path, False, [])
     assert_one_clear_line(run("-m", "study", "--smoek"), "unknown option --smoek")
 
