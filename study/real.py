@@ -14,7 +14,7 @@ from config import run_main
 from files.disk import write_text
 from report.stats import interval_text, mcnemar, paired_bootstrap, wilson
 from study.document import fill, seeds_text, table
-from study.results import chains_table, finished_run, machine_text, run_script
+from study.results import CHAINS, chains_table, finished_run, machine_text, run_script
 
 DOCUMENT = Path("docs/real_models.md")
 HEADING = "\n## SmolLM2-135M"       # what stands below it is this file's
@@ -96,11 +96,19 @@ def against_sft(reports: Reports) -> str:
             f"only SFT; McNemar exact p = {test['p']:.2g}")
 
 
-def chain_gains(reports: list[dict]) -> str:
-    """Points over the base on the same questions, each seed with its interval."""
-    right = lambda report: [row["correct"] for row in report["prompts"]]
-    return "; ".join(interval_text(paired_bootstrap(right(r["base"]), right(r)), 100, 1, "+")
-                     for r in reports)
+def chain_gains(reports: Reports) -> str:
+    """Points over the base on the same questions, each seed: by its own answers, by the base's."""
+    lines = []
+    for name, runs in reports.items():
+        gains = []
+        for label, key in (("own answers", "correct"), ("the base's answers from its chains",
+                                                        "correct_frozen")):
+            right = lambda report, key=key: [row[key] for row in report["prompts"]]
+            of_seeds = [interval_text(paired_bootstrap(right(r["base"]), right(r)), 100, 1, "+")
+                        for r in runs]
+            gains.append(f"{label} {', '.join(of_seeds)}")
+        lines.append(f"- {CHAINS[name][0]}: {'; '.join(gains)}")
+    return "\n".join(lines)
 
 
 def write_part(text: str) -> None:
@@ -128,10 +136,12 @@ def main(argv: list[str]) -> None:
                     seeds=", ".join(map(str, SEEDS)), table=arms_table(two_digits, TWO_DIGITS)))
     run_script(["-m", "tasks", "sums", str(sums), "--terms", "3", "--largest", "20",
                 "--shots", "3", "--test", "100"])
-    chains = {"markovian": [finished_run("real_markovian", seed, "smollm2_markovian", NO_LOOKS)
-                            for seed in CHAIN_SEEDS]}
+    chains = {name: [finished_run(f"real_{name}", seed, "smollm2_markovian",
+                                  [*NO_LOOKS, *CHAINS[name][2]]) for seed in CHAIN_SEEDS]
+              for name in ("markovian", "markovian_frozen")}
     write_part(fill("smollm2_chains", n=len(chains["markovian"][0]["prompts"]),
-                    table=chains_table(chains), gains=chain_gains(chains["markovian"])))
+                    seeds=", ".join(map(str, CHAIN_SEEDS)), table=chains_table(chains),
+                    gains=chain_gains(chains)))
 
 
 if __name__ == "__main__":

@@ -38,6 +38,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+# before engine.blas, which else has MLX start its thread at once: no fork would have it
+import mlx.core  # noqa: F401
+
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
@@ -839,10 +842,9 @@ def make_fixtures(folder: Path) -> None:
     from conftest import CHAT, TINY, adapted, small_config, small_model, write_model
     from mlx.utils import tree_flatten
 
-    from files.adapters import mlx_files, peft_files
+    from files.adapters import about_adapter, adapter_arrays, mlx_files, peft_files
     from files.model_folder import save_safetensors, write_files
     from gate.conversations import make, write_benchmark
-    from lora import about_adapter, adapter_arrays
     os.chdir(folder)
     write_model(folder / "model", small_config(), TINY)
     shutil.copytree("model", "chat")
