@@ -15,7 +15,8 @@ full of numbers below 1e-38, over which a processor takes a hundred times as lon
 them for 0 (`subnormals_as_zero`). macOS (Accelerate, Metal) and CUDA need none of it.
 
 NANOLENS_PLAIN=1 gives a Linux CPU the arithmetic of Metal and CUDA, for tests: MLX's own functions
-(`linux_cpu` is false), batches in one part.
+(`linux_cpu` is false), batches in one part. A process that imports this file and forks can use MLX
+no more in the child: MLX's thread runs from the import on.
 """
 import _ctypes
 import ctypes

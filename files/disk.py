@@ -6,8 +6,8 @@ last line is dropped on reading. A target that is a link, a pipe or a device is 
 would change something else, or wait for ever.
 
 What comes from outside is read in one way: a regular file of bounded size, UTF-8, JSON whose
-nesting is bounded, whose numbers are finite and whose texts are text. Then it is held against a
-declared shape, {field: (kind, default)}, and all mistakes are said at once.
+nesting is bounded, whose texts are text and, in rows, whose numbers are finite. Settings are held
+against a declared shape, {field: (kind, default)}, and all mistakes are said at once.
 """
 import json
 import math
@@ -98,26 +98,30 @@ def parse_json(text: str, finite: bool = True) -> object:
     """A JSON value; ValueError where numbers are not finite, texts no text, or it nests too deep.
 
     Python's own reader takes NaN, 1e999 and half an emoji, which is valid JSON and no text.
-    finite   False: NaN and infinity are taken, by ours (a guard's best is -inf before the first) or
-             where read_fields names the field
+    finite   False: NaN and infinity too, in ours (a guard's first best) or where a shape is said
     """
     number = finite_number if finite else float
     try:
         value = json.loads(text, parse_constant=number, parse_float=number)
     except RecursionError:
         raise ValueError("nested too deep") from None
-    level, depth = [value], 0
-    # most texts have too few brackets to be looked into
-    while text.count("{") + text.count("[") > DEEPEST and (
-            level := [v for v in level if isinstance(v, dict | list)]):
-        depth += 1
-        if depth > DEEPEST:
-            raise ValueError(f"nested more than {DEEPEST} deep")
-        level = [v for outer in level
-                 for v in (outer.values() if isinstance(outer, dict) else outer)]
+    if text.count("{") + text.count("[") > DEEPEST:     # most texts have fewer
+        check_depth(value)
     if "\\ud" in text.lower():
         json.dumps(value, ensure_ascii=False).encode()     # UnicodeEncodeError is a ValueError
     return value
+
+
+def check_depth(value: object) -> None:
+    """ValueError where a JSON value nests more than DEEPEST deep; level by level, no recursion."""
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        level = [v for v in level if isinstance(v, dict | list)]
+        if not level:
+            return
+        level = [v for outer in level
+                 for v in (outer.values() if isinstance(outer, dict) else outer)]
+    raise ValueError(f"nested more than {DEEPEST} deep")
 
 
 def finite_number(text: str) -> float:
@@ -263,8 +267,7 @@ def json_lines(rows: Iterable[dict]) -> str:
 
 
 class Steady:
-    """A stream that goes on where nobody reads any more: a closed pipe or a full disk under what is
-    printed ends no training."""
+    """A stream under which a closed pipe or a full disk ends no training."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream

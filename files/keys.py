@@ -189,10 +189,11 @@ def validate(cfg, given: set[str]) -> list[str]:
                             f"expected one or more of {', '.join(map(str, allowed))}")
     mistakes += [f"{key} = {getattr(cfg, key)}: expected at least {low}"
                  for key, low in AT_LEAST.items() if getattr(cfg, key) < low]
-    mistakes += [f"{key} = {value}: expected at most {AT_MOST.get(key, 3e38):.10g}"
-                 for key, value in vars(cfg).items() if type(value) in (int, float)
-                 and not abs(value) <= AT_MOST.get(key, 3e38 if type(value) is float else 2 ** 31)]
     for key, value in vars(cfg).items():
+        if type(value) in (int, float):
+            most = AT_MOST.get(key, 3e38 if type(value) is float else 2 ** 31)
+            if not abs(value) <= most:      # in this form NaN is refused too
+                mistakes.append(f"{key} = {value}: expected at most {most:.10g}")
         if isinstance(value, tuple) and len(set(value)) < len(value):
             mistakes.append(f"{key} = {', '.join(value)}: expected each entry once")
     for key in sorted(given):

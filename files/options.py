@@ -47,7 +47,8 @@ def lens_options(argv: list[str]) -> argparse.Namespace:
     parser.add_template()
     parser.add_argument("--words", nargs="*", default=[],
                         help="words to follow at the last position, one token each: all with a "
-                        "leading space or all without, whichever fits the prompt's end")
+                        "leading space or all without, whichever fits the prompt's end; an "
+                        "operation's name as dual-reward trains it")
     parser.add_output("--png", "the table as a picture")
     parser.add_output("--html", "one self-contained page; a cell shows its ten top tokens on hover")
     parser.add_output("--json", "the numbers behind the pictures")

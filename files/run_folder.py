@@ -287,8 +287,7 @@ def remove_run(folder: Path) -> None:
 
 
 def check_free(run_dir: str) -> None:
-    """Raises BadInput where another process trains in the folder, or it is no run: said before a
-    model is loaded."""
+    """BadInput where another process trains in the folder, or it is no run; before loading."""
     check_is_run(Path(run_dir))
     if os.path.lexists(Path(run_dir) / LOCK):
         lock_run(Path(run_dir), fcntl.LOCK_SH).close()
@@ -455,8 +454,7 @@ def require_gate(path: str, model: str) -> None:
         raise BadInput(f"require_gate: {path} says {report['verdict']} ({why}); "
                        "training would teach what is there already, or cannot be measured: choose "
                        "another task or benchmark, or drop require_gate")
-    base = {"base": (OBJECT, {})}
-    stored = read_fields(report["models"], base, f"{path}: models")["base"]
+    stored = read_fields(report["models"], {"base": (OBJECT, {})}, f"{path}: models")["base"]
     if stored.get("weights") != hash_model(model)["weights"]:
         raise BadInput(f"require_gate: {path} is about other weights ({stored.get('name')}) than "
                        f"model = {model}; {run}")

@@ -123,9 +123,8 @@ def harmful(record: dict[str, float], cfg: Config) -> str:
     Leaving the optimizer alone is the point. Multiplying the loss by 0 would not do: AdamW's
     momentum still moves the weights.
     """
-    if not np.isfinite([record["loss"], record["grad_norm"]]).all():
-        return "skipped"
-    if record["ratio"] > MAX_MEAN_RATIO:
+    is_finite = np.isfinite([record["loss"], record["grad_norm"]]).all()
+    if not is_finite or record["ratio"] > MAX_MEAN_RATIO:
         return "skipped"
     if cfg.grpo_kl_stop and record["kl_old"] > 1.5 * cfg.grpo_kl_stop:
         return "early_stop"

@@ -186,7 +186,7 @@ def main(argv: list[str]) -> None:
                         help="run, model folder or Hub name")
     parser.add_argument("--problems", type=int, default=200)
     parser.add_output("--json", "the report")
-    parser.add_argument("--png", metavar="FILE", type=Path, help="a picture of the drops")
+    parser.add_output("--png", "a picture of the drops")
     args = parser.parse_args(argv)
     if args.problems < 1:
         raise BadInput(f"--problems {args.problems}: expected at least 1")

@@ -100,17 +100,13 @@ def against_sft(reports: Reports) -> str:
 
 def chain_gains(reports: Reports) -> str:
     """Points over the base on the same questions, each seed: by its own answers, by the base's."""
-    lines = []
-    for name, runs in reports.items():
-        gains = []
-        for label, key in (("own answers", "correct"), ("the base's answers from its chains",
-                                                        "correct_frozen")):
-            right = lambda report, key=key: [row[key] for row in report["prompts"]]
-            of_seeds = [interval_text(paired_bootstrap(right(r["base"]), right(r)), 100, 1, "+")
-                        for r in runs]
-            gains.append(f"{label} {', '.join(of_seeds)}")
-        lines.append(f"- {CHAINS[name][0]}: {'; '.join(gains)}")
-    return "\n".join(lines)
+    def gains(runs: list[dict], key: str) -> str:
+        right = lambda report: [row[key] for row in report["prompts"]]
+        return ", ".join(interval_text(paired_bootstrap(right(r["base"]), right(r)), 100, 1, "+")
+                         for r in runs)
+    return "\n".join(f"- {CHAINS[name][0]}: own answers {gains(runs, 'correct')}; the base's "
+                     f"answers from its chains {gains(runs, 'correct_frozen')}"
+                     for name, runs in reports.items())
 
 
 def write_part(text: str) -> None:

@@ -17,6 +17,7 @@ close run `python ...` as a user does.
 import argparse
 import atexit
 import collections
+import fnmatch
 import functools
 import json
 import os
@@ -914,7 +915,8 @@ def snapshot(folder: Path, without: tuple[str, ...] = ()) -> dict[str, tuple]:
     """What lies in a folder: kinds, sizes, times of change, where links lead."""
     found = {}
     for place, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if name not in without]
+        folders[:] = [name for name in folders
+                      if not any(fnmatch.fnmatch(name, pattern) for pattern in without)]
         for name in (*folders, *files):
             path = os.path.join(place, name)
             about = os.lstat(path)
@@ -926,8 +928,9 @@ def snapshot(folder: Path, without: tuple[str, ...] = ()) -> dict[str, tuple]:
     return found
 
 
-# a project's own folders that others write to while this runs
-NOT_OURS = (".git", ".venv", ".venv-bench", "runs", "__pycache__", ".pytest_cache", ".ruff_cache")
+# a project's own folders that others write to while this runs: the real model may just be fetched
+NOT_OURS = (".git", ".venv", ".venv-bench", "runs", "__pycache__", ".pytest_cache", ".ruff_cache",
+            "smollm2", ".smollm2.*.tmp")
 # a refused command may leave these of its own: a run that was begun, and what it says of it
 OWN = ("run/", "new/", "gate/", "target/", "runs/", "outside_runs", "out/", "deep/")
 

@@ -6,6 +6,7 @@ and reports say which by piece and id.
 """
 import sys
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -243,15 +244,15 @@ def followed_ids(tokenizer: Tokenizer, words: list[str], before: list[int]) -> l
     too where they can. example  SmolLM2 behind "= ": add, 8 -> " add", "8"
     """
     operations = list(SYMBOLS) if set(words) & set(SYMBOLS) else []
-    for together, alone in (([*words, *operations], []), (operations, words)):
-        try:
-            found = dict(zip(together, tokenizer.word_ids(together, before)))
-        except BadInput:    # one is in the way: the next way; the last, below, says which
-            continue
-        alone = [word for word in alone if word not in found]
-        found |= dict(zip(alone, tokenizer.word_ids(alone, before)))
-        return [found[word] for word in words]
-    return tokenizer.word_ids(words, before)
+    try:
+        return tokenizer.word_ids([*words, *operations], before)[:len(words)]
+    except BadInput:
+        found = {}
+    with suppress(BadInput):    # one that nobody asks for may be in the way
+        found = dict(zip(operations, tokenizer.word_ids(operations, before)))
+    others = [word for word in words if word not in found]
+    found |= zip(others, tokenizer.word_ids(others, before))
+    return [found[word] for word in words]
 
 
 def class_word_ids(cfg: Config, tokenizer: Tokenizer, problems: list[Problem]) -> dict[str, int]:

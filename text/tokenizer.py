@@ -317,6 +317,18 @@ def read_fast(path: Path) -> tokenizers.Tokenizer:
     return backend
 
 
+def read_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
+    """A tokenizer.model; raises BadInput."""
+    try:
+        data = read_data(path, "a sentencepiece model")
+        if not data:    # which the library takes, and fails at later
+            raise RuntimeError("it is empty")
+        return sentencepiece.SentencePieceProcessor(model_proto=data)
+    except RuntimeError as error:
+        raise BadInput(f"{path} is not a sentencepiece model ({str(error)[:80]}); "
+                       "fetch it again") from None
+
+
 def puts_space_behind(backend: tokenizers.Tokenizer, control: str) -> bool:
     """Whether text behind a control token ("": at the start) is given SentencePiece's space."""
     backend.encode_special_tokens = False
@@ -349,14 +361,7 @@ def read_tokenizer(folder: Path) -> dict | None:
     generation = read_optional_json(folder / "generation_config.json")
     if os.path.lexists(folder / "tokenizer.model"):
         path = folder / "tokenizer.model"
-        try:
-            data = read_data(path, "a sentencepiece model")
-            if not data:    # which the library takes, and fails at later
-                raise RuntimeError("it is empty")
-            backend = sentencepiece.SentencePieceProcessor(model_proto=data)
-        except RuntimeError as error:
-            raise BadInput(f"{path} is not a sentencepiece model ({str(error)[:80]}); "
-                           "fetch it again") from None
+        backend, fast = read_sentencepiece(path), None
         name_of = backend.id_to_piece
 
         def find(name):     # of a name that it does not have, the library says <unk>
@@ -368,7 +373,7 @@ def read_tokenizer(folder: Path) -> dict | None:
         default_eos = backend.eos_id() if backend.eos_id() >= 0 else None
     elif os.path.lexists(folder / "tokenizer.json"):
         path = folder / "tokenizer.json"
-        backend = read_fast(path)
+        backend = fast = read_fast(path)
         find, name_of = backend.token_to_id, backend.id_to_token
         # what the file's own post-processor puts before a text is what the model was trained with
         before = backend.encode("").ids
@@ -394,10 +399,9 @@ def read_tokenizer(folder: Path) -> dict | None:
     for name, token in (("bos_token", bos_id), ("eos_token", eos_id)):
         if token is not None:
             names.setdefault(name, name_of(token) or "")
-    space = fields["legacy"]
-    if os.path.lexists(folder / "tokenizer.json"):    # the one that chats were made with
-        fast = read_fast(folder / "tokenizer.json")
-        space = puts_space_behind(fast, name_of(eos_id) or "")
+    if fast is None and os.path.lexists(folder / "tokenizer.json"):
+        fast = read_fast(folder / "tokenizer.json")     # the one that chats were made with
+    space = puts_space_behind(fast, name_of(eos_id) or "") if fast else fields["legacy"]
     return {"backend": backend, "bos_id": bos_id, "eos_id": eos_id,
             "eos_ids": set(stops) | {eos_id}, "source": str(path),
             "chat_template": read_chat_template(folder, fields["chat_template"]), "names": names,
