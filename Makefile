@@ -46,13 +46,16 @@ kill: .venv/ready  ## kill -9 at 100 random moments, then the same command: ever
 hostile: .venv/ready_dev  ## thousands of hostile inputs, each file, field, path and key with each wrong value: one clear line, in time, nothing touched (5 minutes on two cores)
 	OPENBLAS_NUM_THREADS=1 $(PY) tests/hostile.py
 
-study: .venv/ready  ## the study: every condition, then RESULTS.md; goes on where it stopped (90 minutes on two cores; STUDY=smoke: two)
-	$(PY) -m study $(if $(filter smoke,$(STUDY)),--smoke)
+study: .venv/ready  ## the study: every arm on every base, then docs/study.md; goes on where it stopped (four hours on two cores; STUDY="bases=taught" half an hour)
+	$(PY) -m study $(STUDY)
+
+study-report: .venv/ready  ## docs/study.md from the committed measures alone (seconds)
+	$(PY) -m study --report
 
 results: .venv/ready  ## every number of docs/training.md: three seeds of each method (40 minutes)
 	$(PY) -m study.results
 
-markovian: .venv/ready  ## every number of RESULTS.md's part on Markovian training (an hour on two cores)
+markovian: .venv/ready  ## every number of docs/markovian.md (an hour on two cores)
 	$(PY) -m tasks sums runs/sums_data --terms 6 --largest 9
 	$(PY) -m study.results markovian
 
@@ -84,4 +87,4 @@ tiny_cot: .venv/ready  ## the same for the one that can write chains (20 minutes
 clean:  ## remove the virtual environment and all runs
 	rm -rf .venv .venv-bench runs
 
-.PHONY: help setup run real smollm2 test test-plain gate kill hostile lint table study results markovian fullsize bench bench-peers growth tiny tiny_cot clean
+.PHONY: help setup run real smollm2 test test-plain gate kill hostile lint table study study-report results markovian fullsize bench bench-peers growth tiny tiny_cot clean

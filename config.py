@@ -67,10 +67,7 @@ class Config:
     # class_weight * CE(lens at class_layer, operation word) + (1 - class_weight) * CE(answer)
     class_weight: float = 0.7
     class_layer: int | None = None  # 0-based block whose output is read; null: int(0.55 * blocks)
-    # word ("multiply") | symbol ("*") | answer (its first token); controls: shuffled (another
-    # problem's word, fixed by the prompt) | random (any token, fixed by the prompt)
-    class_target: str = "word"
-    # other words for data_operations, in their order, such as unrelated or unused tokens
+    # wanted in place of the operations' own words, in the order of data_operations
     class_words: tuple[str, ...] = ()
     # prompt: last prompt token | answer: last answer token (prior code's error B)
     class_position: str = "prompt"

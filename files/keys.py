@@ -150,7 +150,6 @@ CHOICES = {
     "data_operations": ("add", "subtract", "multiply", "divide"),
     "data_wordings": ("symbolic", "worded", "asked", "asked_worded", "masked"),
     "lora_targets": LORA_TARGETS,
-    "class_target": ("word", "symbol", "answer", "shuffled", "random"),
     "class_position": ("prompt", "answer"),
     "grpo_advantage": ("none", "batch", "group"), "grpo_norm": ("constant", "token", "sequence"),
     "grpo_ratio": ("sampler", "base"), "markovian_scorer": ("actor", "frozen"),
@@ -208,10 +207,9 @@ def validate(cfg, given: set[str]) -> list[str]:
                         "scaled by lora_alpha / lora_rank")
     if not 0 <= cfg.class_weight <= 1:
         mistakes.append(f"class_weight = {cfg.class_weight}: expected a number from 0 to 1")
-    if cfg.class_words and (cfg.class_target != "word"
-                            or len(set(cfg.class_words)) != len(cfg.data_operations)):
-        mistakes.append(f"class_words = {', '.join(cfg.class_words)}: expected class_target: word "
-                        f"and {len(cfg.data_operations)} different words, one for each of "
+    if cfg.class_words and len(set(cfg.class_words)) != len(cfg.data_operations):
+        mistakes.append(f"class_words = {', '.join(cfg.class_words)}: expected "
+                        f"{len(cfg.data_operations)} different words, one for each of "
                         f"{', '.join(cfg.data_operations)}")
     if cfg.batch_size % cfg.grad_accum_steps:
         mistakes.append(f"grad_accum_steps = {cfg.grad_accum_steps} "

@@ -12,7 +12,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from files.disk import write_bytes
-from report.stats import mean_interval
 
 matplotlib.use("Agg")  # draw into files, also where there is no screen
 
@@ -173,33 +172,61 @@ def damage_curves(report: dict, path: str | Path) -> None:
     save_figure(figure, path)
 
 
-def band(axis, x: list, runs: np.ndarray, label: str) -> None:
-    """The mean line of runs (seeds, points) with the 95 % interval across seeds, if there are."""
-    line, = axis.plot(x, runs.mean(0), "o-", ms=3, lw=1.3, label=label)
-    if len(runs) > 1:
-        ends = [mean_interval(column) for column in runs.T]
-        axis.fill_between(x, [e["low"] for e in ends], [e["high"] for e in ends],
-                          color=line.get_color(), alpha=0.2, lw=0)
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")   # Okabe and Ito's
 
 
-def band_panels(panels: dict[str, dict[str, tuple]], path: str | Path, size: tuple[float, float],
-                xlabels: list[str], ylabel: str = "", title: str = "", rows: int = 1) -> None:
-    """Conditions compared over blocks, steps or a sweep: {panel: {label: (x, (seeds, points))}}.
+def forest(rows: list[dict], path: str | Path) -> None:
+    """Effects beside what was expected of them: a panel a test, a line a base, a dot a run.
 
-    xlabels  one for each panel of the lowest row; the legend stands in the first panel
+    rows  {title, unit, bounds: (low, high) of the band that is shaded, equal where one side is
+          asked for, bases: {name: (each run's value, mean, (low, high) or None)}}
     """
-    figure, axes = plt.subplots(rows, -(-len(panels) // rows), figsize=size, sharex=rows > 1,
-                                squeeze=False, layout="constrained")
-    for axis, (name, lines) in zip(axes.flat, panels.items()):
-        for label, (x, runs) in lines.items():
-            band(axis, x, np.array(runs, float), label)
-        axis.set(title=name, ylim=(-0.03, 1.03), ylabel=ylabel)
-        axis.grid(alpha=0.3)
-    for axis, text in zip(axes[-1], xlabels):
-        axis.set_xlabel(text)
-    axes[0, 0].legend(fontsize=8)
-    if title:
-        figure.suptitle(f"{title}; band: 95 % interval across seeds")
+    heights = [len(row["bases"]) + 1.4 for row in rows]
+    figure, axes = plt.subplots(len(rows), 1, figsize=(8, 0.34 * sum(heights)), squeeze=False,
+                                height_ratios=heights, layout="constrained")
+    names = list(dict.fromkeys(name for row in rows for name in row["bases"]))
+    for axis, row in zip(axes[:, 0], rows):
+        low, high = row["bounds"]
+        if low == high:
+            axis.axvline(low, color="0.4", ls="--", lw=1)
+        else:
+            axis.axvspan(low, high, color="0.92")
+            axis.axvline(0, color="0.7", lw=0.8)
+        for y, (name, (runs, mean, interval)) in enumerate(row["bases"].items()):
+            colour = COLOURS[names.index(name) % len(COLOURS)]
+            axis.plot(runs, [y + 0.22] * len(runs), "o", ms=3, color=colour, alpha=0.5, mew=0)
+            if interval:
+                axis.plot(interval, [y, y], color=colour, lw=2, solid_capstyle="butt")
+            axis.plot([mean], [y], "D", ms=5, color=colour)
+        axis.set_yticks(range(len(row["bases"])), row["bases"], fontsize=7)
+        axis.set_ylim(len(row["bases"]) - 0.4, -0.6)
+        axis.set_title(row["title"], fontsize=8, loc="left", pad=3)
+        axis.set_xlabel(row["unit"], fontsize=7, labelpad=1)
+        axis.tick_params(axis="x", labelsize=7)
+        axis.margins(x=0.08)
+    save_figure(figure, path)
+
+
+def strips(panels: dict[str, tuple[list[int], list[list[float]]]], claims: list[str],
+           path: str | Path) -> None:
+    """Where each claim holds: a panel each, a row a claim, a column a block, dark in all runs.
+
+    panels  {title: (blocks, a list of shares of runs for each claim)}
+    """
+    across = 4
+    down = -(-len(panels) // across)
+    figure, axes = plt.subplots(down, across, figsize=(3.1 * across, 1.15 * down), squeeze=False,
+                                layout="constrained")
+    for axis in axes.flat[len(panels):]:
+        axis.set_visible(False)
+    for i, (axis, (title, (blocks, shares))) in enumerate(zip(axes.flat, panels.items())):
+        image = axis.imshow(shares, aspect="auto", cmap="cividis_r", vmin=0, vmax=1)
+        step = -(-len(blocks) // 8)
+        axis.set_xticks(range(0, len(blocks), step), blocks[::step], fontsize=6)
+        axis.set_yticks(range(len(claims)), claims if i % across == 0 else [], fontsize=7)
+        axis.set_title(title, fontsize=7, loc="left")
+    figure.colorbar(image, ax=axes, label="share of runs", shrink=0.6)
+    figure.supxlabel("after block", fontsize=8)
     save_figure(figure, path)
 
 

@@ -222,12 +222,17 @@ def equivalence_p(differences: Sequence[float], margin: float) -> float:
     return float(max(above, below))
 
 
-def adjusted_p(p: Sequence[float]) -> list[float]:
-    """Benjamini-Hochberg: the false discovery rate at which each of a family would be accepted.
+def holm(p: Sequence[float]) -> list[float]:
+    """Holm's adjusted p: a family's chance of any wrong acceptance, whatever the dependence.
 
-    example  [.001, .004, .03, .08, .15, .20] -> [.006, .012, .06, .12, .18, .20]
+    example  [.01, .04, .03] -> [.03, .06, .06]
+    source   Holm 1979; equals statsmodels' multipletests(method="holm")
     """
-    return scipy.stats.false_discovery_control(p).tolist() if len(p) else []
+    order, adjusted, largest = np.argsort(p), [0.0] * len(p), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(p) - rank) * p[i]))
+        adjusted[i] = float(largest)
+    return adjusted
 
 
 def auc_within(scores: Sequence[float], right: Sequence[bool],
@@ -245,23 +250,6 @@ def auc_within(scores: Sequence[float], right: Sequence[bool],
             wins += scipy.stats.mannwhitneyu(good, bad).statistic
             twos += len(good) * len(bad)
     return float(wins / twos) if twos else None
-
-
-def rank_correlation(x: Sequence[float], y: Sequence[float], draws: int = 2000) -> dict:
-    """Spearman's, with a seeded bootstrap interval over the pairs: {value, low, high, n, p}.
-
-    value None where either side is constant: nothing to rank
-    """
-    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    if len(x) < 3 or not np.ptp(x) or not np.ptp(y):
-        return {"value": None, "low": None, "high": None, "n": len(x), "p": None}
-    found = scipy.stats.spearmanr(x, y)
-    drawn = np.random.default_rng(0).integers(0, len(x), (draws, len(x)))
-    samples = [scipy.stats.spearmanr(x[i], y[i]).statistic for i in drawn
-               if np.ptp(x[i]) and np.ptp(y[i])]
-    low, high = np.quantile(samples, [0.025, 0.975])
-    return {"value": float(found.statistic), "low": float(low), "high": float(high), "n": len(x),
-            "p": float(found.pvalue)}
 
 
 def depth(score: np.ndarray, threshold: float, hold: int = 3) -> dict[str, int]:

@@ -1,13 +1,12 @@
-"""The study: train every condition with several seeds, look inside each, write RESULTS.md.
+"""The study: train every arm on every base with several seeds, look inside each, judge, report.
 
-    python -m study                                    # study/plan.yaml; make study
-    python -m study --smoke                            # the whole path in two minutes; for tests
-    python -m study model=Qwen/Qwen2.5-0.5B lr=2e-4 seeds=2 run_dir=runs/study_qwen
+    python -m study                     # study/plan.yaml; make study. What is done is not repeated
+    python -m study bases=untaught_1,untaught_2,untaught_3,taught   # the bundled models alone
+    python -m study --report            # from study/measures alone, in seconds; make study-report
 
-Each run is a folder like any other (train.py), plus `measures.json` (measure.py): what was seen in
-it, per problem as well as on average. Runs that are done are skipped and broken off ones continued,
-so the same command goes on where it stopped. Runs go side by side, one a core, since a small model
-cannot use two. findings.py makes tables, tests and pictures from the JSON files alone.
+A run is a folder like any other (train.py). What was seen in it (measure.py) is one small file in
+study/measures; judge.py and report.py read these alone. Runs go side by side, one a core, since a
+small model cannot use two.
 """
 import argparse
 import json
@@ -17,62 +16,81 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import redirect_stdout
-from dataclasses import asdict
 from pathlib import Path
 
 import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
+import mlx.optimizers as optim
 
+import train as training
 from checkpoint import load_base, load_checkpoint
-from config import load_overrides, run_main
-from files.disk import write_text
+from config import run_main
+from files.disk import read_json, write_text
 from files.keys import BadInput
 from files.options import Parser
 from files.run_folder import provenance
-from study.findings import write_study
-from study.measure import measure, trajectory
+from study.jacobian import own_texts
+from study.measure import measure
 from study.plan import Run, load_study, plan
-from train import train
+from study.report import write_report
+from study.results import run_script
 
-ROOT = Path(__file__).parent.parent
 PLAN = Path(__file__).parent / "plan.yaml"
 
 
-def do_run(run: Run, size: dict) -> None:
-    """Train and measure one run; what training prints goes to its folder's log."""
-    cfg, start = load_overrides(run.words), time.perf_counter()
-    if run.trains:
-        run.folder.parent.mkdir(parents=True, exist_ok=True)
-        with open(f"{run.folder}.log", "a") as log, redirect_stdout(log):
-            train(cfg, with_base=False)
-        model, tokenizer, _ = load_checkpoint(run.folder)
-    else:
+def do_run(run: Run, study: dict) -> dict:
+    """Train and measure one run; returns its measures. What training prints goes to a log."""
+    cfg, start = run.config(), time.perf_counter()
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    write_data(run)
+    if run.arm == "base":
         model, tokenizer = load_base(cfg.model, cfg.dtype, cfg.bits)
+        base, texts_of = None, model
+    else:
+        if run.sgd:     # the one thing of the prior code that no config key has
+            training.make_optimizer = plain_descent
+        with open(f"{run.folder}.log", "a") as log, redirect_stdout(log):
+            training.train(cfg, with_base=False)
+        model, tokenizer, _ = load_checkpoint(run.folder)
+        base = read_json(run.base_measures(), "the base's run")
+        texts_of = load_base(cfg.model)[0]
     trained = time.perf_counter() - start
-    result = measure(model, tokenizer, cfg, size)
-    result |= {"condition": run.condition, "seed": run.seed, "steps": cfg.steps,
-               "trajectory": trajectory(run.folder, result["block"]),
-               "seconds": [round(trained, 1), round(time.perf_counter() - start - trained, 1)],
-               "versions": provenance()}
-    write_text(run.folder / "measures.json", json.dumps(result) + "\n")
+    texts = None
+    if run.arm in study["jacobian"]["arms"] and run.seed <= study["jacobian"]["seeds"]:
+        texts = own_texts(texts_of, tokenizer, study["jacobian"]["texts"])
+    found = {"base": run.base, "arm": run.arm, "seed": run.seed,
+             **measure(model, tokenizer, cfg, run.kind["size"], base, texts)}
+    versions = provenance()
+    return {**found, "versions": {key: versions[key] for key in ("mlx", "device", "commit")},
+            "seconds": [round(trained), round(time.perf_counter() - start - trained)]}
 
 
-def is_done(run: Run) -> bool:
-    return (run.folder / "measures.json").exists()
+def plain_descent(cfg, model):
+    """What the prior code ran: a step against the gradient, no moments."""
+    optimizer = optim.SGD(cfg.lr)
+    optimizer.init(model.trainable_parameters())
+    return optimizer
+
+
+def write_data(run: Run) -> None:
+    """The fold of the real model's problems, where the plan's data are these."""
+    if run.kind["data"] != "arithmetic":
+        folder = run.kind["data"].format(fold=run.fold)
+        run_script(["-m", "tasks", "few_shot", folder, "--fold", str(run.fold)])
 
 
 def run_all(runs: list[Run], arguments: list[str], workers: int) -> list[str]:
     """Do what is not done, `workers` at a time, each in a process; returns what failed and why."""
-    left, failed, start = [r for r in runs if not is_done(r)], [], time.perf_counter()
+    left, failed, start = [r for r in runs if not r.measures.exists()], [], time.perf_counter()
     print(f"{len(runs)} runs, {len(runs) - len(left)} done, {workers} at a time")
     env = {**os.environ, "OPENBLAS_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
 
     def process(run: Run) -> tuple[Run, subprocess.CompletedProcess]:
-        command = [sys.executable, "-m", "study", *arguments, "--job", run.condition, str(run.seed)]
+        command = [sys.executable, "-m", "study", *arguments, "--job", run.name]
         return run, subprocess.run(command, env=env, capture_output=True, text=True)
 
-    # runs that start from another wait for the second round
-    rounds = [[r for r in left if not r.after], [r for r in left if r.after]]
+    # the other arms read what was found in their base
+    rounds = [[r for r in left if r.arm == "base"], [r for r in left if r.arm != "base"]]
     finished = 0
     with ThreadPoolExecutor(workers) as pool:
         try:
@@ -84,11 +102,10 @@ def run_all(runs: list[Run], arguments: list[str], workers: int) -> list[str]:
                     finished += 1
                     line = (done.stderr if done.returncode else done.stdout).strip()
                     line = (line.splitlines() or ["no message"])[-1]
-                    name = f"{run.condition} seed {run.seed}"
                     if done.returncode:
-                        failed.append(f"{name}: {line.removeprefix('error: ')}")
+                        failed.append(f"{run.name}: {line.removeprefix('error: ')}")
                     ahead = (time.perf_counter() - start) / finished * (len(left) - finished) / 60
-                    print(f"{finished:4d}/{len(left)}  {name:<28} {line}   "
+                    print(f"{finished:4d}/{len(left)}  {run.name:<32} {line}   "
                           f"about {ahead:.0f} min left", flush=True)
         except KeyboardInterrupt:
             # runs under way got the same signal and save themselves; no new ones start
@@ -98,39 +115,35 @@ def run_all(runs: list[Run], arguments: list[str], workers: int) -> list[str]:
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(prog="python -m study",
-                                     description="Run the study and write RESULTS.md.")
-    parser.add_argument("file", nargs="?", default=str(PLAN))
-    parser.add_argument("--smoke", action="store_true", help="tiny: shows that everything works")
+    parser = Parser(prog="python -m study", description="Run the study, judge it, report.")
+    parser.add_argument("words", nargs="*", metavar="key=value",
+                        help="bases=A,B run_dir=FOLDER measures=FOLDER, or another plan's file")
+    parser.add_argument("--report", action="store_true", help="no runs: from the measures alone")
+    parser.add_argument("--out", type=Path, default=Path("docs"), help="where the report goes")
     parser.add_argument("--workers", type=int, help="runs at a time; default: one a core, or 1 "
                         "on a GPU")
-    parser.add_argument("--job", nargs=2, metavar=("CONDITION", "SEED"), help=argparse.SUPPRESS)
-    args, words = parser.parse_known_args(argv)
-    if args.file.partition("=")[1]:     # key=value came first
-        args.file, words = parser.get_default("file"), [args.file, *words]
-    bad = [w for w in words if w.startswith("-")]
-    if bad:
-        raise BadInput(f"unknown option {bad[0]}; see python -m study --help")
-    study = load_study(args.file, args.smoke, words)
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    files = [word for word in args.words if "=" not in word]
+    study = load_study(files[0] if files else PLAN, [w for w in args.words if "=" in w])
     runs = plan(study)
     if args.job:
-        run = next(r for r in runs if [r.condition, str(r.seed)] == args.job)
-        do_run(run, study["size"])
-        values = json.loads((run.folder / "measures.json").read_text())["values"]
-        print(f"accuracy {100 * values['accuracy.symbolic']:5.1f} %, "
-              f"word {values['word.strength']:.3f}")
+        run = next(run for run in runs if run.name == args.job)
+        found = do_run(run, study)
+        write_text(run.measures, json.dumps(found) + "\n")
+        values = found["values"]
+        print(f"accuracy {100 * values['accuracy']:5.1f} %, word {values['word.strength']:.3f}, "
+              f"{sum(found['seconds'])} s")
         return
-    on_gpu = mx.default_device() != mx.Device(mx.cpu)
-    workers = args.workers or (1 if on_gpu else os.cpu_count() or 1)
-    arguments = [args.file, *(["--smoke"] if args.smoke else []), *words]
-    failed = run_all(runs, arguments, workers)
-    default = not args.smoke and not words and Path(args.file).resolve() == PLAN.resolve()
-    out = ROOT if default else Path(study["run_dir"])
-    write_study(study, [asdict(r) for r in runs if is_done(r)], failed, out)
-    print(f"wrote {out / 'RESULTS.md'}")
+    failed = []
+    if not args.report:
+        on_gpu = mx.default_device() != mx.Device(mx.cpu)
+        workers = args.workers or (1 if on_gpu else os.cpu_count() or 1)
+        failed = run_all(runs, args.words, workers)
+    write_report(study, [read_json(r.measures) for r in runs if r.measures.exists()], args.out)
     if failed:
-        raise BadInput(f"{len(failed)} of {len(runs)} runs failed: {failed[0]}; the rest is in "
-                       f"{out / 'RESULTS.md'}; the same command tries them again")
+        raise BadInput(f"{len(failed)} of {len(runs)} runs failed: {failed[0]}; the same command "
+                       "tries them again")
 
 
 if __name__ == "__main__":

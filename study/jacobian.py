@@ -1,17 +1,48 @@
 """The Jacobian lens: U . N(J h), where J is the mean derivative of the last tap by this one.
 
 Nothing is trained, least of all on the words it reads, so it is a fair second opinion on a loss
-that trains the logit lens's own read-out (Gurnee et al. 2026). Where the model is too wide for the
-whole matrix, one backward pass a word gives that word's read-out vector.
+that trains the logit lens's own read-out (Gurnee et al. 2026). One backward pass a word gives that
+word's read-out vector; one a feature gives the whole matrix. J is a mean over texts that have
+nothing to do with what is read: the model's own, those that ask for no operation.
 """
+import re
+
 import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
 
 from engine.decode import pad_prompts
 from engine.memory import LENS_ROWS
+from files.keys import BadInput
+from generate import sample
 from lens import Reading, read_resids, taps_at
 from model import Llama
+from text.tokenizer import Tokenizer
+
+TEXT_TOKENS = 12    # of each text that a Jacobian is fitted on
+DRAWS = 40          # times `count` texts, before there are too few
+ARITHMETIC = re.compile(        # an operator, or a word that asks for an operation
+    r"[+*/]|\d *[-?] *\d|\b(?:and|over|times|plus|minus|sum|product|difference|quotient|"
+    r"add|subtract|multiply|divide|multiplied|divided|take away)\b")
+
+
+def own_texts(model: Llama, tokenizer: Tokenizer, count: int, seed: int = 0) -> list[list[int]]:
+    """`count` texts of TEXT_TOKENS ids that the model writes from nothing, at temperature 1.
+
+    Texts that ask for an operation are left out; of the bundled models' own, numbers in words
+    ("fifty six = 56") are left. raises  BadInput where there are too few
+    """
+    start = [min(tokenizer.eos_ids) if tokenizer.bos_id is None else tokenizer.bos_id]
+    kept = []
+    for draw in range(DRAWS):
+        for done in sample(model, tokenizer, [start], TEXT_TOKENS, group=count, temperature=1.0,
+                           key=mx.random.key(seed + draw), many_lines=True):
+            if len(done.ids) > 3 and not ARITHMETIC.search(tokenizer.decode(done.ids)):
+                kept.append([*start, *done.ids][:TEXT_TOKENS])
+        if len(kept) >= count:
+            return kept[:count]
+    raise BadInput(f"of {DRAWS * count} texts that this model writes {len(kept)} ask for no "
+                   f"operation; expected {count}, to fit a Jacobian lens on")
 
 
 def last_token_stream(model: Llama, prompts: list[list[int]]) -> np.ndarray:
@@ -23,12 +54,18 @@ def last_token_stream(model: Llama, prompts: list[list[int]]) -> np.ndarray:
     return np.concatenate(parts, axis=1)
 
 
+def read_stream(model: Llama, stream: np.ndarray, targets: list[list[int]], k: int = 1) -> Reading:
+    """lens.read_resids of a stream that was read before: (L+1, N, D), N ids a prompt each."""
+    return read_resids(model, [mx.array(tap)[:, None] for tap in stream],
+                       mx.array(targets)[:, None], k)
+
+
 def read_transported(model: Llama, prompts: list[list[int]], targets: list[list[int]],
                      jacobians: mx.array) -> Reading:
-    """lens.read_prompts of J h in place of h; jacobians (L+1, D, D) from `jacobian`."""
-    resids = [mx.array(h)[:, None] @ J.T                                            # (B, 1, D)
-              for h, J in zip(last_token_stream(model, prompts), jacobians)]
-    return read_resids(model, resids, mx.array(targets)[:, None])
+    """The lens on J h in place of h; jacobians (L+1, D, D) from `jacobian`."""
+    stream = last_token_stream(model, prompts)
+    moved = [np.array(mx.array(h) @ J.T) for h, J in zip(stream, jacobians)]
+    return read_stream(model, np.stack(moved), targets)
 
 
 def unembedding_rows(model: Llama, ids: mx.array) -> mx.array:

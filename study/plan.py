@@ -1,61 +1,58 @@
-"""A study file: its conditions, what they have in common, its hypotheses; and the runs it asks for.
+"""A study's plan: bases, arms, hypotheses; and the runs it asks for. The study's is plan.yaml.
 
-The file lists conditions (config keys on top of common ones) and hypotheses with their tests.
-plan.yaml beside this is the study's own, written before the first run.
+A run is one arm on one base with one seed. What is measured in it is one small file under
+study/measures, so that a study goes on where it stopped, on another machine as well.
 """
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from config import load_overrides
-from files.disk import read_text
+from config import Config, load_overrides
+from files.disk import read_json, read_text
 from files.keys import BadInput
 
-GIVEN_TO_STUDY = ("seeds", "sweep_seeds", "run_dir")    # words that are not config keys of runs
+WORDS_OF_STUDY = ("run_dir", "measures")    # of the command line, which are no keys of a run
 
 
 @dataclass
 class Run:
-    """One condition with one seed: what to train and where."""
-    condition: str
+    """One arm on one base with one seed: what to train and where."""
+    base: str
+    arm: str
     seed: int
+    kind: dict              # of plan.yaml's kinds
+    set: dict               # the base's, the kind's and the arm's config keys
+    hand_over: bool         # the class loss reads the block that the base's measures name
+    sgd: bool               # plain gradient descent, as the prior code ran
     folder: Path
-    words: list[str]        # key=value for config.load_overrides
-    trains: bool            # false: the base model, only looked at
-    after: Path | None      # the run it starts from
+    measures: Path
 
+    @property
+    def name(self) -> str:
+        return f"{self.base} {self.arm} {self.seed}"
 
-def load_study(path: str | Path, smoke: bool, words: list[str]) -> dict:
-    """Read a study file, apply its smoke section and the command line; raises BadInput."""
-    try:
-        study = yaml.safe_load(read_text(path, "a study file, such as study/plan.yaml", 2 ** 20))
-        small = study.pop("smoke", {})
-        study["conditions"] = {name: c or {} for name, c in study["conditions"].items()}
-    except (RecursionError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
-        raise BadInput(f"{path} is not a study file ({' '.join(str(error).split())}); "
-                       "see study/plan.yaml") from None
-    own_dir = study.setdefault("run_dir", f"runs/{Path(path).stem}")
-    if smoke:
-        study["run_dir"] = f"{own_dir}_smoke"
-        kept = small.pop("conditions")
-        study["conditions"] = {name: study["conditions"][name] for name in kept}
-        study["common"] |= small.pop("common")
-        study |= small
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals:
-            raise BadInput(f"command line: expected key=value, got {word!r}")
-        if key in ("seeds", "sweep_seeds") and not value.isdigit():
-            raise BadInput(f"{word}: expected a whole number")
-        if key in GIVEN_TO_STUDY:
-            study[key] = int(value) if value.isdigit() else value
-        else:
-            study["common"][key] = value
-    if words and study["run_dir"] == own_dir:
-        raise BadInput(f"with keys of your own ({' '.join(words)}) the study needs a folder of its "
-                       "own: add run_dir=runs/NAME")
-    return study
+    @property
+    def fold(self) -> int:
+        return (self.seed - 1) % self.kind["folds"]
+
+    def beside(self, arm: str, seed: int | None = None) -> Path:
+        """The measures of another run on the same base."""
+        return self.measures.parent / f"{self.base}-{arm}-{seed or self.seed}.json"
+
+    def base_measures(self) -> Path:
+        """What the model that this run starts from was like, asked in the same fold."""
+        return self.beside("base", self.fold + 1)
+
+    def words(self) -> list[str]:
+        """The run's `key=value` for config.load_overrides; raises BadInput before the base's run"""
+        keys = {**self.set, "seed": self.seed, "run_dir": str(self.folder)}
+        if self.hand_over:
+            keys["class_layer"] = read_json(self.base_measures(), "the base's run")["hand_over"]
+        return as_words(keys)
+
+    def config(self) -> Config:
+        return load_overrides(self.words())
 
 
 def as_words(keys: dict) -> list[str]:
@@ -65,28 +62,76 @@ def as_words(keys: dict) -> list[str]:
     return [f"{key}={text(value)}" for key, value in keys.items()]
 
 
+def load_study(path: str | Path, words: list[str] = ()) -> dict:
+    """Read a plan and apply the command line's run_dir=, measures= and bases=; raises BadInput."""
+    try:
+        study = yaml.safe_load(read_text(path, "a study's plan, such as study/plan.yaml", 2 ** 20))
+        study = {**study, "bases": dict(study["bases"]), "arms": dict(study["arms"])}
+    except (RecursionError, yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as e:
+        raise BadInput(f"{path} is not a study's plan ({' '.join(str(e).split())}); "
+                       "see study/plan.yaml") from None
+    named = {arm for h in study["hypotheses"] for test in h["tests"]
+             for arm in (test["arm"], test.get("less", "base"))}
+    if missing := named - set(study["arms"]):
+        raise BadInput(f"{path}: a hypothesis names the arm {min(missing)}; expected one of "
+                       f"{', '.join(study['arms'])}")
+    for word in words:
+        key, equals, value = word.partition("=")
+        if key == "bases":
+            chosen = value.split(",")
+            if unknown := set(chosen) - set(study["bases"]):
+                raise BadInput(f"{word}: unknown base {min(unknown)}; expected some of "
+                               f"{', '.join(study['bases'])}")
+            study["bases"] = {name: study["bases"][name] for name in chosen}
+        elif equals and key in WORDS_OF_STUDY:
+            study[key] = value
+        else:
+            raise BadInput(f"command line: expected run_dir=FOLDER, measures=FOLDER or bases=A,B, "
+                           f"got {word!r}; what a run is trained with stands in a plan of its own")
+    return study
+
+
+def seeds_of(arm: str, group: str, kind: dict) -> int:
+    """How many seeds: the base has one a fold of its data, neutral words one a set of words."""
+    if arm == "base":
+        return kind["folds"]
+    if group == "words":
+        return len(kind["neutral"])
+    return kind["seeds"]["main" if group == "main" else "other"]
+
+
+def keys_of(study: dict, base: dict, kind: dict, name: str, arm: dict, seed: int) -> dict:
+    """The config keys of one run, but for the hand-over block."""
+    data = kind["data"].format(fold=(seed - 1) % kind["folds"])
+    keys = {"model": base["model"], "data": data, **kind["set"], **study["common"]}
+    if arm.get("sgd"):
+        keys |= study["sgd"]
+    keys |= arm.get("set", {}) | kind["arms"].get(name, {})
+    if sets := kind.get(arm.get("words")):
+        keys["class_words"] = sets[(seed - 1) % len(sets)]
+    return keys
+
+
 def plan(study: dict) -> list[Run]:
-    """All runs, seeds outermost: an interrupted study has whole seeds. Checks every config."""
+    """All runs: bases first, then seed after seed, so that an interrupted study has whole seeds.
+
+    raises  BadInput with every mistake of every arm, before anything runs
+    """
     runs, mistakes = [], []
-    for seed in range(1, 1 + max(study["seeds"], study["sweep_seeds"])):
-        for name, condition in study["conditions"].items():
-            main = condition.get("group") in ("main", "control", "helper")
-            last = 1 if name == "base" else study["seeds" if main else "sweep_seeds"]
-            if "same_as" in condition or seed > last:
-                continue
-            folder = Path(study["run_dir"]) / f"{name}_{seed}"
-            keys = {**study["common"], **condition.get("set", {}), "seed": seed, "run_dir": folder}
-            after = condition.get("after")
-            after = Path(study["run_dir"]) / f"{after}_{seed}" if after else None
-            if after:
-                keys["model"] = after
-            if keys.get("full"):    # lora_* keys of `common` do nothing there
-                keys = {k: v for k, v in keys.items() if not k.startswith("lora_")}
-            try:
-                load_overrides(as_words(keys))
-            except BadInput as error:
-                mistakes.append(f"condition {name}: {error}")
-            runs.append(Run(name, seed, folder, as_words(keys), name != "base", after))
+    for base_name, base in study["bases"].items():
+        kind = study["kinds"][base["kind"]]
+        for name, arm in study["arms"].items():
+            for seed in range(1, 1 + seeds_of(name, arm.get("group"), kind)):
+                run = Run(base_name, name, seed, kind,
+                          keys_of(study, base, kind, name, arm, seed),
+                          arm.get("at") == "hand_over", bool(arm.get("sgd")),
+                          Path(study["run_dir"]) / f"{base_name}-{name}-{seed}",
+                          Path(study["measures"]) / f"{base_name}-{name}-{seed}.json")
+                try:
+                    load_overrides(as_words({**run.set, "seed": seed}))
+                except BadInput as error:
+                    mistakes.append(f"arm {name} on {base_name}: {error}")
+                runs.append(run)
     if mistakes:
         raise BadInput("; ".join(dict.fromkeys(mistakes)))
-    return runs
+    return sorted(runs, key=lambda run: (run.arm != "base", run.seed))      # stable: arms in order

@@ -1,4 +1,4 @@
-"""Every number of docs/training.md, and of RESULTS.md's part on Markovian training.
+"""Every number of docs/training.md, and of docs/markovian.md.
 
 Three seeds a condition. Finished runs are not repeated, so an interrupted command continues.
 
@@ -19,7 +19,7 @@ from files.disk import read_json_lines, write_text
 from files.keys import BadInput
 from report.plot import collapse_curves
 from report.stats import interval_text, mcnemar, wilson
-from study.document import CHAINS_HEADING, cores_text, fill, seeds_text, table, write_results
+from study.document import cores_text, fill, seeds_text, table
 
 ROOT = Path(__file__).parent.parent
 RUNS = Path("runs/results")
@@ -196,7 +196,7 @@ def write_training() -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# RESULTS.md's part on Markovian training
+# docs/markovian.md
 
 
 def pooled_text(runs: list[dict], key: str) -> str:
@@ -295,12 +295,12 @@ def write_markovian() -> None:
          ("entropy", "first", 2), ("entropy", "last", 2), ("kl_k3", "last", 2),
          ("length", "last", 1)])
     text = fill(
-        "markovian", heading=CHAINS_HEADING, n=runs[0]["accuracy"]["n"],
+        "markovian", n=runs[0]["accuracy"]["n"],
         machine=machine_text(runs[0]), seeds=", ".join(map(str, SEEDS)),
         main_table=chains_table(reports), chance=f"{100 * chance(runs[0]):.1f}",
         gains=gain_lines(runs), samples="; ".join(f"`{r['prompts'][0]['chain']}`" for r in runs),
         damage=damage_table(damage), judges=judge_table(damage), drill=drill)
-    write_results(Path("RESULTS.md"), chains=text)
+    write_text(Path("docs/markovian.md"), text)
     print(text)
 
 

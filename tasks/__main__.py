@@ -39,7 +39,7 @@ DEFAULTS = {    # the options that a data set has, and their values; None: all r
              "target": 100, "model": "meta-llama/Llama-3.1-8B-Instruct"},
     "sums": {"samples": 5000, "test": 600, "terms": 15, "largest": 99, "shots": 0, "seed": 0},
     "few_shot": {"samples": 3000, "test": 480, "shots": 3, "digits": 1, "fold": 0, "seed": 0},
-    "tiny": {"samples": 200000, "seed": 0, "tokenizer": ""},
+    "tiny": {"samples": 200000, "seed": 0, "unnamed": False, "tokenizer": ""},
     "tiny_cot": {"samples": 200000, "test": 300, "terms": 6, "largest": 9, "seed": 0,
                  "tokenizer": ""},
 }
@@ -73,7 +73,8 @@ def make_split(name: str, split: str, options: dict) -> list[Problem]:
         # judged as arithmetic is, in all four operations
         cfg = Config(data_operations=("add", "subtract", "multiply", "divide"),
                      data_wordings=("symbolic", "worded"))
-        return sample_tiny(count, seed) if train else held_out(cfg, split)
+        return (sample_tiny(count, seed, options["unnamed"]) if train
+                else held_out(cfg, split))
     problems = load_questions(name, split, options["from"], options["skip_bad"])
     if name == "wiki":
         tokenizer = load_tokenizer(find_folder(options["model"], weights=False))
@@ -147,6 +148,8 @@ def parse(argv: list[str]) -> tuple[str, Path, dict]:
     parser.add_argument("--shots", type=int, help="worked examples in front of every prompt")
     parser.add_argument("--digits", type=int, help="of the results, 1 or 2")
     parser.add_argument("--fold", type=int, help="which quarter of the operand pairs is tested")
+    parser.add_argument("--unnamed", action="store_const", const=True,
+                        help="no line says an operation's name when asked for it")
     parser.add_argument("--context", type=int, help="tokens of an article that are shown")
     parser.add_argument("--target", type=int, help="tokens behind them that are scored")
     parser.add_argument("--model", help="whose tokens, a folder or a Hub name")

@@ -36,7 +36,7 @@ def sample_sums(split: str, count: int, terms: int, largest: int, shots: int,
     for _ in range(20 * count):
         numbers = draw_terms(rng, terms, largest, split)
         # each set of terms is judged once, in one order: there may be few. The repeats of
-        # RESULTS.md's data, which have no shots, stay as published
+        # docs/markovian.md's data, which have no shots, stay as published
         terms_drawn = tuple(sorted(numbers))
         if split == "train" or not shots or terms_drawn not in seen:
             drawn.append(numbers)

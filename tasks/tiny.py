@@ -24,7 +24,7 @@ from text.arithmetic import (
 )
 
 
-def sample_tiny(count: int, seed: int) -> list[Problem]:
+def sample_tiny(count: int, seed: int, unnamed: bool = False) -> list[Problem]:
     """The text of models/tiny, all of it over training pairs.
 
     symbolic 60 %, worded 16 %      the problems themselves
@@ -33,6 +33,8 @@ def sample_tiny(count: int, seed: int) -> list[Problem]:
                                     the unembedding to share
     spelled numbers 8 %             "56 means fifty six": from these tens and ones are learnt early
 
+    unnamed   the text of models/untaught_*: problems stand where the namings did. The operations'
+              words are then inputs alone ("add 7 and 8 = "), one worded line in five
     Sums and differences reach 0..100, as the prior work's nine prompts do.
     """
     rng = random.Random(seed)
@@ -52,7 +54,7 @@ def sample_tiny(count: int, seed: int) -> list[Problem]:
         worded = make_problem(operation, a, b, rng.choice(PHRASES[operation]))
         body = rng.choice((symbolic, worded)).prompt.removesuffix(" = ")
         form = rng.random()
-        if form < 0.6:
+        if form < 0.6 or unnamed and 0.84 <= form < 0.92:
             problem = symbolic
         elif form < 0.76:
             problem = worded

@@ -43,8 +43,6 @@ def test_precedence_and_types(write):
      ("class_weight belongs to method dual_reward", "this config has method sft")),
     ("method: dual_reward\nclass_words: [one, two]",
      ("class_words = one, two", "3 different words", "add, subtract, multiply")),
-    ("method: dual_reward\nclass_words: [a, b, c]\nclass_target: answer",
-     ("class_words", "expected class_target: word")),
     ("method: dual_reward\nclass_weight: 1.5", ("class_weight = 1.5", "from 0 to 1")),
     ("steps: 0", ("steps = 0", "at least 1")),
     ("lr: nan", ("lr = 'nan'", "a finite number")),

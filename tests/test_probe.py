@@ -4,33 +4,42 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import TINY, assert_one_clear_line, config, run
+from conftest import TINY, assert_one_clear_line, config, random_model, run, small_config
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 
 from checkpoint import load_base
-from study.jacobian import word_directions
+from engine.decode import pad_prompts
+from files.keys import BadInput
+from model import gather_positions
+from study.jacobian import last_token_stream, own_texts, read_stream, word_directions
 from study.probe import (
-    Matched,
-    ablate,
     balanced_accuracy,
     choose_l2,
     control_labels,
     corrected_choice,
-    edit_at,
     fit_probe,
     four_claims,
-    last_token_stream,
-    make_matched,
-    make_swaps,
-    matched_problems,
-    outcome,
-    patch,
-    permutation_p,
-    span,
-    swap,
-    swap_taps,
+    jacobian_taps,
+    lens_taps,
 )
+from study.prompts import make_matched, masked_prompts, matched_problems
+from study.swaps import (
+    class_means,
+    exchange,
+    exchange_effect,
+    fit_subspace,
+    make_edits,
+    make_swaps,
+    orthonormal,
+    outcome,
+    read_streams,
+    span,
+    swap_lengths,
+    swap_taps,
+    unedited,
+)
+from tasks.__main__ import write_task
 from text.arithmetic import split_of
 
 
@@ -38,6 +47,15 @@ from text.arithmetic import split_of
 def tiny():
     """The bundled model: it adds and subtracts, so edits have something to change."""
     return load_base(TINY)
+
+
+@pytest.fixture(scope="module")
+def read(tiny):
+    """Its matched prompts, their streams, and the swaps of test pairs."""
+    model, tokenizer = tiny
+    matched = make_matched(config(), tokenizer, 40)
+    swaps = make_swaps(tokenizer, matched, ("add", "subtract"), ("test",))
+    return matched, read_streams(model, matched.prompts), swaps
 
 
 # --------------------------------------------------------------------------------------------------
@@ -67,15 +85,16 @@ def test_probe_equals_scikit_learn(strength, l2):
     np.testing.assert_allclose(ours.weight, theirs.coef_, atol=2e-3)
 
 
-def test_probe_on_the_model_equals_scikit_learn(tiny):
+def test_probe_on_the_model_equals_scikit_learn(read):
     """The figures of a real tap, on the split that is reported."""
-    model, tokenizer = tiny
-    train, test = (make_matched(config(), tokenizer, s, 60) for s in ("train", "test"))
-    x, x_test = (last_token_stream(model, part.prompts)[5] for part in (train, test))
+    matched, streams, _ = read
+    train, test = (matched.splits == split for split in ("train", "test"))
+    x, x_test = streams.stream[5][train], streams.stream[5][test]
+    y, y_test = matched.labels[train], matched.labels[test]
     z = lambda a: (a - x.mean(0)) / (x.std(0) + 1e-8)
-    theirs = LogisticRegression(C=1 / (len(x) * 0.1), max_iter=5000).fit(z(x), train.labels)
-    ours = (fit_probe(x, train.labels, 0.1).predict(x_test) == test.labels).mean()
-    assert abs(ours - (theirs.predict(z(x_test)) == test.labels).mean()) < 0.01
+    theirs = LogisticRegression(C=1 / (len(x) * 0.1), max_iter=5000).fit(z(x), y)
+    ours = (fit_probe(x, y, 0.1).predict(x_test) == y_test).mean()
+    assert abs(ours - (theirs.predict(z(x_test)) == y_test).mean()) < 0.01
 
 
 def test_penalty_is_chosen_on_validation():
@@ -95,17 +114,6 @@ def test_control_task_is_learnable_and_meaningless():
     assert min(np.bincount(again, minlength=3)) > len(again) / 6
     # a pair's three operations have one label: no rule on the operation can find it
     assert (again.reshape(-1, 3) == again[::3, None]).all()
-
-
-def test_permutation_p():
-    """The least p where the label is there, none on noise, and one look too many is paid for."""
-    (x, y), (x_test, y_test) = planted(90, 5, 1.5), planted(200, 6, 1.5)
-    noise, noise_test = planted(90, 7, 0.0)[0], planted(200, 8, 0.0)[0]
-    both = permutation_p(np.stack([x, noise]), y, np.stack([x_test, noise_test]), y_test,
-                         [0.1, 0.1], 0, 19)
-    assert both[0] == 1 / 20 and both[1] > 0.1
-    alone = permutation_p(noise[None], y, noise_test[None], y_test, [0.1], 0, 19)
-    assert both[1] >= alone[0] - 0.15
 
 
 def test_corrected_choice_by_hand():
@@ -129,38 +137,95 @@ def test_matched_prompts_say_nothing_by_their_operands(tokenizer):
             assert {(p.a, p.b) for p in three} == {(three[0].a, three[0].b)}
             assert [p.operation for p in three] == ["add", "subtract", "multiply"]
             assert split_of(three[0].a, three[0].b) == "test" and three[0].a >= three[0].b
-    masked = make_matched(config(), tokenizer, "test", 20, "masked")
-    assert len({tuple(p) for p in masked.prompts}) == 20    # one text for all three operations
+    assert len({tuple(p) for p in masked_prompts(config(), tokenizer, 20)}) == 20
+    matched = make_matched(config(), tokenizer, 21)
+    assert [int((matched.splits == s).sum()) for s in ("train", "valid", "test")] == [63, 21, 63]
+    for problem, split, label in zip(matched.problems, matched.splits, matched.labels):
+        assert split_of(problem.a, problem.b) == split
+        assert problem.operation == ("add", "subtract", "multiply")[label]
 
 
-def test_swaps_pair_each_prompt_with_its_other_operation(tokenizer):
-    swaps = make_swaps(tokenizer, make_matched(config(), tokenizer, "test", 30))
-    tokens, answer = np.array(swaps.tokens), np.array(swaps.answer)
-    assert len(tokens) == 60 and swaps.partner.tolist() == [i ^ 1 for i in range(60)]
-    plus, minus = tokenizer.word_ids(["+", "-"])
-    for i in range(0, 60, 2):
-        differ = np.flatnonzero(tokens[i] != tokens[i + 1])
-        assert differ.tolist() == [swaps.operator[i, 0].item()]
-        assert (tokens[i, differ[0]], tokens[i + 1, differ[0]]) == (plus, minus)
-        a, b = (int(tokenizer.decode([tokens[i, t]])) for t in (differ[0] - 1, differ[0] + 1))
-        assert tokenizer.decode([answer[i]]) == str(a + b)
-        assert tokenizer.decode([answer[i + 1]]) == str(a - b)
-    assert np.array_equal(np.array(swaps.foil), answer[swaps.partner])
+def test_matched_prompts_behind_worked_examples(tokenizer, tmp_path):
+    """The folder's own sides and examples; every pair of 0 to 9 once, under every operation."""
+    write_task("few_shot", tmp_path / "data", fold=2)
+    cfg = config(data=str(tmp_path / "data"), max_completion_tokens=4)
+    pairs = {}
+    for split in ("train", "valid", "test"):
+        problems = matched_problems(cfg, split, 1000, "symbolic")
+        heads = {p.prompt.rpartition("\n")[0] for p in problems}
+        assert len(heads) == 1 and min(heads).count("\n") == 2
+        assert [p.operation for p in problems[:3]] == ["add", "subtract", "multiply"]
+        assert problems[4].prompt.endswith(f"\n{problems[4].a} - {problems[4].b} = ")
+        assert problems[4].answer == str(problems[4].a - problems[4].b)
+        pairs[split] = {(p.a, p.b) for p in problems}
+    assert set.union(*pairs.values()) == {(a, b) for a in range(10) for b in range(a + 1)}
+    assert sum(map(len, pairs.values())) == 55
+    masked = matched_problems(cfg, "test", 3, "masked")
+    assert masked[0].prompt.endswith(f"\n{masked[0].a} ? {masked[0].b} = ")
+    (tmp_path / "data" / "test.jsonl").write_text('{"prompt": "hello", "response": "1"}\n')
+    with pytest.raises(BadInput, match="expected rows of `python -m tasks few_shot`"):
+        matched_problems(cfg, "test", 3, "symbolic")
+
+
+def test_swaps_pair_each_prompt_with_its_other_operation(tokenizer, read):
+    matched, _, swaps = read
+    assert len(swaps.own) == 80 and (matched.splits[swaps.own] == "test").all()
+    for i in range(80):
+        p, q = matched.problems[swaps.own[i]], matched.problems[swaps.other[i]]
+        assert (p.a, p.b) == (q.a, q.b) and {p.operation, q.operation} == {"add", "subtract"}
+        said = lambda token: int(tokenizer.decode([int(token)]))
+        assert said(swaps.answer[i]) == int(p.answer) and said(swaps.foil[i]) == int(q.answer)
+        near = {int(q.answer) - 1, int(q.answer) + 1} - {int(p.answer), -1}
+        assert {said(t) for t in swaps.near[i] if t >= 0} == near
+        assert matched.labels[swaps.own[i]] == swaps.labels[i, 0] != swaps.labels[i, 1]
+    with pytest.raises(BadInput, match="nothing can be swapped"):
+        make_swaps(tokenizer, matched, ("multiply",), ("test",))
 
 
 # --------------------------------------------------------------------------------------------------
 # edits
 
 
+@pytest.mark.parametrize("tap", [0, 1, 4, 8])
+def test_an_edit_over_caches_is_the_edit_of_the_whole_prompt(tiny, read, tap):
+    """Prompts of several lengths: the last token alone gives what the whole forward pass gives."""
+    model, _ = tiny
+    matched, streams, swaps = read
+    np.testing.assert_allclose(streams.stream, last_token_stream(model, matched.prompts),
+                               atol=2e-3)
+    some = swaps.take(np.arange(0, 80, 7))
+    pushed = streams.stream[tap][some.own] + np.random.default_rng(0).standard_normal((12, 128))
+    found = outcome(model, streams, some, pushed, tap)
+    for i in range(len(some.own)):
+        tokens, last = pad_prompts([matched.prompts[some.own[i]]])
+        here = (mx.arange(tokens.shape[1]) == last)[..., None]
+        put = mx.array(pushed[i].astype(np.float32))
+        edit = {tap: lambda resid, here=here, put=put: mx.where(here, put, resid)}
+        logits = np.array(model.head(gather_positions(
+            model.final_resid(tokens, edit=edit), last))[0, 0])
+        near = [t for t in some.near[i] if t >= 0]
+        assert abs(found["near"][i] - (logits[some.foil[i]] - logits[near].mean())) < 2e-3
+        assert found["turned"][i] == (logits.argmax() == some.foil[i])
+
+
 def test_edits_by_hand():
-    h = mx.array([[[3., 4., 0.]], [[1., 2., 2.]]])                                  # (B, 1, D)
-    basis, mean = mx.array([[1., 0., 0.]]), mx.array([10., 20., 30.])
-    assert ablate(basis, mean)(h).tolist() == [[[10, 4, 0]], [[10, 2, 2]]]
-    assert swap(mx.array([[1., 0, 0], [0, 0, 5.]]))(h).tolist() == [[[4, 4, 0]], [[1, 2, 7]]]
-    assert patch(h[::-1])(h).tolist() == h[::-1].tolist()
-    resid = mx.arange(12.).reshape(2, 2, 3)
-    edited = edit_at(mx.array([[0], [1]]), lambda h: -h)(resid)
-    assert edited.tolist() == [[[-0., -1, -2], [3, 4, 5]], [[6, 7, 8], [-9, -10, -11]]]
+    """Two operations in a plane: parts, lengths and directions as the docstring says."""
+    one = lambda *rows: np.array(rows)
+    from study.swaps import Swaps
+    swaps = Swaps(one(0), one(1), one([0, 1]), one(5), one(6), one([7, -1]))
+    stream = np.array([[1., 1, 1], [9, 9, 9]])
+    means, words = np.array([[0., 0, 0], [3, 4, 0]]), np.array([[0., 0, 1], [1, 0, 1]])
+    edits = make_edits(swaps, stream, means, words, 10.0, np.random.default_rng(0))
+    moved = {kind: (edited - stream[0])[0] for kind, edited in edits.items()}
+    np.testing.assert_allclose(moved["swap"], [3, 4, 0])
+    np.testing.assert_allclose(moved["words"], [3, 0, 0], atol=1e-12)
+    np.testing.assert_allclose(moved["rest"], [0, 4, 0], atol=1e-12)
+    np.testing.assert_allclose(moved["swap_n"], [6, 8, 0])
+    np.testing.assert_allclose(moved["inject_n"], [10, 0, 0])
+    np.testing.assert_allclose(edits["patch"], [[9, 9, 9]])
+    for kind in ("words_n", "rest_n", "random_n"):
+        assert abs(np.linalg.norm(moved[kind]) - 10) < 1e-9
+    assert swap_lengths(swaps, means[None]).tolist() == [5]
 
 
 def test_span_is_what_tells_the_classes_apart():
@@ -172,39 +237,57 @@ def test_span_is_what_tells_the_classes_apart():
     np.testing.assert_allclose(difference @ basis.T @ basis, difference, atol=1e-12)
 
 
-def test_swap_turns_the_answer_and_a_random_direction_does_not(tiny):
+def test_swap_turns_the_answer_and_a_random_direction_does_not(tiny, read):
     """On the bundled model: the operation lives in the stream after block 0, and is used."""
     model, tokenizer = tiny
-    train, test = (make_matched(config(), tokenizer, s, 40) for s in ("train", "test"))
-    swaps = make_swaps(tokenizer, test)
-    stream = last_token_stream(model, train.prompts)
-    means = np.stack([stream[:, train.labels == c].mean(1) for c in range(3)], 1)
+    matched, streams, swaps = read
+    means = class_means(streams, matched)
+    train = (matched.splits == "train") & (matched.labels == 1)
+    np.testing.assert_allclose(means[3, 1], streams.stream[3][train].mean(0), rtol=1e-5)
     words = tokenizer.word_ids(["add", "subtract", "multiply"])
-    rows = swap_taps(model, swaps, means, words)
-    clean = outcome(model, swaps)
-    assert clean["right"].mean() > 0.6 and not (clean["right"] & clean["flipped"]).any()
-    assert rows[1]["means"]["flipped"] > 0.4 and rows[1]["random"]["flipped"] < 0.05
-    assert rows[1]["used"]["low"] > 5
+    lengths = swap_lengths(swaps, means)
+    rows = swap_taps(model, streams, swaps, means, words, list(range(9)), lengths)
+    clean = unedited(model, streams, swaps)
+    assert clean["right"].mean() > 0.6 and not (clean["right"] & clean["turned"]).any()
+    assert rows[1]["swap"]["turned"] > 0.4 and rows[1]["random_n"]["turned"] < 0.05
+    assert rows[1]["swap"]["near"] > 1 and abs(rows[1]["random_n"]["near"]) < 0.5
+    # as long as its own swap: the same edit
+    assert rows[1]["swap_n"]["turned"] == pytest.approx(rows[1]["swap"]["turned"], abs=0.05)
     # the whole stream of the partner: at the output, exactly the partner's answer
-    last = rows[-1]["patch"]
-    assert abs(last["right"] - clean["flipped"].mean()) < 1e-6
-    partner_right = clean["right"][swaps.partner]
-    assert abs(last["flipped"] - partner_right[clean["right"]].mean()) < 1e-6
+    right = {(own, int(a)): r for own, a, r in zip(swaps.own, swaps.answer, clean["right"])}
+    partner_right = np.array([right[o, int(f)] for o, f in zip(swaps.other, swaps.foil)])
+    assert rows[-1]["patch"]["turned"] == pytest.approx(partner_right[clean["right"]].mean())
     # tap 0 at the last token is the "=" of both: nothing to exchange
-    assert rows[0]["patch"]["odds"]["value"] == rows[0]["means"]["odds"]["value"] == 0
-    # patching the operator's token: all of it before the first block, nothing after the last
-    assert rows[0]["patch_operator"]["flipped"] > 0.6
-    assert rows[-1]["patch_operator"]["odds"]["value"] == 0
-    assert set(rows[0]) >= {"lens", "rest", "random_lens", "lens_ablated", "random_ablated"}
+    assert rows[0]["patch"]["near"] == rows[0]["swap"]["near"] == 0
 
 
-def test_lens_part_and_rest_add_up_to_the_whole(tiny):
-    """At the last tap the stream is read linearly up to the norm: three swaps, one sum."""
+def test_no_right_answer_leaves_nothing_to_turn(read):
+    model = random_model(small_config(1))
+    matched, _, swaps = read
+    some = swaps.take(np.arange(6))
+    streams = read_streams(model, matched.prompts)
+    rows = swap_taps(model, streams, some, class_means(streams, matched), [5, 6, 7], [1],
+                     np.ones(2))
+    assert rows[0]["swap"]["turned"] is None and rows[0]["swap"]["right"] is None
+    assert np.isfinite(rows[0]["swap"]["near"])
+
+
+def test_the_best_subspace_gains_more_than_the_means(tiny, read):
+    """Found on training pairs, tried on test pairs; and an exchange with oneself does nothing."""
     model, tokenizer = tiny
-    basis = span(np.array(word_directions(model, mx.array([5, 6, 7]))))
-    v = np.random.default_rng(0).standard_normal((4, model.args.hidden_size))
-    part = v @ basis.T @ basis
-    assert abs((v - part) @ basis.T).max() < 1e-4       # the rest has nothing along the words
+    matched, streams, swaps = read
+    means = class_means(streams, matched)
+    train = make_swaps(tokenizer, matched, ("add", "subtract"), ("train",))
+    basis = fit_subspace(model, streams, train, means[5], 5)
+    assert basis.shape == (1, 128)
+    np.testing.assert_allclose(basis @ basis.T, np.eye(1), atol=1e-5)
+    found = exchange_effect(model, streams, swaps, basis, 5)
+    start = exchange_effect(model, streams, swaps, span(means[5][:2]).astype(np.float32), 5)
+    assert found["near"] > start["near"] + 0.1
+    h = streams.stream[2][:4]
+    np.testing.assert_allclose(exchange(h, h, basis), h)
+    rows = orthonormal(mx.array([[2., 0, 0], [1, 3, 0]]))
+    np.testing.assert_allclose(np.array(rows), [[1, 0, 0], [0, 1, 0]], atol=1e-6)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -212,47 +295,54 @@ def test_lens_part_and_rest_add_up_to_the_whole(tiny):
 
 
 def test_four_claims_on_the_bundled_model(tiny):
-    """What is known of it: the operation is decodable everywhere but in the embedding of "=", and
-    said aloud nowhere."""
+    """What is known of it: the operation is decodable everywhere but in the embedding of "=", said
+    aloud nowhere, and used after block 0."""
     model, tokenizer = tiny
-    result = four_claims(model, tokenizer, config(), pairs=45, swap_pairs=10)
+    matched = make_matched(config(), tokenizer, 45)
+    result = four_claims(model, tokenizer, config(), matched,
+                         read_streams(model, matched.prompts),
+                         texts=own_texts(model, tokenizer, 12))
     taps = result["taps"]
-    assert len(taps) == 9 and result["chance"] == 1 / 3
+    assert len(taps) == 9 and result["chance"] == 1 / 3 and result["pairs"] == 45
     assert not any(taps[0]["claims"].values())
     assert abs(taps[0]["probe"]["accuracy"]["value"] - 1 / 3) < 1e-9
     assert all(t["claims"]["decodable"] for t in taps[1:6])
-    assert not any(t["claims"]["verbalised"] or t["claims"]["verbalised_jacobian"] for t in taps)
-    assert taps[1]["claims"]["used"]
-    # at the last tap both lenses are the model's output
-    assert taps[-1]["logit_lens"] == taps[-1]["jacobian_lens"]
-    assert taps[3]["logit_lens"] != taps[3]["jacobian_lens"]
+    assert not any(t["claims"]["verbalised"] for t in taps)
+    assert taps[1]["claims"]["used"] and not taps[6]["claims"]["used"]
     json.dumps(result)
 
 
-def test_wide_models_rank_words_alone(model, tokenizer, monkeypatch):
-    """Beyond the width for a full Jacobian: the words among themselves, one backward pass each."""
-    from study import probe
-    test = make_matched(config(), tokenizer, "test", 10)
-    masked = make_matched(config(), tokenizer, "test", 10, "masked")
-    neutral = Matched(masked.problems[::3], masked.prompts[::3], masked.labels[::3], 1)
+def test_jacobian_lens_at_the_output_is_the_logit_lens(tiny):
+    """There J is the identity, on whatever text: both rank the words alike, fits agree wholly."""
+    model, tokenizer = tiny
+    matched = make_matched(config(), tokenizer, 20)
+    test = matched.splits == "test"
+    stream = last_token_stream(model, [p for p, t in zip(matched.prompts, test) if t])
+    neutral = last_token_stream(model, masked_prompts(config(), tokenizer, 20))
     words = tokenizer.word_ids(["add", "subtract", "multiply"])
-    full = probe.jacobian_taps(model, tokenizer, test, neutral, words)
-    monkeypatch.setattr(probe, "LARGEST_FULL_JACOBIAN", 8)
-    alone = probe.jacobian_taps(model, tokenizer, test, neutral, words)
-    assert all(row["rank"] is None for row in alone) and len(alone) == len(full) == 3
-    # logits differ from the scores by the row's length and the other words' sum: choices may differ
-    # where neutral prompts' lengths do, so the two agree closely rather than exactly
-    close = [abs(a["aligned"]["value"] - f["aligned"]["value"]) for a, f in zip(alone, full)]
-    assert max(close) < 0.25
+    texts = own_texts(model, tokenizer, 8)
+    assert len(texts) == 8 and all(4 <= len(ids) <= 12 for ids in texts)
+    assert not any(sign in tokenizer.decode(ids) for ids in texts for sign in "+*/")
+    by_jacobian = jacobian_taps(model, stream, neutral, matched.labels[test], matched, words,
+                                texts)
+    assert by_jacobian[-1]["floor"] == pytest.approx(1, abs=1e-5)
+    assert 0.5 < by_jacobian[2]["floor"] < 0.99999
+    lens = lens_taps(model, stream, neutral, matched.labels[test], matched, words)
+    # logits and scores differ by each row's length: the last tap's choices nearly agree
+    assert abs(lens[-1]["aligned"]["value"] - by_jacobian[-1]["aligned"]["value"]) < 0.25
+    reading = read_stream(model, stream, [words] * stream.shape[1])
+    directions = np.array(word_directions(model, mx.array(words)))
+    scores = stream[-1] @ directions.T
+    scaled = scores / np.sqrt((stream[-1] ** 2).mean(-1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(np.diff(reading.logprobs[-1, :, 0]), np.diff(scaled), atol=2e-2)
 
 
 def test_command_line(small_folder, tmp_path):
-    done = run("-m", "study.probe", "--ckpt", small_folder, "--pairs", 9, "--permutations", 9,
+    done = run("-m", "study.probe", "--ckpt", TINY, "--pairs", 9,
                "--json", tmp_path / "p.json", check=0)
-    assert "decodable" in done.stdout and done.stdout.count("\nL") == 2
-    assert len(json.loads((tmp_path / "p.json").read_text())["taps"]) == 3
+    assert "decodable" in done.stdout and done.stdout.count("\nL") == 8
+    assert len(json.loads((tmp_path / "p.json").read_text())["taps"]) == 9
     done = run("-m", "study.probe", "--ckpt", small_folder, "--pairs", 0)
     assert_one_clear_line(done, "--pairs 0", "at least 6")
     done = run("-m", "study.probe", "--ckpt", "no/such")
     assert_one_clear_line(done, "no/such")
-

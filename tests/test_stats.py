@@ -9,7 +9,6 @@ from statsmodels.stats import inter_rater, multitest, proportion
 from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
 
 from report.stats import (
-    adjusted_p,
     auc,
     auc_within,
     bootstrap_mean,
@@ -18,11 +17,11 @@ from report.stats import (
     cohens_kappa,
     depth,
     equivalence_p,
+    holm,
     mcnemar,
     mean_interval,
     paired_bootstrap,
     power_of_mcnemar,
-    rank_correlation,
     sign_flip,
     wilson,
 )
@@ -108,12 +107,11 @@ def test_equivalence():
     assert equivalence_p([0, 0, 0], .05) == 0 and equivalence_p([1, 1], .05) == 1
 
 
-def test_adjusted_p_by_hand():
-    """Step-up: an early p may borrow from a later one."""
-    found = adjusted_p([.001, .004, .03, .08, .15, .20])
-    np.testing.assert_allclose(found, [.006, .012, .06, .12, .18, .20])
-    np.testing.assert_allclose(adjusted_p([.09, .05, .06]), [.09] * 3)
-    assert adjusted_p([]) == []
+def test_holm_by_hand():
+    """Step-down: a later p is at least an earlier one's; ties and the empty family."""
+    np.testing.assert_allclose(holm([.01, .04, .03]), [.03, .06, .06])
+    np.testing.assert_allclose(holm([.5, .5]), [1, 1])
+    assert holm([]) == []
 
 
 def test_auc_within_cells():
@@ -132,12 +130,6 @@ def test_auc_within_cells():
     assert auc_within([1, 1], [True, False], ["a", "a"]) == .5
 
 
-def test_rank_correlation():
-    found = rank_correlation([1, 2, 3, 4, 5], [2, 4, 6, 8, 100])
-    assert abs(found["value"] - 1) < 1e-12 and found["n"] == 5 and found["low"] > 0.99
-    assert rank_correlation([1, 1, 1], [1, 2, 3])["value"] is None
-
-
 def pairs_of(both, only_first, only_second, neither=0):
     first = [True] * (both + only_first) + [False] * (only_second + neither)
     second = [True] * both + [False] * only_first + [True] * only_second + [False] * neither
@@ -145,7 +137,7 @@ def pairs_of(both, only_first, only_second, neither=0):
 
 
 def test_against_statsmodels():
-    """Wilson, McNemar, h, Benjamini-Hochberg and kappa with its interval, to 1e-10."""
+    """Wilson, McNemar, h, Holm and kappa with its interval, to 1e-10."""
     rng = np.random.default_rng(0)
     for k, n in ((243, 300), (298, 300), (300, 300), (78, 100), (0, 10), (3, 10)):
         low, high = proportion.proportion_confint(k, n, method="wilson")
@@ -159,8 +151,8 @@ def test_against_statsmodels():
         assert abs(cohens_h(p, q) - proportion.proportion_effectsize(q, p)) < 1e-10
     for _ in range(20):
         p = rng.uniform(size=rng.integers(1, 12)) ** 2
-        theirs = multitest.multipletests(p, method="fdr_bh")[1]
-        assert np.abs(np.array(adjusted_p(p)) - theirs).max() < 1e-10
+        theirs = multitest.multipletests(p, method="holm")[1]
+        assert np.abs(np.array(holm(p)) - theirs).max() < 1e-10
         n, labels = int(rng.integers(20, 200)), int(rng.integers(2, 5))
         first = rng.integers(0, labels, n)
         second = np.where(rng.uniform(size=n) < .6, first, rng.integers(0, labels, n))

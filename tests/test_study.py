@@ -1,8 +1,10 @@
-"""The study's plan, its tests on made-up runs, and the whole path on a golden model."""
+"""The study: its plan, its judging on made-up runs, its measures, and the whole path on a model."""
 import json
 
 import numpy as np
+import pandas
 import pytest
+import statsmodels.formula.api as formula
 import yaml
 from conftest import (
     GOLDEN,
@@ -16,20 +18,19 @@ from conftest import (
 )
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from config import load_overrides
 from files.keys import BadInput
 from lens import read_prompts
 from model import load
-from study.document import TEMPLATES
-from study.findings import MARKS, block_ranges, question_lines, show
-from study.hypotheses import REMARKS, WITHDRAWN, judge_all, test_hypothesis
-from study.measure import measure_prediction, measure_wording
+from study.__main__ import plain_descent
+from study.judge import differences, judge, p_of, resolves, value_of
+from study.measure import half_rise, read_series
 from study.plan import load_study, plan
 from tasks.__main__ import DEFAULTS
 from tasks.tiny import sample_tiny
 from text.arithmetic import ASKED_WORDED, ONES, PHRASES, SYMBOLS, TENS, make_problem
 from text.tokenizer import load_tokenizer
 
-test_hypothesis.__test__ = False    # it is not one of pytest's
 STUDY = ROOT / "study" / "plan.yaml"
 SELF_REWARD = f"{ROOT}/study/self_reward.py:self_reward"
 
@@ -38,191 +39,263 @@ SELF_REWARD = f"{ROOT}/study/self_reward.py:self_reward"
 # the plan
 
 
-def test_plan_of_the_study():
-    """What the study promises: seeds enough for a sign-flip test, one thing changed at a time."""
-    study = load_study(STUDY, False, [])
-    runs = plan(study)
-    seeds = {}
-    for r in runs:
-        seeds.setdefault(r.condition, []).append(r.seed)
-    assert study["seeds"] >= 6 and seeds.pop("base") == [1]
-    for name, found in seeds.items():
-        group = study["conditions"][name]["group"]
-        wanted = study["sweep_seeds" if group in ("block", "weight", "LoRA on", "target")
-                       else "seeds"]
-        assert found == list(range(1, wanted + 1)), name
-    assert {r.after.name for r in runs if r.after} == {f"sft_half_{s}" for s in range(1, 9)}
-    with_common = [r for r in runs if r.condition == "dual_block_6" and r.seed == 1][0]
-    assert {"steps=300", "class_layer=6", "seed=1"} <= set(with_common.words)
-    known = set(study["conditions"])
-    for q in study["questions"]:
-        for h in q["hypotheses"]:
-            assert h["first"] in known and h.get("second", "base") in known
-            assert h["expect"] in ("higher", "lower", "within")
-            assert ("margin" in h) == (h["expect"] == "within")
+def keys_of(run):
+    return dict(word.split("=", 1) for word in run.words())
 
 
-def test_every_row_and_step_is_the_same_for_all_methods():
-    """Steps times problems a step is equal, halves added; GRPO's batch counts completions."""
-    study = load_study(STUDY, False, [])
-    problems = {}
-    for r in plan(study):
-        keys = dict(word.split("=", 1) for word in r.words)
-        group = int(keys.get("grpo_group_size", 1))
-        problems[r.condition] = int(keys["steps"]) * int(keys["batch_size"]) // group
-    halves = {"sft_half", "sft_grpo"}
-    assert {n for name, n in problems.items() if name not in halves} == {300 * 32}
-    assert sum(problems[name] for name in halves) == 300 * 32
+@pytest.fixture
+def planned(tmp_path):
+    """The study's own runs, in a folder where each base has measures already."""
+    study = load_study(STUDY, [f"measures={tmp_path}", f"run_dir={tmp_path}"])
+    for name in study["bases"]:
+        for fold in range(1, 5):
+            text = json.dumps({"hand_over": 3 if name == "taught" else 2})
+            (tmp_path / f"{name}-base-{fold}.json").write_text(text)
+    return study, plan(study)
 
 
-def test_study_file_mistakes(tmp_path):
-    with pytest.raises(BadInput, match="condition sft: .*lr = 'fast'"):
-        plan(load_study(STUDY, True, ["lr=fast", "run_dir=x"]))
-    with pytest.raises(BadInput, match="unknown key 'stepz'"):
-        plan(load_study(STUDY, False, ["stepz=3", "run_dir=x"]))
-    with pytest.raises(BadInput, match="add run_dir=runs/NAME"):
-        load_study(STUDY, False, ["model=x"])
-    with pytest.raises(BadInput, match="seeds=two: expected a whole number"):
-        load_study(STUDY, False, ["seeds=two"])
+def test_plan_of_the_study(planned):
+    """What the study promises: seeds enough, five sets of words, one thing changed at a time."""
+    study, runs = planned
+    count = lambda base, arm: len([r for r in runs if (r.base, r.arm) == (base, arm)])
+    for base, main in (("untaught_1", 8), ("untaught_3", 8), ("taught", 8), ("smollm2", 6)):
+        assert {count(base, arm) for arm in ("sft", "dual", "permuted", "hand_over")} == {main}
+        assert count(base, "neutral") == 5 and count(base, "grpo") == count(base, "w07") == 3
+    assert count("smollm2", "base") == 4 and count("taught", "base") == 1
+    assert [r.arm for r in runs[:8]] == ["base"] * 8    # what the others read
+    at = {(r.base, r.arm, r.seed): keys_of(r) for r in runs}
+    for base in study["bases"]:
+        dual = at[base, "dual", 2]
+        for arm, more in (("permuted", {"class_words"}), ("hand_over", {"class_layer"}),
+                          ("neutral", {"class_words"})):
+            keys = at[base, arm, 2]
+            differ = {k for k in keys | dual if keys.get(k) != dual.get(k)} - {"run_dir"}
+            assert differ == more, (base, arm)
+        assert {k for k in dual if dual[k] != at[base, "sft", 2].get(k)} == {
+            "method", "class_weight", "run_dir"}
+    assert at["taught", "hand_over", 1]["class_layer"] == "3"
+    assert at["smollm2", "dual", 2]["data"] == at["smollm2", "sft", 6]["data"] == (
+        "runs/study/one_digit_1")
+    both, right = at["untaught_2", "published", 1], at["untaught_2", "published_right", 1]
+    assert {k for k in both if both[k] != right.get(k)} == {
+        "answer_shift", "class_position", "run_dir"}
+    assert (both["batch_size"], both["lr"], both["lora_targets"]) == ("1", "5e-4", "v,o")
+
+
+def test_words_of_the_controls(planned):
+    """Permuted words are each another operation's; neutral sets differ and name no operation."""
+    study, _ = planned
+    operations = ("add", "subtract", "multiply")
+    for kind in study["kinds"].values():
+        for words in kind["permuted"]:
+            assert sorted(words) == sorted(operations)
+            assert all(word != operation for word, operation in zip(words, operations))
+        sets = [tuple(words) for words in kind["neutral"]]
+        assert len(set(sets)) == len(sets) == 5
+        assert not {w for words in sets for w in words} & {*SYMBOLS, "plus", "minus", "times"}
+    corpus = {word for p in sample_tiny(5000, 1, unnamed=True) for word in p.prompt.split()}
+    assert {w for words in study["kinds"]["tiny"]["neutral"] for w in words} <= corpus
+
+
+def test_hypotheses_name_what_there_is(planned):
+    study, _ = planned
+    groups = {base["group"] for base in study["bases"].values()}
+    assert 1 <= len(study["hypotheses"]) <= 8
+    for h in study["hypotheses"]:
+        assert set(h["groups"]) <= groups and h["tests"]
+        for test in h["tests"]:
+            assert {test["arm"], test.get("less", "base")} <= set(study["arms"])
+            assert test["expect"] in ("above", "below", "within") and test["bound"] > 0
+
+
+def test_untaught_text_never_names_an_operation():
+    """Nothing asks for a name and no answer is one; the words are inputs, one worded line in five.
+    """
+    unnamed = sample_tiny(20000, 7, unnamed=True)
+    assert any(p.answer in SYMBOLS for p in sample_tiny(100, 7))
+    assert not any(p.wording == "naming" or p.answer in SYMBOLS for p in unnamed)
+    text = [f"{p.prompt}{p.answer}" for p in unnamed]
+    assert not any("which operation" in line for line in text)
+    inputs = sum(any(f"{word} " in line for word in SYMBOLS) for line in text) / len(text)
+    assert 0.02 < inputs < 0.06
+
+
+def test_mistakes_in_a_plan(tmp_path):
+    for words, said in ((["bases=untaught_9"], "unknown base untaught_9"),
+                        (["lr=1"], "expected run_dir=FOLDER, measures=FOLDER or bases=A,B"),
+                        (["measures"], "got 'measures'")):
+        with pytest.raises(BadInput, match=said):
+            load_study(STUDY, words)
     bad = tmp_path / "bad.yaml"
     bad.write_text("steps: 3\n")
     for path in (bad, tmp_path / "none.yaml"):
-        with pytest.raises(BadInput, match="is not a study file|is missing; expected a study file"):
-            load_study(path, False, [])
-    assert_one_clear_line(run("-m", "study", "--smoek"), "unknown option --smoek")
+        with pytest.raises(BadInput, match="is not a study's plan|expected a study's plan"):
+            load_study(path)
+    bad.write_text(STUDY.read_text().replace("  w07: {", "  w08: {"))
+    with pytest.raises(BadInput, match="names the arm w07; expected one of base"):
+        load_study(bad)
+    text = STUDY.read_text().replace("class_weight: 0.2", "class_wait: 0.2")
+    bad.write_text(text)
+    with pytest.raises(BadInput, match="arm dual on untaught_1: .*class_wait"):
+        plan(load_study(bad))
+    assert_one_clear_line(run("-m", "study", "--smoek"), "--smoek")
 
 
 # --------------------------------------------------------------------------------------------------
-# tests on made-up runs
+# judging made-up runs
 
 
-def made_up(values, problems=None):
-    """One measures.json: {seed: {...}} from a list of values of `accuracy.symbolic`."""
-    return {s: {"values": {"accuracy.symbolic": v, "answer.peak": 6},
-                "problems": {"accuracy.symbolic": problems[s - 1]} if problems else {},
-                "trajectory": [{"step": 0, "accuracy": .5, "answer": .1},
-                               {"step": 9, "accuracy": v, "answer": v / 2}]}
-            for s, v in enumerate(values, 1)}
+def made_up(base, arm, values, top1=1.0, turned=(0.0, 0.0)):
+    """Runs of one arm: seed 1, 2, ... with these accuracies."""
+    swaps = {"words_n": [turned[0], 1, 0], "random_n": [turned[1], 1, 0], "swap_n": [.5, 0, 1]}
+    return {(base, arm, s): {
+        "values": {"accuracy": v}, "block": 4, "hand_over": 0,
+        "curves": {"target.top1": [0] * 5 + [top1] + [0] * 3, "word.top1": [0.1] * 9},
+        "taps": [{"tap": 1, "swaps": {**swaps, "words_n": [0.9, 1, 0]}},
+                 {"tap": 5, "swaps": swaps}]} for s, v in enumerate(values, 1)}
 
 
-def question(*hypotheses, rate=0.05):
-    return {"questions": [{"question": "q", "hypotheses": list(hypotheses)}],
-            "false_discovery_rate": rate}
+def asked(measures, groups, **test):
+    bases = {b: {"group": g} for g, names in groups.items() for b in names}
+    study = {"bases": bases, "hypotheses": [{"id": "H", "claim": "c", "groups": list(groups),
+                                             "tests": [{"value": "accuracy", "arm": "a", **test}]}]}
+    return judge(study, measures)[0]
 
 
-def test_hypothesis_by_hand():
-    data = {"a": made_up([.9, .8, .9, .85, .95, .9]), "b": made_up([.7, .7, .75, .7, .8, .7])}
-    h = {"claim": "c", "measure": "accuracy.symbolic", "first": "a", "second": "b"}
-    found = test_hypothesis({**h, "expect": "higher"}, data)
-    assert found["n"] == 6 and found["p"] == 2 / 64
-    assert abs(found["effect"]["value"] - np.mean([.2, .1, .15, .15, .15, .2])) < 1e-9
-    outcome = lambda **more: judge_all(question({**h, **more}), data)[0]["outcome"]
-    assert outcome(expect="higher") == "confirmed" and outcome(expect="lower") == "refuted"
-    assert outcome(expect="higher", beyond=.05) == "confirmed"
-    assert outcome(expect="higher", beyond=.15) == "open"
-    assert outcome(expect="within", margin=.3) == "confirmed"
-    assert outcome(expect="within", margin=.05) == "refuted"
-    assert outcome(expect="within", margin=.16) == "open"
-    assert outcome(expect="higher", first="b") == "open"    # against itself: no difference
-    assert outcome(expect="higher", second="nowhere") == "not run"
+def test_value_of_a_run():
+    one = made_up("b", "a", [.9], top1=.7, turned=(.2, .05))["b", "a", 1]
+    assert value_of(one, "accuracy") == .9 and value_of(one, "target.block") == .7
+    assert value_of(one, "word.block") == .1 and value_of(one, "swap_n.block") == .5
+    assert value_of(one, "words_over_random.block") == pytest.approx(.15)
+    assert value_of(one, "words_over_random.hand_over") == pytest.approx(.85)
+    one["taps"][1]["swaps"]["words_n"][0] = None
+    assert value_of(one, "words_over_random.block") is None
 
 
-def test_lower_beyond_means_a_larger_drop():
-    data = {"a": made_up([.5] * 6), "b": made_up([.7, .71, .72, .7, .71, .7])}
-    h = {"claim": "c", "measure": "accuracy.symbolic", "first": "a", "second": "b",
-         "expect": "lower"}
-    outcome = lambda beyond: judge_all(question({**h, "beyond": beyond}), data)[0]["outcome"]
-    assert outcome(.11) == "confirmed" and outcome(.25) == "refuted"
+def test_differences_pair_seeds_and_folds():
+    measures = (made_up("b", "a", [.9, .8, .7, .6, .5, .4]) | made_up("b", "s", [.5, .5, .5])
+                | made_up("b", "base", [.1, .2, .3, .4]))
+    of = lambda **more: differences(measures, "b", {"value": "accuracy", "arm": "a", **more})
+    assert of() == {1: .9, 2: .8, 3: .7, 4: .6, 5: .5, 6: .4}
+    assert of(less="s") == pytest.approx({1: .4, 2: .3, 3: .2})
+    # seed 5 was trained on seed 1's fold, and so on
+    assert of(less="base") == pytest.approx({1: .8, 2: .6, 3: .4, 4: .2, 5: .4, 6: .2})
+    alone = made_up("b", "a", [.9, .8]) | made_up("b", "base", [.1])
+    assert differences(alone, "b", {"value": "accuracy", "arm": "a", "less": "base"}) == (
+        pytest.approx({1: .8, 2: .7}))
 
 
-def test_base_stands_against_every_seed():
-    data = {"a": made_up([.9, .8]), "base": made_up([.6])}
-    found = test_hypothesis({"measure": "accuracy.symbolic", "first": "a", "second": "base",
-                             "expect": "higher"}, data)
-    assert found["n"] == 2 and abs(found["effect"]["value"] - .25) < 1e-9
+def test_p_by_hand():
+    """n 4, mean .25, sd .1291: t = .25 / .06455 = 3.873, one-sided p .0152 at 3 degrees."""
+    values = np.array([.1, .2, .3, .4])
+    assert p_of(values, {"expect": "above", "bound": 0}) == pytest.approx(.01523, abs=1e-4)
+    assert p_of(values, {"expect": "below", "bound": 0}) == pytest.approx(1 - .01523, abs=1e-4)
+    assert p_of(values, {"expect": "within", "bound": .5}) == pytest.approx(.01523, abs=1e-4)
+    same = np.array([.6, .6])
+    assert p_of(same, {"expect": "above", "bound": .5}) == 0
+    assert p_of(same, {"expect": "below", "bound": .5}) == 1
+    assert p_of(same, {"expect": "above", "bound": .6}) == 1        # not beyond it
+    # (2.3534 + .9785) * .1291 / 2
+    assert resolves(values) == pytest.approx(.21507, abs=1e-4) and resolves(values[:1]) is None
 
 
-def test_problems_are_paired():
-    """Three seeds cannot reach .05; forty problems can, averaged over the seeds."""
-    one = [[1] * 40, [1] * 38 + [0] * 2, [1] * 40]
-    two = [[0, 1] * 20] * 3
-    data = {"a": made_up([1, .95, 1], one), "b": made_up([.5] * 3, two)}
-    h = {"measure": "accuracy.symbolic", "first": "a", "second": "b", "expect": "higher"}
-    found = test_hypothesis({**h, "unit": "problems"}, data)
-    assert found["p"] == found["p_problems"] < .001 and found["n_problems"] == 40
-    assert test_hypothesis(h, data)["p"] == 2 / 8
+def test_a_group_s_test_must_hold_on_each_base():
+    near = [.9, .91, .89, .9, .9, .91]
+    good = made_up("b1", "a", near) | made_up("b2", "a", near)
+    found = asked(good, {"g": ["b1", "b2"]}, expect="above", bound=.8)
+    assert found["holds"] and found["tests"][0]["pooled"]["n"] == 2
+    bad = made_up("b1", "a", near) | made_up("b2", "a", [.7, .95, .6, .9, .7, .8])
+    found = asked(bad, {"g": ["b1", "b2"]}, expect="above", bound=.8)
+    assert found["holds"] is False and found["tests"][0]["p"] > .05
+    # two groups: one holds, the hypothesis does not
+    found = asked(bad, {"g": ["b1"], "h": ["b2"]}, expect="above", bound=.8)
+    assert [t["holds"] for t in found["tests"]] == [True, False] and not found["holds"]
+    # a base without runs: nothing is said
+    found = asked(made_up("b1", "a", near), {"g": ["b1", "b2"]}, expect="above", bound=.8)
+    assert found["holds"] is None and found["tests"][0]["p"] is None
 
 
-def test_equal_accuracy_takes_the_first_look_as_right():
-    data = {"grpo": made_up([.8, .9]), "sft": made_up([.95, .85])}
-    h = {"measure": "answer.equal_accuracy", "first": "grpo", "second": "sft",
-         "expect": "within", "margin": .1}
-    found = test_hypothesis(h, data)
-    # seed 1: .8 / 2 against .95 / 2; in seed 2 SFT never got to .9
-    assert found["outcome"] == "not run"
-    data["sft"][2]["trajectory"].append({"step": 10, "accuracy": .9, "answer": .3})
-    found = test_hypothesis(h, data)
-    assert abs(found["effect"]["value"] - ((.4 - .475) + (.45 - .3)) / 2) < 1e-9
+def test_all_tests_are_corrected_together():
+    """A p of .03 alone holds; beside three others it does not."""
+    values = np.array([.56, .64, .5, .66, .47, .6])
+    p = p_of(values, {"expect": "above", "bound": .5})
+    assert .01 < p < .05
+    one = asked(made_up("b", "a", values.tolist()), {"g": ["b"]}, expect="above", bound=.5)
+    study = {"bases": {"b": {"group": "g"}}, "hypotheses": [
+        {"id": i, "claim": "c", "groups": ["g"],
+         "tests": [{"value": "accuracy", "arm": "a", "expect": "above", "bound": .5}]}
+        for i in range(4)]}
+    among = judge(study, made_up("b", "a", values.tolist()))
+    assert one["holds"] and not among[0]["holds"]
+    assert among[0]["tests"][0]["adjusted"] == pytest.approx(4 * p)
 
 
-def test_the_family_is_adjusted_together():
-    """One p of .031 alone is accepted; beside nine that found nothing it is not."""
-    data = {"a": made_up([.9] * 6), "b": made_up([.7, .71, .72, .7, .71, .7]),
-            "c": made_up([.9, .9, .9, .9, .91, .89])}
-    real = {"claim": "c", "measure": "accuracy.symbolic", "first": "a", "second": "b",
-            "expect": "higher"}
-    alone = judge_all(question(real), data)
-    among = judge_all(question(real, *[{**real, "second": "c"}] * 9), data)
-    assert alone[0]["outcome"] == "confirmed" and among[0]["outcome"] == "open"
-    assert abs(among[0]["adjusted"] - .3125) < 1e-9
+def test_pooled_over_bases_is_the_mixed_model_s():
+    """Runs within bases, balanced: the mean of means, its error that of a random base effect."""
+    rng, rows, measures = np.random.default_rng(1), [], {}
+    for i in range(6):
+        values = (.8 + .05 * rng.standard_normal() + .01 * rng.standard_normal(8)).tolist()
+        measures |= made_up(f"b{i}", "a", values)
+        rows += [{"y": v, "base": i} for v in values]
+    found = asked(measures, {"g": [f"b{i}" for i in range(6)]}, expect="above", bound=.5)
+    pooled = found["tests"][0]["pooled"]
+    data = pandas.DataFrame(rows)
+    theirs = formula.mixedlm("y ~ 1", data, groups=data["base"]).fit()
+    assert pooled["value"] == pytest.approx(theirs.params["Intercept"], abs=1e-6)
+    half = 2.570582 * theirs.bse["Intercept"]       # Student's .975 at 5 degrees of freedom
+    assert pooled["high"] - pooled["value"] == pytest.approx(half, rel=2e-3)
 
 
-def test_text():
-    assert block_ranges([0, 1, 2, 4]) == "0–2, 4" and block_ranges([]) == "none"
-    interval = {"value": .021, "low": .012, "high": 1.03}
-    assert show(interval, "accuracy.symbolic") == "2.1 [1.2, 100.0]"
-    assert show(interval, "accuracy.symbolic", signed=True) == "+2.1 [1.2, 103.0]"
-    assert show({"value": 6.0, "low": None, "high": None}, "answer.peak") == "6.00"
+# --------------------------------------------------------------------------------------------------
+# measures
 
 
-def test_prediction_finds_what_is_left_and_what_is_not():
-    """Right answers made from two numbers: `own` tells on top of confidence, `word` does not."""
-    rng = np.random.default_rng(0)
-    sigmoid = lambda z: 1 / (1 + np.exp(-z))
-    rows = []
-    for _ in range(800):
-        own, confidence = rng.normal(0, 1, 2)
-        rows.append({"correct": bool(rng.random() < sigmoid(own + confidence)), "operation": "add",
-                     "wording": "symbolic", "word": sigmoid(rng.normal()), "own": sigmoid(own),
-                     "answer": sigmoid(own), "confidence": sigmoid(confidence)})
-    values = {}
-    measure_prediction(rows, values)
-    assert values["auc.own"] > .65 and abs(values["auc.word"] - .5) < .06
-    assert .7 < values["after_confidence.own"] < 1.3 and abs(values["after_confidence.word"]) < .3
-    measure_prediction([{**r, "correct": True} for r in rows], values)
-    assert values["auc.own"] is None and values["after_confidence.own"] is None
+def test_half_rise():
+    assert half_rise(np.array([0, 0, .2, .6, .8])) == pytest.approx(1.5)
+    assert half_rise(np.array([0, 0, 0, 0, .8])) == pytest.approx(2.5)
+    assert half_rise(np.array([0, .9, .9])) == pytest.approx(-.5)
+    assert half_rise(np.zeros(3)) is None
 
 
 def test_early_answers_are_said_of_one_token_answers(word_bpe):
-    """Digits are tokens: beside "5" the answer "68" adds nothing, and alone there is nothing."""
+    """Digits are tokens: beside "5" the answer "68" adds nothing to the answer's curve."""
     loaded = load_tokenizer(word_bpe)
     model = random_model({**small_config(4), "vocab_size": loaded.vocab_size})
-
-    def measured(*problems):
-        result = {"values": {}, "curves": {}, "problems": {}}
-        measure_wording(model, loaded, config(max_completion_tokens=2), list(problems), "symbolic",
-                        0, result)
-        return result
-
+    measured = lambda *problems: read_series(model, loaded, config(max_completion_tokens=2),
+                                             list(problems))
     short, long = make_problem("add", 2, 3), make_problem("add", 23, 45)
-    alone, both, none = measured(short), measured(short, long), measured(long)
-    for name in ("answer.strength", "answer.last"):
-        assert both["values"][name] == pytest.approx(alone["values"][name], rel=1e-4)
-        assert len(both["problems"][name]) == 1 and none["values"][name] is None
-    assert both["curves"]["answer.prob"] == pytest.approx(alone["curves"]["answer.prob"], abs=2e-5)
-    assert none["curves"]["answer.prob"] == [None] * 5 and none["values"]["answer.peak"] is None
-    assert len(none["problems"]["word.strength"]) == 1      # the word's series has all problems
-    assert show({"value": np.nan, "low": None, "high": None}, "answer.prob") == "–"
+    alone, both = measured(short), measured(short, long)
+    assert both["curves"]["answer.prob"] == pytest.approx(alone["curves"]["answer.prob"], rel=1e-3)
+    assert both["values"]["answers"] == 1 and both["values"]["n"] == len(both["right"]) == 2
+    assert both["curves"]["word.prob"] != pytest.approx(alone["curves"]["word.prob"], rel=1e-3)
+
+
+def test_series_of_the_bundled_model():
+    """What its card says: it adds and subtracts, never names the operation; swapped targets."""
+    model, tokenizer = load(TINY)
+    problems = [make_problem(op, a, b) for op in ("add", "subtract", "multiply")
+                for a, b in ((23, 14), (17, 12), (38, 22), (50, 23))]
+    found = read_series(model, tokenizer, config(), problems)
+    assert found["values"]["n"] == 8 and found["values"]["accuracy"] > 0.5
+    assert found["values"]["word.any"] == 0 and found["values"]["word.strength"] < 0.05
+    assert found["curves"]["target.prob"] == found["curves"]["word.prob"]
+    assert len(found["curves"]["length"]) == 9 and found["values"]["auc"] is None
+    other = read_series(model, tokenizer,
+                        config(class_words=("subtract", "multiply", "add")), problems)
+    assert other["curves"]["word.prob"] == found["curves"]["word.prob"]
+    assert other["curves"]["target.prob"] != found["curves"]["word.prob"]
+
+
+def test_plain_descent_steps_against_the_gradient():
+    """The prior code's optimizer: no moments, and the loop's own counter is there."""
+    model = random_model(small_config(2))
+    model.freeze()
+    model.model.norm.unfreeze()
+    optimizer = plain_descent(load_overrides(["lr=0.5"]), model)
+    before = np.array(model.model.norm.weight)
+    optimizer.update(model, {"model": {"norm": {"weight": model.model.norm.weight * 0 + 2.0}}})
+    np.testing.assert_allclose(np.array(model.model.norm.weight), before - 1.0)
+    assert optimizer.step.item() == 1
 
 
 # --------------------------------------------------------------------------------------------------
@@ -251,77 +324,67 @@ def golden_with_words(tmp_path_factory):
 
 
 def test_whole_path_on_a_golden_model(golden_with_words, tmp_path):
-    """Train, measure, write; again without work; one run lost and made again to the same numbers;
-    a condition that this model's tokenizer refuses is named and does not stop the rest."""
+    """Train, measure, judge, write; again without work; one run lost and made again to the same
+    numbers; an arm that this model's tokenizer refuses is named and does not stop the rest."""
     full = yaml.safe_load(STUDY.read_text())
-    chosen = ("base", "sft", "dual", "dual_block_4", "dual_target_unused")
-    full["conditions"] = {name: full["conditions"][name] for name in chosen}
-    full["conditions"]["sft_grpo"] = {"group": "main", "label": "SFT then GRPO", "after": "sft",
-                                      "set": {"method": "grpo", "batch_size": 16,
-                                              "grpo_reward": SELF_REWARD}}
-    full["conditions"]["dual_block_1"] = {
-        "group": "block", "x": 1, "set": {"method": "dual_reward", "class_layer": 1}}
-    full |= {"seeds": 2, "sweep_seeds": 1, "size": {"problems": 9, "pairs": 9, "swap_pairs": 4}}
-    full["common"] |= {"steps": 3, "eval_every_steps": 3, "lens_every_steps": 3,
-                       "eval_prompts": 6, "data_samples": 100}
-    path, runs = tmp_path / "small.yaml", tmp_path / "runs"
+    full["bases"] = {"golden": {"kind": "tiny", "group": "untaught",
+                                "model": str(golden_with_words)}}
+    chosen = ("base", "sft", "dual", "permuted", "hand_over", "published")
+    full["arms"] = {name: full["arms"][name] for name in chosen}
+    full["arms"]["grpo"] = {"group": "other", "label": "GRPO",
+                            "set": {"method": "grpo", "grpo_reward": SELF_REWARD}}
+    full["arms"]["unread"] = {"group": "other", "label": "unread",
+                              "set": {"method": "dual_reward", "class_words": ["a", "b", "c"]}}
+    full["hypotheses"] = [h for h in full["hypotheses"] if h["id"] in ("H1", "H3", "H5", "H7")]
+    kind = full["kinds"]["tiny"]
+    kind |= {"seeds": {"main": 2, "other": 1}, "size": {"problems": 9, "pairs": 9, "every": 2}}
+    kind["set"] |= {"steps": 3, "data_samples": 100}
+    kind["arms"] = {"grpo": {"batch_size": 16, "grpo_group_size": 8}}
+    full["sgd"] |= {"steps": 2}
+    full["jacobian"] |= {"arms": []}        # a random model writes no text without numbers
+    full |= {"run_dir": str(tmp_path / "runs"), "measures": str(tmp_path / "measures")}
+    path, out = tmp_path / "small.yaml", tmp_path / "docs"
     path.write_text(yaml.safe_dump(full))
-    command = ("-m", "study", path, f"model={golden_with_words}", f"run_dir={runs}")
+    command = ("-m", "study", path, "--out", out)
     done = run(*command)
-    assert_one_clear_line(done, "1 of 9 runs failed", "dual_target_unused seed 1", "<0x01>")
-    assert "9 runs, 0 done" in done.stdout and "min left" in done.stdout
-    text = (runs / "RESULTS.md").read_text()
-    assert "nan" not in text and "Failed: dual_target_unused seed 1" in text
-    assert "| SFT then GRPO | 2 |" in text and "not run" in text
-    for picture in ("blocks", "steps", "sweeps"):
-        assert (runs / f"docs/study_{picture}.png").read_bytes().startswith(b"\x89PNG")
-    measures = json.loads((runs / "dual_1" / "measures.json").read_text())
-    assert len(measures["claims"]["taps"]) == 5 and measures["block"] == 2
-    assert len(measures["problems"]["word.strength"]) == 27
-    (runs / "dual_1" / "measures.json").unlink()
+    assert_one_clear_line(done, "1 of 12 runs failed", "golden unread 1")
+    assert "12 runs, 0 done" in done.stdout and "min left" in done.stdout
+    text = (out / "study.md").read_text()
+    assert "nan" not in text and "11 of 12 planned runs" in text and "runs missing" in text
+    assert "| GRPO | 1 |" in text and "| unread | 0 of 1 |" in text
+    assert "golden" in (out / "study_appendix.md").read_text()
+    for picture in ("forest", "claims"):
+        assert (out / f"study_{picture}.png").read_bytes().startswith(b"\x89PNG")
+    file = tmp_path / "measures" / "golden-dual-1.json"
+    measures = json.loads(file.read_text())
+    base = json.loads((tmp_path / "measures" / "golden-base-1.json").read_text())
+    assert measures["lengths"] == base["lengths"] and measures["block"] == 2
+    assert {tap["tap"] for tap in measures["taps"]} == {1, 3, 4, base["hand_over"] + 1}
+    assert set(measures["subspace"]) == {str(base["hand_over"]), "2"}
+    moved = json.loads((tmp_path / "measures" / "golden-hand_over-1.json").read_text())
+    assert moved["block"] == base["hand_over"]
+    file.unlink()
     again = run(*command)
-    assert "9 runs, 7 done" in again.stdout
-    same = json.loads((runs / "dual_1" / "measures.json").read_text())
-    for key in ("values", "curves", "problems", "claims", "attribution", "trajectory"):
+    assert "12 runs, 10 done" in again.stdout
+    same = json.loads(file.read_text())
+    for key in ("values", "curves", "right", "taps", "subspace"):
         assert same[key] == measures[key], key
-    report = run("eval.py", "--ckpt", runs / "dual_1", "data_operations=add", check=0).stdout
-    assert "operation word top-1 at L2" in report
+    written = (out / "study.md").read_bytes()
+    run("-m", "study", path, "--out", out, "--report", check=0)
+    assert (out / "study.md").read_bytes() == written
+
+
+def test_report_is_what_the_measures_say(tmp_path):
+    """docs/study.md and its appendix are written from study/measures, and from nothing else."""
+    if not list((ROOT / "study" / "measures").glob("*.json")):
+        pytest.skip("no run of the study is measured yet")
+    run("-m", "study", "--report", "--out", tmp_path, check=0)
+    for page in ("study.md", "study_appendix.md"):
+        assert (tmp_path / page).read_text() == (ROOT / "docs" / page).read_text(), page
 
 
 # --------------------------------------------------------------------------------------------------
-# what the plan's hypotheses cannot bear
-
-
-def test_withdrawn_claims_stay_withdrawn_whatever_their_p():
-    """A perfect p does not save a claim whose test cannot bear it; the reason stands beside it."""
-    h = {"claim": next(iter(WITHDRAWN)), "measure": "accuracy.symbolic", "first": "a",
-         "second": "b", "expect": "higher"}
-    data = {"a": made_up([.9, .8, .9, .85, .95, .9]), "b": made_up([.7, .7, .75, .7, .8, .7])}
-    asked = judge_all(question(h, {**h, "claim": "another"}), data)
-    assert [x["outcome"] for x in asked] == ["withdrawn", "confirmed"]
-    assert asked[0]["p"] == 2 / 64 and asked[0]["adjusted"] == asked[1]["adjusted"]
-    lines = question_lines(asked).splitlines()
-    assert lines[-2].startswith("- ⊘") and lines[-2].endswith(f"Withdrawn: {WITHDRAWN[h['claim']]}")
-    assert lines[-1].startswith("- ✓ another") and "Withdrawn" not in lines[-1]
-
-
-def test_results_say_what_the_generator_says():
-    """The committed RESULTS.md holds the section and every reason, and nothing they correct."""
-    plan = yaml.safe_load(STUDY.read_text())["questions"]
-    claims = {h["claim"] for q in plan for h in q["hypotheses"]}
-    assert claims >= WITHDRAWN.keys() | REMARKS.keys()
-    text, heading = (ROOT / "RESULTS.md").read_text(), "## What these runs do not show"
-    template = (TEMPLATES / "study.md").read_text()
-    section = template[template.index(heading):template.index("## Answers")]
-    assert section in text
-    for claim in claims:
-        [line] = [x for x in text.splitlines() if x[:2] == "- " and x[4:].startswith(f"{claim}:")]
-        assert (line[2] == MARKS["withdrawn"]) == (claim in WITHDRAWN)
-        said = WITHDRAWN.get(claim) or REMARKS.get(claim)
-        assert line.endswith(said) if said else "But:" not in line and "Withdrawn" not in line
-    pages = "".join((ROOT / page).read_text() for page in ("README.md", "docs/methods.md"))
-    for wrong in ("readable, not used.", "Block 4 costs less", '("373737")'):
-        assert wrong not in pages
+# what the base had been taught
 
 
 def test_what_is_said_of_the_base_s_text_is_so():
@@ -337,6 +400,6 @@ def test_what_is_said_of_the_base_s_text_is_so():
     is_top = reading.top_ids[:, :, 0, 0] == word                                    # (L+1, 2)
     assert is_top[2:, 0].all() and not is_top[:2, 0].any() and not is_top[:, 1].any()
     assert f"{reading.probs[5, 0, 0, 0]:.0%}" == "74%"      # after block 4
-    for page in ("README.md", "docs/methods.md", "RESULTS.md", "models/tiny/README.md"):
+    for page in ("README.md", "docs/methods.md", "docs/first_study.md", "models/tiny/README.md"):
         text = (ROOT / page).read_text()
         assert "which operation is 7 * 8 ?" in text and "8.0 %" in text and "74 %" in text, page

@@ -174,8 +174,6 @@ def test_a_run_leaves_what_the_readme_names(write_config):
 
 @pytest.mark.parametrize("keys", [
     {"full": "true"}, {"full": "true", "from_scratch": "true"},
-    {"method": "dual_reward", "class_target": "symbol"},
-    {"method": "dual_reward", "class_target": "random"},
     {"method": "dual_reward", "class_words": "answer,which,<0x01>"},
     {"data_operations": "divide", "data_wordings": "worded", "grad_clip": "0"},
     {"dtype": "bfloat16", "grad_accum_steps": 2},

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from config import BadInput, Config
-from text.arithmetic import SYMBOLS, TEXT, Problem, evenly, held_out, sample_train, stable_hash
+from text.arithmetic import SYMBOLS, TEXT, Problem, evenly, held_out, sample_train
 from text.tokenizer import Tokenizer
 
 
@@ -256,38 +256,22 @@ def followed_ids(tokenizer: Tokenizer, words: list[str], before: list[int]) -> l
 
 
 def class_word_ids(cfg: Config, tokenizer: Tokenizer, problems: list[Problem]) -> dict[str, int]:
-    """The token that the class loss wants for each operation, but for class_target answer, random.
+    """The token that the class loss wants for each operation: its word, or of cfg.class_words.
 
-    class_words are a set of their own, in one form.
+    These are a set of their own, in one form.
     """
-    if cfg.class_words:
-        before = [last_token(tokenizer, problems, cfg.template)]
-        if others := {p.operation for p in problems} - set(cfg.data_operations):
-            raise BadInput(f"class_words stand for data_operations = "
-                           f"{', '.join(cfg.data_operations)}, and rows have "
-                           f"{', '.join(sorted(others))}; leave class_words out")
-        return dict(zip(cfg.data_operations, tokenizer.word_ids(list(cfg.class_words), before)))
-    target = "symbol" if cfg.class_target == "symbol" else "word"
-    return target_ids(tokenizer, problems, target, cfg.template)
+    if not cfg.class_words:
+        return target_ids(tokenizer, problems, "word", cfg.template)
+    if others := {p.operation for p in problems} - set(cfg.data_operations):
+        raise BadInput(f"class_words stand for data_operations = {', '.join(cfg.data_operations)}, "
+                       f"and rows have {', '.join(sorted(others))}; leave class_words out")
+    before = [last_token(tokenizer, problems, cfg.template)]
+    return dict(zip(cfg.data_operations, tokenizer.word_ids(list(cfg.class_words), before)))
 
 
 def class_ids(cfg: Config, tokenizer: Tokenizer, problems: list[Problem]) -> list[int]:
-    """The token that the class loss wants for each problem, by cfg.class_target and class_words.
-
-    The two controls depend on the prompt's text alone, so a problem keeps its target in every epoch
-    and for every seed: it can be learnt by heart, but not from what the problem asks.
-    """
-    if cfg.class_target == "answer":
-        rows = [encode_problem(p, tokenizer, cfg.template) for p in problems]
-        return [row.ids[row.P] for row in rows]
-    if cfg.class_target == "random":
-        return [stable_hash(p.prompt) % tokenizer.vocab_size for p in problems]
+    """The token that the class loss wants for each problem."""
     ids = class_word_ids(cfg, tokenizer, problems)
-    if cfg.class_target == "shuffled":
-        # the config's order first, then that of a folder's own operations
-        operations = dict.fromkeys((*cfg.data_operations, *sorted(ids)))
-        words = [ids[op] for op in operations if op in ids]
-        return [words[stable_hash(p.prompt) % len(words)] for p in problems]
     return [ids[p.operation] for p in problems]
 
 
@@ -350,8 +334,7 @@ def name_targets(tokenizer: Tokenizer, problems: list[Problem], test: list[Probl
     """
     words = target_ids(tokenizer, problems, "word", cfg.template)
     symbols = target_ids(tokenizer, problems, "symbol", cfg.template)
-    trained = (class_word_ids(cfg, tokenizer, test) if cfg.method == "dual_reward"
-               and cfg.class_target not in ("answer", "random") else {})
+    trained = class_word_ids(cfg, tokenizer, test) if cfg.method == "dual_reward" else {}
     return {
         "targets": {op: {"word": words[op], "word_piece": tokenizer.piece(words[op]),
                          "symbol": symbols[op], "symbol_piece": tokenizer.piece(symbols[op])}
