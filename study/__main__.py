@@ -31,7 +31,7 @@ from files.options import Parser
 from files.run_folder import provenance
 from study.jacobian import own_texts
 from study.measure import measure
-from study.plan import Run, load_study, plan
+from study.plan import Run, as_words, load_study, plan
 from study.report import write_report
 from study.results import run_script
 
@@ -45,21 +45,21 @@ def do_run(run: Run, study: dict) -> dict:
     write_data(run)
     if run.arm == "base":
         model, tokenizer = load_base(cfg.model, cfg.dtype, cfg.bits)
-        base, texts_of = None, model
+        texts_of = model
     else:
         if run.sgd:     # the one thing of the prior code that no config key has
             training.make_optimizer = plain_descent
         with open(f"{run.folder}.log", "a") as log, redirect_stdout(log):
             training.train(cfg, with_base=False)
         model, tokenizer, _ = load_checkpoint(run.folder)
-        base = read_json(run.base_measures(), "the base's run")
         texts_of = load_base(cfg.model)[0]
     trained = time.perf_counter() - start
     texts = None
     if run.arm in study["jacobian"]["arms"] and run.seed <= study["jacobian"]["seeds"]:
         texts = own_texts(texts_of, tokenizer, study["jacobian"]["texts"])
-    found = {"base": run.base, "arm": run.arm, "seed": run.seed,
-             **measure(model, tokenizer, cfg, run.kind["size"], base, texts)}
+    found = {"base": run.base, "arm": run.arm, "seed": run.seed, "fold": run.fold,
+             "set": as_words(run.set),
+             **measure(model, tokenizer, cfg, run.kind["size"], run.read_base(), texts)}
     versions = provenance()
     return {**found, "versions": {key: versions[key] for key in ("mlx", "device", "commit")},
             "seconds": [round(trained), round(time.perf_counter() - start - trained)]}
@@ -81,7 +81,7 @@ def write_data(run: Run) -> None:
 
 def run_all(runs: list[Run], arguments: list[str], workers: int) -> list[str]:
     """Do what is not done, `workers` at a time, each in a process; returns what failed and why."""
-    left, failed, start = [r for r in runs if not r.measures.exists()], [], time.perf_counter()
+    left, failed, start = [r for r in runs if not r.is_done()], [], time.perf_counter()
     print(f"{len(runs)} runs, {len(runs) - len(left)} done, {workers} at a time")
     env = {**os.environ, "OPENBLAS_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
 
@@ -140,7 +140,7 @@ def main(argv: list[str]) -> None:
         on_gpu = mx.default_device() != mx.Device(mx.cpu)
         workers = args.workers or (1 if on_gpu else os.cpu_count() or 1)
         failed = run_all(runs, args.words, workers)
-    write_report(study, [read_json(r.measures) for r in runs if r.measures.exists()], args.out)
+    write_report(study, [read_json(r.measures) for r in runs if r.is_done()], args.out)
     if failed:
         raise BadInput(f"{len(failed)} of {len(runs)} runs failed: {failed[0]}; the same command "
                        "tries them again")

@@ -3,16 +3,25 @@
 A test is of one number a run, or of its difference to another arm's run of the same base and seed
 (the same training rows and LoRA start). The unit is the run. A test holds on a group of bases if it
 holds on each of them, so its p is the largest of theirs (an intersection-union test); Holm's
-correction is over all tests on all groups. Beside it stands the mean over a group's bases with
-Student's interval over them: of a balanced nested design, runs within bases, that is the exact
-interval, and with three bases a wide one.
+correction counts every test that is planned, run or not. Nothing is judged before all of its runs
+are there. Beside it stands the mean over a group's bases with Student's interval over them: of a
+balanced nested design, runs within bases, that is the exact interval, and with three bases a wide
+one.
+
+    holds             p, corrected, is .05 or less
+    contradicted      on some base the whole 95 % interval lies on the other side of the bound
+    undecided         neither
+    not measurable    some run has no such number, say no right answer to turn
+    runs missing
 """
 import numpy as np
 import scipy
 
-from report.stats import equivalence_p, holm, mean_interval
+from report.stats import equivalence_p, holm, mean_interval, wilson
+from study.plan import seeds_of
 
 LEVEL = 0.05
+WORKS = 0.10    # a swap that turns so many more than a random direction: there is something to part
 Measures = dict[tuple[str, str, int], dict]     # (base, arm, seed) -> a run's measures
 
 
@@ -21,92 +30,143 @@ def value_of(run: dict, name: str) -> float | None:
 
     target.block                the trained token's top-1 share at the trained block
     words_over_random.block     answers turned by the swap's part along the words, less those turned
-                                by a random direction, both as long as the base's swap there
-    words_over_random.hand_over, swap_n.hand_over, ...  the same at the block of hand-over
+                                by a random direction, both as long as the base's swap there; None
+                                where the whole swap of that length turns hardly more than random
+    words_over_random.hand_over, swap_n.hand_over, ...  the same at the base's block of hand-over
     Others are names of the run's values.
     """
     kind, _, where = name.partition(".")
     if where not in ("block", "hand_over"):
         return run["values"][name]
-    block = run["block"] if where == "block" else run.get("hand_over", run["block"])
+    block = run[where]
     if kind in ("target", "word"):
         return run["curves"][f"{kind}.top1"][block + 1]
     swaps = next(tap["swaps"] for tap in run["taps"] if tap["tap"] == block + 1)
     turned = lambda edit: swaps[edit][0]
     if kind != "words_over_random":
         return turned(kind)
-    return None if turned("words_n") is None else turned("words_n") - turned("random_n")
+    if turned("swap_n") is None or turned("swap_n") - turned("random_n") < WORKS:
+        return None
+    return turned("words_n") - turned("random_n")
 
 
-def differences(measures: Measures, base: str, test: dict) -> dict[int, float]:
-    """{seed: the number that the test is of} on one base; a base's own runs pair by fold."""
-    found = {}
-    bases = {seed: run for (b, arm, seed), run in measures.items() if (b, arm) == (base, "base")}
+def numbers(measures: Measures, base: str, test: dict) -> list[float | None]:
+    """What the test is of, each run of one base; None where one of the two has no such number."""
+    found = []
+    of_fold = {run["fold"]: run for (b, arm, _), run in measures.items()
+               if (b, arm) == (base, "base")}
     for (b, arm, seed), run in sorted(measures.items()):
         if (b, arm) != (base, test["arm"]):
             continue
         value = value_of(run, test["value"])
         if less := test.get("less"):
-            other = (bases.get((seed - 1) % max(len(bases), 1) + 1) if less == "base"
+            other = (of_fold.get(run["fold"]) if less == "base"
                      else measures.get((base, less, seed)))
-            subtracted = None if other is None else value_of(other, test["value"])
+            if other is None:       # that run is missing: this one cannot be compared yet
+                continue
+            subtracted = value_of(other, test["value"])
             value = None if None in (value, subtracted) else value - subtracted
-        if value is not None:
-            found[seed] = value
+        found.append(value)
     return found
 
 
 def p_of(values: np.ndarray, test: dict) -> float:
-    """One-sided p that the mean is not as expected: t tests against the bound."""
+    """One-sided p that the mean is not as expected: t tests against the bound, at least two runs.
+
+    Where all runs are alike it is 0 or 1, which the report does not call a p.
+    """
     bound = test["bound"]
     if test["expect"] == "within":
         return equivalence_p(values, bound)
     side = "greater" if test["expect"] == "above" else "less"
-    if len(values) < 2 or np.ptp(values) == 0:      # no spread: one run, or all alike
-        beyond = values.mean() > bound if side == "greater" else values.mean() < bound
-        return 0.0 if beyond else 1.0
+    if np.ptp(values) == 0:
+        return 0.0 if (values[0] > bound) == (side == "greater") and values[0] != bound else 1.0
     return float(scipy.stats.ttest_1samp(values, bound, alternative=side).pvalue)
 
 
-def resolves(values: np.ndarray) -> float | None:
-    """The smallest distance from the bound that so many runs would have shown, with power .8."""
+def contradicted(interval: dict, test: dict) -> bool:
+    """Whether a base's interval lies wholly on the other side of the bound."""
+    low, high, bound = interval["low"], interval["high"], test["bound"]
+    return (test["expect"] == "above" and high < bound or test["expect"] == "below" and low > bound
+            or test["expect"] == "within" and (low > bound or high < -bound))
+
+
+def resolves(values: np.ndarray, test: dict, tests: int) -> float:
+    """The smallest distance from the bound that so many runs would have shown with power .8, at
+    the strictest step of Holm's correction."""
     n = len(values)
-    if n < 2:
-        return None
     t = scipy.stats.t(n - 1)
-    return float((t.ppf(1 - LEVEL) + t.ppf(0.8)) * values.std(ddof=1) / n ** 0.5)
+    power = t.ppf(0.9 if test["expect"] == "within" else 0.8)
+    return float((t.ppf(1 - LEVEL / tests) + power) * values.std(ddof=1) / n ** 0.5)
 
 
 def judge(study: dict, measures: Measures) -> list[dict]:
-    """Every hypothesis with its tests on each group: [{id, claim, tests: [...], holds}].
+    """Every hypothesis with its tests on each group: [{id, claim, outcome, tests: [...]}].
 
-    A test's entry: group, value, arm, less, expect, bound, bases {name: interval and resolves}, p,
-    adjusted, pooled (over the group's bases), holds. holds is None where a run is still missing.
+    A test's entry: group, the plan's keys, bases {name: interval, resolves, runs}, p, adjusted,
+    pooled (over the group's bases), outcome.
     """
     groups = {}
     for name, base in study["bases"].items():
         groups.setdefault(base["group"], []).append(name)
-    asked = []
-    for h in study["hypotheses"]:
-        tests = [try_on(group, bases, test, measures)
-                 for group, bases in groups.items() if group in h["groups"] for test in h["tests"]]
-        asked.append({"id": h["id"], "claim": h["claim"], "tests": tests})
-    done = [test for h in asked for test in h["tests"] if test["p"] is not None]
-    for test, adjusted in zip(done, holm([test["p"] for test in done])):
-        test |= {"adjusted": adjusted, "holds": adjusted <= LEVEL}
-    for h in asked:
-        held = [test["holds"] for test in h["tests"]]
-        h["holds"] = None if None in held or not held else all(held)
-    return asked
+    planned = [(h, test, group) for h in study["hypotheses"] for test in h["tests"]
+               for group in test["groups"]]
+    family = sum(test["expect"] != "described" for _, test, _ in planned)
+    found = []
+    for h, test, group in planned:
+        bases = groups.get(group, [])
+        found.append({"id": h["id"], "group": group, **test,
+                      **(describe if test["expect"] == "described" else try_on)(
+                          study, bases, test, measures, family)})
+    tested = [entry for entry in found if entry["expect"] != "described"]
+    for entry, p in zip(tested, holm([1.0 if e["p"] is None else e["p"] for e in tested])):
+        if entry["outcome"] is None:
+            entry["adjusted"] = p
+            entry["outcome"] = ("holds" if p <= LEVEL else "contradicted" if any(
+                contradicted(e, entry) for e in entry["bases"].values()) else "undecided")
+    return [{"id": h["id"], "claim": h["claim"],
+             "tests": [entry for entry in found if entry["id"] == h["id"]]}
+            for h in study["hypotheses"]]
 
 
-def try_on(group: str, bases: list[str], test: dict, measures: Measures) -> dict:
-    per_base = {name: np.array(list(differences(measures, name, test).values()))
-                for name in bases}
-    found = {name: {**mean_interval(values), "resolves": resolves(values),
-                    "runs": values.tolist()} for name, values in per_base.items() if len(values)}
-    complete = len(found) == len(bases)
+def is_complete(study: dict, measures: Measures, base: str, arm: str) -> bool:
+    kind = study["kinds"][study["bases"][base]["kind"]]
+    wanted = seeds_of(arm, study["arms"][arm].get("group"), kind)
+    return all((base, arm, seed) in measures for seed in range(1, 1 + wanted))
+
+
+def try_on(study: dict, bases: list[str], test: dict, measures: Measures, family: int) -> dict:
+    """One test on one group: intervals over each base's runs, the largest p, what is missing."""
+    per_base = {name: numbers(measures, name, test) for name in bases}
+    complete = bool(bases) and all(is_complete(study, measures, name, arm) for name in bases
+                                   for arm in {test["arm"], test.get("less", test["arm"])})
+    measured = all(None not in values for values in per_base.values())
+    found = {}
+    for name, values in per_base.items():
+        values = np.array([v for v in values if v is not None])
+        if len(values) > 1:
+            found[name] = {**mean_interval(values), "resolves": resolves(values, test, family),
+                           "runs": values.tolist()}
+    judged = complete and measured
     means = [entry["value"] for entry in found.values()]
-    return {"group": group, **test, "bases": found, "holds": None, "adjusted": None,
-            "pooled": mean_interval(means) if len(means) > 1 else None,
-            "p": max(p_of(values, test) for values in per_base.values()) if complete else None}
+    return {"bases": found, "adjusted": None,
+            "outcome": None if judged else "not measurable" if complete else "runs missing",
+            "p": max(p_of(np.array(v), test) for v in per_base.values()) if judged else None,
+            "pooled": mean_interval(means) if len(means) > 1 else None}
+
+
+def describe(study: dict, bases: list[str], test: dict, measures: Measures, family: int) -> dict:
+    """A share of problems on each base, all folds together, with Wilson's interval; no test."""
+    found = {}
+    for name in bases:
+        runs = [run["values"] for (b, arm, _), run in measures.items()
+                if (b, arm) == (name, test["arm"])]
+        n = sum(run["n.word"] for run in runs)
+        hits = sum(run["n.word"] * run[test["value"]] for run in runs)
+        if runs:
+            found[name] = {**wilson(round(hits), round(n)), "resolves": None,
+                           "runs": [run[test["value"]] for run in runs]}
+    complete = bool(bases) and all(is_complete(study, measures, b, test["arm"]) for b in bases)
+    below = all(entry["value"] < test["bound"] for entry in found.values())
+    return {"bases": found, "p": None, "adjusted": None, "pooled": None,
+            "outcome": "runs missing" if not complete else "holds" if below else "contradicted"}

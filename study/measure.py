@@ -26,7 +26,8 @@ from text.arithmetic import Problem
 from text.rows import answer_lengths, class_word_ids, series_ids
 from text.tokenizer import Tokenizer
 
-FEWEST = 5      # right, and wrong, answers in which strength may be compared
+ANSWER_TOKENS = 8   # of every arm, whatever it was trained with
+FEWEST = 5          # right, and wrong, answers in which strength may be compared
 
 
 def measure(model: Llama, tokenizer: Tokenizer, cfg: Config, size: dict, base: dict | None,
@@ -35,8 +36,8 @@ def measure(model: Llama, tokenizer: Tokenizer, cfg: Config, size: dict, base: d
 
     size    problems (a cell), pairs (prompts.make_matched), every (the taps of probe and swaps:
             each `every`th, the trained, the hand-over block's, the last)
-    base    measures of the model that it was trained from: the lengths of edits, the hand-over
-            block; None: this is the base
+    base    of the model that it was trained from: {lengths of edits, hand_over block}; None: this
+            is the base
     texts   to fit the Jacobian lens on; None: without it
     """
     problems = judged(cfg, size["problems"])
@@ -44,8 +45,11 @@ def measure(model: Llama, tokenizer: Tokenizer, cfg: Config, size: dict, base: d
     matched = make_matched(cfg, tokenizer, size["pairs"])
     streams = read_streams(model, matched.prompts)
     L, block = model.args.num_hidden_layers, cfg.class_block(model.args)
-    found = {} if base else {"hand_over": hand_over(model, tokenizer, cfg, matched, streams)}
-    blocks = sorted({block, (base or found)["hand_over"]})
+    found = {"hand_over": base["hand_over"]} if base else {}
+    if not base:
+        found["turned_by_block"] = turned_by_block(model, tokenizer, cfg, matched, streams)
+        found["hand_over"] = hand_over([found["turned_by_block"]])
+    blocks = sorted({block, found["hand_over"]})
     taps = sorted({*range(1, L + 1, size["every"]), *(b + 1 for b in blocks), L})
     ids = class_word_ids(cfg, tokenizer, problems)
     words = [ids[operation] for operation in operations_of(cfg)]
@@ -60,6 +64,7 @@ def read_series(model: Llama, tokenizer: Tokenizer, cfg: Config, problems: list[
     """Accuracy and the logit lens' series at the last prompt token, block by block.
 
     word     the operation's own name;  target  what the class loss of this arm wants, or would
+    auc      chance that a right answer's target is likelier at the trained block than a wrong one's
     answer   over answers of one token: a first token that many share does not say one of them
     Accuracy and answer are over add and subtract where the bundled models are asked, for products
     of unseen pairs they cannot compute.
@@ -67,7 +72,7 @@ def read_series(model: Llama, tokenizer: Tokenizer, cfg: Config, problems: list[
     learnable = np.array([cfg.data != "arithmetic" or p.operation in ("add", "subtract")
                           for p in problems])
     rows = measure_accuracy(model, tokenizer, [p for p, k in zip(problems, learnable) if k],
-                            cfg.max_completion_tokens)
+                            ANSWER_TOKENS)
     right = np.array([row["correct"] for row in rows])
     prompts, ids = series_ids(tokenizer, problems)                                  # (B, 3)
     named = class_word_ids(cfg, tokenizer, problems)
@@ -90,13 +95,13 @@ def read_series(model: Llama, tokenizer: Tokenizer, cfg: Config, problems: list[
         "length": np.linalg.norm(stream, axis=-1).mean(1)}
     cells = np.array([p.operation for p, k in zip(problems, learnable) if k])
     enough = min(right.sum(), (~right).sum()) >= FEWEST
-    log = np.log(np.clip(strength["target"][learnable], 1e-9, 1))
+    at_block = reading.logprobs[cfg.class_block(model.args) + 1, :, 0, 2]           # (B,)
     values = {
         "accuracy": right.mean(), "n": len(right), "answers": int(one_token.sum()),
         "word.strength": strength["word"].mean(), "target.strength": strength["target"].mean(),
         "word.any": (top[inner] == ids[:, 1]).any(0).mean(), "n.word": len(problems),
         "answer.half": half_rise(curves["answer.prob"]),
-        "auc": auc_within(log, right, cells) if enough else None}
+        "auc": auc_within(at_block[learnable], right, cells) if enough else None}
     return {"values": {name: None if v is None else round(float(v), 5)
                        for name, v in values.items()},
             "curves": {name: rounded(curve) for name, curve in curves.items()},
@@ -136,32 +141,46 @@ def compact(tap: dict) -> dict:
     return found
 
 
-def hand_over(model: Llama, tokenizer: Tokenizer, cfg: Config, matched: Matched,
-              streams: Streams) -> int:
-    """The last block after which swapping the operation turns at least half of right answers.
+def turned_by_block(model: Llama, tokenizer: Tokenizer, cfg: Config, matched: Matched,
+                    streams: Streams) -> list[float]:
+    """The share of right answers that the swap turns, after each block but the last.
 
     On validation pairs; behind worked examples these are few, so on training pairs too: the base
-    has trained on neither. Where no swap turns half of them, the block whose swap turns most.
+    has trained on neither.
     """
     splits = ("valid",) if cfg.data == "arithmetic" else ("valid", "train")
     swaps = make_swaps(tokenizer, matched, swap_operations(cfg), splits)
     means, L = class_means(streams, matched), model.args.num_hidden_layers
     rows = swap_taps(model, streams, swaps, means, [0] * matched.classes, list(range(1, L)),
                      np.zeros(L + 1), kinds=("swap",))
-    turned = {row["tap"] - 1: row["swap"]["turned"] or 0.0 for row in rows}
-    half = [block for block, share in turned.items() if share >= 0.5]
-    return max(half) if half else max(turned, key=turned.get)
+    return rounded([row["swap"]["turned"] or 0.0 for row in rows])
+
+
+def hand_over(curves: list[list[float]]) -> int:
+    """The last block after which the swap turns at least half, by the mean of turned_by_block's
+    curves (of a base's folds); where it never does, the block of the strongest swap.
+
+    example  [[.1, .6, .5, .2]] -> 2;  [[.1, .4, .2]] -> 1
+    """
+    mean = np.mean(curves, axis=0)
+    half = np.flatnonzero(mean >= 0.5)
+    return int(half[-1]) if len(half) else int(mean.argmax())
 
 
 def best_subspace(model: Llama, tokenizer: Tokenizer, cfg: Config, matched: Matched,
                   streams: Streams, blocks: list[int]) -> dict:
-    """The subspace that turns most answers at some blocks, found on training pairs, tried on
-    others: {block: [turned, right, near]} as swaps.exchange_effect."""
+    """The subspace that gains most at some blocks, found on training pairs, tried on others.
+
+    returns  {block: [its effect, the class means' swap on the same pairs]}, each [turned, right,
+             near] as swaps.exchange_effect
+    """
     make = lambda *splits: make_swaps(tokenizer, matched, swap_operations(cfg), splits)
     fitted, tried, found = make("train"), make("valid", "test"), {}
-    means = class_means(streams, matched)
+    means, lengths = class_means(streams, matched), np.ones(len(streams.stream))
     for block in blocks:
         basis = fit_subspace(model, streams, fitted, means[block + 1], block + 1)
-        effect = exchange_effect(model, streams, tried, basis, block + 1)
-        found[block] = rounded(effect.values())
+        best = exchange_effect(model, streams, tried, basis, block + 1)
+        [swap] = swap_taps(model, streams, tried, means, [0] * matched.classes, [block + 1],
+                           lengths, kinds=("swap",))
+        found[block] = [rounded(best.values()), rounded(swap["swap"].values())]
     return found

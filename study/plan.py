@@ -11,6 +11,7 @@ import yaml
 from config import Config, load_overrides
 from files.disk import read_json, read_text
 from files.keys import BadInput
+from study.measure import hand_over
 
 WORDS_OF_STUDY = ("run_dir", "measures")    # of the command line, which are no keys of a run
 
@@ -23,7 +24,7 @@ class Run:
     seed: int
     kind: dict              # of plan.yaml's kinds
     set: dict               # the base's, the kind's and the arm's config keys
-    hand_over: bool         # the class loss reads the block that the base's measures name
+    hand_over: bool         # the class loss reads the base's block of hand-over
     sgd: bool               # plain gradient descent, as the prior code ran
     folder: Path
     measures: Path
@@ -36,20 +37,35 @@ class Run:
     def fold(self) -> int:
         return (self.seed - 1) % self.kind["folds"]
 
-    def beside(self, arm: str, seed: int | None = None) -> Path:
-        """The measures of another run on the same base."""
-        return self.measures.parent / f"{self.base}-{arm}-{seed or self.seed}.json"
+    def base_file(self, fold: int | None = None) -> Path:
+        """Measures of the model that this run starts from, asked in a fold; None: in its own."""
+        fold = self.fold if fold is None else fold
+        return self.measures.parent / f"{self.base}-base-{fold + 1}.json"
 
-    def base_measures(self) -> Path:
-        """What the model that this run starts from was like, asked in the same fold."""
-        return self.beside("base", self.fold + 1)
+    def read_base(self) -> dict | None:
+        """{lengths of edits in this fold, the base's hand_over block}; None: this is the base."""
+        if self.arm == "base":
+            return None
+        files = [self.base_file(fold) for fold in range(self.kind["folds"])]
+        curves = [read_json(file, "the base's measures")["turned_by_block"] for file in files]
+        return {"lengths": read_json(self.base_file())["lengths"], "hand_over": hand_over(curves)}
 
     def words(self) -> list[str]:
         """The run's `key=value` for config.load_overrides; raises BadInput before the base's run"""
         keys = {**self.set, "seed": self.seed, "run_dir": str(self.folder)}
         if self.hand_over:
-            keys["class_layer"] = read_json(self.base_measures(), "the base's run")["hand_over"]
+            keys["class_layer"] = self.read_base()["hand_over"]
         return as_words(keys)
+
+    def is_done(self) -> bool:
+        """Whether it is measured; raises BadInput where that was under another plan."""
+        if not self.measures.exists():
+            return False
+        given = read_json(self.measures).get("set")
+        if given != as_words(self.set):
+            raise BadInput(f"{self.measures} was measured under other keys than the plan gives "
+                           f"{self.name}; give another measures=FOLDER, or remove it")
+        return True
 
     def config(self) -> Config:
         return load_overrides(self.words())
@@ -97,7 +113,7 @@ def seeds_of(arm: str, group: str, kind: dict) -> int:
         return kind["folds"]
     if group == "words":
         return len(kind["neutral"])
-    return kind["seeds"]["main" if group == "main" else "other"]
+    return kind["seeds"].get(arm) or kind["seeds"][group]
 
 
 def keys_of(study: dict, base: dict, kind: dict, name: str, arm: dict, seed: int) -> dict:
@@ -108,7 +124,9 @@ def keys_of(study: dict, base: dict, kind: dict, name: str, arm: dict, seed: int
         keys |= study["sgd"]
     keys |= arm.get("set", {}) | kind["arms"].get(name, {})
     if sets := kind.get(arm.get("words")):
-        keys["class_words"] = sets[(seed - 1) % len(sets)]
+        # permuted words change from one round of folds to the next, neutral ones with each seed
+        turn = (seed - 1) // kind["folds"] if arm["words"] == "permuted" else seed - 1
+        keys["class_words"] = sets[turn % len(sets)]
     return keys
 
 

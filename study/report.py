@@ -12,10 +12,10 @@ from report import plot
 from report.stats import interval_text, mean_interval
 from study.document import fill, table
 from study.judge import Measures, judge, value_of
+from study.measure import hand_over
 from study.plan import plan
 
 CLAIMS = ("decodable", "aligned", "verbalised", "used")
-OUTCOME = {True: "holds", False: "not shown", None: "runs missing"}
 # columns of the tables of arms: {heading: (value, factor, digits)}
 ARM_COLUMNS = {
     "right, %": ("accuracy", 100, 1), "trained token top-1 there, %": ("target.block", 100, 1),
@@ -25,6 +25,7 @@ ARM_COLUMNS = {
     "AUC of strength": ("auc", 1, 2)}
 SWAP_COLUMNS = {
     "whole swap": "swap", "its part along the words": "words", "the rest": "rest",
+    "swap as long as the rest": "short",
     "swap, one length": "swap_n", "words, one length": "words_n", "rest, one length": "rest_n",
     "word injected": "inject_n", "random": "random_n", "partner's stream": "patch"}
 
@@ -69,36 +70,45 @@ def test_name(study: dict, test: dict) -> str:
     return f"{test['value']}: {label}{less}"
 
 
-def hypothesis_table(study: dict, asked: list[dict]) -> str:
+def effect_text(interval: dict, factor: float) -> str:
+    """example  '-1.9 [-2.4, -1.4]'; '100.0, all runs alike' """
+    digits = 1 if factor == 100 else 2
+    if np.ptp(interval["runs"]) == 0 and interval["low"] == interval["high"]:
+        return f"{factor * interval['value']:.{digits}f}, all runs alike"
+    return interval_text(interval, factor, digits)
+
+
+def hypothesis_table(asked: list[dict], study: dict) -> str:
     rows = []
     for h in asked:
         for test in h["tests"]:
             factor, unit = unit_of(test)
-            bound = f"{test['expect']} {'±' * (test['expect'] == 'within')}" \
-                    f"{factor * test['bound']:g} {unit}".strip()
-            digits = 1 if factor == 100 else 2
-            effects = [name + " " + (interval_text(e, factor, digits) if e["low"] is not None
-                                     else f"{factor * e['value']:.{digits}f}")
-                       for name, e in test["bases"].items()]
-            finest = [e["resolves"] for e in test["bases"].values() if e["resolves"] is not None]
-            rows.append([h["id"], test_name(study, test), bound, test["group"],
+            sign = "±" if test["expect"] == "within" else ""
+            effects = [f"{name} {effect_text(e, factor)}" for name, e in test["bases"].items()]
+            if test["pooled"]:
+                over = {**test["pooled"], "runs": [e["value"] for e in test["bases"].values()]}
+                effects.append(f"over bases {effect_text(over, factor)}")
+            finest = [e["resolves"] for e in test["bases"].values() if e["resolves"]]
+            alike = test["p"] == 0
+            rows.append([h["id"], test_name(study, test), test["group"],
+                         f"{test['expect']} {sign}{factor * test['bound']:g} {unit}".strip(),
                          "; ".join(effects) or "–",
-                         f"{factor * max(finest):.{digits}f}" if finest else "–",
-                         show_p(test["adjusted"]), OUTCOME[test["holds"]]])
-    return table(["", "what is compared", "expected", "bases", "effect on each, 95 % over runs",
-                  "resolves", "adjusted p", "outcome"], rows)
+                         f"{factor * max(finest):.{1 if factor == 100 else 2}f}" if finest else "–",
+                         "all alike" if alike else show_p(test["adjusted"]), test["outcome"]])
+    return table(["", "what is compared", "bases", "expected", "effect, 95 %", "resolves",
+                  "adjusted p", "outcome"], rows)
 
 
 def answer_lines(asked: list[dict]) -> str:
-    """Each hypothesis, and on which bases it holds."""
+    """Each hypothesis, and what came of each of its tests on each group of bases."""
     lines = []
     for h in asked:
-        by_group = {}
+        said = {}
         for test in h["tests"]:
-            by_group.setdefault(test["group"], []).append(test["holds"])
-        said = [f"{OUTCOME[None if None in held else all(held)]} on {group}"
-                for group, held in by_group.items()]
-        lines.append(f"- **{h['id']}. {h['claim']}**: {', '.join(said)}.")
+            said.setdefault(test["group"], []).append(test["outcome"])
+        by_group = [f"{' and '.join(dict.fromkeys(outcomes))} on {group}"
+                    for group, outcomes in said.items()]
+        lines.append(f"- **{h['id']}. {h['claim']}**: {', '.join(by_group)}.")
     return "\n".join(lines)
 
 
@@ -142,11 +152,13 @@ def draw_strips(study: dict, measures: Measures, path: Path) -> None:
         for arm, about in study["arms"].items():
             runs = [run for base in bases for run in of_arm(measures, base, arm)]
             if runs:
-                taps = [tap["tap"] for tap in runs[0]["taps"]]
+                taps = sorted({tap["tap"] for run in runs for tap in run["taps"]})
                 held = [[np.mean([claim in tap["claims"] for run in runs for tap in run["taps"]
                                   if tap["tap"] == t]) for t in taps] for claim in CLAIMS]
+                held.append([np.mean([run["curves"]["target.top1"][t] for run in runs])
+                             for t in taps])
                 panels[f"{group}: {about['label']}"] = ([t - 1 for t in taps], held)
-    plot.strips(panels, list(CLAIMS), path)
+    plot.strips(panels, [*CLAIMS, "trained token on top"], path)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -165,42 +177,50 @@ def arms_table(study: dict, measures: Measures, base: str) -> str:
 def swaps_table(measures: Measures, base: str, arm: str) -> str:
     """Right answers turned into the other operation's, %, by what is added after which block."""
     runs, rows = of_arm(measures, base, arm), []
-    for i, tap in enumerate(runs[0]["taps"]):
-        cells = []
-        for kind in SWAP_COLUMNS.values():
-            turned = [run["taps"][i]["swaps"][kind][0] for run in runs if i < len(run["taps"])]
-            turned = [v for v in turned if v is not None]
-            cells.append(f"{100 * np.mean(turned):.1f}" if turned else "–")
-        rows.append([f"L{tap['tap'] - 1}", *cells])
-    return table(["after", *SWAP_COLUMNS], rows)
+    for t in sorted({tap["tap"] for run in runs for tap in run["taps"]}):
+        here = [tap["swaps"] for run in runs for tap in run["taps"] if tap["tap"] == t]
+        rows.append([f"L{t - 1}", str(len(here)),
+                     *(mean_text([swaps[kind][0] for swaps in here])
+                       for kind in SWAP_COLUMNS.values())])
+    return table(["after", "runs", *SWAP_COLUMNS], rows)
+
+
+def mean_text(values: list[float | None], factor: float = 100, digits: int = 1) -> str:
+    known = [v for v in values if v is not None]
+    return f"{factor * np.mean(known):.{digits}f}" if known else "–"
 
 
 def directions_table(study: dict, measures: Measures, base: str) -> str:
-    """The best subspace: answers turned at the trained and at the hand-over block."""
+    """The best subspace beside the class means' swap, at the trained and the hand-over block."""
     rows = []
     for arm, about in study["arms"].items():
         found = {}
         for run in of_arm(measures, base, arm):
-            for block, (turned, _, _) in run["subspace"].items():
-                found.setdefault(int(block), []).append(turned)
-        rows += [[about["label"], f"L{block}", str(len(turned)),
-                  f"{100 * np.mean([t for t in turned if t is not None] or [np.nan]):.1f}"]
-                 for block, turned in sorted(found.items())]
-    return table(["arm", "block", "runs", "turned, %"], rows)
+            for block, two in run["subspace"].items():
+                found.setdefault(int(block), []).append(two)
+        for block, runs in sorted(found.items()):
+            best, swap = zip(*runs)
+            rows.append([about["label"], f"L{block}", str(len(runs)),
+                         mean_text([turned for turned, _, _ in best]),
+                         mean_text([turned for turned, _, _ in swap]),
+                         mean_text([near for _, _, near in best], 1, 2),
+                         mean_text([near for _, _, near in swap], 1, 2)])
+    return table(["arm", "after", "runs", "turned by the best subspace, %", "by the swap, %",
+                  "gain on near misses, nats", "by the swap, nats"], rows)
 
 
 def jacobian_table(study: dict, measures: Measures, base: str) -> str:
     """The right word first of the words by the Jacobian lens, %, and its two fits' cosine."""
     rows = []
     for arm, about in study["arms"].items():
-        runs = [r for r in of_arm(measures, base, arm) if "jacobian" in r["taps"][0]]
-        if runs:
-            per_tap = list(zip(*([(tap["tap"], tap["jacobian"], tap["floor"])
-                                  for tap in run["taps"]] for run in runs)))
-            rows += [[about["label"], f"L{taps[0][0] - 1}",
-                      f"{100 * np.mean([t[1] for t in taps]):.1f}",
-                      f"{min(t[2] for t in taps):.3f}"] for taps in per_tap]
-    return table(["arm", "after", "right word first, %", "cosine of two fits"], rows)
+        taps = [tap for run in of_arm(measures, base, arm) for tap in run["taps"]
+                if "jacobian" in tap]
+        for t in sorted({tap["tap"] for tap in taps}):
+            here = [tap for tap in taps if tap["tap"] == t]
+            rows.append([about["label"], f"L{t - 1}", str(len(here)),
+                         mean_text([tap["jacobian"] for tap in here]),
+                         f"{min(tap['floor'] for tap in here):.3f}"])
+    return table(["arm", "after", "runs", "right word first, %", "cosine of two fits"], rows)
 
 
 def appendix(study: dict, measures: Measures) -> str:
@@ -209,9 +229,10 @@ def appendix(study: dict, measures: Measures) -> str:
         if not any(b == base for b, _, _ in measures):
             continue
         block = next(run["block"] for (b, _, _), run in measures.items() if b == base)
-        found = [run["hand_over"] for run in of_arm(measures, base, "base")]
+        of_base = of_arm(measures, base, "base")
+        where = hand_over([run["turned_by_block"] for run in of_base]) if of_base else "unknown"
         parts.append(f"## {base} (`{about['model']}`): trained block {block}, hand-over block "
-                     f"{', '.join(map(str, found))}\n\n{arms_table(study, measures, base)}")
+                     f"{where}\n\n{arms_table(study, measures, base)}")
         for arm in ("base", "sft", "dual", "hand_over"):
             if of_arm(measures, base, arm):
                 parts.append(f"### {base}, {study['arms'][arm]['label']}: right answers turned, "
@@ -230,8 +251,8 @@ def write_report(study: dict, runs: list[dict], out: Path) -> list[dict]:
     hours = sum(sum(run["seconds"]) for run in runs) / 3600
     text = fill("study", n_runs=len(runs), n_planned=len(planned), hours=hours,
                 answers=answer_lines(asked), design=design_table(study, measures),
-                hypotheses=hypothesis_table(study, asked),
-                n_tests=sum(test["p"] is not None for h in asked for test in h["tests"]))
+                hypotheses=hypothesis_table(asked, study),
+                n_tests=sum(test["expect"] != "described" for h in asked for test in h["tests"]))
     write_text(out / "study.md", text)
     write_text(out / "study_appendix.md", fill("study_appendix", tables=appendix(study, measures)))
     if runs:

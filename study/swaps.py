@@ -7,6 +7,7 @@ is used at that block turns the answer into the partner's.
     swap    the difference of the two operations' class means is added
     words   its part along the span of the operations' words, in unembedding space
     rest    the swap without that part
+    short   the swap itself, as long as the rest: what the rest loses by its length alone
     inject  one word's direction is added and the other's subtracted
     random  a random direction
     patch   the partner's whole stream is put in place: the most that an edit there can do
@@ -34,7 +35,8 @@ from study.jacobian import word_directions
 from study.prompts import Matched
 from text.tokenizer import Tokenizer
 
-KINDS = ("swap", "words", "rest", "swap_n", "words_n", "rest_n", "inject_n", "random_n", "patch")
+KINDS = ("swap", "words", "rest", "short", "swap_n", "words_n", "rest_n", "inject_n", "random_n",
+         "patch")
 ROWS = 64           # edited rows at a time: their logits are (ROWS, V)
 DAS_STEPS, DAS_ROWS, DAS_LR = 40, 32, 0.02
 
@@ -160,8 +162,8 @@ def span(vectors: np.ndarray) -> np.ndarray:
     return np.linalg.svd(centred, full_matrices=False)[2][:len(vectors) - 1]
 
 
-def of_length(vectors: np.ndarray, length: float) -> np.ndarray:
-    """Rows (N, D) scaled to one length."""
+def of_length(vectors: np.ndarray, length: float | np.ndarray) -> np.ndarray:
+    """Rows (N, D) scaled to one length, or each to its own (N, 1)."""
     return vectors * (length / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12))
 
 
@@ -180,7 +182,8 @@ def make_edits(swaps: Swaps, stream: np.ndarray, means: np.ndarray, words: np.nd
              "inject": words[b] - words[a], "random": rng.standard_normal(swap.shape)}
     edits = {kind: h + added[kind] for kind in ("swap", "words", "rest")}
     edits |= {f"{kind}_n": h + of_length(v, length) for kind, v in added.items()}
-    return edits | {"patch": stream[swaps.other]}
+    rest = np.linalg.norm(added["rest"], axis=1, keepdims=True)
+    return edits | {"short": h + of_length(swap, rest), "patch": stream[swaps.other]}
 
 
 def swap_lengths(swaps: Swaps, means: np.ndarray) -> np.ndarray:

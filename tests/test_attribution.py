@@ -1,15 +1,25 @@
-"""Who wrote a logit: parts that sum to it; and the Jacobian lens against finite differences."""
+"""Who wrote a logit: parts that sum to it; the Jacobian lens against the exact Jacobian."""
+import json
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import FAMILIES, GOLDEN, assert_one_clear_line, run, small_model
+from conftest import FAMILIES, GOLDEN, TINY, assert_one_clear_line, run, small_model
 
 from lens import read_prompts, taps_at
 from lora import apply_lora
-from model import load
+from model import FORMULAS, load
+from study import lens_quality
 from study.attribution import attribution_table, contributions
-from study.jacobian import jacobian, read_transported, unembedding_rows, word_directions
+from study.jacobian import (
+    jacobian,
+    last_token_stream,
+    read_transported,
+    unembedding_rows,
+    word_directions,
+)
+from study.lens_quality import SETS, best_ranks, forms_of, read_items
 
 # --------------------------------------------------------------------------------------------------
 # direct logit attribution
@@ -92,26 +102,28 @@ def test_command_line(small_folder):
 # the Jacobian lens
 
 
-def test_jacobian_against_finite_differences(tokenizer):
-    """Mean over positions of the summed effect on this and later ones; the last tap is exact."""
+def test_jacobian_is_the_exact_one_at_every_tap(monkeypatch):
+    """Forward mode, one source position and feature at a time: another way to the same sums.
+
+    The published definition: effects summed over target positions, averaged over sources."""
     model = small_model(seed=3)
     prompts = [[1, 7, 70, 8, 71], [1, 9, 5]]
-    directions = mx.random.normal((2, 32), key=mx.random.key(0))
-    J = np.array(jacobian(model, prompts, directions))
-    assert J.shape == (3, 2, 32)
-    np.testing.assert_allclose(J[-1], np.array(directions), rtol=1e-6)
-    step, k, feature = 1e-2, 1, 5
-    nudge = mx.zeros((32,)).at[feature].add(step)
-    total, count = np.zeros(2), 0
-    for ids in prompts:
-        for t in range(len(ids)):
-            push = nudge * (mx.arange(len(ids)) == t)[None, :, None]                # (1, T, D)
-            ends = [model.final_resid(mx.array([ids]), edit={k: lambda h, p=p: h + p})
-                    for p in (push, -push)]
-            change = (ends[0] - ends[1])[0].sum(0) / (2 * step)                     # (D,)
-            total += np.array(directions @ change)
-            count += 1
-    np.testing.assert_allclose(J[k, :, feature], total / count, rtol=2e-2, atol=2e-3)
+    ours = np.array(jacobian(model, prompts, mx.eye(32)))                           # (L+1, D, D)
+    for name, formula in FORMULAS.items():      # the faster kernels have no forward mode
+        monkeypatch.setattr(f"model.{name}", formula)
+    for k in (0, 1, 2):
+        total = np.zeros((32, 32))
+        for ids in prompts:
+            tokens = mx.array([ids])
+            final = lambda push, k=k, tokens=tokens: model.final_resid(
+                tokens, edit={k: lambda h: h + push})
+            zeros = mx.zeros((1, len(ids), 32))
+            for t in range(len(ids)):
+                for e in range(32):
+                    tangent = zeros.at[0, t, e].add(1.0)
+                    _, [change] = mx.jvp(final, [zeros], [tangent])
+                    total[:, e] += np.array(change)[0].sum(0)
+        np.testing.assert_allclose(ours[k], total / 8, atol=1e-4)
 
 
 def test_jacobian_of_words_is_the_full_one_times_the_words(model):
@@ -124,3 +136,47 @@ def test_jacobian_of_words_is_the_full_one_times_the_words(model):
     plain = read_prompts(model, prompts, [[56]], 1)
     np.testing.assert_allclose(reading.probs[-1], plain.probs[-1], rtol=1e-5)
     assert abs(reading.probs[1] - plain.probs[1]).max() > 1e-6
+
+
+# --------------------------------------------------------------------------------------------------
+# published items
+
+
+def test_lens_quality_on_made_up_items(tokenizer, tmp_path):
+    """Words in all their forms, the position that is read, ranks by hand, a fit that goes on."""
+    assert forms_of("5") == ["5", "five"] and forms_of("50") == ["50", "fifty"]
+    assert forms_of("multiplication") == ["multiplication", "multiply", "*"]
+    items = [{"prompt": "7 * 8 = ", "intermediates": ["multiplication", "zyxwv"]},
+             {"prompt": "23 + 45 = ", "intermediates": ["68"]},
+             {"prompt": "9 + 1 = ", "intermediates": ["zyxwv"]}]
+    for name in SETS:
+        text = json.dumps({"items": [{**i, "prompt": i["prompt"] + "\n" * (name == "poetry")}
+                                     for i in items]})
+        (tmp_path / f"lens-eval-{name}.json").write_text(text)
+    prompts, words, left_out = read_items(tmp_path, "multihop", tokenizer)
+    assert left_out == 2 and prompts == [tokenizer.encode_prompt("7 * 8 ="),
+                                         tokenizer.encode_prompt("23 + 45 =")]
+    assert set(words[0][0]) == set(tokenizer.word_ids(["multiply"]) + tokenizer.word_ids(["*"]))
+    model, _ = load(TINY)
+    ranks = best_ranks(model, last_token_stream(model, prompts), words)
+    ids = [*words[0][0], *words[1][0]]
+    reading = read_prompts(model, prompts, [ids] * 2)
+    assert ranks[0] == [reading.ranks[1:, 0, 0, :len(words[0][0])].min()]
+    assert ranks[1] == [reading.ranks[1:, 1, 0, -1].min()] == [1]      # its answer, at the output
+    command = ("-m", "study.lens_quality", "--ckpt", TINY, "--from", tmp_path)
+    (tmp_path / "lens-eval-typo.json").write_text('{"items": [{"prompt": 3}]}')
+    assert_one_clear_line(run(*command), "lens-eval-typo.json", "prompt = 3", "intermediates")
+
+
+def test_fit_of_the_whole_jacobian_goes_on(tokenizer, tmp_path, monkeypatch):
+    """Killed behind its first part, it ends as the one that was left alone."""
+    model = small_model(seed=4)
+    monkeypatch.setattr(lens_quality, "own_texts", lambda *_: [[1, 7, 70, 8], [1, 9, 5, 6]])
+    whole = lens_quality.fit(model, tokenizer, tmp_path / "a.safetensors")
+    assert whole.shape == (3, 32, 32)
+    monkeypatch.setattr(lens_quality, "AT_A_TIME", 5)
+    first = mx.load(str(tmp_path / "a.safetensors"))["jacobian"][:, :10]
+    mx.save_safetensors(str(tmp_path / "b.safetensors"), {"jacobian": first * 2})
+    again = np.array(lens_quality.fit(model, tokenizer, tmp_path / "b.safetensors"))
+    np.testing.assert_allclose(again[:, :10], 2 * np.array(whole)[:, :10], atol=1e-5)
+    np.testing.assert_allclose(again[:, 10:], np.array(whole)[:, 10:], atol=1e-5)

@@ -220,6 +220,7 @@ def test_edits_by_hand():
     np.testing.assert_allclose(moved["swap"], [3, 4, 0])
     np.testing.assert_allclose(moved["words"], [3, 0, 0], atol=1e-12)
     np.testing.assert_allclose(moved["rest"], [0, 4, 0], atol=1e-12)
+    np.testing.assert_allclose(moved["short"], [2.4, 3.2, 0])      # as long as the rest, 4
     np.testing.assert_allclose(moved["swap_n"], [6, 8, 0])
     np.testing.assert_allclose(moved["inject_n"], [10, 0, 0])
     np.testing.assert_allclose(edits["patch"], [[9, 9, 9]])

@@ -22,9 +22,10 @@ from config import load_overrides
 from files.keys import BadInput
 from lens import read_prompts
 from model import load
+from report.stats import wilson
 from study.__main__ import plain_descent
-from study.judge import differences, judge, p_of, resolves, value_of
-from study.measure import half_rise, read_series
+from study.judge import judge, numbers, p_of, resolves, value_of
+from study.measure import half_rise, hand_over, read_series
 from study.plan import load_study, plan
 from tasks.__main__ import DEFAULTS
 from tasks.tiny import sample_tiny
@@ -49,7 +50,8 @@ def planned(tmp_path):
     study = load_study(STUDY, [f"measures={tmp_path}", f"run_dir={tmp_path}"])
     for name in study["bases"]:
         for fold in range(1, 5):
-            text = json.dumps({"hand_over": 3 if name == "taught" else 2})
+            turned = [.9, .6, .1] if name == "taught" else [.1, .2, .2 + .1 * fold, .2]
+            text = json.dumps({"turned_by_block": turned, "lengths": [fold]})
             (tmp_path / f"{name}-base-{fold}.json").write_text(text)
     return study, plan(study)
 
@@ -58,9 +60,12 @@ def test_plan_of_the_study(planned):
     """What the study promises: seeds enough, five sets of words, one thing changed at a time."""
     study, runs = planned
     count = lambda base, arm: len([r for r in runs if (r.base, r.arm) == (base, arm)])
-    for base, main in (("untaught_1", 8), ("untaught_3", 8), ("taught", 8), ("smollm2", 6)):
-        assert {count(base, arm) for arm in ("sft", "dual", "permuted", "hand_over")} == {main}
-        assert count(base, "neutral") == 5 and count(base, "grpo") == count(base, "w07") == 3
+    for base in study["bases"]:
+        assert {count(base, arm) for arm in ("sft", "dual", "permuted", "hand_over")} == {8}
+        assert count(base, "neutral") == 5
+    assert count("taught", "grpo") == 3
+    assert count("taught", "w07") == count("taught", "sft_500") == 8
+    assert count("smollm2", "grpo") == 6 and count("smollm2", "published") == 2
     assert count("smollm2", "base") == 4 and count("taught", "base") == 1
     assert [r.arm for r in runs[:8]] == ["base"] * 8    # what the others read
     at = {(r.base, r.arm, r.seed): keys_of(r) for r in runs}
@@ -73,7 +78,12 @@ def test_plan_of_the_study(planned):
             assert differ == more, (base, arm)
         assert {k for k in dual if dual[k] != at[base, "sft", 2].get(k)} == {
             "method", "class_weight", "run_dir"}
-    assert at["taught", "hand_over", 1]["class_layer"] == "3"
+    assert at["taught", "hand_over", 1]["class_layer"] == "1"       # the last with half
+    assert at["smollm2", "hand_over", 4]["class_layer"] == "2"      # half in its folds' mean
+    base = next(r for r in runs if (r.base, r.arm, r.seed) == ("smollm2", "sft", 6)).read_base()
+    assert base == {"lengths": [2], "hand_over": 2}                 # fold 1's lengths
+    words = [at["smollm2", "permuted", seed]["class_words"] for seed in range(1, 9)]
+    assert words[:4] == words[:1] * 4 and words[4:] == words[4:5] * 4 and words[0] != words[4]
     assert at["smollm2", "dual", 2]["data"] == at["smollm2", "sft", 6]["data"] == (
         "runs/study/one_digit_1")
     both, right = at["untaught_2", "published", 1], at["untaught_2", "published_right", 1]
@@ -90,9 +100,9 @@ def test_words_of_the_controls(planned):
         for words in kind["permuted"]:
             assert sorted(words) == sorted(operations)
             assert all(word != operation for word, operation in zip(words, operations))
-        sets = [tuple(words) for words in kind["neutral"]]
-        assert len(set(sets)) == len(sets) == 5
-        assert not {w for words in sets for w in words} & {*SYMBOLS, "plus", "minus", "times"}
+        neutral = [word for words in kind["neutral"] for word in words]
+        assert len(set(neutral)) == len(neutral) == 15
+        assert not set(neutral) & {*SYMBOLS, "plus", "minus", "times"}
     corpus = {word for p in sample_tiny(5000, 1, unnamed=True) for word in p.prompt.split()}
     assert {w for words in study["kinds"]["tiny"]["neutral"] for w in words} <= corpus
 
@@ -102,10 +112,10 @@ def test_hypotheses_name_what_there_is(planned):
     groups = {base["group"] for base in study["bases"].values()}
     assert 1 <= len(study["hypotheses"]) <= 8
     for h in study["hypotheses"]:
-        assert set(h["groups"]) <= groups and h["tests"]
         for test in h["tests"]:
+            assert set(test["groups"]) <= groups
             assert {test["arm"], test.get("less", "base")} <= set(study["arms"])
-            assert test["expect"] in ("above", "below", "within") and test["bound"] > 0
+            assert test["expect"] in ("above", "below", "within", "described")
 
 
 def test_untaught_text_never_names_an_operation():
@@ -145,44 +155,49 @@ def test_mistakes_in_a_plan(tmp_path):
 # judging made-up runs
 
 
-def made_up(base, arm, values, top1=1.0, turned=(0.0, 0.0)):
+def made_up(base, arm, values, top1=1.0, words=0.0, swap=0.5, folds=1):
     """Runs of one arm: seed 1, 2, ... with these accuracies."""
-    swaps = {"words_n": [turned[0], 1, 0], "random_n": [turned[1], 1, 0], "swap_n": [.5, 0, 1]}
+    swaps = {"words_n": [words, 1, 0], "random_n": [.05, 1, 0], "swap_n": [swap, 0, 1]}
     return {(base, arm, s): {
-        "values": {"accuracy": v}, "block": 4, "hand_over": 0,
+        "values": {"accuracy": v, "n.word": 50, "word.any": .02 * s}, "block": 4, "hand_over": 0,
+        "fold": (s - 1) % folds,
         "curves": {"target.top1": [0] * 5 + [top1] + [0] * 3, "word.top1": [0.1] * 9},
         "taps": [{"tap": 1, "swaps": {**swaps, "words_n": [0.9, 1, 0]}},
                  {"tap": 5, "swaps": swaps}]} for s, v in enumerate(values, 1)}
 
 
-def asked(measures, groups, **test):
-    bases = {b: {"group": g} for g, names in groups.items() for b in names}
-    study = {"bases": bases, "hypotheses": [{"id": "H", "claim": "c", "groups": list(groups),
-                                             "tests": [{"value": "accuracy", "arm": "a", **test}]}]}
-    return judge(study, measures)[0]
+def asked(measures, groups, seeds=6, tests=1, **test):
+    """One hypothesis of `tests` tests like this one, in a study of so many seeds an arm."""
+    bases = {b: {"group": g, "kind": "k"} for g, names in groups.items() for b in names}
+    test = {"value": "accuracy", "arm": "a", "groups": list(groups), **test}
+    study = {"bases": bases, "kinds": {"k": {"folds": 2, "seeds": {"main": seeds}}},
+             "arms": {"a": {"group": "main"}, "s": {"group": "main"}, "base": {}},
+             "hypotheses": [{"id": "H", "claim": "c", "tests": [test] * tests}]}
+    return judge(study, measures)[0]["tests"]
 
 
 def test_value_of_a_run():
-    one = made_up("b", "a", [.9], top1=.7, turned=(.2, .05))["b", "a", 1]
+    [one] = made_up("b", "a", [.9], top1=.7, words=.2).values()
     assert value_of(one, "accuracy") == .9 and value_of(one, "target.block") == .7
     assert value_of(one, "word.block") == .1 and value_of(one, "swap_n.block") == .5
     assert value_of(one, "words_over_random.block") == pytest.approx(.15)
     assert value_of(one, "words_over_random.hand_over") == pytest.approx(.85)
-    one["taps"][1]["swaps"]["words_n"][0] = None
-    assert value_of(one, "words_over_random.block") is None
+    # where the whole swap does no more than a random direction, its parts say nothing
+    for swap in (.14, None):
+        [one] = made_up("b", "a", [.9], words=.0, swap=swap).values()
+        assert value_of(one, "words_over_random.block") is None
 
 
-def test_differences_pair_seeds_and_folds():
-    measures = (made_up("b", "a", [.9, .8, .7, .6, .5, .4]) | made_up("b", "s", [.5, .5, .5])
-                | made_up("b", "base", [.1, .2, .3, .4]))
-    of = lambda **more: differences(measures, "b", {"value": "accuracy", "arm": "a", **more})
-    assert of() == {1: .9, 2: .8, 3: .7, 4: .6, 5: .5, 6: .4}
-    assert of(less="s") == pytest.approx({1: .4, 2: .3, 3: .2})
+def test_numbers_pair_seeds_and_folds():
+    measures = (made_up("b", "a", [.9, .8, .7, .6, .5, .4], folds=4) | made_up("b", "s", [.5] * 3)
+                | made_up("b", "base", [.1, .2, .3, .4], folds=4))
+    of = lambda **more: numbers(measures, "b", {"value": "accuracy", "arm": "a", **more})
+    assert of() == [.9, .8, .7, .6, .5, .4]
+    assert of(less="s") == pytest.approx([.4, .3, .2])
     # seed 5 was trained on seed 1's fold, and so on
-    assert of(less="base") == pytest.approx({1: .8, 2: .6, 3: .4, 4: .2, 5: .4, 6: .2})
-    alone = made_up("b", "a", [.9, .8]) | made_up("b", "base", [.1])
-    assert differences(alone, "b", {"value": "accuracy", "arm": "a", "less": "base"}) == (
-        pytest.approx({1: .8, 2: .7}))
+    assert of(less="base") == pytest.approx([.8, .6, .4, .2, .4, .2])
+    del measures["b", "base", 2]        # no other fold's base takes its place
+    assert of(less="base") == pytest.approx([.8, .4, .2, .4])
 
 
 def test_p_by_hand():
@@ -195,39 +210,69 @@ def test_p_by_hand():
     assert p_of(same, {"expect": "above", "bound": .5}) == 0
     assert p_of(same, {"expect": "below", "bound": .5}) == 1
     assert p_of(same, {"expect": "above", "bound": .6}) == 1        # not beyond it
-    # (2.3534 + .9785) * .1291 / 2
-    assert resolves(values) == pytest.approx(.21507, abs=1e-4) and resolves(values[:1]) is None
+    # (2.3534 + .9785) * .1291 / 2; of ten tests at the strictest step t is 5.841
+    assert resolves(values, {"expect": "above"}, 1) == pytest.approx(.21507, abs=1e-4)
+    assert resolves(values, {"expect": "above"}, 10) == pytest.approx(.44019, abs=1e-4)
+    assert resolves(values, {"expect": "within"}, 1) == pytest.approx(.25762, abs=1e-4)
+
+
+NEAR, WIDE = [.9, .91, .89, .9, .9, .91], [.7, .95, .6, .9, .7, .8]
 
 
 def test_a_group_s_test_must_hold_on_each_base():
-    near = [.9, .91, .89, .9, .9, .91]
-    good = made_up("b1", "a", near) | made_up("b2", "a", near)
-    found = asked(good, {"g": ["b1", "b2"]}, expect="above", bound=.8)
-    assert found["holds"] and found["tests"][0]["pooled"]["n"] == 2
-    bad = made_up("b1", "a", near) | made_up("b2", "a", [.7, .95, .6, .9, .7, .8])
-    found = asked(bad, {"g": ["b1", "b2"]}, expect="above", bound=.8)
-    assert found["holds"] is False and found["tests"][0]["p"] > .05
-    # two groups: one holds, the hypothesis does not
+    good = made_up("b1", "a", NEAR) | made_up("b2", "a", NEAR)
+    [found] = asked(good, {"g": ["b1", "b2"]}, expect="above", bound=.8)
+    assert found["outcome"] == "holds" and found["pooled"]["n"] == 2
+    bad = made_up("b1", "a", NEAR) | made_up("b2", "a", WIDE)
+    [found] = asked(bad, {"g": ["b1", "b2"]}, expect="above", bound=.8)
+    assert found["outcome"] == "undecided" and found["p"] > .05
     found = asked(bad, {"g": ["b1"], "h": ["b2"]}, expect="above", bound=.8)
-    assert [t["holds"] for t in found["tests"]] == [True, False] and not found["holds"]
-    # a base without runs: nothing is said
-    found = asked(made_up("b1", "a", near), {"g": ["b1", "b2"]}, expect="above", bound=.8)
-    assert found["holds"] is None and found["tests"][0]["p"] is None
+    assert [t["outcome"] for t in found] == ["holds", "undecided"]
 
 
-def test_all_tests_are_corrected_together():
-    """A p of .03 alone holds; beside three others it does not."""
-    values = np.array([.56, .64, .5, .66, .47, .6])
-    p = p_of(values, {"expect": "above", "bound": .5})
+def test_contradicted_is_not_undecided():
+    data = made_up("b", "a", NEAR)
+    of = lambda **test: asked(data, {"g": ["b"]}, **test)[0]["outcome"]
+    assert of(expect="above", bound=.95) == of(expect="below", bound=.8) == "contradicted"
+    assert of(expect="within", bound=.5) == "contradicted"
+    assert of(expect="within", bound=1) == "holds"
+    assert of(expect="above", bound=.905) == "undecided"
+
+
+def test_nothing_is_judged_before_its_last_run():
+    of = lambda data, **test: asked(data, {"g": ["b"]}, expect="above", bound=.5, **test)[0]
+    assert of(made_up("b", "a", NEAR[:5]))["outcome"] == "runs missing"
+    assert of(made_up("b", "a", NEAR), less="s")["outcome"] == "runs missing"
+    data = made_up("b", "a", NEAR)
+    for seed in range(1, 6):            # one run that can be measured does not stand for six
+        data["b", "a", seed]["values"]["accuracy"] = None
+    assert of(data)["outcome"] == "not measurable" and of(data)["p"] is None
+    assert of({})["outcome"] == "runs missing"
+
+
+def test_all_planned_tests_are_corrected_together():
+    """A p of .03 alone holds; beside three others, run or not, it does not."""
+    values = [.56, .64, .5, .66, .47, .6]
+    p = p_of(np.array(values), {"expect": "above", "bound": .5})
     assert .01 < p < .05
-    one = asked(made_up("b", "a", values.tolist()), {"g": ["b"]}, expect="above", bound=.5)
-    study = {"bases": {"b": {"group": "g"}}, "hypotheses": [
-        {"id": i, "claim": "c", "groups": ["g"],
-         "tests": [{"value": "accuracy", "arm": "a", "expect": "above", "bound": .5}]}
-        for i in range(4)]}
-    among = judge(study, made_up("b", "a", values.tolist()))
-    assert one["holds"] and not among[0]["holds"]
-    assert among[0]["tests"][0]["adjusted"] == pytest.approx(4 * p)
+    data = made_up("b", "a", values)
+    of = lambda groups, **more: asked(data, groups, expect="above", bound=.5, **more)
+    assert of({"g": ["b"]})[0]["outcome"] == "holds"
+    four = of({"g": ["b"]}, tests=4)
+    assert four[0]["outcome"] == "undecided" and four[0]["adjusted"] == pytest.approx(4 * p)
+    other = of({"g": ["b"], "h": ["c"]})        # of which there is no run
+    assert [t["outcome"] for t in other] == ["undecided", "runs missing"]
+    assert other[0]["adjusted"] == pytest.approx(2 * p)
+
+
+def test_a_described_share_is_of_all_problems():
+    """Two folds of 50 problems, 1 and 2 hits: 3 of 100, Wilson's interval, and no test."""
+    data = made_up("b", "base", [.5, .5], folds=2)
+    of = lambda bound: asked(data, {"g": ["b"]}, value="word.any", arm="base", bound=bound,
+                             expect="described")[0]
+    assert of(.05)["outcome"] == "holds" and of(.02)["outcome"] == "contradicted"
+    assert of(.05)["bases"]["b"] | {"runs": 0} == {**wilson(3, 100), "resolves": None, "runs": 0}
+    assert of(.05)["p"] is None
 
 
 def test_pooled_over_bases_is_the_mixed_model_s():
@@ -237,8 +282,8 @@ def test_pooled_over_bases_is_the_mixed_model_s():
         values = (.8 + .05 * rng.standard_normal() + .01 * rng.standard_normal(8)).tolist()
         measures |= made_up(f"b{i}", "a", values)
         rows += [{"y": v, "base": i} for v in values]
-    found = asked(measures, {"g": [f"b{i}" for i in range(6)]}, expect="above", bound=.5)
-    pooled = found["tests"][0]["pooled"]
+    [found] = asked(measures, {"g": [f"b{i}" for i in range(6)]}, seeds=8, expect="above", bound=.5)
+    pooled = found["pooled"]
     data = pandas.DataFrame(rows)
     theirs = formula.mixedlm("y ~ 1", data, groups=data["base"]).fit()
     assert pooled["value"] == pytest.approx(theirs.params["Intercept"], abs=1e-6)
@@ -248,6 +293,11 @@ def test_pooled_over_bases_is_the_mixed_model_s():
 
 # --------------------------------------------------------------------------------------------------
 # measures
+
+
+def test_hand_over():
+    assert hand_over([[.1, .6, .5, .2]]) == 2 and hand_over([[.1, .4, .2]]) == 1
+    assert hand_over([[.1, .9, .2], [.1, .2, .6]]) == 1      # .55 in the mean, .4 behind it
 
 
 def test_half_rise():
@@ -335,7 +385,7 @@ def test_whole_path_on_a_golden_model(golden_with_words, tmp_path):
                             "set": {"method": "grpo", "grpo_reward": SELF_REWARD}}
     full["arms"]["unread"] = {"group": "other", "label": "unread",
                               "set": {"method": "dual_reward", "class_words": ["a", "b", "c"]}}
-    full["hypotheses"] = [h for h in full["hypotheses"] if h["id"] in ("H1", "H3", "H5", "H7")]
+    full["hypotheses"] = [h for h in full["hypotheses"] if h["id"] in ("H1", "H3", "H4", "H8")]
     kind = full["kinds"]["tiny"]
     kind |= {"seeds": {"main": 2, "other": 1}, "size": {"problems": 9, "pairs": 9, "every": 2}}
     kind["set"] |= {"steps": 3, "data_samples": 100}
@@ -351,6 +401,7 @@ def test_whole_path_on_a_golden_model(golden_with_words, tmp_path):
     assert "12 runs, 0 done" in done.stdout and "min left" in done.stdout
     text = (out / "study.md").read_text()
     assert "nan" not in text and "11 of 12 planned runs" in text and "runs missing" in text
+    assert "- **H4." in text and " on untaught, runs missing on smollm2." in text
     assert "| GRPO | 1 |" in text and "| unread | 0 of 1 |" in text
     assert "golden" in (out / "study_appendix.md").read_text()
     for picture in ("forest", "claims"):
@@ -369,6 +420,9 @@ def test_whole_path_on_a_golden_model(golden_with_words, tmp_path):
     same = json.loads(file.read_text())
     for key in ("values", "curves", "right", "taps", "subspace"):
         assert same[key] == measures[key], key
+    path.write_text(path.read_text().replace("lr: 2e-3", "lr: 1e-3"))
+    assert_one_clear_line(run(*command), "measured under other keys", "measures=FOLDER")
+    path.write_text(path.read_text().replace("lr: 1e-3", "lr: 2e-3"))
     written = (out / "study.md").read_bytes()
     run("-m", "study", path, "--out", out, "--report", check=0)
     assert (out / "study.md").read_bytes() == written
