@@ -30,6 +30,9 @@ test-plain: .venv/ready_dev  ## training, sampling and lens on the path of Metal
 lint: .venv/ready_dev  ## ruff
 	$(PY) -m ruff check .
 
+lecture: .venv/ready  ## docs/lecture.md's code and outputs, written anew (after `make run` those of its run too)
+	$(PY) docs/include.py run
+
 table: .venv/ready_dev  ## the line counts of README's file table, written anew
 	$(PY) tests/test_layout.py readme
 
@@ -87,4 +90,4 @@ tiny_cot: .venv/ready  ## the same for the one that can write chains (20 minutes
 clean:  ## remove the virtual environment and all runs
 	rm -rf .venv .venv-bench runs
 
-.PHONY: help setup run real smollm2 test test-plain exercise gate kill hostile lint table study results markovian fullsize bench bench-peers growth tiny tiny_cot clean
+.PHONY: help setup run real smollm2 test test-plain exercise gate kill hostile lint lecture table study results markovian fullsize bench bench-peers growth tiny tiny_cot clean

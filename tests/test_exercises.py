@@ -5,14 +5,7 @@ from conftest import ROOT, assert_one_clear_line, run
 
 from config import BadInput
 from exercises.__main__ import main
-from exercises.checking import (
-    FILES,
-    check_functions,
-    load_check,
-    mistake_outcomes,
-    outcome,
-    same,
-)
+from exercises.checking import FILES, check_functions, load_check, mistake_outcomes, outcome, same
 
 
 @pytest.fixture(scope="module", params=FILES, ids=[path.stem for path in FILES])

@@ -13,6 +13,7 @@ from conftest import ROOT, TINY, run
 from config import load_config
 
 SPINE = ("model", "lens", "lora", "losses", "data", "grpo", "train")
+# exercises/ and docs/include.py count as tests/ do: not at all. No file of the project imports them
 GROUND, WINGS = ("engine", "files", "text", "report"), ("tasks", "study", "gate", "bench")
 FILES = sorted(str(p.relative_to(ROOT)) for folder in ("", *GROUND, *WINGS)
                for p in (ROOT / folder).glob("**/*.py" if folder else "*.py"))
