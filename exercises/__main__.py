@@ -19,7 +19,7 @@ def show_list() -> None:
         title = ast.get_docstring(ast.parse(path.read_text())).splitlines()[0]
         try:
             right, lines = check_file(number)
-            state = "right" if right else "to do" if "not written" in lines[0] else "wrong"
+            state = "right" if right else "to do" if "not written" in lines[-1] else "wrong"
         except BadInput:
             state = "wrong"
         print(f"{state}  {title}  ({path.parent.name}/{path.name})")

@@ -86,6 +86,34 @@ def test_what_no_typical_mistake_gives(tmp_path, capsys):
         assert words in check_functions({"rms_norm": scaled}, check, FILES[0])[1][-1]
 
 
+def test_output_in_the_readme(tmp_path, capsys):
+    """exercises/README.md shows what the mask at the wrong corner gives."""
+    path = right_file(tmp_path, "03_attention.py", """T, S = q.shape[2], k.shape[2]
+    n = q.shape[1] // k.shape[1]
+    k, v = mx.repeat(k, n, axis=1), mx.repeat(v, n, axis=1)
+    scores = q @ k.transpose(0, 1, 3, 2) / q.shape[3] ** 0.5
+    mask = mx.arange(S) <= mx.arange(T)[:, None]
+    return mx.softmax(mx.where(mask, scores, -mx.inf), axis=-1) @ v""")
+    code, said = told(capsys, 3, path)
+    assert f"```\n{said}```" in (ROOT / "exercises" / "README.md").read_text()
+
+
+def test_two_mistakes_at_once_and_half_an_exercise(tmp_path, capsys):
+    """Of two mistakes a case that shows one alone tells it; what is not written is no mistake."""
+    path = right_file(tmp_path, "09_dual_reward.py", """taps = model.residuals(tokens)
+    answer = -token_logprobs(model.head(taps[-1, 0, P:]), tokens[0, P:]).mean()
+    named = -token_logprobs(model.head(taps[block, 0, P - 1:P]), mx.array([word]))[0]
+    return weight * named + (1 - weight) * answer""")
+    code, said = told(capsys, 9, path)
+    assert code == 1 and "on 'weight 0, the answer loss alone' your output is what one gets " \
+        "without the shift in the answer loss" in said
+    text = (ROOT / "exercises" / "05_lora.py").read_text()
+    path = tmp_path / "05_lora.py"
+    path.write_text(text.replace("raise NotImplementedError", "return x @ weight", 1))
+    code, said = told(capsys, 5, path)
+    assert "  to do  merge, 8 in, 8 out\n" in said and "not written yet" not in said
+
+
 def test_bad_input_is_one_clear_line(tmp_path):
     """The first as a user meets it, the others by what they raise."""
     assert_one_clear_line(run("-m", "exercises", 13), "13", "from 1 to 12")

@@ -56,6 +56,8 @@ MISTAKES = {
         norm(lambda x, gain, eps: x * mx.rsqrt(mean_square(x)) * gain),
     "with the sum of squares: divide by D before the root":
         norm(lambda x, gain, eps: x * mx.rsqrt((x * x).sum(-1, keepdims=True) + eps) * gain),
+    "with the square of the mean in place of the mean of squares":
+        norm(lambda x, gain, eps: x * mx.rsqrt(x.mean(-1, keepdims=True) ** 2 + eps) * gain),
     "without the gain":
         norm(lambda x, gain, eps: x * mx.rsqrt(mean_square(x) + eps)),
     "without the root: x is divided by the mean of squares itself":

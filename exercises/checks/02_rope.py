@@ -45,17 +45,19 @@ INDEPENDENT = {
 
 
 def turned(x, offset, periods, use_offset=True, start=0, sign=1, multiply=False, neighbours=False,
-           second=True, by_head=False):
+           second=True, by_head=False, reused=False, mixed=False, alone=False):
     """RoPE with one thing changed."""
     n = x.shape[1] if by_head else x.shape[2]
     positions = start + (offset if use_offset else 0) + mx.arange(n)[:, None]
+    positions = 0 * positions + offset if alone else positions
     angles = sign * (positions * periods if multiply else positions / periods)
     angles = angles[:, None] if by_head else angles
     cos, sin = mx.cos(angles), mx.sin(angles)
     half = x.shape[-1] // 2
     a, b = (x[..., ::2], x[..., 1::2]) if neighbours else (x[..., :half], x[..., half:])
-    first, last = a * cos - b * sin, (a * sin + b * cos) if second else b
-    if neighbours:
+    first = a * cos - b * sin
+    last = (first if reused else a) * sin + b * cos if second else b
+    if neighbours or mixed:
         return mx.stack([first, last], axis=-1).reshape(x.shape)
     return mx.concatenate([first, last], axis=-1)
 
@@ -68,9 +70,12 @@ MISTAKES = {
     "with neighbours 2i and 2i + 1 as pairs: here i goes with i + d/2": wrong(neighbours=True),
     "without the offset: the first token stands at position offset, not at 0":
         wrong(use_offset=False),
+    "with one angle for all tokens: token t of the T stands at offset + t": wrong(alone=True),
     "with positions counted from 1: the first is at offset": wrong(start=1),
     "when each pair is turned the other way: a cos - b sin, and a sin + b cos": wrong(sign=-1),
     "with position * period: a period is divided by": wrong(multiply=True),
     "with only the first half of the features turned: b becomes a sin + b cos": wrong(second=False),
+    "when a is overwritten before b is turned: both lines need the old a and b": wrong(reused=True),
+    "with the turned halves interleaved: they are put one behind the other": wrong(mixed=True),
     "with the heads counted as positions: tokens are axis 2 of (B, H, T, d)": wrong(by_head=True),
 }

@@ -82,6 +82,8 @@ MISTAKES = {
     "with the heads interleaved: 0 1 0 1 where 0 0 1 1 is meant, mx.repeat and not mx.tile":
         wrong(spread=tiled),
     "with the softmax over the queries: it goes over the keys, the last axis": wrong(axis=-2),
+    "with one softmax over all axes: each query has its own, over the keys, axis=-1":
+        wrong(axis=None),
     "with hidden scores set to 0 in place of -inf: exp(0) is 1, not 0": wrong(hidden=0.0),
     "with the mask behind the softmax: the weights that are left do not sum to 1":
         wrong(after=True),

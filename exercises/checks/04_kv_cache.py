@@ -115,6 +115,19 @@ class OneAnUpdate(Wrong):
         return self.offset + 1
 
 
+class CountedAgain(Wrong):
+    def held(self):
+        return self.offset + sum(k.shape[2] for k, _ in self.pieces)
+
+
+class Late(Wrong):
+    """What is returned stops at the old offset."""
+
+    def update(self, keys, values):
+        before = self.offset
+        return tuple(x[:, :, :before] for x in super().update(keys, values))
+
+
 class Backwards(Wrong):
     def keep(self, keys, values):
         self.pieces.insert(0, (keys, values))
@@ -156,6 +169,9 @@ MISTAKES = {
     "when offset stays 0: every new token is then turned as if it were the first": cache(NoOffset),
     "when offset grows by 1 an update, whatever came: it grows by the T of the new keys":
         cache(OneAnUpdate),
+    "when offset grows by all tokens held at each update: it grows by the T of the new keys":
+        cache(CountedAgain),
+    "when what is returned stops at the old offset: the new tokens belong to it": cache(Late),
     "with the new tokens before the old ones": cache(Backwards),
     "when all of the room is returned: the zeros behind the last token are no keys": cache(Rooms),
     "when each update writes at position 0, over what was there: write from offset on":

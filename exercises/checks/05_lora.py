@@ -76,6 +76,9 @@ def both(scale):
 MISTAKES = {
     "with alpha itself as the scale, in both: it is alpha / r": both(lambda alpha, r: alpha),
     "without any scale, in both": both(lambda alpha, r: 1),
+    "with alpha / out as the scale, in both: r is lora_a.shape[1]": {
+        "forward": lambda x, w, a, b, alpha: x @ w.T + alpha / b.shape[1] * (x @ a @ b),
+        "merge": lambda w, a, b, alpha: w + alpha / b.shape[1] * (a @ b).T},
     "with r / alpha as the scale, in both": both(lambda alpha, r: r / alpha),
     "with alpha / sqrt(r), in both: that is rsLoRA's scale": both(lambda alpha, r: alpha / r ** .5),
     "in forward with the weight transposed: weight is (out, in), so x @ weight.T":

@@ -85,8 +85,7 @@ def overflowing(logits):
     return logits - mx.log(mx.exp(logits).sum(-1, keepdims=True))
 
 
-def in_bfloat16(logits, tokens):
-    logits = logits.astype(mx.bfloat16)
+def not_widened(logits, tokens):
     return pick(log_softmax(logits[:, :-1]), tokens[:, 1:])
 
 
@@ -109,5 +108,5 @@ MISTAKES = {
         wrong(lambda logits: logits - mx.logsumexp(logits, axis=1, keepdims=True)),
     "in bits: the natural logarithm gives nats":
         wrong(lambda logits: log_softmax(logits) / np.log(2)),
-    "when computed in bfloat16: widen the logits first": dict(next_token_logprobs=in_bfloat16),
+    "when bfloat16 logits are not widened first": dict(next_token_logprobs=not_widened),
 }

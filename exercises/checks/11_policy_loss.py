@@ -96,6 +96,10 @@ MISTAKES = {
     "with log-probabilities divided: a ratio of probabilities is exp of their difference":
         wrong(ratio_of=lambda new, old: new / old),
     "with a plain mean: the weights hold mask and normalisation": wrong(mean=True),
+    "with a mean of the weighted tokens: it is their sum":
+        {"policy_loss": lambda new, *rest: changed(new, *rest) / new.size},
+    "with clip_low and clip_high as the bounds themselves: they are 1 - clip_low and 1 + clip_high":
+        wrong(bounds=lambda low, high: (low, high)),
     "without a gradient through the ratio: logprobs is what is trained":
         wrong(ratio_of=lambda new, old: mx.stop_gradient(mx.exp(new - old))),
 }

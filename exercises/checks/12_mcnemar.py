@@ -20,8 +20,8 @@ def case(*counts):
 
 
 CASES = {
-    "10 only by the first, 2 only by the second": case(30, 10, 2, 8),
-    "the same, the other way round": case(30, 2, 10, 8),
+    "10 only by the first, 2 only by the second": case(1, 10, 2, 0),
+    "2 and 10, and 38 that do not tell": case(30, 2, 10, 8),
     "dual-reward against SFT, docs/training.md, seed 0": case(596, 0, 4, 0),
     "the same, seed 1": case(594, 0, 6, 0),
     "dual-reward against SFT on SmolLM2, docs/real_models.md": case(129, 2, 19, 2),
@@ -30,7 +30,7 @@ CASES = {
 }
 INDEPENDENT = {
     "10 only by the first, 2 only by the second": 2 * (1 + 12 + 66) / 4096,
-    "the same, the other way round": 2 * (1 + 12 + 66) / 4096,
+    "2 and 10, and 38 that do not tell": 2 * (1 + 12 + 66) / 4096,
     "dual-reward against SFT, docs/training.md, seed 0": 2 / 2 ** 4,            # published: 0.12
     "the same, seed 1": 2 / 2 ** 6,                                             # 0.031
     "dual-reward against SFT on SmolLM2, docs/real_models.md":                  # 0.00022
@@ -65,6 +65,10 @@ MISTAKES = {
         wrong(lambda a, b, c, d: 2 * tail(min(b, c), b + c)),
     "with all problems counted: those that both or neither solve do not tell the runs apart":
         wrong(lambda a, b, c, d: min(1.0, 2 * tail(a + min(b, c), a + b + c + d))),
+    "with the numbers of right answers as the two counts: count what just one run solves":
+        wrong(lambda a, b, c, d: min(1.0, 2 * tail(min(a + b, a + c), 2 * a + b + c))),
+    "with the larger of the two counts as k":
+        wrong(lambda a, b, c, d: min(1.0, 2 * tail(max(b, c), b + c))),
     "when the runs are compared as if they had answered different problems":
         wrong(lambda a, b, c, d: scipy.stats.fisher_exact([[a + b, c + d], [a + c, b + d]])[1]),
     "with the tail of the first run's count alone: the smaller of the two, or one order gives "
