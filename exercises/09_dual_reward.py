@@ -12,7 +12,7 @@ class loss    -log p of one token, `word`, by the logit lens: after block `block
 It is supervised, no reward is involved; the name is historical. Published code made two errors in
 these lines: no shift in the answer loss, and a class trained at the answer's last token.
 
-example   tokens "7 * 8 = 56 EOS", P 5: positions 4 and 5 of 0 .. 6 score 56 and EOS; the word
+example   seven tokens, <s> 7 * 8 = 56 EOS, P 5: positions 4 and 5 score 56 and EOS; the word
           "multiply" is read at position 4
 useful    model.residuals(tokens) is (L+1, B, T, D); model.head(x) is final norm and unembedding,
           (..., D) -> logits (..., V); token_logprobs(logits (N, V), ids (N,)) -> (N,), without a
