@@ -11,6 +11,7 @@ from conftest import ROOT, run
 
 from config import load_config
 
+LINK = re.compile(r"(?<!\w)\[[^\]\n]*\]\(([^)#:]+)\)")      # and no edit[tap](resid)
 PAGE = (ROOT / "docs" / "lecture.md").read_text()
 
 
@@ -97,8 +98,22 @@ def test_numbers_are_those_of_the_documents():
         assert source in pages[name], f"{name} no longer says {source!r}"
 
 
+def test_numbers_of_the_log():
+    """Decimals of a line that names a document stand there; each line has a date and a number."""
+    lines = [line for line in (ROOT / "docs" / "log.md").read_text().splitlines()
+             if line.startswith("- ")]
+    assert 40 <= len(lines) <= 70
+    for line in lines:
+        date, rest = re.fullmatch(r"- (\d{4}-\d\d-\d\d) (.*)", line).groups()
+        assert "2026-11-20" <= date and re.search(r"\d", rest), line
+        links = LINK.findall(rest)
+        text = "".join((ROOT / "docs" / link).read_text() for link in links)
+        missing = [n for n in re.findall(r"(?<![\d.])\d+\.\d+", rest) if links and n not in text]
+        assert not missing, f"{missing} of {line!r} not in {links}"
+
+
 def test_a_reader_finds_everything():
-    """Its length, its eleven sections with a picture or a drawing, all exercises, all links."""
+    """Its length, eleven sections with a picture or a drawing, all exercises, all links."""
     assert len(PAGE.splitlines()) <= 350
     sections = re.split(r"^## ", PAGE, flags=re.M)[1:]
     assert len(sections) == 11
@@ -107,6 +122,7 @@ def test_a_reader_finds_everything():
         assert re.search("```(python try|text run)", section), section[:40]
         assert "![" in section or "\n```\n" in section, section[:40]      # a picture, or one drawn
     assert set(map(int, re.findall(r"\(exercise (\d+)\)", PAGE))) == set(range(1, 13))
-    for page in (ROOT / "docs" / "lecture.md", ROOT / "exercises" / "README.md"):
-        for link in re.findall(r"(?<!\w)\[[^\]\n]*\]\(([^)#:]+)\)", page.read_text()):
+    for page in (ROOT / "docs" / "lecture.md", ROOT / "docs" / "log.md",
+                 ROOT / "exercises" / "README.md"):
+        for link in LINK.findall(page.read_text()):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
