@@ -56,6 +56,8 @@ def outcome(case, functions: dict) -> np.ndarray | Exception:
     try:
         with np.errstate(all="ignore"):
             value = case(SimpleNamespace(**functions))
+            if value is None:
+                raise TypeError("None is returned: is the `return` missing?")
             if isinstance(value, mx.array):
                 value = value.astype(mx.float32)
             return np.array(value, np.float64)

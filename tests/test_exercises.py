@@ -79,6 +79,8 @@ def test_what_no_typical_mistake_gives(tmp_path, capsys):
     path = right_file(tmp_path, "07_masked_mean.py", "return -(logprobs * mask) / denominator")
     code, said = told(capsys, 7, path)
     assert "has shape (3,), expected ()" in said and "not looked at before the shape" in said
+    path = right_file(tmp_path, "07_masked_mean.py", "-(logprobs * mask).sum() / denominator")
+    assert "None is returned: is the `return` missing?" in told(capsys, 7, path)[1]
     check = load_check(FILES[0])
     for factor, words in ((-1, "the sign is wrong"), (3, "it is 3 times the right result")):
         def scaled(x, gain, eps, factor=factor):
