@@ -30,8 +30,14 @@ test-plain: .venv/ready_dev  ## training, sampling and lens on the path of Metal
 lint: .venv/ready_dev  ## ruff
 	$(PY) -m ruff check .
 
+lecture: .venv/ready  ## docs/lecture.md's code and outputs, written anew (after `make run` those of its run too)
+	$(PY) docs/include.py run
+
 table: .venv/ready_dev  ## the line counts of README's file table, written anew
 	$(PY) tests/test_layout.py readme
+
+exercise: .venv/ready  ## check exercise N of exercises/ (make exercise N=3); without N: the twelve, and which are done
+	$(PY) -m exercises $(N)
 
 gate: .venv/ready  ## before you train: is there a gap? on the bundled model, with its two small helpers trained first (15 minutes)
 	$(PY) -m gate.conversations make_train runs/tiny_turns_data kind=tiny_turns n=32000
@@ -87,4 +93,4 @@ tiny_cot: .venv/ready  ## the same for the one that can write chains (20 minutes
 clean:  ## remove the virtual environment and all runs
 	rm -rf .venv .venv-bench runs
 
-.PHONY: help setup run real smollm2 test test-plain gate kill hostile lint table study study-report results markovian fullsize bench bench-peers growth tiny tiny_cot clean
+.PHONY: help setup run real smollm2 test test-plain exercise gate kill hostile lint lecture table study study-report results markovian fullsize bench bench-peers growth tiny tiny_cot clean

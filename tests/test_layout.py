@@ -13,6 +13,7 @@ from conftest import ROOT, TINY, run
 from config import load_config
 
 SPINE = ("model", "lens", "lora", "losses", "data", "grpo", "train")
+# exercises/ and docs/include.py count as tests/ do: not at all. No file of the project imports them
 GROUND, WINGS = ("engine", "files", "text", "report"), ("tasks", "study", "gate", "bench")
 FILES = sorted(str(p.relative_to(ROOT)) for folder in ("", *GROUND, *WINGS)
                for p in (ROOT / folder).glob("**/*.py" if folder else "*.py"))
@@ -60,6 +61,8 @@ def test_arrows_point_one_way():
             allowed = (there in GROUND or other == "config.py") if here in GROUND else (
                 there in (*GROUND, "root") or here == there)
             wrong += [] if allowed else [f"{name} -> {other}"]
+        if re.search(r"^\s*(from|import) exercises\b", SOURCES[name], re.M):
+            wrong.append(f"{name} -> exercises/")
     assert not wrong
 
 
@@ -205,7 +208,9 @@ def test_files_that_documents_name():
     missing = []
     for page in (ROOT / "README.md", *ROOT.glob("docs/*.md")):
         text = page.read_text()
-        paths = [page.parent / link for link in re.findall(r"\]\(([^)#:]+)\)", text)]
+        # a word in front of the bracket: no link but code, such as edit[tap](resid)
+        links = re.findall(r"(?<!\w)\[[^\]\n]*\]\(([^)#:]+)\)", text)
+        paths = [page.parent / link for link in links]
         paths += [ROOT / path for path in re.findall(
             r"(?<![\w/.])(?:configs|docs|engine|files|gate|report|study|tasks|tests|text)/"
             r"[\w/]+\.\w+", text)]
