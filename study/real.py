@@ -33,8 +33,6 @@ TWO_DIGITS = {"sft": ONE_DIGIT["sft"], "dual_reward": ONE_DIGIT["dual_reward"]}
 NO_LOOKS = ["eval_every_steps=0", "lens_every_steps=0"]     # on the way: the report is enough
 SEEDS = (0, 1, 2)
 CHAIN_SEEDS = (0, 1)
-CHAIN_ARMS = {"markovian_frozen": [],       # as the config is
-              "markovian": ["markovian_scorer=actor", "markovian_answer_weight=1"]}
 Reports = dict[str, list[dict]]     # arm -> report.json of each fold or seed
 
 
@@ -134,10 +132,10 @@ def main(argv: list[str]) -> None:
                     seeds=", ".join(map(str, SEEDS)), table=arms_table(two_digits, TWO_DIGITS)))
     run_script(["-m", "tasks", "sums", str(sums), "--terms", "3", "--largest", "20",
                 "--shots", "3", "--test", "100"])
-    chains = {name: [finished_run(f"real_{name}", seed, "smollm2_markovian",
-                                  [*NO_LOOKS, *overrides]) for seed in CHAIN_SEEDS]
-              for name, overrides in CHAIN_ARMS.items()}
-    write_part(fill("smollm2_chains", n=len(chains["markovian"][0]["prompts"]),
+    # scored by the frozen base, as the config says
+    chains = {"markovian_frozen": [finished_run("real_markovian_frozen", seed, "smollm2_markovian",
+                                                NO_LOOKS) for seed in CHAIN_SEEDS]}
+    write_part(fill("smollm2_chains", n=len(chains["markovian_frozen"][0]["prompts"]),
                     seeds=", ".join(map(str, CHAIN_SEEDS)), table=chains_table(chains),
                     gains=chain_gains(chains)))
 

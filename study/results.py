@@ -209,11 +209,11 @@ def pooled_text(runs: list[dict], key: str) -> str:
 
 def chains_table(reports: Reports) -> str:
     rows = []
-    for label, name in (("base, question hidden", "markovian"),
-                        ("base, question shown", "markovian_shown")):
-        if name not in reports:
+    for label, shown in (("base, question hidden", False), ("base, question shown", True)):
+        names = [name for name in reports if (name == "markovian_shown") == shown]
+        if not names:
             continue
-        base = reports[name][0]["base"]["chains"]
+        base = reports[names[0]][0]["base"]["chains"]
         rows.append([label, *(share_text(base[key]) for key in SHARES),
                      f"{base['reward']['value']:.2f}", f"{base['chain_tokens']['value']:.1f}", ""])
     for name, runs in reports.items():
