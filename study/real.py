@@ -56,8 +56,8 @@ def rights(reports: list[dict]) -> dict[str, float]:
 
 def share(values: list[float]) -> str:
     """The mean with a Wilson interval as of so many problems tested once."""
-    n = len(values)
-    return interval_text(wilson(round(n * statistics.mean(values)), n), 100, 1)
+    n, mean = len(values), statistics.mean(values)
+    return interval_text({**wilson(round(n * mean), n), "value": mean}, 100, 1)
 
 
 def word_top1(reports: list[dict]) -> str:
@@ -66,7 +66,7 @@ def word_top1(reports: list[dict]) -> str:
     n = len(rights(reports))
     weights = [report["class"]["top1"]["n"] for report in reports]
     mean = sum(v * w for v, w in zip(values, weights)) / sum(weights)
-    return interval_text(wilson(round(n * mean), n), 100, 1)
+    return interval_text({**wilson(round(n * mean), n), "value": mean}, 100, 1)
 
 
 def arms_table(reports: Reports, labels: dict) -> str:
