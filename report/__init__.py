@@ -1,1 +1,1 @@
-"""From numbers to what people read: statistics, pictures, terminal tables, the lens page."""
+"""From numbers to what people read: statistics, pictures, terminal tables, pages."""
