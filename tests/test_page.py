@@ -14,7 +14,7 @@ import matplotlib
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import TINY, run
+from conftest import TINY, kill_and_continue, run
 from selenium import webdriver
 from selenium.webdriver import ActionChains, Keys
 from selenium.webdriver.chrome.service import Service
@@ -132,6 +132,17 @@ def test_a_run_writes_its_page(write_config):
             assert [text for text, _ in top] == [text for text, _ in expected["top"][tap][t][:5]]
             assert [p for _, p in top] == pytest.approx(
                 [p for _, p in expected["top"][tap][t][:5]], abs=2e-5)
+
+
+def test_a_killed_run_has_the_same_page(write_config):
+    """kill -9 between two inspections: those before it are kept, the others made again."""
+    keys = {"method": "dual_reward", "steps": 20}
+    path, whole = write_config("whole", **keys)
+    run("train.py", path, check=0)
+    path, killed = write_config("killed", **keys)
+    kill_and_continue(path, killed)
+    pages = [(folder / "emergence.html").read_bytes() for folder in (whole, killed)]
+    assert pages[0] == pages[1] and pages[0].count(b'"view":') == 8     # steps 0, 3, ... 18, 20
 
 
 def test_of_a_long_prompt_the_end_is_kept():
