@@ -27,6 +27,9 @@ PLAIN_TESTS = bfloat16 ops train losses generate lens
 test-plain: .venv/ready_dev  ## training, sampling and lens on the path of Metal and CUDA, on a Linux CPU
 	NANOLENS_PLAIN=1 OPENBLAS_NUM_THREADS=1 $(PY) -m pytest -q -n 2 $(PLAIN_TESTS:%=tests/test_%.py)
 
+tour: .venv/ready_dev  ## docs/tour.ipynb run anew, its outputs written into it (a minute)
+	$(PY) tests/test_tour.py
+
 lint: .venv/ready_dev  ## ruff
 	$(PY) -m ruff check .
 
@@ -93,4 +96,4 @@ tiny_cot: .venv/ready  ## the same for the one that can write chains (20 minutes
 clean:  ## remove the virtual environment and all runs
 	rm -rf .venv .venv-bench runs
 
-.PHONY: help setup run real smollm2 test test-plain exercise gate kill hostile lint lecture table study study-report results markovian fullsize bench bench-peers growth tiny tiny_cot clean
+.PHONY: help setup run real smollm2 test test-plain exercise tour gate kill hostile lint lecture table study study-report results markovian fullsize bench bench-peers growth tiny tiny_cot clean

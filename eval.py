@@ -28,7 +28,7 @@ from engine.parallel import map_rows
 from files.disk import write_text
 from files.run_folder import Run, provenance
 from generate import Completion, sample
-from lens import Reading, read_prompts
+from lens import Reading, read_prompts, read_taps
 from losses import token_logprobs
 from model import Llama
 from report import stats
@@ -106,6 +106,15 @@ def measure_reward(model: Llama, tokenizer: Tokenizer, problems: list[Problem],
              "set": "test"} for p, c, reward in zip(problems, done, judged["reward"].tolist())]
 
 
+def view_end(model: Llama, tokenizer: Tokenizer, problem: Problem, template: str,
+             last: int = 16) -> dict:
+    """What every block says at the last positions of one prompt: make_view's, for a run's page."""
+    ids = encode_prompt_of(problem, tokenizer, template)
+    where = mx.arange(len(ids))[-last:][None]                                           # (1, A)
+    reading = read_taps(model, mx.array([ids]), where, mx.zeros((*where.shape, 1), mx.int32), k=5)
+    return stats.make_view(reading, tokenizer, problem.prompt[-200:], ids[-last:], [], [])
+
+
 def look_inside(cfg: Config, run: Run, model: Llama, tokenizer: Tokenizer, valid: list,
                 done: int) -> dict:
     """Validation accuracy and the lens, where due after `done` steps; always at start and end.
@@ -141,6 +150,7 @@ def look_inside(cfg: Config, run: Run, model: Llama, tokenizer: Tokenizer, valid
         chosen = evenly(valid, min(cfg.eval_prompts, LENS_PROMPTS))
         reading, ids = read_series(model, tokenizer, chosen, cfg.template)
         record["lens"] = stats.summarize_lens(reading, ids, cfg.class_block(model.args))
+        record["view"] = view_end(model, tokenizer, chosen[0], cfg.template)
     if not record:
         return {}
     seen = {"step": done} | record
@@ -205,10 +215,6 @@ def evaluate_on_chains(model: Llama, tokenizer: Tokenizer, test: list[Problem],
     return {**stats.summarize_accuracy(graded), "chains": stats.summarize_chains(rows),
             **stats.summarize_classifier(reading, ids, lengths, cfg.class_block(model.args)),
             "targets": {}, "class_targets": {}, "prompts": rows}
-
-
-# --------------------------------------------------------------------------------------------------
-# a report
 
 
 def make_report(ckpt: str | Path, with_base: bool, compare: str | None = None,

@@ -29,6 +29,7 @@ from engine.memory import LENS_ROWS, LOGITS_PER_CALL, reduce_taps_in_turn
 from engine.ops import blocked_reduction, exp, logsumexp, top_tokens
 from engine.parallel import map_rows
 from model import Llama, gather_positions
+from report.stats import make_view
 from text.rows import check_context, choose_template, followed_ids
 from text.tokenizer import Tokenizer
 
@@ -150,8 +151,7 @@ def read_prompts(model: Llama, prompts: list[list[int]], targets: list[list[int]
 
 def view_prompt(model: Llama, tokenizer: Tokenizer, prompt: str, words: list[str],
                 template: str = "none") -> dict:
-    """All taps at all positions of one prompt, as plain numbers: report.lens_view.make_view's."""
-    from report.lens_view import make_view  # training, which imports this file, shows none
+    """All taps at all positions of one prompt, as plain numbers: make_view's."""
     ids, _ = tokenizer.encode_messages([{"role": "user", "content": prompt}], template)
     check_context([ids], 0, model)
     chosen = followed_ids(tokenizer, words, ids)
@@ -163,7 +163,7 @@ def view_prompt(model: Llama, tokenizer: Tokenizer, prompt: str, words: list[str
 
 
 def main(argv: list[str]) -> None:
-    from files.options import lens_options  # as above
+    from files.options import lens_options  # training, which imports this file, has no such words
     from report.lens_view import show_view
     args = lens_options(argv)
     model, tokenizer, cfg = load_checkpoint(args.ckpt, args.adapter)

@@ -105,10 +105,6 @@ def dual_loss(cfg: Config, model: Llama, batch: dict[str, mx.array]) -> tuple[mx
                   "class_accuracy": (is_right * batch["row_mask"]).sum() / batch["n_rows"]}, {}
 
 
-# --------------------------------------------------------------------------------------------------
-# from samples and rewards
-
-
 def policy_loss(logprobs: mx.array, old_logprobs: mx.array, advantages: mx.array,
                 weights: mx.array, clip_low: float, clip_high: float,
                 dual_clip: float) -> tuple[mx.array, dict[str, mx.array]]:

@@ -110,10 +110,6 @@ class Chains:
         return arrays
 
 
-# --------------------------------------------------------------------------------------------------
-# evaluation: greedy chain, greedy answer, and the controls that tell what the chain carries
-
-
 def greedy_chains(model: Llama, tokenizer: Tokenizer, questions: list[Question],
                   cfg: Config) -> list[Completion]:
     """One greedy chain a question, behind what the policy reads."""

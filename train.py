@@ -1,6 +1,6 @@
 """The one training loop. Methods differ in their batch source and loss (make_method).
 
-    python train.py configs/dual_reward.yaml               # README.md lists all configs
+    python train.py configs/dual_reward.yaml               # docs/usage.md lists all configs
     python train.py configs/sft.yaml lr=1e-3 steps=200     # any key on the command line
 
 One step: a batch -> loss and gradients of its micro-batches, summed -> finite? -> clip -> AdamW.

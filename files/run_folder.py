@@ -7,7 +7,7 @@ A report says what made its numbers: the very weights, versions, commit. So `req
 before a training run whether a gate (`python -m gate`) said GO for them.
 
     config.yaml  metrics.jsonl  state.safetensors  adapters.safetensors or model.safetensors
-    best/  report.json  emergence.png  curves.png
+    best/  report.json  emergence.html  emergence.png  curves.png
 """
 import fcntl
 import hashlib
@@ -63,8 +63,8 @@ from files.model_folder import (
 # in the order in which overwrite=true removes them, a kill in between leaving nothing to continue;
 # config.yaml is replaced, last
 RUN_FILES = ("state.safetensors", "report.json", "metrics.jsonl", "best", "adapters.safetensors",
-             "adapter_config.json", "config.json", "model.safetensors", "emergence.png",
-             "curves.png", "failed_batch.json", "config.yaml")
+             "adapter_config.json", "config.json", "model.safetensors", "emergence.html",
+             "emergence.png", "curves.png", "failed_batch.json", "config.yaml")
 LOCK = ".lock"
 # keys that change where and how a run is carried out, and none of its numbers
 NOT_THE_RUN = ("run_dir", "memory_limit_gib")

@@ -1,1 +1,1 @@
-"""From numbers to what people read: statistics, pictures, terminal tables, the lens page."""
+"""From numbers to what people read: statistics, pictures, tables in a terminal, pages of a browser."""

@@ -1,19 +1,23 @@
-"""Pictures from the numbers that runs and lenses write; nothing is computed or loaded here.
+"""Pictures and pages of the numbers that runs and lenses write; nothing is computed or loaded here.
 
 Conventions: the last block is always on top and always drawn; one picture shows one named quantity
 with its scale. matplotlib takes most of a second to load, so the commands that draw at their end
-import this file there.
+import this file there. A page is page.html with numbers in it: it fetches nothing, a run's walks
+through its inspections as metrics.jsonl holds them, a lens view's has one moment.
 """
 import io
+import json
 from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 
-from files.disk import write_bytes
+from files.disk import write_bytes, write_text
 
 matplotlib.use("Agg")  # draw into files, also where there is no screen
+# what a run's page walks through
+MEASURED = {"lens", "valid_accuracy", "valid_loss", "valid_reward", "valid"}
 
 
 def save_figure(figure, path: str | Path) -> None:
@@ -230,10 +234,38 @@ def strips(panels: dict[str, tuple[list[int], list[list[float]]]], claims: list[
     save_figure(figure, path)
 
 
-def plot_run(records: list[dict], folder: Path, title: str) -> list[str]:
-    """A finished run's pictures from metrics.jsonl; returns their names."""
+def make_page(title: str, moments: list[dict], block: int | None = None) -> str:
+    """One page; moments: {step, view (make_view's), lens (summarize_lens's), MEASURED ...}.
+
+    A moment may lack any of them but step, which is None where a model was looked at only once.
+    block    whose top token lens.class_top1 speaks of
+    """
+    data = json.dumps({"title": title, "block": block, "moments": moments})
+    data = json.loads(data, parse_constant=lambda constant: None)       # NaN is no JSON to browsers
+    text = json.dumps(data, separators=(",", ":"))                      # ASCII
+    for sign in "<>&":      # or "</script>" in a prompt would end the element that holds it
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return Path(__file__).with_name("page.html").read_text("utf-8").replace("{data}", text)
+
+
+def lens_page(view: dict) -> str:
+    return make_page(f"logit lens: {view['prompt']}", [{"step": None, "view": view}])
+
+
+def emergence_page(records: list[dict], title: str, block: int | None) -> str:
+    """A run's page, of its metrics.jsonl; "" where it was never looked at on its way."""
+    moments = [record for record in records if MEASURED & record.keys()]
+    return make_page(title, moments, block) if moments else ""
+
+
+def plot_run(records: list[dict], folder: Path, title: str, block: int | None) -> list[str]:
+    """A finished run's page and pictures from metrics.jsonl; their names. block: class loss's."""
+    page = emergence_page(records, title, block)
+    if page:
+        write_text(folder / "emergence.html", page)
     emergence(records, folder / "emergence.png", title)
     if any("reward" in record for record in records):
         rollout_curves(records, folder / "curves.png", title.partition(", ")[2])
     # a run that never looked inside has no emergence to show
-    return [name for name in ("emergence.png", "curves.png") if (folder / name).exists()]
+    names = ("emergence.html", "emergence.png", "curves.png")
+    return [name for name in names if (folder / name).exists()]

@@ -63,10 +63,6 @@ def summarize_scorers(judged: dict[str, np.ndarray], done: list) -> dict:
     return summary
 
 
-# --------------------------------------------------------------------------------------------------
-# a collapse
-
-
 @dataclass
 class CollapseGuard:
     """Say when a policy has collapsed, from each step's rollouts. Plain numbers: saved as JSON.

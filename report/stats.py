@@ -406,6 +406,40 @@ def summarize_lens(reading, ids: np.ndarray, block: int) -> dict:
     return summary
 
 
+def make_view(reading, tokenizer, prompt: str, ids: list[int], words: list[str],
+              chosen: list[int]) -> dict:
+    """Plain numbers of a lens.Reading of one prompt, at all of its positions or the last ones.
+
+    ids      the tokens of these positions
+    words, chosen  the Reading's targets, as texts and tokens
+    returns  {prompt, tokens [T], taps [L+1 names], top [L+1][T][k] of [token, probability],
+              entropy [L+1][T], kl [L+1][T], words {word: {id, piece, prob [L+1], rank [L+1],
+              onset, peak}} at the last position; onset at 0.10}
+    """
+    def cell(tap, t):
+        top = zip(reading.top_ids[tap, 0, t], reading.top_probs[tap, 0, t])
+        return [[tokenizer.piece(i), round(float(p), 6)] for i, p in top]
+
+    taps = range(len(reading.entropy))
+    # tap l is after block l - 1: "L0" is the first block's
+    names = ["embed"] + [f"L{l}" for l in range(len(taps) - 1)]
+    series = {}
+    for n, (word, token) in enumerate(zip(words, chosen)):
+        prob = reading.probs[:, 0, -1, n]
+        where = depth(prob, EMERGED)
+        series[word] = {"id": token, "piece": tokenizer.piece(token),
+                        "prob": prob.round(6).tolist(),
+                        "rank": reading.ranks[:, 0, -1, n].tolist(),
+                        "onset": names[where["onset"]] if where["onset"] > 0 else None,
+                        "peak": names[where["peak"]]}
+    return {
+        "prompt": prompt, "tokens": [tokenizer.piece(i) for i in ids], "taps": names,
+        "top": [[cell(tap, t) for t in range(len(ids))] for tap in taps],
+        "entropy": reading.entropy[:, 0].round(4).tolist(),
+        "kl": reading.kl[:, 0].round(4).tolist(), "words": series,
+    }
+
+
 def summarize_chains(rows: list[dict]) -> dict:
     """Wilson intervals of the accuracies and the invalid share; bootstrap means of the rewards."""
     def share(key: str) -> dict:

@@ -83,10 +83,6 @@ def format_chains(valid: dict) -> str:
             f"shuffled {of('correct_shuffled')}; {nats}")
 
 
-# --------------------------------------------------------------------------------------------------
-# report.json
-
-
 def report_text(report: dict) -> str:
     """Tables for a person: accuracy beside the base, the prior work's prompt table, the layers."""
     about = "test pairs never seen in training; 95 % Wilson intervals"
@@ -115,7 +111,7 @@ def publish(report: dict, folder: Path, records: list[dict], peak: float,
     cfg = report["config"]
     title = f"{cfg['method']}, {cfg['model']}, seed {cfg['seed']}"
     from report.plot import plot_run  # most of a second, which a run needs at its end only
-    pictures = plot_run(records, folder, title)
+    pictures = plot_run(records, folder, title, report.get("class", {}).get("layer"))
     # last: its presence says that the run is finished
     write_text(folder / "report.json", json.dumps(report, indent=1) + "\n")
     files = ["report.json", "metrics.jsonl", *pictures,

@@ -144,7 +144,7 @@ def test_a_run_leaves_what_the_readme_names(write_config):
     path, folder = write_config(method="dual_reward")
     done = run("train.py", path, check=0)
     for name in ("config.yaml", "metrics.jsonl", "state.safetensors", "adapters.safetensors",
-                 "adapter_config.json", "report.json", "emergence.png"):
+                 "adapter_config.json", "report.json", "emergence.png", "emergence.html"):
         assert (folder / name).exists(), name
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if "loss" in r] == [1, 2, 3, 4, 5, 6]
