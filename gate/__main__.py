@@ -2,101 +2,169 @@
 
 A training run once taught a 32B base to follow instructions. It already could: the score counted
 characters, and 81 % became 99 % with p = 2e-12; recounted, 100 % stood against 99. So here a base
-is tried in several formats and counts by its *best*; at least two ways of scoring have to agree,
-item by item and in their verdict; and the verdict is a file that `train.py` asks for
-(`require_gate: FOLDER/gate.json`).
+is tried in several formats and counts by its *best*; two kinds of scorer have to agree, reply by
+reply; what has to hold is written down before the first reply; and the verdict is a file that
+`train.py` asks for (`require_gate: FOLDER/gate.json`).
 
-    python -m gate configs/gate_tiny.yaml            # replies, scores, verdict, gate.json
-    python -m gate configs/gate_tiny.yaml judge=...  # scores anew, generates nothing anew
+    python -m gate                                   # configs/gate_tiny.yaml
+    python -m gate configs/gate_tiny.yaml labels=runs/gate_tiny/spotcheck.jsonl    # signed off
+    python -m gate configs/gate_tiny.yaml limit=190 replies=runs/gate_tiny out=runs/gate_more
     python -m gate --paired runs/gate_tiny:base-raw runs/gate_tiny:base-lines
 
 Read in this order: checks, drafts, conversations (the benchmark), clean (does a prompt reach a base
-untouched?), replies, judge, verdict, evaluate, and here the tables for a person. self_instruct
-writes training data.
+untouched?), replies, judge, verdict, evaluate, and here what a person reads: one screen, and all of
+it in gate.md. self_instruct writes training data.
 """
 from pathlib import Path
 
 import engine.blas  # noqa: F401  (before mlx)
 
 from config import run_main
-from files.disk import NAMES, OBJECT, REQUIRED, TEXT, read_fields, read_json, read_rows
+from files.disk import NAMES, OBJECT, REQUIRED, TEXT, read_fields, read_json, read_rows, write_text
 from files.keys import BadInput, Stopped
 from files.options import Parser
+from files.run_folder import UNSIGNED
 from gate.evaluate import run_gate
-from gate.judge import LEAST_KAPPA, LEAST_LABELS, LEAST_LOW
-from gate.verdict import GateConfig, compare, number
-from report.stats import percent
+from gate.judge import DRAWN, LEAST_EACH, LEAST_LABELS
+from gate.verdict import TAIL, compare, ill_of, interval, number
+
+MOST = 6        # reasons on the screen; all are in gate.md
+SIGNS = {"yes": "yes", "no": "NO", "open": "open"}
 
 
-def print_gate(report: dict) -> None:
-    """Rates by condition and scorer, paired tests, rules, warnings, verdict."""
-    about, scorers, conditions = report["benchmark"], report["scorers"], report["conditions"]
-    print(f"\n{about['path']}: {about['conversations']} conversations, SHA-256 "
-          f"{about['sha256'][:12]}; greedy; 95 % Wilson intervals over decided ones")
-    for role, model in report["models"].items():
-        clean = model.get("clean")
-        state = ("" if not clean else "encoding is clean; -chat applies its own template"
-                 if clean["template_applied"] else "prompts reach it untouched")
-        print(f"  {role:<12}{model['name']}  weights {model['weights'][:12]}  {state}")
-    print(f"\n  {'condition':<20}" + "".join(f"{s:<32}" for s in scorers)
-          + "undecided   tokens  cut")
-    for name, cells in conditions.items():
-        rates = "".join(f"{percent(cells[s]['rate']):<32}" for s in scorers)
-        undecided = "/".join(str(cells[s]["undecided"]) for s in scorers)
-        first = cells[scorers[0]]
-        print(f"  {name:<20}{rates}{undecided:<12}{first['median_tokens']:<8g}"
-              f"{100 * first['cut']['value']:.0f} %")
-    print(f"\n  by {scorers[0]}:")
-    for name, cells in conditions.items():
-        parts = (f"{c} {percent(v).strip()}"
-                 for c, v in cells[scorers[0]]["by_category"].items())
-        print(f"  {name:<20}{'  '.join(parts)}")
-    print()
-    for pair, test in report["paired"].items():
-        print_comparison(pair, test)
-    if "judge" in report:
-        turns, c = report["judge"]["turns"].values(), report["judge"]["calibration"]
-        print(f"  judge {report['judge']['judge']}: {sum(cell['unsure'] for cell in turns)} turns "
-              f"unsure, {sum(cell['invalid'] for cell in turns)} without a verdict; against "
-              f"people: {c['n']} labels, kappa {number(c['value'])}"
-              + (" (trusted)" if c["ok"] else " (not trusted to head a report: "
-                 f"{LEAST_LABELS} labels and kappa {LEAST_KAPPA}, surely above {LEAST_LOW}, are "
-                 "needed; label spotcheck.jsonl)"))
-    for warning in report["warnings"]:
-        print(f"  warning: {warning}")
+def percent(found: dict) -> str:
+    """example  93.5 [89.2, 96.2]"""
+    if found["value"] is None:
+        return "-"
+    return f"{100 * found['value']:.1f} [{100 * found['low']:.1f}, {100 * found['high']:.1f}]"
+
+
+def points(difference: dict) -> str:
+    """example  +93.5 points [+88.9, +96.0]"""
+    if difference["value"] is None:
+        return "no conversation that both decided"
+    value, low, high = (100 * difference[key] for key in ("value", "low", "high"))
+    return f"{value:+.1f} points [{low:+.1f}, {high:+.1f}]"
+
+
+def next_steps(report: dict) -> list[str]:
+    """What to do about a verdict."""
+    folder, verdict = report["config"]["out"], report.get("verdict")
+    if verdict == "GO":
+        return [f"train with require_gate: {folder}/gate.json"]
+    if verdict == "GO, not signed off":
+        return [f"put \"pass\" or \"fail\" for \"human\" in {folder}/spotcheck.jsonl ({DRAWN} "
+                f"conversations; {LEAST_LABELS} labels with {LEAST_EACH} of each are the least)",
+                f"run it again with labels={folder}/spotcheck.jsonl; unsigned, training needs "
+                f"require_gate: {UNSIGNED}{folder}/gate.json"]
+    if verdict == "NO-GO":
+        return ["do not train for this: the base can do it, or the instruct model cannot; take "
+                "another task, or a harder benchmark"]
+    if verdict is None:
+        return ["name an instruct model for a verdict"]
+    needed = [r["needed"] for rules in report["rules"].values() for r in rules if r["needed"]]
+    more = [f"ask more: limit={max(needed)} replies={folder} out={folder}_more"] * bool(needed)
+    return [*more, f"read {folder}/gate.md, three conversations of each condition first",
+            "mend what the reasons name, and give another out"]
+
+
+def screen(report: dict) -> str:
+    """Verdict, why, what to do next, and the figures behind it: one screen."""
+    head, plan = report["scorers"][0], report["plan"]
+    lines = [f"{report.get('verdict', 'no verdict: no instruct model')}   ({report['name']}: "
+             f"{plan['n']} of {report['benchmark']['path']}, plan {plan['sha256'][:8]})", ""]
+    lines += [f"! {warning}" for warning in report["warnings"][:MOST]]
+    reasons = report.get("reasons", [])
+    lines += [f"- {reason}" for reason in reasons[:MOST]]
+    lines += [f"- {len(reasons) - MOST} more in gate.md"] * (len(reasons) > MOST)
     if "verdict" in report:
-        print_verdict(report)
+        lines.append(f"  {'rule (worst case over undecided)':<36}{'wanted':>7}  "
+                     + "".join(f"{s:<28}" for s in report["scorers"]))
+        for rules in zip(*(report["rules"][s] for s in report["scorers"])):
+            cells = (f"{interval(r) if 'low' in r else number(r['value']):<22}"
+                     f"{SIGNS[r['holds']]:<6}" for r in rules)
+            lines.append(f"  {rules[0]['rule']:<36}{rules[0]['wanted']:>7.4g}  {''.join(cells)}")
+        for pair, cells in report["agreement"].items():
+            judged = [f"{name} {number(c['value'])}" for name, c in cells.items() if c["judged"]]
+            lines.append(f"  {pair} agree, kappa: {', '.join(judged) or 'cannot be judged'}; all "
+                         f"of one class: {len(cells) - len(judged)} conditions")
+    lines += ["", f"  {'condition':<26}{'% passed by ' + head:<22}{'undecided':<11}"
+              f"{'tokens':<8}empty, cut, loops %"]
+    for name, cell in report["conditions"].items():
+        seen = cell["replies"]
+        ills = ", ".join(f"{100 * seen[what]['value']:.0f}" for what in ("empty", "cut", "loops"))
+        lines.append(f"  {name:<26}{percent(cell[head]['rate']):<22}{cell[head]['undecided']:<11}"
+                     f"{seen['median_tokens']:<8g}{ills}" + "  not fit" * bool(ill_of(seen)))
+    lines += ["", *(f"next: {step}" for step in next_steps(report))]
+    return "\n".join(lines)
 
 
-def print_comparison(pair: str, test: dict) -> None:
-    d = test["difference"]
-    if d["value"] is None:
-        print(f"  {pair}: no conversation that both decided")
-    else:
-        print(f"  {pair}: {100 * d['value']:+.1f} points [{100 * d['low']:+.1f}, "
-              f"{100 * d['high']:+.1f}], n {test['n']}; only the first {test['only_first']}, only "
-              f"the second {test['only_second']}; McNemar p {test['p']:.2g}, h {test['h']:+.2f}")
+def table(columns: list[str], rows: list[list]) -> list[str]:
+    """Markdown."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return ["| " + " | ".join(map(str, line)) + " |" for line in lines] + [""]
 
 
-def print_verdict(report: dict) -> None:
-    print(f"\n  {'rule':<36}{'wanted':>8}  " + "".join(f"{s:>14}" for s in report["scorers"]))
-    for rules in zip(*(report["rules"][s] for s in report["scorers"])):
-        cells = (f"{number(r['value']):>10} {'yes' if r['holds'] else 'NO':<3}" for r in rules)
-        print(f"  {rules[0]['rule']:<36}{rules[0]['wanted']:>8g}  {''.join(cells)}")
-    chosen = report["chosen"]
-    gap = report["paired"][f"{chosen['base']} against {chosen['instruct']}"]
-    print(f"  the design: {gap['n']} pairs find a gap just as large as wanted with power "
-          f"{gap['design_power']:.3f}")
-    for pair, a in report["agreement"].items():
-        print(f"  {pair} agree: {number(a['lowest'])} in the condition where they do least, kappa "
-              f"{number(a['pooled']['value'])}: {'yes' if a['holds'] else 'NO'}")
-    print("\n" + "\n  ".join([report["verdict"], *report["reasons"]]))
+def details(report: dict) -> str:
+    """All of it as Markdown: mean, interval, standard error and n of everything."""
+    plan, scorers = report["plan"], report["scorers"]
+    lines = [f"# Gate {report['name']}: {report.get('verdict', 'no verdict')}", ""]
+    lines += [f"- **{warning}**" for warning in report["warnings"]]
+    lines += [f"- {reason}" for reason in report.get("reasons", [])]
+    lines += ["", f"Plan {plan['sha256']}, look {plan['looks']} at these conversations. Intervals "
+              "of 95 %: Wilson's of a rate over what was decided, Bonett and Price's of a paired "
+              f"difference. Rules: exact ones with {TAIL:.0%} in each tail, undecided counted "
+              "against the gap.", "", "## Models", ""]
+    lines += table(["role", "model", "weights"], [
+        [role, m["name"], m["weights"][:16]] for role, m in report["models"].items()])
+    rows = []
+    for name, cell in report["conditions"].items():
+        for s in scorers:
+            for part, r in {"all": cell[s]["rate"], **cell[s]["by_category"]}.items():
+                error = "-" if r.get("stderr") is None else f"{r['stderr']:.3f}"
+                rows.append([name, s, part, interval(r), error, r["n"],
+                             cell[s]["undecided"] if part == "all" else ""])
+    lines += ["## Rates", "", *table(["condition", "scorer", "category", "mean [95 %]", "stderr",
+                                      "n", "undecided"], rows)]
+    lines += ["## Replies", "", *table(["condition", "median tokens", "empty", "cut", "loops"], [
+        [name, c["replies"]["median_tokens"],
+         *(interval(c["replies"][what]) for what in ("empty", "cut", "loops"))]
+        for name, c in report["conditions"].items()])]
+    lines += ["## Paired differences", "", *table(
+        ["pair", "difference", "stderr", "only first", "only second", "McNemar p", "Cohen's h",
+         "n"],
+        [[pair, points(t["difference"]), number(t["difference"]["stderr"]), t["only_first"],
+          t["only_second"], f"{t['p']:.2g}", number(t["h"]), t["n"]]
+         for pair, t in report["paired"].items()])]
+    if "rules" in report:
+        lines += ["## Rules", "", *table(["scorer", "rule", "wanted", "found", "holds", "n for it"],
+                  [[s, r["rule"], f"{r['wanted']:.4g}",
+                    interval(r) if "low" in r else number(r["value"]), r["holds"],
+                    r["needed"] or ""] for s in scorers for r in report["rules"][s]])]
+        lines += ["## Agreement within conditions", "", *table(
+            ["scorers", "condition", "agreement", "kappa [95 %]", "AC1", "n", "holds"],
+            [[pair, name, number(c["agreement"]), interval(c), number(c["ac1"]), c["n"],
+              c["holds"] if c["judged"] else "cannot be judged"]
+             for pair, cells in report["agreement"].items() for name, c in cells.items()])]
+        lines += ["## People", ""]
+        for s, c in report["people"].items():
+            lines += [f"{s}: {'confirmed' if c['ok'] else '; '.join(c['why'])}. kappa {interval(c)}"
+                      f", AC1 {number(c['ac1'])}, sensitivity {interval(c['sensitivity'])}, "
+                      f"specificity {interval(c['specificity'])}; corrected rates: "
+                      + "; ".join(f"{name} {interval(r)}" for name, r in c["corrected"].items()),
+                      ""]
+    lines += ["## Three conversations of each condition", ""]
+    for name, chats in report["transcripts"].items():
+        lines += [f"### {name}", "", *(f"```\n{chat.replace('```', chr(39) * 3)}\n```\n"
+                                       for chat in chats)]
+    return "\n".join(lines)
 
 
+# --- two finished gates
 REPORT = {"conditions": (OBJECT, REQUIRED), "scorers": (NAMES, REQUIRED),
           "benchmark": (OBJECT, REQUIRED)}
 BENCHMARK = {"path": (TEXT, REQUIRED), "sha256": (TEXT, REQUIRED)}
-OUTCOME = {"id": (TEXT, REQUIRED), "category": (TEXT, REQUIRED), "passed": (OBJECT, REQUIRED)}
+OUTCOME = {"id": (TEXT, REQUIRED), "passed": (OBJECT, REQUIRED)}
 
 
 def read_condition(word: str) -> tuple[dict, str, list[dict]]:
@@ -125,7 +193,7 @@ def read_condition(word: str) -> tuple[dict, str, list[dict]]:
 def compare_folders(first: str, second: str) -> dict:
     """FOLDER:CONDITION against FOLDER:CONDITION, by the first's heading scorer; raises BadInput."""
     sides = [read_condition(first), read_condition(second)]
-    (report, _, rows), (other, _, _) = sides
+    (report, _, _), (other, _, _) = sides
     if report["benchmark"]["sha256"] != other["benchmark"]["sha256"]:
         raise BadInput(f"{first} and {second} answered different benchmarks "
                        f"({report['benchmark']['path']}, {other['benchmark']['path']}); a paired "
@@ -135,29 +203,32 @@ def compare_folders(first: str, second: str) -> dict:
         raise BadInput(f"{second} was not scored by {scorer}; score both by the same")
     a, b = ({row["id"]: row["passed"][scorer][condition] for row in rows}
             for _, condition, rows in sides)
-    return {"scorer": scorer, **compare(a, b, GateConfig(), {r["id"]: r["category"] for r in rows})}
+    return {"scorer": scorer, **compare(a, b)}
 
 
 def main(argv: list[str]) -> None:
     """Exit code 0 for GO, or where there is nothing to decide; else raises Stopped, code 3."""
     parser = Parser(prog="python -m gate", description="Base against instruct model on a benchmark "
                     "of conversations, before a training run.")
-    parser.add_argument("config", nargs="?", help="a gate's YAML file: configs/gate_tiny.yaml")
+    parser.add_argument("config", nargs="?", default="configs/gate_tiny.yaml",
+                        help="a gate's YAML file: configs/gate_tiny.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of that file")
     parser.add_argument("--paired", nargs=2, metavar="FOLDER:CONDITION",
                         help="two conditions of finished gates on one benchmark")
     args = parser.parse_args(argv)
     if args.paired:
-        return print_comparison(" against ".join(args.paired), compare_folders(*args.paired))
-    if not args.config:
-        raise BadInput("nothing to compare; give a gate's CONFIG, such as configs/gate_tiny.yaml, "
-                       "or --paired FOLDER:CONDITION FOLDER:CONDITION")
+        found = compare_folders(*args.paired)
+        print(f"{' against '.join(args.paired)} by {found['scorer']}: "
+              f"{points(found['difference'])}, n {found['n']}; only the first "
+              f"{found['only_first']}, only the second {found['only_second']}; McNemar p "
+              f"{found['p']:.2g}, h {number(found['h'])}")
+        return
     report = run_gate(args.config, args.overrides)
-    print_gate(report)
     folder = report["config"]["out"]
-    print(f"\nwrote {folder}/gate.json, outcomes.jsonl, disagreements.jsonl"
-          + (", spotcheck.jsonl" if "judge" in report else ""))
-    if report.get("verdict", "GO") != "GO":
+    write_text(Path(folder) / "gate.md", details(report))
+    print(screen(report) + f"\n\nwrote {folder}/gate.md, gate.json, plan.json, outcomes.jsonl, "
+          "disagreements.jsonl, spotcheck.jsonl")
+    if not report.get("verdict", "GO").startswith("GO"):
         raise Stopped(f"{folder}: {report['verdict']}; do not train on this yet")
 
 
