@@ -9,7 +9,6 @@ reply; what has to hold is written down before the first reply; and the verdict 
     python -m gate                                   # configs/gate_tiny.yaml
     python -m gate configs/gate_tiny.yaml labels=runs/gate_tiny/spotcheck.jsonl    # signed off
     python -m gate configs/gate_tiny.yaml limit=190 replies=runs/gate_tiny out=runs/gate_more
-    python -m gate --paired runs/gate_tiny:base-raw runs/gate_tiny:base-lines
 
 Read in this order: checks, drafts, conversations (the benchmark), clean (does a prompt reach a base
 untouched?), replies, judge, verdict, evaluate, and here what a person reads: one screen, and all of
@@ -20,13 +19,13 @@ from pathlib import Path
 import engine.blas  # noqa: F401  (before mlx)
 
 from config import run_main
-from files.disk import NAMES, OBJECT, REQUIRED, TEXT, read_fields, read_json, read_rows, write_text
-from files.keys import BadInput, Stopped
+from files.disk import write_text
+from files.keys import Stopped
 from files.options import Parser
 from files.run_folder import UNSIGNED
 from gate.evaluate import run_gate
 from gate.judge import DRAWN, LEAST_EACH, LEAST_LABELS
-from gate.verdict import TAIL, compare, ill_of, interval, number
+from gate.verdict import TAIL, ill_of, interval, number
 
 MOST = 6        # reasons on the screen; all are in gate.md
 SIGNS = {"yes": "yes", "no": "NO", "open": "open"}
@@ -160,52 +159,6 @@ def details(report: dict) -> str:
     return "\n".join(lines)
 
 
-# --- two finished gates
-REPORT = {"conditions": (OBJECT, REQUIRED), "scorers": (NAMES, REQUIRED),
-          "benchmark": (OBJECT, REQUIRED)}
-BENCHMARK = {"path": (TEXT, REQUIRED), "sha256": (TEXT, REQUIRED)}
-OUTCOME = {"id": (TEXT, REQUIRED), "passed": (OBJECT, REQUIRED)}
-
-
-def read_condition(word: str) -> tuple[dict, str, list[dict]]:
-    """FOLDER:CONDITION of a finished gate: its report, the condition, outcomes.jsonl's rows."""
-    folder, _, condition = word.rpartition(":")
-    path = Path(folder or word) / "gate.json"
-    report = read_json(path, f"--paired {word} to be FOLDER:CONDITION of a finished evaluation, "
-                       "such as runs/gate_tiny:base-raw")
-    read_fields(report, REPORT, str(path))
-    read_fields(report["benchmark"], BENCHMARK, f"{path}: benchmark")
-    if condition not in report["conditions"]:
-        raise BadInput(f"{path.parent} has no condition {condition!r}; expected one of "
-                       f"{', '.join(report['conditions'])}")
-
-    def read(row: dict) -> dict:
-        passed = read_fields(row, OUTCOME, "an outcome")["passed"]
-        said = [passed[scorer][condition] for scorer in report["scorers"]]
-        if not all(outcome in (True, False, None) for outcome in said):
-            raise ValueError("each outcome is true, false or null")
-        return row
-
-    return report, condition, read_rows(path.parent / "outcomes.jsonl", read,
-                                        "what a finished gate writes; run it again")
-
-
-def compare_folders(first: str, second: str) -> dict:
-    """FOLDER:CONDITION against FOLDER:CONDITION, by the first's heading scorer; raises BadInput."""
-    sides = [read_condition(first), read_condition(second)]
-    (report, _, _), (other, _, _) = sides
-    if report["benchmark"]["sha256"] != other["benchmark"]["sha256"]:
-        raise BadInput(f"{first} and {second} answered different benchmarks "
-                       f"({report['benchmark']['path']}, {other['benchmark']['path']}); a paired "
-                       "test needs the same conversations: evaluate both on one")
-    scorer = report["scorers"][0]
-    if scorer not in other["scorers"]:
-        raise BadInput(f"{second} was not scored by {scorer}; score both by the same")
-    a, b = ({row["id"]: row["passed"][scorer][condition] for row in rows}
-            for _, condition, rows in sides)
-    return {"scorer": scorer, **compare(a, b)}
-
-
 def main(argv: list[str]) -> None:
     """Exit code 0 for GO, or where there is nothing to decide; else raises Stopped, code 3."""
     parser = Parser(prog="python -m gate", description="Base against instruct model on a benchmark "
@@ -213,16 +166,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("config", nargs="?", default="configs/gate_tiny.yaml",
                         help="a gate's YAML file: configs/gate_tiny.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of that file")
-    parser.add_argument("--paired", nargs=2, metavar="FOLDER:CONDITION",
-                        help="two conditions of finished gates on one benchmark")
     args = parser.parse_args(argv)
-    if args.paired:
-        found = compare_folders(*args.paired)
-        print(f"{' against '.join(args.paired)} by {found['scorer']}: "
-              f"{points(found['difference'])}, n {found['n']}; only the first "
-              f"{found['only_first']}, only the second {found['only_second']}; McNemar p "
-              f"{found['p']:.2g}, h {number(found['h'])}")
-        return
     report = run_gate(args.config, args.overrides)
     folder = report["config"]["out"]
     write_text(Path(folder) / "gate.md", details(report))

@@ -210,7 +210,7 @@ def people_of(cfg: GateConfig, chats: dict, outcomes: dict, chosen: dict) -> dic
         flat = {(name, i): passed for name, cell in cells.items() for i, passed in cell.items()}
         cell = found[s] = judge.calibrate(flat, labels)
         cell["corrected"] = {}
-        for role, name in chosen[s].items():
+        for role, name in chosen.get(s, {}).items():
             decided = [v for v in outcomes[s][name].values() if v is not None]
             rate = corrected_rate(sum(decided), len(decided), cell["right"], cell["wrong"])
             cell["corrected"][name] = rate
@@ -258,10 +258,11 @@ def run_gate(path: str | Path, overrides: list[str] = ()) -> dict:
         weigh = functools.partial(decide, cfg, outcomes, categories, health, looks=plan["looks"],
                                   remarks=remarks)
         found = weigh()
-        report["people"] = people_of(cfg, chats, outcomes, found["chosen"])
+    report["people"] = people_of(cfg, chats, outcomes, found.get("chosen", {}))
+    if found:
         found = weigh(calibration=report["people"])
     # a judge that people have not confirmed does not head the report: it goes last
-    confirmed = report.get("people", {}).get("judge", {}).get("ok")
+    confirmed = report["people"].get("judge", {}).get("ok")
     scorers = sorted(outcomes, key=lambda s: s == "judge" and not confirmed)
     chosen = found.get("chosen", {}).get(scorers[0], {})
     report |= found | {

@@ -31,7 +31,6 @@ import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
 
-from config import run_main
 from engine.decode import pad_prompts
 from files.deadline import deadline
 from files.disk import (
@@ -48,7 +47,6 @@ from files.disk import (
     write_text,
 )
 from files.keys import BadInput
-from files.options import Parser
 from gate.checks import check_turn
 from gate.conversations import Conversation
 from losses import token_logprobs
@@ -57,10 +55,11 @@ from report.stats import cohens_kappa, wilson
 from text.rows import check_context
 from text.tokenizer import Tokenizer
 
-PROMPTS = Path(__file__).parent / "benchmark"      # what a judge reads: judge.txt, tiny_judge.txt
+PROMPTS = Path(__file__).parent / "benchmark"      # what a judge reads: judge.txt
 FIELDS = ("need", "answer", "chat", "reply", "right", "wrong", "first", "second")
 LEAST_LABELS, LEAST_EACH, LEAST_KAPPA, LEAST_LOW, LEAST_AC1 = 100, 20, 0.7, 0.55, 0.7
 DRAWN = 120         # conversations to label, at least
+FEW = 5             # items of a class, below which agreement within a condition says nothing
 PROBES, TOLD = 10, 8    # pairs of a right and a wrong reply, and how many a judge has to tell
 MIN_MASS = 0.5      # of both letters together; with less it answers something else
 ROWS = 32           # prompts of a forward pass
@@ -337,6 +336,8 @@ def calibrate(outcomes: dict[tuple[str, str], bool | None],
     """
     both = [key for key in labels if outcomes.get(key) is not None]
     compare = lambda keys: cohens_kappa([outcomes[k] for k in keys], [labels[k] for k in keys])
+    classes_of = lambda keys, c: min(sum(v in (outcomes[k], labels[k]) for k in keys if k[0] == c)
+                                     for v in (True, False)) >= FEW
     found = compare(both)
     cells = {c: compare([k for k in both if k[0] == c]) for c in sorted({c for c, _ in both})}
     right, wrong = ([outcomes[k] == v for k in both if labels[k] == v] for v in (True, False))
@@ -348,6 +349,8 @@ def calibrate(outcomes: dict[tuple[str, str], bool | None],
             found["value"] is not None and found["value"] >= LEAST_KAPPA
             and found["low"] >= LEAST_LOW),
         **{f"AC1 {cell['ac1']:.2f} within {c}, {LEAST_AC1} is needed": cell["ac1"] < LEAST_AC1
+           for c, cell in cells.items()},
+        **{f"kappa within {c} is not surely above 0": classes_of(both, c) and cell["low"] <= 0
            for c, cell in cells.items()}}
     why = [what for what, holds in missing.items() if holds]
     return {**found, "undecided": len(labels) - len(both), "ok": not why, "why": why,
@@ -376,41 +379,3 @@ def write_spotcheck(path: Path, chats: dict[tuple[str, str], str], needs: dict[s
     lines = path.read_bytes().split(b"\n") if path.exists() else []
     if all(line.endswith(b'"human": null}') for line in lines if line):
         write_text(path, json_lines(rows))
-
-
-# --- the bundled example's judge: a tiny model that has learnt to compare
-def tiny_rows(template: str, letters: tuple[str, str], n: int, seed: int) -> list[dict]:
-    """Rows {"prompt", "response"} that teach models/tiny to compare a reply with the right answer.
-
-    Half of the replies are right, most others a little off. Either letter may mean "right".
-    """
-    rng, rows = random.Random(seed), []
-    for _ in range(n):
-        answer = rng.randrange(0, 200)
-        near = str(abs(answer + rng.choice((-20, -11, -10, -9, -2, -1, 1, 2, 9, 10, 11, 20))))
-        wrong = rng.choice((near, near, near, near, str(answer)[::-1], str(rng.randrange(0, 200)),
-                            "(nothing)", f"{answer} {rng.randrange(0, 200)}", "add",
-                            f"{answer}{answer}"))
-        reply = str(answer) if rng.random() < 0.5 or wrong == str(answer) else wrong
-        right = rng.random() < 0.5      # the meaning of the first letter
-        pair = letters if right else letters[::-1]
-        values = {"answer": str(answer), "reply": reply, "right": pair[0], "wrong": pair[1]}
-        rows.append({"prompt": template.format(**values) + " ",
-                     "response": pair[0] if reply == str(answer) else pair[1]})
-    return rows
-
-
-def main(argv: list[str]) -> None:
-    parser = Parser(prog="python -m gate.judge",
-                    description="Write the rows that the bundled example's judge learns from.")
-    parser.add_argument("command", choices=("make_train",))
-    parser.add_argument("folder", type=Path)
-    args = parser.parse_args(argv)
-    template = load_prompt(PROMPTS / "tiny_judge.txt")
-    for seed, (split, n) in enumerate((("train", 50000), ("valid", 400), ("test", 400))):
-        write_text(args.folder / f"{split}.jsonl",
-                   json_lines(tiny_rows(template, ("1", "0"), n, seed)))
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -113,7 +113,8 @@ def transcript(conversation: Conversation, row: dict) -> str:
 def score_turn(conversation: Conversation, texts: list[str], t: int, scorer: str) -> Verdict:
     """A turn's verdict by a scorer that is no model."""
     if scorer == "checks":
-        return check_turn(conversation.turns[t].checks, texts[t], texts[:t])
+        said = [turn.user for turn in conversation.turns[:t]]
+        return check_turn(conversation.turns[t].checks, texts[t], texts[:t], said)
     # length, the prior work's success rule: were 100 tokens enough to stop?
     return Verdict("pass" if 5 <= len(texts[t]) <= 500 else "fail", scorer)
 

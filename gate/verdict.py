@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from files.keys import BITS, BadInput, read_keys
+from gate.judge import FEW
 from gate.replies import FORMATS, HISTORIES, SCORERS, worst
 from report import stats
 
@@ -27,7 +28,6 @@ POWER = 0.9     # of McNemar's test for the wanted gap; gives the least number o
 ODDS, ALONE = 5, 8      # pairs for the gap to one against it; that many where none is against it
 FDR, CATEGORIES = 0.10, 0.75    # Benjamini-Hochberg; the share of categories that show the gap
 ILL = 0.10      # share of empty, cut or looping replies above which a base had no fair trial
-FEW = 5         # items that either scorer puts in a class, below which agreement says nothing
 SUSPICIOUS = 0.8    # AUC of length for a score above which length may be what is measured
 REMEDY = {"empty": "give it another format, such as plain+shots",
           "cut": "raise max_reply_tokens, or give it plain+shots, where it sees how replies end",
@@ -282,6 +282,8 @@ def decide(cfg: GateConfig, outcomes: dict[str, dict[str, dict]], categories: di
     signed = bool(scored) and set(scored) == set(confirmed)
     verdict = ("NO-GO" if refuted else "AMBIGUOUS" if reasons else
                "GO" if signed else "GO, not signed off")
+    if verdict == "NO-GO":      # what is merely not shown says no more then
+        reasons = [describe(s, r) for s in scored for r in rules[s] if r["holds"] == "no"]
     return {"verdict": verdict, "reasons": reasons, "chosen": chosen, "rules": rules,
             "agreement": agreements}
 

@@ -17,23 +17,13 @@ from scipy.stats import binom
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from gate.verdict import (  # noqa: E402
-    ALONE,
-    CATEGORIES,
-    FDR,
-    FEW,
-    ODDS,
-    TAIL,
-    GateConfig,
-    decide,
-    pairs_needed,
-)
-from report.stats import exact_interval, wilson  # noqa: E402
+from gate.verdict import ALONE, CATEGORIES, FDR, FEW, ODDS, TAIL, GateConfig, decide, pairs_needed  # noqa: E402
+from report.stats import exact_interval, percent, wilson  # noqa: E402
 
 CFG = GateConfig()
 NEEDED = pairs_needed(CFG)
 GATES, GROUPS = 2000, 4
-BASE, INSTRUCT = (0.2, 0.3, 0.4, 0.5), (0.7, 0.8, 0.9, 0.95)
+BASE, INSTRUCT = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5), (0.7, 0.8, 0.9, 0.95)
 # wrong by a hair: where a GO is likeliest among those that must not be one
 EDGE = ((0.31, 0.95), (0.31, 1.0), (0.05, 0.79), (0.0, 0.79))
 SIZES, UNDECIDED, RIGHT = (60, 100, 200, 300), (0.0, 0.05, 0.1), (0.8, 0.9, 0.95, 1.0)
@@ -137,9 +127,10 @@ def is_wrong(row: dict) -> bool:
 
 def picture(found: list[dict], path: Path) -> None:
     """Share of GO by n: a panel for each accuracy of the scorers, at each rate of undecided."""
-    import matplotlib       # here: who only simulates needs none
+    import matplotlib  # here: who only simulates needs none
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    colours = dict(zip(((b, i) for b in BASE for i in (0.9, 0.95)), plt.get_cmap("tab10").colors))
     figure, axes = plt.subplots(len(UNDECIDED), len(RIGHT), figsize=(13, 8), sharex=True,
                                 sharey=True)
     for row, undecided in zip(axes, UNDECIDED):
@@ -148,17 +139,19 @@ def picture(found: list[dict], path: Path) -> None:
             for pair in dict.fromkeys((f["base"], f["instruct"]) for f in cell):
                 line = [f for f in cell if (f["base"], f["instruct"]) == pair]
                 wrong = is_wrong(line[0])
-                if not wrong and max(f["go"] / f["gates"] for f in line) < 0.02:
+                if not wrong and pair not in colours:
                     continue
                 axis.plot([f["n"] for f in line], [100 * f["go"] / f["gates"] for f in line],
-                          color="tab:red" if wrong else None, lw=0.8 if wrong else 1.8, marker=".",
+                          color="black" if wrong else colours[pair], marker=".",
+                          lw=0.8 if wrong else 1.8,
                           label=None if wrong else f"true {pair[0]:g} and {pair[1]:g}")
-            axis.axhline(2, color="black", lw=0.6, ls=":")
+            axis.axhline(2, color="grey", lw=0.6, ls=":")
             axis.set_title(f"scorers right {100 * right:.0f} %, undecided {100 * undecided:.0f} %",
                            fontsize=9)
-            axis.legend(fontsize=7, loc="upper left")
+            if axis.get_legend_handles_labels()[0]:
+                axis.legend(fontsize=6, loc="upper left")
     figure.supxlabel("conversations")
-    figure.supylabel("gates that say GO, % (red: must not; dotted: 2 %)")
+    figure.supylabel("gates that say GO, % (black: must not; dotted: 2 %)")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
@@ -170,7 +163,7 @@ def main() -> None:
     grid = [f for f in wrong if f["base"] in BASE and f["instruct"] in INSTRUCT]
     print(f"{len(found)} scenarios of {GATES} gates. Wrong GO at most "
           f"{max(f['go'] / f['gates'] for f in grid):.2%} on the grid of rates, at the edge "
-          f"{worst['go'] / worst['gates']:.2%} {wilson(worst['go'], worst['gates'])}: {worst}")
+          f"{percent(wilson(worst['go'], worst['gates']))}: {worst}")
     print(f"in all {sum(f['go'] for f in wrong)} of {sum(f['gates'] for f in wrong)} wrong gates")
     print("\nGO of true gaps, % of gates, nothing undecided | a tenth undecided by each scorer")
     print(f"{'base':>5}{'instruct':>9}{'right':>7}" + "".join(f"{n:>14}" for n in SIZES))

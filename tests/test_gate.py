@@ -7,18 +7,17 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY, assert_one_clear_line, run, small_config, write_model
 
-from config import Config, load_config
+from config import load_config
 from files.keys import BadInput, Stopped
 from files.run_folder import hash_json, hash_model, require_gate
 from gate import evaluate, judge
 from gate import replies as replying
-from gate.__main__ import compare_folders, main, screen
+from gate.__main__ import main, screen
 from gate.conversations import Conversation, Turn, read_benchmark, write_benchmark
 from gate.evaluate import run_gate
 from gate.replies import answer, draw, health_of, summarize_scores
 from gate.verdict import GateConfig, agreement_of, decide, length_warnings, load_gate, paired
 from generate import Completion
-from text.arithmetic import compute, held_out
 from text.chat import SPEAKERS
 from train import train
 
@@ -385,7 +384,8 @@ def test_a_plan_stands_before_the_replies(parts, scripted, tmp_path):
     scripted["replies"].clear()
     for more, what in (("base_at_most=0.5", "base_at_most .was 0.3, is 0.5"),
                        ("max_reply_tokens=7", "max_reply_tokens"), ("limit=60", "limit"),
-                       ("scorers=checks,length", "scorers"), ("base_templates=raw", "base_templates"),
+                       ("scorers=checks,length", "scorers"),
+                       ("base_templates=raw", "base_templates"),
                        (f"base={TINY}_cot", "models")):
         with pytest.raises(BadInput, match=f"another {what}"):
             run_gate(parts / "sums.yaml", [*words, more])
@@ -555,26 +555,10 @@ def test_bad_input(parts, scripted, tmp_path, monkeypatch):
     with pytest.raises(BadInput, match="no model folder .*none"):
         run_gate(here, [f"instruct={TINY}-none", f"out={tmp_path}/c"])
     assert not (tmp_path / "c").exists()
-    with pytest.raises(BadInput, match="x/gate.json is missing"):
-        compare_folders("x:base-raw", "y:base-raw")
     monkeypatch.setattr("gate.judge.time.sleep", lambda _: None)
     with pytest.raises(BadInput, match="does not answer .*kept"):
         run_gate(here, [f"out={tmp_path}/b", "judge=http://127.0.0.1:9/v1", "judge_model=m"])
     assert (tmp_path / "b" / "replies_base-raw.jsonl").exists()
-
-
-def test_paired_folders(parts, scripted, tmp_path, capsys):
-    for name in ("first", "second"):
-        run_gate(parts / "sums.yaml", [f"out={tmp_path}/{name}"])
-    found = compare_folders(f"{tmp_path}/first:base-raw", f"{tmp_path}/second:instruct-raw")
-    assert found["p"] < 1e-6 and found["scorer"] == "checks"
-    run_gate(parts / "sums.yaml", [f"out={tmp_path}/few", "limit=10"])
-    with pytest.raises(BadInput, match="90 are on one side only"):
-        compare_folders(f"{tmp_path}/first:base-raw", f"{tmp_path}/few:base-raw")
-    main(["--paired", f"{tmp_path}/first:base-raw", f"{tmp_path}/second:instruct-raw"])
-    assert "points [" in capsys.readouterr().out
-    with pytest.raises(BadInput, match="no condition 'base-chat'"):
-        compare_folders(f"{tmp_path}/first:base-chat", f"{tmp_path}/second:base-raw")
 
 
 def test_training_asks_for_the_gate(parts, scripted, tmp_path, write_config):
@@ -625,9 +609,6 @@ def test_no_go_ends_with_code_3(parts, scripted, tmp_path, capsys):
 
 def test_real_models_answer(parts, tmp_path):
     """No script: a random base's replies are cut off, so no verdict is possible on it."""
-    problems = [p for p in held_out(Config(), "test") if p.operation == "subtract"]
-    assert all(p.answer == str(compute("subtract", *map(int, re.findall(r"\d+", p.prompt))))
-               for p in problems[:5] if "-" in p.prompt)
     report = run_gate(parts / "sums.yaml", [f"out={tmp_path}/run", "limit=12",
                                             "scorers=checks,length"])
     assert report["verdict"] != UNSIGNED and not report["verdict"] == "GO"
@@ -647,7 +628,3 @@ def test_shipped_gates_are_valid():
         cfg = load_gate(path, [])
         assert (ROOT / cfg.benchmark).exists(), path
         assert not cfg.judge_prompt or (ROOT / cfg.judge_prompt).exists()
-
-
-def test_judge_prompts_and_configs_load():
-    assert load_config(ROOT / "configs" / "tiny_judge.yaml").full
