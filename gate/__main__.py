@@ -1,18 +1,17 @@
 """Before you train: is there a gap? The base must fail what the instruct model can do.
 
 A training run once taught a 32B base to follow instructions. It already could: the score counted
-characters, and 81 % became 99 % with p = 2e-12; recounted, 100 % stood against 99. So here a base
-is tried in several formats and counts by its *best*; two kinds of scorer have to agree, reply by
-reply; what has to hold is written down before the first reply; and the verdict is a file that
-`train.py` asks for (`require_gate: FOLDER/gate.json`).
+characters, and 81 % became 99 %; recounted, 100 % stood against 99. So a base counts by the *best*
+of several formats, two kinds of scorer have to agree, what has to hold is written down before the
+first reply, and `train.py` asks for the verdict (`require_gate: FOLDER/gate.json`).
 
     python -m gate                                   # configs/gate_tiny.yaml
     python -m gate configs/gate_tiny.yaml labels=runs/gate_tiny/spotcheck.jsonl    # signed off
     python -m gate configs/gate_tiny.yaml limit=190 replies=runs/gate_tiny out=runs/gate_more
 
 Read in this order: checks, drafts, conversations (the benchmark), clean (does a prompt reach a base
-untouched?), replies, judge, verdict, evaluate, and here what a person reads: one screen, and all of
-it in gate.md. self_instruct writes training data.
+untouched?), replies, judge, verdict, evaluate; here is what a person reads. self_instruct writes
+training data.
 """
 from pathlib import Path
 
@@ -25,10 +24,9 @@ from files.options import Parser
 from files.run_folder import UNSIGNED
 from gate.evaluate import run_gate
 from gate.judge import DRAWN, LEAST_EACH, LEAST_LABELS
-from gate.verdict import TAIL, ill_of, interval, number
+from gate.verdict import REMEDY, TAIL, found_of, ill_of, interval, number
 
 MOST = 6        # reasons on the screen; all are in gate.md
-SIGNS = {"yes": "yes", "no": "NO", "open": "open"}
 
 
 def percent(found: dict) -> str:
@@ -80,8 +78,7 @@ def screen(report: dict) -> str:
         lines.append(f"  {'rule (worst case over undecided)':<36}{'wanted':>7}  "
                      + "".join(f"{s:<28}" for s in report["scorers"]))
         for rules in zip(*(report["rules"][s] for s in report["scorers"])):
-            cells = (f"{interval(r) if 'low' in r else number(r['value']):<22}"
-                     f"{SIGNS[r['holds']]:<6}" for r in rules)
+            cells = (f"{found_of(r):<22}{r['holds']:<6}" for r in rules)
             lines.append(f"  {rules[0]['rule']:<36}{rules[0]['wanted']:>7.4g}  {''.join(cells)}")
         for pair, cells in report["agreement"].items():
             judged = [f"{name} {number(c['value'])}" for name, c in cells.items() if c["judged"]]
@@ -98,65 +95,56 @@ def screen(report: dict) -> str:
     return "\n".join(lines)
 
 
-def table(columns: list[str], rows: list[list]) -> list[str]:
-    """Markdown."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return ["| " + " | ".join(map(str, line)) + " |" for line in lines] + [""]
-
-
 def details(report: dict) -> str:
     """All of it as Markdown: mean, interval, standard error and n of everything."""
-    plan, scorers = report["plan"], report["scorers"]
-    lines = [f"# Gate {report['name']}: {report.get('verdict', 'no verdict')}", ""]
-    lines += [f"- **{warning}**" for warning in report["warnings"]]
-    lines += [f"- {reason}" for reason in report.get("reasons", [])]
-    lines += ["", f"Plan {plan['sha256']}, look {plan['looks']} at these conversations. Intervals "
-              "of 95 %: Wilson's of a rate over what was decided, Bonett and Price's of a paired "
-              f"difference. Rules: exact ones with {TAIL:.0%} in each tail, undecided counted "
-              "against the gap.", "", "## Models", ""]
-    lines += table(["role", "model", "weights"], [
-        [role, m["name"], m["weights"][:16]] for role, m in report["models"].items()])
-    rows = []
-    for name, cell in report["conditions"].items():
-        for s in scorers:
-            for part, r in {"all": cell[s]["rate"], **cell[s]["by_category"]}.items():
-                error = "-" if r.get("stderr") is None else f"{r['stderr']:.3f}"
-                rows.append([name, s, part, interval(r), error, r["n"],
-                             cell[s]["undecided"] if part == "all" else ""])
-    lines += ["## Rates", "", *table(["condition", "scorer", "category", "mean [95 %]", "stderr",
-                                      "n", "undecided"], rows)]
-    lines += ["## Replies", "", *table(["condition", "median tokens", "empty", "cut", "loops"], [
-        [name, c["replies"]["median_tokens"],
-         *(interval(c["replies"][what]) for what in ("empty", "cut", "loops"))]
-        for name, c in report["conditions"].items()])]
-    lines += ["## Paired differences", "", *table(
-        ["pair", "difference", "stderr", "only first", "only second", "McNemar p", "Cohen's h",
-         "n"],
-        [[pair, points(t["difference"]), number(t["difference"]["stderr"]), t["only_first"],
-          t["only_second"], f"{t['p']:.2g}", number(t["h"]), t["n"]]
-         for pair, t in report["paired"].items()])]
-    if "rules" in report:
-        lines += ["## Rules", "", *table(["scorer", "rule", "wanted", "found", "holds", "n for it"],
-                  [[s, r["rule"], f"{r['wanted']:.4g}",
-                    interval(r) if "low" in r else number(r["value"]), r["holds"],
-                    r["needed"] or ""] for s in scorers for r in report["rules"][s]])]
-        lines += ["## Agreement within conditions", "", *table(
-            ["scorers", "condition", "agreement", "kappa [95 %]", "AC1", "n", "holds"],
-            [[pair, name, number(c["agreement"]), interval(c), number(c["ac1"]), c["n"],
-              c["holds"] if c["judged"] else "cannot be judged"]
-             for pair, cells in report["agreement"].items() for name, c in cells.items()])]
-        lines += ["## People", ""]
-        for s, c in report["people"].items():
-            lines += [f"{s}: {'confirmed' if c['ok'] else '; '.join(c['why'])}. kappa {interval(c)}"
-                      f", AC1 {number(c['ac1'])}, sensitivity {interval(c['sensitivity'])}, "
-                      f"specificity {interval(c['specificity'])}; corrected rates: "
-                      + "; ".join(f"{name} {interval(r)}" for name, r in c["corrected"].items()),
-                      ""]
-    lines += ["## Three conversations of each condition", ""]
+    plan, scorers, conditions = report["plan"], report["scorers"], report["conditions"]
+    share = lambda name, what: interval(conditions[name]["replies"][what])
+    rates = [[name, s, part, interval(r), number(r["stderr"]), r["n"],
+              cell[s]["undecided"] if part == "all" else ""]
+             for name, cell in conditions.items() for s in scorers
+             for part, r in {"all": cell[s]["rate"], **cell[s]["by_category"]}.items()]
+    sections = {
+        "Models | role | model | weights": [
+            [role, m["name"], m["weights"][:16]] for role, m in report["models"].items()],
+        "Rates | condition | scorer | category | mean [95 %] | stderr | n | undecided": rates,
+        "Replies | condition | median tokens | empty | cut | loops": [
+            [name, c["replies"]["median_tokens"], *(share(name, what) for what in REMEDY)]
+            for name, c in conditions.items()],
+        "Paired differences | pair | points [95 %] | stderr | only first | only second | "
+        "McNemar p | Cohen's h | n": [
+            [pair, points(t["difference"]), number(t["difference"]["stderr"]), t["only_first"],
+             t["only_second"], f"{t['p']:.2g}", number(t["h"]), t["n"]]
+            for pair, t in report["paired"].items()],
+        "Rules | scorer | rule | wanted | found | holds | n for it": [
+            [s, r["rule"], f"{r['wanted']:.4g}", found_of(r), r["holds"], r["needed"] or ""]
+            for s in scorers for r in report.get("rules", {}).get(s, [])],
+        "Agreement within conditions | scorers | condition | agreement | kappa [95 %] | AC1 | n | "
+        "holds": [
+            [pair, name, number(c["agreement"]), interval(c), number(c["ac1"]), c["n"],
+             c["holds"] if c["judged"] else "cannot be judged"]
+            for pair, cells in report.get("agreement", {}).items() for name, c in cells.items()],
+        "People's labels | scorer | n | kappa [95 %] | AC1 | sensitivity | specificity | "
+        "corrected rates | missing": [
+            [s, c["n"], interval(c), number(c["ac1"]), interval(c["sensitivity"]),
+             interval(c["specificity"]), "; ".join(f"{name} {interval(r)}" for name, r in
+                                                   c["corrected"].items()), "; ".join(c["why"])]
+            for s, c in report["people"].items()]}
+    lines = [f"# Gate {report['name']}: {report.get('verdict', 'no verdict')}", "",
+             *(f"- **{warning}**" for warning in report["warnings"]),
+             *(f"- {reason}" for reason in report.get("reasons", [])), "",
+             f"Plan {plan['sha256']}, look {plan['looks']} at these conversations. Intervals of "
+             "95 %: Wilson's of a rate over what was decided, Bonett and Price's of a paired "
+             f"difference. Rules: exact ones with {TAIL:.0%} in each tail, undecided counted "
+             "against the gap."]
+    for head, rows in sections.items():
+        title, _, columns = head.partition(" | ")
+        lines += ["", f"## {title}", "", f"| {columns} |", "|---" * columns.count(" | ") + "|---|",
+                  *("| " + " | ".join(map(str, row)) + " |" for row in rows)]
+    lines += ["", "## Three conversations of each condition"]
     for name, chats in report["transcripts"].items():
-        lines += [f"### {name}", "", *(f"```\n{chat.replace('```', chr(39) * 3)}\n```\n"
+        lines += ["", f"### {name}", *(f"\n```\n{chat.replace('```', chr(39) * 3)}\n```"
                                        for chat in chats)]
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
 
 
 def main(argv: list[str]) -> None:

@@ -1,10 +1,9 @@
 """The whole of a gate: plan, replies, scores, verdict, each kept as files of one folder.
 
-plan.json stands before the first reply: thresholds, formats, scorers, models, benchmark, n, all
-hashed. Each reply carries the plan's hash and the report the hashes of them all, so a plan that is
-edited afterwards, replies of another plan or a report written by hand are noticed (by us, and by
-`require_gate`). It keeps the honest from fooling themselves; who forges every file forges hashes.
-A run that was broken off goes on behind the last part it wrote.
+plan.json stands before the first reply: thresholds, formats, scorers, models, benchmark, n. Each
+reply carries its hash and the report the hashes of all, so that a plan edited afterwards or a
+report written by hand are noticed, here and by `require_gate`. It keeps the honest from fooling
+themselves; who forges every file forges hashes. Broken off, a run goes on where it stopped.
 """
 import dataclasses
 import functools
@@ -16,37 +15,13 @@ import engine.blas  # noqa: F401  (before mlx)
 from tqdm import tqdm
 
 from checkpoint import load_base, load_checkpoint
-from files.disk import (
-    TEXT,
-    append_text,
-    begin_folder,
-    grow,
-    json_lines,
-    list_of,
-    read_fields,
-    read_json,
-    read_json_lines,
-    whole,
-    write_text,
-)
+from files import disk
 from files.keys import BadInput
 from files.run_folder import PLAN, hash_file, hash_json, hash_model, provenance
-from gate import judge
+from gate import judge, verdict
 from gate.clean import check_base
 from gate.conversations import Conversation, read_benchmark
 from gate.replies import PART, answer, draw, score, summarize_replies, summarize_scores, transcript
-from gate.verdict import (
-    ROLES,
-    UNPLANNED,
-    GateConfig,
-    compare,
-    decide,
-    length_warnings,
-    load_gate,
-    loosened,
-    pairs_needed,
-    role_of,
-)
 from report.stats import corrected_rate
 
 # of a plan, what replies depend on: with other values they are other replies
@@ -55,14 +30,11 @@ ANOTHER = "give another out, such as out=runs/gate_again"
 
 
 # --- the plan, and the models' replies
-def models_of(cfg: GateConfig) -> dict[str, dict]:
-    """The models by role: {role: {name, weights, tokenizer, clean}}.
-
-    raises   BadInput where a base is none or its prompts do not reach it untouched, and where base
-             and instruct model are the same: what differs between formats is no gap of the model's
-    """
+def models_of(cfg: verdict.GateConfig) -> dict[str, dict]:
+    """The models by role: {role: {name, weights, tokenizer, clean}}. BadInput where a base is none,
+    its prompts do not reach it untouched, or two are the same."""
     models = {}
-    for role in ROLES:
+    for role in verdict.ROLES:
         if name := getattr(cfg, role):
             models[role] = {"name": name, **hash_model(name)}
             if role != "instruct":      # without a verdict any model's formats can be compared
@@ -76,15 +48,13 @@ def models_of(cfg: GateConfig) -> dict[str, dict]:
     return models
 
 
-def begin(cfg: GateConfig, models: dict[str, dict], sha: str, asked: list[Conversation],
+def begin(cfg: verdict.GateConfig, models: dict[str, dict], sha: str, asked: list[Conversation],
           shots: list[Conversation]) -> dict:
-    """Write plan.json into a new folder, or compare it with what is there; returns its record.
-
-    raises   BadInput where the folder has another plan, or an earlier folder other replies
-    """
-    plan = {key: value for key, value in dataclasses.asdict(cfg).items() if key not in UNPLANNED}
+    """Write plan.json into a new folder, or compare it with what is there; BadInput if it differs,
+    or if cfg.replies are to other conversations or by other models."""
+    plan = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in verdict.UNPLANNED}
     plan |= {"benchmark": sha, "worked": [c.id for c in shots], "n": len(asked),
-             "n_needed": pairs_needed(cfg) if cfg.instruct else 0,
+             "n_needed": verdict.pairs_needed(cfg) if cfg.instruct else 0,
              "models": {r: [m["weights"], m["tokenizer"]] for r, m in models.items()}}
     if "judge" in cfg.scorers:
         plan["judge_prompt"] = hash_text(judge.load_prompt(cfg.judge_prompt))
@@ -92,18 +62,19 @@ def begin(cfg: GateConfig, models: dict[str, dict], sha: str, asked: list[Conver
             plan["judge_weights"] = hash_model(cfg.judge)["weights"]
     plan = json.loads(json.dumps(plan | {"plans": [], "looks": 1, "changed": []}))  # no tuples
     if cfg.replies:
-        earlier = read_json(Path(cfg.replies) / PLAN, f"replies = {cfg.replies} to be the folder of"
-                            " an earlier gate, with its plan")
+        earlier = disk.read_json(Path(cfg.replies) / PLAN, f"the plan of an earlier gate, since "
+                                 f"replies = {cfg.replies}")
         if other := [key for key in GENERATION if earlier.get(key) != plan[key]]:
             raise BadInput(f"replies = {cfg.replies} are to another {', another '.join(other)}; "
                            "leave replies out, and all is asked anew")
-        before = read_fields(earlier, {"plans": (list_of(TEXT), []), "looks": (whole(1, 99), 1),
-                                       "changed": (list_of(TEXT), [])}, f"{cfg.replies}/{PLAN}")
+        names = disk.list_of(disk.TEXT)
+        before = disk.read_fields(earlier, {"plans": (names, []), "looks": (disk.whole(1, 99), 1),
+                                            "changed": (names, [])}, f"{cfg.replies}/{PLAN}")
         kept = (*GENERATION, "n", "limit", *before)
         plan |= {"plans": [*before["plans"], hash_json(earlier)], "looks": before["looks"] + 1,
                  "changed": before["changed"] + [
                      key for key in plan if key not in kept and earlier.get(key) != plan[key]]}
-    begin_folder(Path(cfg.out), plan, ANOTHER, PLAN)
+    disk.begin_folder(Path(cfg.out), plan, ANOTHER, PLAN)
     if plan["n"] < plan["n_needed"]:
         print(f"note: {plan['n']} conversations can give no GO; a gap as large as wanted needs "
               f"{plan['n_needed']}")
@@ -117,7 +88,7 @@ def load_model(name: str, bits: int | None):
     return load_base(name, bits=bits)
 
 
-def replies_of(cfg: GateConfig, role: str, asked: list[Conversation],
+def replies_of(cfg: verdict.GateConfig, role: str, asked: list[Conversation],
                shots: list[Conversation], plan: dict) -> dict[str, list[dict]]:
     """One role's replies in each of its formats, {ROLE-FORMAT or ROLE-FORMAT-right: rows}."""
     load = functools.cache(load_model)      # not before the first missing reply
@@ -135,9 +106,9 @@ def replies_of(cfg: GateConfig, role: str, asked: list[Conversation],
             name = f"{role}-{form}" + "-right" * (history == "right")
             path = Path(cfg.out) / f"replies_{name}.jsonl"
             if cfg.replies and not path.exists():
-                rows = read_json_lines(Path(cfg.replies) / path.name)[:len(asked)]
-                write_text(path, json_lines(rows[:len(rows) // PART * PART]))
-            rows = grow(path, PART, "id", [c.id for c in asked],
+                rows = disk.read_json_lines(Path(cfg.replies) / path.name)[:len(asked)]
+                disk.write_text(path, disk.json_lines(rows[:len(rows) // PART * PART]))
+            rows = disk.grow(path, PART, "id", [c.id for c in asked],
                         functools.partial(answer_part, form, history),
                         f"other conversations; {ANOTHER}")
             if odd := {row.get("plan") for row in rows} - {plan["sha256"], *plan["plans"]}:
@@ -149,14 +120,12 @@ def replies_of(cfg: GateConfig, role: str, asked: list[Conversation],
 
 
 # --- the judge's part
-def collect_verdicts(cfg: GateConfig, asked: list[Conversation], shots: list[Conversation],
+def collect_verdicts(cfg: verdict.GateConfig, asked: list[Conversation], shots: list[Conversation],
                      replies: dict[str, list[dict]]) -> tuple[dict, dict]:
     """The judge's verdict on each scored turn, {condition: {(id, turn): verdict}}, and its test.
-
     Kept in judge_*.jsonl by a hash of judge, prompt and reply: only what is new is asked, and with
-    rejudge what an endpoint gave no verdict on. BadInput where it cannot tell right from wrong
-    """
-    template, letters = judge.load_prompt(cfg.judge_prompt), cfg.judge_letters
+    rejudge what an endpoint gave no verdict on. BadInput where it cannot tell right from wrong."""
+    template, letters = judge.load_prompt(cfg.judge_prompt), judge.LETTERS
     is_endpoint = cfg.judge.startswith("http")
     settings = ([cfg.judge, cfg.judge_model, cfg.judge_tokens] if is_endpoint
                 else [cfg.judge, hash_model(cfg.judge), cfg.bits])
@@ -172,7 +141,7 @@ def collect_verdicts(cfg: GateConfig, asked: list[Conversation], shots: list[Con
                     named[name][c.id, t] = stamp_of(pair)
                     pairs[stamp_of(pair)] = pair
     path = Path(cfg.out) / f"judge_{hash_text(repr(settings))[:8]}.jsonl"
-    known = {row.get("stamp"): row for row in read_json_lines(path)
+    known = {row.get("stamp"): row for row in disk.read_json_lines(path)
              if not (cfg.rejudge and row.get("verdict") == "invalid")}
     load = functools.cache(load_model)
 
@@ -180,14 +149,14 @@ def collect_verdicts(cfg: GateConfig, asked: list[Conversation], shots: list[Con
         missing = {stamp: pair for stamp, pair in pairs.items() if stamp not in known}
         if not missing:
             return
-        write_text(path, json_lines(known.values()))    # without what a kill has torn
+        disk.write_text(path, disk.json_lines(known.values()))    # without what a kill has torn
         prompts = list(missing.values())
         found = (judge.judge_by_endpoint(cfg.judge, cfg.judge_model, prompts, letters,
                                          cfg.judge_tokens, requests) if is_endpoint
                  else judge.judge_locally(*load(cfg.judge, cfg.bits), prompts, letters))
         for stamp, said in zip(missing, tqdm(found, what, len(prompts), disable=None)):
             known[stamp] = {"stamp": stamp, "judge": cfg.judge, **said}
-            append_text(path, json_lines([known[stamp]]))   # at once: it may have cost money
+            disk.append_text(path, disk.json_lines([known[stamp]]))     # at once: it may cost money
 
     said = lambda stamp: judge.verdict_of(known[stamp], cfg.judge_unsure)
     probes = judge.probes_of([*shots, *asked], template, letters)
@@ -202,7 +171,7 @@ def hash_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def people_of(cfg: GateConfig, chats: dict, outcomes: dict, chosen: dict) -> dict[str, dict]:
+def people_of(cfg: verdict.GateConfig, chats: dict, outcomes: dict, chosen: dict) -> dict:
     """Each scorer against people's labels, with the rates that correct for its mistakes."""
     labels = judge.read_labels(cfg.labels, chats) if cfg.labels else {}
     found = {}
@@ -223,10 +192,10 @@ def people_of(cfg: GateConfig, chats: dict, outcomes: dict, chosen: dict) -> dic
     return found
 
 
-# --- the whole of it
+# --- the disk.whole of it
 def run_gate(path: str | Path, overrides: list[str] = ()) -> dict:
     """Replies, scores, verdict: writes gate.json and its neighbours, returns its content."""
-    cfg = load_gate(path, overrides)
+    cfg = verdict.load_gate(path, overrides)
     conversations, sha = read_benchmark(cfg.benchmark)
     asked, shots = draw(conversations, cfg.limit, cfg.shots)
     if not asked:
@@ -255,8 +224,8 @@ def run_gate(path: str | Path, overrides: list[str] = ()) -> dict:
         remarks = [f"{', '.join(plan['changed'])} was changed when replies were there already, and "
                    "a plan stands before them: make another benchmark with `python -m "
                    "gate.conversations make`"] if plan["changed"] else []
-        weigh = functools.partial(decide, cfg, outcomes, categories, health, looks=plan["looks"],
-                                  remarks=remarks)
+        weigh = functools.partial(verdict.decide, cfg, outcomes, categories, health,
+                                  looks=plan["looks"], remarks=remarks)
         found = weigh()
     report["people"] = people_of(cfg, chats, outcomes, found.get("chosen", {}))
     if found:
@@ -270,7 +239,7 @@ def run_gate(path: str | Path, overrides: list[str] = ()) -> dict:
                                                                         replies),
         "conditions": {name: {"replies": health[name], **{
             s: summarize_scores(scores[s][name]) for s in scorers}} for name in replies},
-        "paired": {f"{a} against {b}": compare(outcomes[scorers[0]][a], outcomes[scorers[0]][b])
+        "paired": {f"{a} against {b}": verdict.compare(*(outcomes[scorers[0]][x] for x in (a, b)))
                    for a, b in pairs_of(list(replies), chosen)}}
     folder = Path(cfg.out)
     judge.write_spotcheck(
@@ -284,7 +253,7 @@ def run_gate(path: str | Path, overrides: list[str] = ()) -> dict:
                        if file.name.startswith(("replies_", "outcomes"))}
     report = json.loads(json.dumps(report))
     report["sha256"] = hash_json(report)
-    write_text(folder / "gate.json", json.dumps(report, indent=1) + "\n")
+    disk.write_text(folder / "gate.json", json.dumps(report, indent=1) + "\n")
     return report
 
 
@@ -292,15 +261,15 @@ def pairs_of(names: list[str], chosen: dict[str, str]) -> list[tuple[str, str]]:
     """The gap, and what a format or a history alone does to each model."""
     pairs = [(chosen["base"], chosen[role]) for role in ("instruct", "alternative")
              if role in chosen]
-    for role in ROLES:
-        same = [name for name in names if role_of(name) == role]
+    for role in verdict.ROLES:
+        same = [name for name in names if verdict.role_of(name) == role]
         pairs += [(same[0], other) for other in same[1:]]
     return pairs
 
 
-def warnings_of(cfg: GateConfig, models: dict, outcomes: dict, replies: dict) -> list[str]:
+def warnings_of(cfg: verdict.GateConfig, models: dict, outcomes: dict, replies: dict) -> list[str]:
     """What a reader has to know before the figures."""
-    found = loosened(cfg)
+    found = verdict.loosened(cfg)
     if "judge" in cfg.scorers:
         mine = hash_model(cfg.judge)["weights"] if not cfg.judge.startswith("http") else ""
         same = [role for role, model in models.items() if model["weights"] == mine
@@ -311,7 +280,7 @@ def warnings_of(cfg: GateConfig, models: dict, outcomes: dict, replies: dict) ->
         if model.get("clean", {}).get("has_chat_template") and "chat" not in getattr(
                 cfg, f"{role}_templates"):
             found.append(f"{model['name']} has a chat template: {role}_templates should try chat")
-    return found + length_warnings(outcomes, replies)
+    return found + verdict.length_warnings(outcomes, replies)
 
 
 def write_outcomes(folder: Path, conversations: list[Conversation], replies: dict,
@@ -328,5 +297,5 @@ def write_outcomes(folder: Path, conversations: list[Conversation], replies: dic
                 apart.append({"condition": name, "id": c.id, "passed": said,
                               "why": {s: scores[s][name][k]["why"] for s in scores},
                               "chat": transcript(c, rows[k])})
-    write_text(folder / "outcomes.jsonl", json_lines(outcomes))
-    write_text(folder / "disagreements.jsonl", json_lines(apart))
+    disk.write_text(folder / "outcomes.jsonl", disk.json_lines(outcomes))
+    disk.write_text(folder / "disagreements.jsonl", disk.json_lines(apart))

@@ -1,29 +1,20 @@
 """A language model as judge of replies: a verdict with its margin, and when to believe it.
 
 The judge reads the chat, what the reply had to use, and the reply, and answers with one of two
-letters. A local model is asked in its own chat template for the letters' log-probabilities (no text
-is parsed), an OpenAI-compatible endpoint for text (URL and OPENAI_API_KEY). Either is asked twice
-with the letters' meanings exchanged, which cancels a preference for one letter. What is no verdict
-is never counted as one: small margins and contradictions are `unsure`, unreadable answers
-`invalid`, both undecided and listed for a person.
+letters. A local model is asked in its own chat template for the letters' log-probabilities, an
+OpenAI-compatible endpoint for text. Either is asked twice with the letters' meanings exchanged,
+which cancels a preference for one. Small margins and contradictions are `unsure`, unreadable
+answers `invalid`: both undecided. First it has to tell ten right replies from ten wrong ones.
 
-Before hundreds of calls a judge has to tell ten right replies from ten wrong ones of the benchmark
-itself. A scorer, judge or checks, is confirmed by people: at least 100 labels with 20 of each
-verdict, kappa of at least 0.7 and surely above 0.55, AC1 within each condition. Pooled over models
-of which some all fail and some all pass, kappa is high by itself, so each stands beside it.
+A scorer, judge or checks, is confirmed by people: at least 100 labels with 20 of each verdict,
+kappa of at least 0.7 and surely above 0.55, AC1 and kappa within each condition. Pooled over models
+of which some all fail and some all pass, kappa is high by itself.
 """
 import hashlib
-import http.client
-import json
-import os
 import random
 import re
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -32,20 +23,8 @@ import mlx.core as mx
 import numpy as np
 
 from engine.decode import pad_prompts
-from files.deadline import deadline
-from files.disk import (
-    REQUIRED,
-    TEXT,
-    check_target,
-    json_lines,
-    one_line,
-    one_of,
-    parse_json,
-    read_fields,
-    read_rows,
-    read_text,
-    write_text,
-)
+from files import disk
+from files.endpoint import request_text
 from files.keys import BadInput
 from gate.checks import check_turn
 from gate.conversations import Conversation
@@ -55,7 +34,8 @@ from report.stats import cohens_kappa, wilson
 from text.rows import check_context
 from text.tokenizer import Tokenizer
 
-PROMPTS = Path(__file__).parent / "benchmark"      # what a judge reads: judge.txt
+PROMPT = Path(__file__).parent / "benchmark" / "judge.txt"
+LETTERS = ("A", "B")
 FIELDS = ("need", "answer", "chat", "reply", "right", "wrong", "first", "second")
 LEAST_LABELS, LEAST_EACH, LEAST_KAPPA, LEAST_LOW, LEAST_AC1 = 100, 20, 0.7, 0.55, 0.7
 DRAWN = 120         # conversations to label, at least
@@ -63,13 +43,11 @@ FEW = 5             # items of a class, below which agreement within a condition
 PROBES, TOLD = 10, 8    # pairs of a right and a wrong reply, and how many a judge has to tell
 MIN_MASS = 0.5      # of both letters together; with less it answers something else
 ROWS = 32           # prompts of a forward pass
-WAITS = (0, 1, 2)   # seconds before each attempt of a request; a server may ask for more
-REQUEST_S, LARGEST_ANSWER = 60, 2 ** 20     # of one attempt; bytes
 
 
 def load_prompt(path: str | Path) -> str:
     """The judge's prompt, a text file with {reply}, {right} and {wrong} at least; "": judge.txt."""
-    text = read_text(path or PROMPTS / "judge.txt", "a text file for judge_prompt").rstrip("\n")
+    text = disk.read_text(path or PROMPT, "a text file for judge_prompt").rstrip("\n")
     named = set(re.findall(r"{(\w*)}", text))
     if named - set(FIELDS) or not {"reply", "right", "wrong"} <= named:
         raise BadInput(f"judge_prompt = {path} names {', '.join(sorted(named)) or 'nothing'}; "
@@ -196,75 +174,6 @@ def parse_letter(text: str, letters: tuple[str, str]) -> str | None:
     return given[0] if len(set(given)) == 1 else None
 
 
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """The key is for the host that the user named: where that points elsewhere, nobody goes."""
-    def redirect_request(self, *_):
-        return None     # the answer is then an error, by its code
-
-
-OPENER = urllib.request.build_opener(NoRedirect)
-
-
-def request_text(url: str, name: str, prompt: str, tokens: int = 16) -> str:
-    """One chat completion at temperature 0; the key goes in a header to that host, nowhere else."""
-    address = url.rstrip("/") + "/chat/completions"
-    body = {"model": name, "temperature": 0, "max_tokens": tokens,
-            "messages": [{"role": "user", "content": prompt}]}
-    headers = {"Content-Type": "application/json"}
-    if key := os.environ.get("OPENAI_API_KEY"):
-        headers["Authorization"] = f"Bearer {key}"
-    asked_to_wait = 0
-    for seconds in WAITS:
-        time.sleep(max(seconds, asked_to_wait))
-        try:
-            request = urllib.request.Request(address, json.dumps(body).encode(), headers)
-            # the timeout is for one byte, the deadline for the whole answer
-            with deadline(REQUEST_S), OPENER.open(request, timeout=REQUEST_S) as response:
-                data = read_in_time(response)
-            if len(data) <= LARGEST_ANSWER:
-                return read_answer(data)
-            why = f"its answer has more than {LARGEST_ANSWER} bytes"
-            break
-        except urllib.error.HTTPError as error:
-            with error, suppress(OSError, http.client.HTTPException), deadline(REQUEST_S):
-                said = one_line(error.read(1000).decode(errors="replace"))
-            why = f"HTTP {error.code} {error.reason}" + f": {said}" * bool(said)
-            wait = error.headers.get("Retry-After", "0")
-            asked_to_wait = int(wait) if wait.isdecimal() else 0
-            if asked_to_wait > REQUEST_S:
-                why += f"; it asks for {asked_to_wait} s of patience"
-                break
-            if error.code not in (408, 429) and error.code < 500:
-                break       # wrong address, key or model: asking again will not help
-        except (http.client.InvalidURL, ValueError):    # whose text would show the key
-            why = "the address or OPENAI_API_KEY holds what cannot be sent"
-            break
-        except (OSError, http.client.HTTPException) as error:
-            why = one_line(getattr(error, "reason", error)) or type(error).__name__
-    raise BadInput(f"the judge at {address} (model {name or 'not named'}) does not answer ({why}); "
-                   "check judge, judge_model and OPENAI_API_KEY. Replies and verdicts so far are "
-                   "kept: the same command goes on from there")
-
-
-def read_in_time(response: http.client.HTTPResponse) -> bytes:
-    """An answer's bytes, one more than allowed at most. In a thread there is no other deadline."""
-    data, end = b"", time.monotonic() + REQUEST_S
-    while len(data) <= LARGEST_ANSWER and (more := response.read1(2 ** 16)):
-        data += more
-        if time.monotonic() > end:
-            raise TimeoutError(f"it took more than {REQUEST_S} s")
-    return data
-
-
-def read_answer(data: bytes) -> str:
-    """The text of a completion; "" for an answer of another form: asked again, then invalid."""
-    try:
-        text = parse_json(data.decode())["choices"][0]["message"]["content"]
-    except (KeyError, IndexError, TypeError, ValueError):
-        return ""
-    return text if isinstance(text, str) else ""
-
-
 # --- can it tell right from wrong at all?
 def probes_of(conversations: list[Conversation], template: str,
               letters: tuple[str, str]) -> list[tuple[tuple[str, str], bool]]:
@@ -300,7 +209,7 @@ def check_judge(name: str, verdicts: list[str], probes: list) -> dict:
 
 
 # --- people's labels
-LABEL = {"key": (TEXT, REQUIRED), "human": (one_of("pass", "fail"), None)}
+LABEL = {"key": (disk.TEXT, disk.REQUIRED), "human": (disk.one_of("pass", "fail"), None)}
 
 
 def key_of(condition: str, name: str, chat: str) -> str:
@@ -316,13 +225,13 @@ def read_labels(path: str, chats: dict[tuple[str, str], str]) -> dict[tuple[str,
     keys, labels = {key_of(*pair, chat): pair for pair, chat in chats.items()}, {}
 
     def read(row: dict) -> None:
-        values = read_fields(row, LABEL, "a label")
+        values = disk.read_fields(row, LABEL, "a label")
         key = values["key"]
         if key not in keys or keys[key] in labels:
             raise ValueError(f"{key} is {'there twice' if key in keys else 'of another reply'}")
         labels[keys[key]] = values["human"]
 
-    read_rows(path, read, "labels: the gate's own spotcheck.jsonl, in which people have put "
+    disk.read_rows(path, read, "labels: the gate's own spotcheck.jsonl, in which people have put "
               '"human": "pass" or "fail"')
     return {key: human == "pass" for key, human in labels.items() if human}
 
@@ -375,7 +284,7 @@ def write_spotcheck(path: Path, chats: dict[tuple[str, str], str], needs: dict[s
         rows += [{"key": key_of(condition, name, chats[condition, name]), "needs": needs[name],
                   "chat": chats[condition, name], "human": None} for name in names[:most]]
     rng.shuffle(rows)
-    check_target(path)
+    disk.check_target(path)
     lines = path.read_bytes().split(b"\n") if path.exists() else []
     if all(line.endswith(b'"human": null}') for line in lines if line):
-        write_text(path, json_lines(rows))
+        disk.write_text(path, disk.json_lines(rows))

@@ -8,11 +8,10 @@ base that knows no chat a fair chance:
     raw+cue       raw, and the cue behind which the assistant speaks
     plain+shots   worked conversations first, taken out of the benchmark (lines, cued: the same)
 
-`own` history holds the model's own earlier replies, `right` the benchmark's answers: a base that
-fails with the one and not with the other was led astray by itself. A reply that is empty, cut off
-or a loop fails for a reason that is not what the benchmark asks about, so these are counted.
-Length is never part of a score: the prior work's was "between 5 and 500 characters" (here `length`,
-kept to show its failure).
+`own` history holds the model's earlier replies, `right` the benchmark's answers: a base that fails
+with the one alone was led astray by itself. Empty, cut or looping replies fail for another reason
+than what is asked about, so they are counted. Length is never part of a score: the prior work's
+was "between 5 and 500 characters" (here `length`, kept to show its failure).
 """
 import math
 import random
@@ -36,11 +35,8 @@ PART = 16       # conversations answered at once and written together
 
 def draw(conversations: list[Conversation], limit: int | None, shots: int = 2,
          seed: int = 0) -> tuple[list[Conversation], list[Conversation]]:
-    """What is asked, and the worked conversations, which never are.
-
-    Categories are spread evenly by a seeded order, of which a limit takes the beginning: a larger
-    one adds to a smaller one's, and each holds every category in its share.
-    """
+    """What is asked, and the worked conversations, which never are: in a seeded order that spreads
+    categories evenly. A limit takes the beginning, so a larger one adds to a smaller one's."""
     places, rng = [], random.Random(seed)
     by_category = defaultdict(list)
     for c in conversations:

@@ -7,10 +7,10 @@
     pairs judged   the same critic, of task and answer as they are stored              pairs.jsonl
     train, valid, test.jsonl in data.py's format; qc.json, manifest.json
 
-A base model does all of it (Self-Instruct, 2212.10560). Each step is a file that grows by parts, so
-the same command continues a run that was broken off. Rejected rows stay in their file, with the
-reason. The critic's margin is the mean over both orders of the labels, less the margin of an empty
-task: a preference for the letter A cancels.
+One model does all of it (Self-Instruct, 2212.10560). Each step is a file that grows by parts: the
+same command continues a run that was broken off. Rejected rows stay in their file, with the reason.
+The critic first judges the seeds, whose right answers are known: where it cannot tell them from
+exchanged ones it is refused, and how sure of its letters it is there is what it has to be later.
 
     python -m gate.self_instruct OUT model=Qwen/Qwen2.5-32B bits=4 n=8000 heldout=FILE.jsonl
 """
@@ -40,6 +40,7 @@ from gate.evaluate import load_model
 from gate.judge import MIN_MASS, letter_margins
 from generate import sample
 from model import Llama
+from report.stats import auc_within
 from text.arithmetic import stable_hash
 from text.tokenizer import Tokenizer
 
@@ -51,6 +52,7 @@ END = "[END]"   # what the worked examples end with
 NEAR = 0.7      # Jaccard similarity of word 5-grams from which two texts are one
 SHOWN, ASKED = 8, 10    # tasks that a list begins with, and that it may go on for
 SHOTS = 3       # worked examples before a response
+TELLS = 0.75    # how often a right pair has to have the larger margin
 LIST_TOKENS, RESPONSE_TOKENS = 200, 256
 LIST_TEMPERATURE, RESPONSE_TEMPERATURE, TOP_P = 0.7, 0.4, 0.9
 EXPECTED = "a benchmark's or data rows, one JSON object a line"
@@ -83,6 +85,7 @@ class Run:
     tokenizer: Tokenizer
     seeds: list[tuple[str, str]]
     heldout: "Similar"
+    least_mass: float = MIN_MASS    # of both labels; with less the critic abstains
 
 
 # --- texts: the same, nearly the same, held out
@@ -140,8 +143,8 @@ def first_of(reasons: dict[str, object]) -> str:
 
 def write(run: Run, prompts: list[str], tokens: int, temperature: float, stops: tuple[str, ...],
           place: str) -> list[dict]:
-    """What the model writes behind raw prompts, as rows: {prompt, text, tokens, stop_reason}. The
-    place, a step and its first row's number, fixes the random numbers with the seed."""
+    """What the model writes behind raw prompts: {prompt, text, tokens, stop_reason}. The place, a
+    step and its first row's number, fixes the random numbers with the seed."""
     key = mx.random.key(stable_hash(f"{run.settings.seed} {place}"))
     done = sample(run.model, run.tokenizer, [run.tokenizer.encode_prompt(p) for p in prompts],
                   tokens, temperature=temperature, top_p=TOP_P, key=key,
@@ -153,8 +156,8 @@ def write(run: Run, prompts: list[str], tokens: int, temperature: float, stops: 
 
 # --- instructions
 def list_prompt(run: Run, number: int, kept: list[str]) -> str:
-    """A numbered list to go on with: seeds, two of the tasks found so far, and the next number
-    without a space behind it, which belongs to the next word's token."""
+    """A numbered list to go on with: seeds, two tasks found so far, and the next number without a
+    space behind it, which belongs to the next word's token."""
     rng = random.Random(f"{run.settings.seed} list {number}")
     found = rng.sample(kept, min(2, len(kept)))
     tasks = rng.sample([task for task, _ in run.seeds], SHOWN - len(found)) + found
@@ -261,7 +264,7 @@ def criticise(run: Run, kind: str, rows: list[dict]) -> list[dict]:
 
     margin   log p(good) - log p(bad) in nats, mean over both orders of the labels, less the same of
              an item that says nothing. With orders o: 1/2 sum_o (l_good - l_bad)_o
-    mass     of both labels together, the smaller of both orders; below MIN_MASS it abstains
+    mass     of both labels together, the smaller of both orders; below run.least_mass it abstains
     verdict  accept (margin >= threshold) | reject | abstain
     """
     texts, labels, asked = TEXTS[kind], run.settings.labels, []
@@ -271,23 +274,49 @@ def criticise(run: Run, kind: str, rows: list[dict]) -> list[dict]:
             head=texts["head"], first=labels[0], second=labels[1], item=item,
             first_means=texts[first], second_means=texts[second])
             for first, second in (("good", "bad"), ("bad", "good"))])
-    margins, masses = letter_margins(run.model, run.tokenizer, asked, labels)
+    template = "chat" if run.tokenizer.chat_template else "none"
+    margins, masses = letter_margins(run.model, run.tokenizer, asked, labels, template)
     views = []
     for row, margin, mass in zip(rows, (margins - margins[-1]).tolist(), masses.tolist()):
-        verdict = ("abstain" if mass < MIN_MASS
+        verdict = ("abstain" if mass < run.least_mass
                    else "accept" if margin >= run.settings.threshold else "reject")
         views.append(row | {"margin": round(margin, 4), "mass": round(mass, 4),
                             "verdict": verdict})
     return views
 
 
+def calibrate_critic(run: Run) -> dict:
+    """The critic on pairs with known verdicts, the seeds' own and exchanged ones: {auc, least_mass}.
+
+    least_mass   what nine in ten of them have, MIN_MASS at most: a small model's letters may share
+                 their mass with other words and still say which is which
+    raises       BadInput where the margins of right pairs are hardly above those of wrong ones
+    """
+    others = [*run.seeds[1:], run.seeds[0]]
+    known = [{"task": task, "response": text} for task, text in run.seeds] + [
+        {"task": task, "response": text} for (task, _), (_, text) in zip(run.seeds, others)]
+    rows = criticise(run, "pairs", known)
+    right = [k < len(run.seeds) for k in range(len(rows))]
+    found = auc_within([row["margin"] for row in rows], right, [""] * len(rows))
+    masses = sorted(row["mass"] for row in rows)
+    if found < TELLS:
+        raise BadInput(f"{run.settings.model} cannot judge its own answers: right pairs are above "
+                       f"wrong ones in {found:.0%} of the seeds' (expected {TELLS:.0%}; a coin has "
+                       "50); give a larger model, an instruct model or other labels")
+    return {"auc": round(found, 4), "least_mass": min(MIN_MASS, masses[len(masses) // 10])}
+
+
 # --- what comes out
-def split_pairs(pairs: list[dict]) -> dict[str, list[dict]]:
+def split_pairs(pairs: list[dict], steps: dict[str, list[dict]]) -> dict[str, list[dict]]:
     """A twentieth each for valid and test, at least one row, by a hash of the task."""
     if len(pairs) < 3:
-        raise BadInput(f"{len(pairs)} pairs were accepted, too few for train, valid and test; "
-                       "look at the reasons and margins in the folder, then give a larger n or a "
-                       "lower threshold and a new folder")
+        said = "; ".join(f"of {len(rows)} {name} the critic " + ", ".join(
+            f"{dict(accept='accepted', reject='rejected', abstain='abstained on')[word]} {count}"
+            for word, count in Counter(row["verdict"] for row in rows).items())
+            for name, rows in steps.items() if rows)
+        raise BadInput(f"{len(pairs)} pairs were accepted, too few for train, valid and test "
+                       f"({said}). What it abstained on a larger n does not mend: give another "
+                       "model; what it rejected, a larger n, or a lower threshold and a new folder")
     rows = sorted(pairs, key=lambda row: (stable_hash(row["task"]), row["task"]))
     rows = [{"prompt": row["task"], "response": row["response"]} for row in rows]
     k = max(1, len(rows) // 20)
@@ -328,7 +357,8 @@ def make_data(run: Run, record: dict) -> dict:
     write_text(run.folder / "qc.json", json.dumps(found, indent=2) + "\n")
     for name, counts in found.items():
         print(f"{name:<14}{counts}")
-    for split, rows in split_pairs([r for r in pairs if r["verdict"] == "accept"]).items():
+    accepted = [row for row in pairs if row["verdict"] == "accept"]
+    for split, rows in split_pairs(accepted, {"tasks": tasks, "pairs": pairs}).items():
         write_text(run.folder / f"{split}.jsonl", json_lines(rows))
     outputs = {path.name: hash_file(path) for path in sorted(run.folder.glob("*.json*"))
                if path.name != "manifest.json"}
@@ -361,15 +391,17 @@ def main(argv: list[str]) -> None:
     if settings.heldout:
         inputs["heldout"] = hash_file(settings.heldout)
     # all that can be wrong before the folder is made: it keeps its settings
-    clean = check_base(settings.model)
+    clean = check_base(settings.model, is_base=False)   # an instruct model may write as well
     model, tokenizer = load_model(settings.model, settings.bits)
     for label in settings.labels:
         tokenizer.word_ids([label])
     hashes = {f"SHA-256 of {what}": value for what, value in inputs.items()}
-    begin_folder(folder, asdict(settings) | hashes, "name a new folder")
     run = Run(folder, settings, model, tokenizer, seeds, Similar(itertools.chain(*heldout)))
+    critic = calibrate_critic(run)
+    run.least_mass = critic["least_mass"]
+    begin_folder(folder, asdict(settings) | hashes, "name a new folder")
     make_data(run, {"settings": asdict(settings), "inputs": inputs, "clean": clean,
-                    "versions": provenance()})
+                    "critic": critic, "versions": provenance()})
     print(f"\nwrote {folder}: train on it with data={folder} template=cued")
 
 

@@ -1,12 +1,10 @@
 """What has to hold for a GO, and whether it does: GO, NO-GO or AMBIGUOUS.
 
-Thresholds stand in the gate's file before the run. A rule on a rate holds if its interval lies on
-the right side, is refuted if it lies on the wrong one, and is open in between: 91 of 300 neither
-shows nor refutes "at most 30 %". The intervals are exact, with 2 % in each tail, and whatever is
-undecided counts against the rule. So a base whose true rate is beyond its threshold gets a GO with
-a chance of 2 % at most, however many are asked, if the scorers are right; errors that are the same
-for all replies draw both rates towards one half, away from a GO. Whether scorers can be
-trusted is asked apart: two kinds of scorer have to agree within each condition, and a person signs.
+A rule on a rate holds if its interval lies on the right side of the threshold, is refuted if it
+lies on the wrong one, and is open in between: 91 of 300 neither shows nor refutes "at most 30 %".
+Intervals are exact, with 2 % in each tail, and what is undecided counts against the gap. So with
+scorers that are right, a rate beyond its threshold gets a GO with a chance of 2 % at most. Whether
+they are is asked apart: two kinds of scorer have to agree within each condition, and people sign.
 
 All are pure functions of outcomes {scorer: {condition: {id: outcome}}}: True, False or None.
 """
@@ -58,7 +56,6 @@ class GateConfig:
     judge: str = ""                 # model folder, run, Hub name; or http(s)://HOST/v1
     judge_model: str = ""           # what an endpoint calls it
     judge_prompt: str = ""          # text file; empty: the built-in one
-    judge_letters: tuple[str, ...] = ("A", "B")     # a verdict's two tokens
     judge_unsure: float = 1.0       # a margin of fewer nats is undecided. Local judges only
     judge_tokens: int = 2048        # room of an endpoint's answer, its reasoning included
     judge_requests: int = 8         # to an endpoint at once
@@ -101,8 +98,6 @@ def load_gate(path: str | Path, overrides: list[str]) -> GateConfig:
         mistakes.append("scorer judge needs judge: a model, or the URL of an endpoint")
     if cfg.judge.startswith("http") and not cfg.judge_model:
         mistakes.append("judge is an endpoint: give judge_model, its name for the model")
-    if len(cfg.judge_letters) != 2 or len(set(cfg.judge_letters)) != 2:
-        mistakes.append(f"judge_letters = {', '.join(cfg.judge_letters)}: expected two, as A,B")
     if not cfg.base:
         mistakes.append("base is empty: expected the model that training would start from")
     if cfg.instruct and cfg.base_at_most >= cfg.instruct_at_least:
@@ -122,13 +117,11 @@ def pairs_needed(cfg: GateConfig) -> int:
 # --- statistics of one scorer
 def paired(first: dict[str, bool | None], second: dict[str, bool | None],
            undecided: tuple[bool, bool] | None = None) -> tuple[list, list, list]:
-    """The ids that both conditions decided, and their outcomes; all ids where `undecided` says
-    what stands for None on each side. BadInput if unpaired."""
+    """The ids that both decided, and their outcomes; all, where `undecided` stands for None."""
     if first.keys() != second.keys():
         odd = sorted(first.keys() ^ second.keys())
         raise BadInput(f"a paired test needs the same conversations on both sides: {len(odd)} are "
-                       f"on one side only, such as {', '.join(odd[:3])}; evaluate both on one "
-                       "benchmark")
+                       f"on one side only, such as {', '.join(odd[:3])}")
     if undecided:
         first, second = ({i: stands if v is None else v for i, v in side.items()}
                          for side, stands in zip((first, second), undecided))
@@ -161,9 +154,7 @@ def best_of(by_condition: dict[str, dict]) -> dict[str, str]:
 
 def share_rule(rule: str, outcomes: dict, wanted: float, at_most: bool, tail: float) -> dict:
     """A rate against its threshold: holds "yes", "no" or "open", with the n that would settle it.
-
-    What is undecided counts against the rule, and against its refutation
-    """
+    What is undecided counts against the rule, and against its refutation."""
     against, for_it = (worst(outcomes.values(), side, tail) for side in (at_most, not at_most))
     clear = lambda found: found["high"] <= wanted if at_most else found["low"] >= wanted
     beyond = for_it["low"] > wanted if at_most else for_it["high"] < wanted
@@ -215,10 +206,9 @@ def rules_of(cfg: GateConfig, outcomes: dict[str, dict], chosen: dict[str, str],
 def agreement_of(cfg: GateConfig, first: dict[str, dict], second: dict[str, dict]) -> dict:
     """Two scorers on the same replies, within each condition: {condition: {..., judged, holds}}.
 
-    It holds where they agree often and kappa is surely above 0. Pooled, kappa is high for any two
-    that tell the models apart; two that do only that have a kappa about 0 within a condition, two
-    that pass different replies one below. It says something only where each class is given at all:
-    `judged` is False where both together put fewer than FEW items in one
+    It holds where they agree often and kappa is surely above 0: two that only tell the models apart
+    have one about 0 within a condition, two that pass different replies one below. `judged` is
+    False where fewer than FEW items are in a class by either
     """
     cells = {}
     for name in first:
@@ -241,11 +231,8 @@ def decide(cfg: GateConfig, outcomes: dict[str, dict[str, dict]], categories: di
     """The verdict with its reasons, rules and agreements.
 
     chosen       {scorer: {role: condition}}: a role counts by its best, by each scorer's own view
-    health       {condition: {empty, cut, loops}} of replies
-    calibration  {scorer: {"ok": ..., "why": [...]}} against people's labels
-    looks        how often these conversations have been looked at, this time included
-    remarks      what else keeps it from a GO
-    verdict      "GO, not signed off" where people have not confirmed the scorers
+    health       {condition: {empty, cut, loops}};  calibration  {scorer: {"ok": ...}} by people
+    looks        how often these conversations have been looked at; remarks: other reasons
     """
     health, calibration = health or {}, calibration or {}
     scored = [s for s in cfg.scorers if s in outcomes]
@@ -255,8 +242,8 @@ def decide(cfg: GateConfig, outcomes: dict[str, dict[str, dict]], categories: di
     confirmed = [s for s in scored if calibration.get(s, {}).get("ok")]
     kinds = {SCORERS[s] for s in scored} | ({"people"} if confirmed else set())
     if len(kinds) < 2:
-        reasons.append(f"{' and '.join(scored)} are scorers of one kind, which cannot confirm each "
-                       "other: add scorer judge, or labels of spotcheck.jsonl")
+        reasons.append(f"{' and '.join(scored)}: scorers of one kind cannot confirm each other; "
+                       "add scorer judge, or labels of spotcheck.jsonl")
     agreements = {}
     for k, a in enumerate(scored):
         for b in scored[k + 1:]:
@@ -292,8 +279,12 @@ def describe(scorer: str, rule: dict) -> str:
     """A rule that does not hold, in words, and how many conversations might settle it."""
     text = f"{scorer}: {rule['rule']} {rule['wanted']:g} "
     text += "is refuted" if rule["holds"] == "no" else "is not shown"
-    text += f" ({interval(rule) if 'low' in rule else number(rule['value'])})"
-    return text + (f"; needs about {rule['needed']} conversations" if rule["needed"] else "")
+    needs = f"; needs about {rule['needed']} conversations" if rule["needed"] else ""
+    return f"{text} ({found_of(rule)}){needs}"
+
+
+def found_of(rule: dict) -> str:
+    return interval(rule) if "low" in rule else number(rule["value"])
 
 
 def number(value: float | None) -> str:

@@ -298,7 +298,7 @@ def parts(tmp_path_factory):
     (folder / "sums.yaml").write_text(
         f"base: {base}\ninstruct: {TINY}\nbenchmark: {folder}/sums.jsonl\n"
         "base_templates: [raw, plain]\ninstruct_templates: [raw]\nscorers: [checks, judge]\n"
-        f"judge: {TINY}_cot\njudge_letters: ['1', '0']\nmax_reply_tokens: 6\n")
+        f"judge: {TINY}_cot\nmax_reply_tokens: 6\n")
     return folder
 
 
@@ -529,7 +529,7 @@ def test_a_line_separator_in_a_reply_is_text(parts, scripted, tmp_path, monkeypa
     (["scorers=checks,judge", "judge="], "scorer judge needs judge"),
     (["base_templates=chatty"], "chatty"), (["judge=http://x/v1"], "judge_model"),
     (["p_below=2"], "from 0 to 1"), (["bases=x"], "did you mean base"),
-    (["limit=0"], "at least 1"), (["bits=7"], "bits = 7"), (["judge_letters=A"], "expected two"),
+    (["limit=0"], "at least 1"), (["bits=7"], "bits = 7"),
     (["base_at_most=.8"], "expected a gap between them"),
 ])
 def test_wrong_gate_files(parts, words, expected):
@@ -555,7 +555,7 @@ def test_bad_input(parts, scripted, tmp_path, monkeypatch):
     with pytest.raises(BadInput, match="no model folder .*none"):
         run_gate(here, [f"instruct={TINY}-none", f"out={tmp_path}/c"])
     assert not (tmp_path / "c").exists()
-    monkeypatch.setattr("gate.judge.time.sleep", lambda _: None)
+    monkeypatch.setattr("files.endpoint.time.sleep", lambda _: None)
     with pytest.raises(BadInput, match="does not answer .*kept"):
         run_gate(here, [f"out={tmp_path}/b", "judge=http://127.0.0.1:9/v1", "judge_model=m"])
     assert (tmp_path / "b" / "replies_base-raw.jsonl").exists()

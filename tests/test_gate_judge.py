@@ -169,7 +169,7 @@ def verdicts(script, pairs=1, monkeypatch=None):
 def test_endpoint_verdicts(monkeypatch):
     """right is A in the first prompt and B in the second; what is not a letter is asked again."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
-    monkeypatch.setattr(judging.time, "sleep", lambda _: None)
+    monkeypatch.setattr("files.endpoint.time.sleep", lambda _: None)
     found, seen = verdicts(["A", "B"])
     assert found[0]["verdict"] == "pass" and len(seen) == 2
     path, headers, body = seen[0]
@@ -247,7 +247,7 @@ def test_no_verdict_is_asked_again_only_if_wanted(tmp_path):
 def test_endpoint_that_does_not_answer(monkeypatch):
     """Verdicts so far are kept, the key is in no message."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
-    monkeypatch.setattr(judging.time, "sleep", lambda _: None)
+    monkeypatch.setattr("files.endpoint.time.sleep", lambda _: None)
     with endpoint([(200, "A"), (200, "B"), (401, "")]) as (url, _):
         answers = judge_by_endpoint(url, "m", [("a", "b"), ("c", "d")], ("A", "B"))
         assert next(answers)["verdict"] == "pass"
