@@ -33,12 +33,14 @@ lint: .venv/ready_dev  ## ruff
 table: .venv/ready_dev  ## the line counts of README's file table, written anew
 	$(PY) tests/test_layout.py readme
 
-gate: .venv/ready  ## before you train: is there a gap? on the bundled model, with its two small helpers trained first (15 minutes)
-	$(PY) -m gate.conversations make_train runs/tiny_turns_data kind=tiny_turns n=32000
-	$(PY) -m gate.judge make_train runs/tiny_judge_data
-	$(PY) train.py configs/tiny_chat.yaml
-	$(PY) train.py configs/tiny_judge.yaml
-	$(PY) -m gate configs/gate_tiny.yaml
+gate: .venv/ready  ## before you train: is there a gap? on the bundled model (a minute)
+	$(PY) -m gate
+
+gate-real: smollm2  ## a real model's formats against its own chat template (ten minutes on one core)
+	$(PY) -m gate configs/gate_smollm2.yaml
+
+gate-simulation: .venv/ready  ## how often the gate says GO where it must not, and where it should: docs/gate_simulation.png (a minute)
+	$(PY) tests/gate_simulation.py
 
 kill: .venv/ready  ## kill -9 at 100 random moments, then the same command: every run must end bit-identical (15 minutes)
 	$(PY) tests/kill_drill.py
@@ -84,4 +86,4 @@ tiny_cot: .venv/ready  ## the same for the one that can write chains (20 minutes
 clean:  ## remove the virtual environment and all runs
 	rm -rf .venv .venv-bench runs
 
-.PHONY: help setup run real smollm2 test test-plain gate kill hostile lint table study results markovian fullsize bench bench-peers growth tiny tiny_cot clean
+.PHONY: help setup run real smollm2 test test-plain gate gate-real gate-simulation kill hostile lint table study results markovian fullsize bench bench-peers growth tiny tiny_cot clean

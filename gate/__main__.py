@@ -67,7 +67,7 @@ def next_steps(report: dict) -> list[str]:
 
 def screen(report: dict) -> str:
     """Verdict, why, what to do next, and the figures behind it: one screen."""
-    head, plan = report["scorers"][0], report["plan"]
+    plan = report["plan"]
     lines = [f"{report.get('verdict', 'no verdict: no instruct model')}   ({report['name']}: "
              f"{plan['n']} of {report['benchmark']['path']}, plan {plan['sha256'][:8]})", ""]
     lines += [f"! {warning}" for warning in report["warnings"][:MOST]]
@@ -84,13 +84,16 @@ def screen(report: dict) -> str:
             judged = [f"{name} {number(c['value'])}" for name, c in cells.items() if c["judged"]]
             lines.append(f"  {pair} agree, kappa: {', '.join(judged) or 'cannot be judged'}; all "
                          f"of one class: {len(cells) - len(judged)} conditions")
-    lines += ["", f"  {'condition':<26}{'% passed by ' + head:<22}{'undecided':<11}"
-              f"{'tokens':<8}empty, cut, loops %"]
+    lines += ["", f"  {'condition':<24}" + "".join(f"{'% by ' + s:<20}" for s in report["scorers"])
+              + f"{'undecided':<11}{'tokens':<8}empty, cut, loops %"]
     for name, cell in report["conditions"].items():
         seen = cell["replies"]
         ills = ", ".join(f"{100 * seen[what]['value']:.0f}" for what in ("empty", "cut", "loops"))
-        lines.append(f"  {name:<26}{percent(cell[head]['rate']):<22}{cell[head]['undecided']:<11}"
-                     f"{seen['median_tokens']:<8g}{ills}" + "  not fit" * bool(ill_of(seen)))
+        undecided = "/".join(str(cell[s]["undecided"]) for s in report["scorers"])
+        lines.append(f"  {name:<24}" + "".join(f"{percent(cell[s]['rate']):<20}"
+                                               for s in report["scorers"])
+                     + f"{undecided:<11}{seen['median_tokens']:<8g}{ills}"
+                     + "  not fit" * bool(ill_of(seen)))
     lines += ["", *(f"next: {step}" for step in next_steps(report))]
     return "\n".join(lines)
 
