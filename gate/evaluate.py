@@ -54,6 +54,7 @@ def begin(cfg: verdict.GateConfig, models: dict[str, dict], sha: str, asked: lis
     or if cfg.replies are to other conversations or by other models."""
     plan = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in verdict.UNPLANNED}
     plan |= {"benchmark": sha, "worked": [c.id for c in shots], "n": len(asked),
+             "tail": verdict.TAIL,
              "n_needed": verdict.pairs_needed(cfg) if cfg.instruct else 0,
              "models": {r: [m["weights"], m["tokenizer"]] for r, m in models.items()}}
     if "judge" in cfg.scorers:
@@ -213,6 +214,8 @@ def run_gate(path: str | Path, overrides: list[str] = ()) -> dict:
     outcomes = {s: {name: {row["id"]: row["passed"] for row in rows}
                     for name, rows in by_condition.items()} for s, by_condition in scores.items()}
     health = {name: summarize_replies(rows) for name, rows in replies.items()}
+    for cell in health.values():
+        cell["ill"] = verdict.ill_of(cell)
     categories = {c.id: c.category for c in asked}
     chats = {(name, c.id): transcript(c, row)
              for name, rows in replies.items() for c, row in zip(asked, rows)}

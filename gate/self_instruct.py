@@ -20,9 +20,7 @@ import os
 import random
 import re
 import typing
-import unicodedata
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -42,6 +40,7 @@ from generate import sample
 from model import Llama
 from report.stats import auc_within
 from text.arithmetic import stable_hash
+from text.similar import NEAR, Similar, words_of
 from text.tokenizer import Tokenizer
 
 BENCHMARK = Path(__file__).parent / "benchmark"
@@ -49,7 +48,6 @@ SEEDS = BENCHMARK / "seeds.jsonl"       # tasks that lists begin with, and worke
 TEXTS = yaml.safe_load((BENCHMARK / "self_instruct.yaml").read_text(encoding="utf-8"))
 PART = 16       # rows that are generated and written together
 END = "[END]"   # what the worked examples end with
-NEAR = 0.7      # Jaccard similarity of word 5-grams from which two texts are one
 SHOWN, ASKED = 8, 10    # tasks that a list begins with, and that it may go on for
 SHOTS = 3       # worked examples before a response
 TELLS = 0.75    # how often a right pair has to have the larger margin
@@ -84,48 +82,11 @@ class Run:
     model: Llama
     tokenizer: Tokenizer
     seeds: list[tuple[str, str]]
-    heldout: "Similar"
+    heldout: Similar
     least_mass: float = MIN_MASS    # of both labels; with less the critic abstains
 
 
-# --- texts: the same, nearly the same, held out
-def words_of(text: str) -> tuple[str, ...]:
-    """Words, whatever their case and letter forms: "What is 3 + 4?" -> (what, is, 3, +, 4)."""
-    text = unicodedata.normalize("NFKC", text).casefold()
-    return tuple(re.findall(r"\w+|[+*/=<>^%×÷]|-(?=\s*\d)", text))
-
-
-def grams(words: tuple[str, ...], n: int) -> set[tuple[str, ...]]:
-    """All runs of n words; of a shorter text itself."""
-    return {words[i:i + n] for i in range(max(1, len(words) - n + 1))}
-
-
-class Similar:
-    """Texts that can be asked for one nearly like another: exact, by an inverted index."""
-    def __init__(self, texts: Iterable[str] = ()):
-        self.sizes, self.eights = [], set()
-        self.holders: dict[tuple[str, ...], list[int]] = {}     # which texts hold a 5-gram
-        for text in texts:
-            self.add(words_of(text))
-
-    def add(self, words: tuple[str, ...]) -> None:
-        fives = grams(words, 5)
-        for gram in fives:
-            self.holders.setdefault(gram, []).append(len(self.sizes))
-        self.sizes.append(len(fives))
-        self.eights |= grams(words, 8)
-
-    def nearest(self, words: tuple[str, ...]) -> float:
-        """The largest Jaccard similarity |A and B| / |A or B| of 5-grams."""
-        fives = grams(words, 5)
-        shared = Counter(i for gram in fives for i in self.holders.get(gram, ()))
-        return max((k / (len(fives) + self.sizes[i] - k) for i, k in shared.items()), default=0.0)
-
-    def touches(self, words: tuple[str, ...]) -> bool:
-        """Near one of the texts, or with eight words in a row of one: too close to be held out."""
-        return self.nearest(words) >= NEAR or not self.eights.isdisjoint(grams(words, 8))
-
-
+# --- texts
 def user_texts(row: dict) -> list[str]:
     """What a user says in a row of a benchmark or of data; ValueError where there is nothing."""
     texts = [turn["user"] for turn in row.get("turns", ())]

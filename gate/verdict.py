@@ -19,6 +19,7 @@ from files.keys import BITS, BadInput, read_keys
 from gate.judge import FEW
 from gate.replies import FORMATS, HISTORIES, SCORERS, worst
 from report import stats
+from report.gate_page import found_of, interval, number
 
 ROLES = ("base", "instruct", "alternative")
 TAIL = 0.02     # of each exact interval: how often a rule may hold of a true rate beyond it
@@ -281,21 +282,6 @@ def describe(scorer: str, rule: dict) -> str:
     text += "is refuted" if rule["holds"] == "no" else "is not shown"
     needs = f"; needs about {rule['needed']} conversations" if rule["needed"] else ""
     return f"{text} ({found_of(rule)}){needs}"
-
-
-def found_of(rule: dict) -> str:
-    return interval(rule) if "low" in rule else number(rule["value"])
-
-
-def number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
-
-
-def interval(found: dict) -> str:
-    """example  .303 [.243, .368]"""
-    if found["value"] is None:
-        return "-"
-    return f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
 
 
 # --- what heads a report

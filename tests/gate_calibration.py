@@ -19,7 +19,7 @@ from gate.checks import check_turn  # noqa: E402
 from gate.drafts import Conversation, Turn  # noqa: E402
 from gate.evaluate import load_model  # noqa: E402
 from gate.judge import LETTERS, calibrate, fill_prompt, judge_locally, load_prompt, verdict_of  # noqa: E402
-from gate.verdict import interval  # noqa: E402
+from report.gate_page import interval  # noqa: E402
 from report.stats import corrected_rate, wilson  # noqa: E402
 from text.normal import normalise  # noqa: E402
 

@@ -12,12 +12,13 @@ from files.keys import BadInput, Stopped
 from files.run_folder import hash_json, hash_model, require_gate
 from gate import evaluate, judge
 from gate import replies as replying
-from gate.__main__ import main, screen
+from gate.__main__ import main, next_steps
 from gate.conversations import Conversation, Turn, read_benchmark, write_benchmark
 from gate.evaluate import run_gate
 from gate.replies import answer, draw, health_of, summarize_scores
 from gate.verdict import GateConfig, agreement_of, decide, length_warnings, load_gate, paired
 from generate import Completion
+from report.gate_page import screen
 from text.chat import SPEAKERS
 from train import train
 
@@ -337,7 +338,7 @@ def scripted(monkeypatch):
 def test_gate_from_plan_to_verdict(parts, scripted, tmp_path):
     report = run_gate(parts / "sums.yaml", [f"out={tmp_path}/go"])
     assert report["verdict"] == UNSIGNED, report["reasons"]
-    text = screen(report)
+    text = screen(report, next_steps(report))
     assert text.startswith(UNSIGNED) and "next: put" in text and len(text.splitlines()) < 30
     base, instruct = (report["models"][role] for role in ("base", "instruct"))
     assert base["clean"]["clean"] and "clean" not in instruct
@@ -407,7 +408,7 @@ def test_more_conversations_add_to_the_replies(parts, scripted, tmp_path, capsys
     few = run_gate(parts / "sums.yaml", [f"out={tmp_path}/few", "limit=20"])
     assert few["verdict"] == "AMBIGUOUS" and "20 conversations can give no GO" in (
         capsys.readouterr().out)
-    assert "next: ask more: limit=" in screen(few)
+    assert "next: ask more: limit=" in screen(few, next_steps(few))
     scripted["replies"].clear()
     more = run_gate(parts / "sums.yaml", [f"out={tmp_path}/more", f"replies={tmp_path}/few"])
     assert len(scripted["replies"]) == 3 * (100 - 16) and more["plan"]["looks"] == 2
@@ -455,13 +456,13 @@ def test_the_same_weights_twice(parts, scripted, tmp_path):
     # without a verdict, one model's formats are compared
     report = run_gate(parts / "sums.yaml", ["instruct=", f"out={tmp_path}/b"])
     assert "verdict" not in report and "base-raw against base-plain" in report["paired"]
-    assert screen(report).startswith("no verdict")
+    assert screen(report, next_steps(report)).startswith("no verdict")
 
 
 def test_a_judge_of_its_own_replies_heads_the_report(parts, scripted, tmp_path):
     report = run_gate(parts / "sums.yaml", [f"judge={TINY}", f"out={tmp_path}/a"])
     assert "the judge is the instruct model itself" in report["warnings"][0]
-    assert "! the judge is the instruct" in screen(report)
+    assert "! the judge is the instruct" in screen(report, next_steps(report))
     loose = run_gate(parts / "sums.yaml", ["base_at_most=0.5", f"out={tmp_path}/b"])
     assert "base_at_most = 0.5 asks for less" in loose["warnings"][0]
 

@@ -36,10 +36,8 @@ from gate.self_instruct import (
     MIN_MASS,
     Run,
     Settings,
-    Similar,
     calibrate_critic,
     criticise,
-    grams,
     list_prompt,
     main,
     make_data,
@@ -51,10 +49,10 @@ from gate.self_instruct import (
     response_prompt,
     sift,
     split_pairs,
-    words_of,
 )
 from generate import Completion
 from text.rows import load_split
+from text.similar import Similar, grams, words_of
 from text.tokenizer import load_tokenizer
 
 SEEDS = read_rows(self_instruct.SEEDS, lambda row: (row["prompt"], row["response"]), "")
