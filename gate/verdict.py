@@ -143,13 +143,15 @@ def role_of(condition: str) -> str:
     return condition.split("-")[0]
 
 
-def best_of(by_condition: dict[str, dict]) -> dict[str, str]:
-    """Each role's best condition by one scorer; of a base with what is undecided passed."""
+def best_of(by_condition: dict[str, dict], health: dict[str, dict]) -> dict[str, str]:
+    """Each role's best condition by one scorer; of a base with what is undecided passed. Of equal
+    ones the one whose replies are fit."""
     best = {}
     for name, cell in by_condition.items():
         value = worst(cell.values(), role_of(name) != "instruct")["value"] or 0
-        if value > best.get(role_of(name), ("", -1))[1]:
-            best[role_of(name)] = name, value
+        rank = value, not ill_of(health.get(name, {}))
+        if role_of(name) not in best or rank > best[role_of(name)][1]:
+            best[role_of(name)] = name, rank
     return {role: name for role, (name, _) in best.items()}
 
 
@@ -237,7 +239,7 @@ def decide(cfg: GateConfig, outcomes: dict[str, dict[str, dict]], categories: di
     """
     health, calibration = health or {}, calibration or {}
     scored = [s for s in cfg.scorers if s in outcomes]
-    chosen = {s: best_of(outcomes[s]) for s in scored}
+    chosen = {s: best_of(outcomes[s], health) for s in scored}
     rules = {s: rules_of(cfg, outcomes[s], chosen[s], categories, looks) for s in scored}
     reasons = [describe(s, r) for s in scored for r in rules[s] if r["holds"] != "yes"]
     confirmed = [s for s in scored if calibration.get(s, {}).get("ok")]
@@ -264,14 +266,14 @@ def decide(cfg: GateConfig, outcomes: dict[str, dict[str, dict]], categories: di
                         for what in ill_of(health.get(name, {}))]
     reasons += remarks
     # refuted by rates that every scorer measured; of an instruct model only if its replies are fit
-    refuted = all(any(r["holds"] == "no" and not (
-        r["rule"].startswith("instruct") and ill_of(health.get(chosen[s]["instruct"], {})))
-        for r in rules[s]) for s in scored)
+    refuted = {s: [r for r in rules[s] if r["holds"] == "no" and not (
+        r["rule"].startswith("instruct") and ill_of(health.get(chosen[s]["instruct"], {})))]
+        for s in scored}
     signed = bool(scored) and set(scored) == set(confirmed)
-    verdict = ("NO-GO" if refuted else "AMBIGUOUS" if reasons else
+    verdict = ("NO-GO" if all(refuted.values()) else "AMBIGUOUS" if reasons else
                "GO" if signed else "GO, not signed off")
     if verdict == "NO-GO":      # what is merely not shown says no more then
-        reasons = [describe(s, r) for s in scored for r in rules[s] if r["holds"] == "no"]
+        reasons = [describe(s, r) for s in scored for r in refuted[s]]
     return {"verdict": verdict, "reasons": reasons, "chosen": chosen, "rules": rules,
             "agreement": agreements}
 

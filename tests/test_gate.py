@@ -230,6 +230,12 @@ def test_a_base_must_fail_for_the_right_reason():
         assert "plain+shots" in ill["reasons"][0]
     assert gated(GAP, health={"base-plain": well, "base-raw": well | {"cut": share(1)},
                               "instruct-plain": well | {"cut": share(1)}})["verdict"] == UNSIGNED
+    # of two formats that fail alike the one that had a fair trial counts
+    alike = both(fates(passed=10, failed=190), fates(passed=185, failed=15),
+                 **{"base-raw": fates(passed=10, failed=190)})
+    for ill in ("base-plain", "base-raw"):
+        assert gated(alike, health={"base-plain": well, "base-raw": well,
+                                    ill: well | {"empty": share(1)}})["verdict"] == UNSIGNED
     # an instruct model whose replies are cut is not refuted by them
     cut = both(fates(passed=10, failed=190), fates(passed=20, failed=180))
     assert gated(cut)["verdict"] == "NO-GO"
