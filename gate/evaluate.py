@@ -71,7 +71,7 @@ def begin(cfg: verdict.GateConfig, models: dict[str, dict], sha: str, asked: lis
         names = disk.list_of(disk.TEXT)
         before = disk.read_fields(earlier, {"plans": (names, []), "looks": (disk.whole(1, 99), 1),
                                             "changed": (names, [])}, f"{cfg.replies}/{PLAN}")
-        kept = (*GENERATION, "n", "limit", *before)
+        kept = (*GENERATION, "n", "n_needed", "limit", *before)
         plan |= {"plans": [*before["plans"], hash_json(earlier)], "looks": before["looks"] + 1,
                  "changed": before["changed"] + [
                      key for key in plan if key not in kept and earlier.get(key) != plan[key]]}

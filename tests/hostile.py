@@ -456,7 +456,7 @@ def key_cases() -> Iterator[Case]:
         for word in key_words(key, type_):
             # what is no model's name, no file; a number of any size may be a limit
             right = word == "9" * 40 or key in ("out", "judge_prompt", "labels", "judge",
-                                                "judge_model", "judge_letters", "benchmark")
+                                                "judge_model", "benchmark")
             right |= key.endswith(("unsure", "at_least")) and word in ("1e39", "-1")
             yield Case("gate key", f"gate key {key}={word!r}",
                        lambda place, key=key, word=word: gate_with(place, f"{key}={word}"),

@@ -396,11 +396,11 @@ def test_a_plan_stands_before_the_replies(parts, scripted, tmp_path):
                        (f"base={TINY}_cot", "models")):
         with pytest.raises(BadInput, match=f"another {what}"):
             run_gate(parts / "sums.yaml", [*words, more])
-    plan.write_text(kept.replace('"base_at_most": 0.3', '"base_at_most": 0.5'))
-    with pytest.raises(BadInput, match="base_at_most .was 0.5, is 0.3"):
+    plan.write_text(kept.replace('"agreement_at_least": 0.8', '"agreement_at_least": 0.5'))
+    with pytest.raises(BadInput, match="agreement_at_least .was 0.5, is 0.8"):
         run_gate(parts / "sums.yaml", words)
     with pytest.raises(BadInput, match="replies of another plan"):
-        run_gate(parts / "sums.yaml", [*words, "base_at_most=0.5"])
+        run_gate(parts / "sums.yaml", [*words, "agreement_at_least=0.5"])
     benchmark = tmp_path / "sums.jsonl"
     benchmark.write_text((parts / "sums.jsonl").read_text().replace("sum-000", "sum-900"))
     plan.write_text(kept)
