@@ -44,6 +44,8 @@ def next_steps(report: dict) -> list[str]:
         return ["name an instruct model for a verdict"]
     needed = [r["needed"] for rules in report["rules"].values() for r in rules if r["needed"]]
     more = [f"ask more: limit={max(needed)} replies={folder} out={folder}_more"] * bool(needed)
+    if needed and max(needed) > report["benchmark"]["available"]:
+        more = [f"ask more: `python -m gate.conversations make FILE n={max(needed)}` draws them"]
     return [*more, f"read {folder}/gate.md, three conversations of each condition first",
             "mend what the reasons name, and give another out"]
 

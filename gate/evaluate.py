@@ -221,7 +221,8 @@ def run_gate(path: str | Path, overrides: list[str] = ()) -> dict:
              for name, rows in replies.items() for c, row in zip(asked, rows)}
     report = {"name": Path(cfg.out).name, "plan": plan, "models": models,
               "config": dataclasses.asdict(cfg), "versions": provenance(),
-              "benchmark": {"path": cfg.benchmark, "sha256": sha, "conversations": len(asked)}}
+              "benchmark": {"path": cfg.benchmark, "sha256": sha, "conversations": len(asked),
+                            "available": len(conversations) - len(shots)}}
     found = {}
     if cfg.instruct:
         remarks = [f"{', '.join(plan['changed'])} was changed when replies were there already, and "

@@ -186,13 +186,14 @@ def probes_of(conversations: list[Conversation], template: str,
                   for turn in other.turns if turn.scored]
         wrong = next((text for text in others
                       if check_turn(c.turns[t].checks, text).verdict == "fail"), None)
-        if wrong is None or check_turn(c.turns[t].checks, c.turns[t].answer).verdict != "pass":
+        if (wrong is None or len(probes) == 2 * PROBES
+                or check_turn(c.turns[t].checks, c.turns[t].answer).verdict != "pass"):
             continue
         said = [turn.answer for turn in c.turns[:t]]
         probes += [(tuple(fill_prompt(template, c, [*said, reply], t, letters, swapped)
                           for swapped in (False, True)), reply is not wrong)
                    for reply in (c.turns[t].answer, wrong)]
-    return probes[:2 * PROBES]
+    return probes
 
 
 def check_judge(name: str, verdicts: list[str], probes: list) -> dict:

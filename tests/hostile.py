@@ -699,7 +699,7 @@ def judge_cases() -> Iterator[Case]:
                 SERVING.append(pid)
                 url = f"http://127.0.0.1:{os.read(receive, 9).decode()}/v1"
             return gate_with(place, "scorers=checks,judge", f"judge={url}", "judge_model=m",
-                             "replies=gate", "out=judged")
+                             "replies=gate", "out=new")
         # what says nothing that can be read is counted as no verdict
         silent = how in ("not json", "wrong shape", "list", "deep", "utf-16", "surrogate")
         yield Case("judge", f"judge {how}", make, "either" if silent else "refused")

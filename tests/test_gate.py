@@ -415,6 +415,8 @@ def test_more_conversations_add_to_the_replies(parts, scripted, tmp_path, capsys
     assert few["verdict"] == "AMBIGUOUS" and "20 conversations can give no GO" in (
         capsys.readouterr().out)
     assert "next: ask more: limit=" in screen(few, next_steps(few))
+    few["benchmark"]["available"] = 30
+    assert "gate.conversations make FILE n=" in screen(few, next_steps(few))
     scripted["replies"].clear()
     more = run_gate(parts / "sums.yaml", [f"out={tmp_path}/more", f"replies={tmp_path}/few"])
     assert len(scripted["replies"]) == 3 * (100 - 16) and more["plan"]["looks"] == 2

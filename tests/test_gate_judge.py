@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import ROOT, TINY, small_config, small_model, write_model
+from gate_calibration import MODELS, anywhere, last_number, read_solutions
 
 from files.keys import BadInput
 from gate import judge as judging
@@ -275,6 +276,19 @@ def test_prompt_files(tmp_path):
             load_prompt(path)
     with pytest.raises(BadInput, match="is missing; expected a text file"):
         load_prompt(tmp_path / "none.txt")
+
+
+def test_checkers_against_known_labels(tmp_path):
+    """What tests/gate_calibration.py makes of published solutions: by hand, three problems."""
+    solution = lambda text, right: {"solution": text, "is_correct": right}
+    rows = [{"question": "q", "ground_truth": f"...\nA: {answer}", **dict(zip(MODELS, said))}
+            for answer, said in (("1,018", (
+                solution("9 * 2 = <<9*2=18>>18\nA: 1018", True), solution("A: 1018.0", True),
+                solution("1018 - 5 = 1013\nA: 1013", False), solution("A: 18", False))),)]
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = read_solutions(tmp_path / "s.jsonl")
+    assert [last_number(row) for row in found] == [row["right"] for row in found]
+    assert [anywhere(row) for row in found] == [True, True, True, False]    # in a step
 
 
 def test_labels(tmp_path):
