@@ -84,6 +84,7 @@ class Run:
     seeds: list[tuple[str, str]]
     heldout: Similar
     least_mass: float = MIN_MASS    # of both labels; with less the critic abstains
+    template: str = "none"          # or chat: how the critic is asked
 
 
 # --- texts
@@ -235,8 +236,7 @@ def criticise(run: Run, kind: str, rows: list[dict]) -> list[dict]:
             head=texts["head"], first=labels[0], second=labels[1], item=item,
             first_means=texts[first], second_means=texts[second])
             for first, second in (("good", "bad"), ("bad", "good"))])
-    template = "chat" if run.tokenizer.chat_template else "none"
-    margins, masses = letter_margins(run.model, run.tokenizer, asked, labels, template)
+    margins, masses = letter_margins(run.model, run.tokenizer, asked, labels, run.template)
     views = []
     for row, margin, mass in zip(rows, (margins - margins[-1]).tolist(), masses.tolist()):
         verdict = ("abstain" if mass < run.least_mass
@@ -247,24 +247,31 @@ def criticise(run: Run, kind: str, rows: list[dict]) -> list[dict]:
 
 
 def calibrate_critic(run: Run) -> dict:
-    """The critic on pairs with known verdicts, seeds' own and exchanged ones: {auc, least_mass}.
+    """The critic on pairs with known verdicts, the seeds' own and exchanged ones: sets how it is
+    asked (raw or in a chat template, whichever tells more) and its floor; {auc, mass, template}.
 
-    least_mass   what nine in ten of them have, MIN_MASS at most: a small model's letters may share
-                 their mass with other words and still say which is which
-    raises       BadInput where the margins of right pairs are hardly above those of wrong ones
+    mass     what nine in ten of them have, MIN_MASS at most: a small model's letters may share
+             their mass with other words and still say which is which
+    raises   BadInput where the margins of right pairs are hardly above those of wrong ones
     """
-    others = [*run.seeds[1:], run.seeds[0]]
-    known = [{"task": task, "response": text} for task, text in run.seeds] + [
-        {"task": task, "response": text} for (task, _), (_, text) in zip(run.seeds, others)]
-    rows = criticise(run, "pairs", known)
-    right = [k < len(run.seeds) for k in range(len(rows))]
-    found = auc_within([row["margin"] for row in rows], right, [""] * len(rows))
-    masses = sorted(row["mass"] for row in rows)
-    if found < TELLS:
+    answers = [text for _, text in run.seeds]
+    known = [{"task": task, "response": text} for texts in (answers, answers[1:] + answers[:1])
+             for (task, _), text in zip(run.seeds, texts)]
+    right, tried = [k < len(answers) for k in range(len(known))], []
+    for template in ("none", "chat")[:2 if run.tokenizer.chat_template else 1]:
+        run.template = template
+        rows = criticise(run, "pairs", known)
+        masses = sorted(row["mass"] for row in rows)
+        tried.append({"auc": auc_within([r["margin"] for r in rows], right, [""] * len(rows)),
+                      "mass": min(MIN_MASS, masses[len(masses) // 10] - 1e-4),
+                      "template": template})
+    best = max(tried, key=lambda found: found["auc"])
+    run.template, run.least_mass = best["template"], best["mass"]
+    if best["auc"] < TELLS:
         raise BadInput(f"{run.settings.model} cannot judge its own answers: right pairs are above "
-                       f"wrong ones in {found:.0%} of the seeds' (expected {TELLS:.0%}; a coin has "
-                       "50); give a larger model, an instruct model or other labels")
-    return {"auc": round(found, 4), "least_mass": min(MIN_MASS, masses[len(masses) // 10] - 1e-4)}
+                       f"wrong ones in {best['auc']:.0%} of the seeds' (expected {TELLS:.0%}; a "
+                       "coin has 50); give a larger model, an instruct model or other labels")
+    return best
 
 
 # --- what comes out
@@ -359,7 +366,6 @@ def main(argv: list[str]) -> None:
     hashes = {f"SHA-256 of {what}": value for what, value in inputs.items()}
     run = Run(folder, settings, model, tokenizer, seeds, Similar(itertools.chain(*heldout)))
     critic = calibrate_critic(run)
-    run.least_mass = critic["least_mass"]
     begin_folder(folder, asdict(settings) | hashes, "name a new folder")
     make_data(run, {"settings": asdict(settings), "inputs": inputs, "clean": clean,
                     "critic": critic, "versions": provenance()})

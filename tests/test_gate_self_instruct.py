@@ -193,12 +193,11 @@ def test_the_critic_is_calibrated_on_pairs_with_known_verdicts(bpe):
     views = {f"Task: {task}\nAnswer: {answer}": 1.5 for task, answer in SEEDS} | {"": -0.5}
     about = critic(bpe, Stub(bpe, views, other=-4.0), 1.0)
     found = calibrate_critic(about)
-    assert found["auc"] == 1 and 0.001 < found["least_mass"] < MIN_MASS
-    about.least_mass = found["least_mass"]
+    assert found["auc"] == 1 and 0.001 < found["mass"] == about.least_mass < MIN_MASS
     row, = criticise(about, "pairs", [{"task": SEEDS[0][0], "response": SEEDS[0][1]}])
     assert row["verdict"] == "accept"           # its mass is below the floor of old
     sure = critic(bpe, Stub(bpe, views), 1.0)
-    assert calibrate_critic(sure)["least_mass"] == MIN_MASS
+    assert calibrate_critic(sure) == {"auc": 1, "mass": MIN_MASS, "template": "none"}
     with pytest.raises(BadInput, match="cannot judge its own answers: .* in 50%"):
         calibrate_critic(critic(bpe, Stub(bpe, {"": 1.0}), 1.0))
 
@@ -372,7 +371,7 @@ def test_command(long_model, tmp_path, monkeypatch):
     done = run("-m", "gate.self_instruct", *words)
     assert_one_clear_line(done, "cannot judge its own answers", "larger model")
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(self_instruct, "calibrate_critic", lambda _: {"auc": 1, "least_mass": .5})
+    monkeypatch.setattr(self_instruct, "calibrate_critic", lambda _: {"auc": 1})
     with pytest.raises(BadInput, match="0 pairs were accepted"):
         main([str(word) for word in words])
     assert len((tmp_path / "out" / "lists.jsonl").read_text().splitlines()) == 16
