@@ -54,8 +54,7 @@ def begin(cfg: verdict.GateConfig, models: dict[str, dict], sha: str, asked: lis
     or if cfg.replies are to other conversations or by other models."""
     plan = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in verdict.UNPLANNED}
     plan |= {"benchmark": sha, "worked": [c.id for c in shots], "n": len(asked),
-             "tail": verdict.TAIL,
-             "n_needed": verdict.pairs_needed(cfg) if cfg.instruct else 0,
+             "tail": verdict.TAIL, "n_needed": verdict.pairs_needed(cfg) if cfg.instruct else 0,
              "models": {r: [m["weights"], m["tokenizer"]] for r, m in models.items()}}
     if "judge" in cfg.scorers:
         plan["judge_prompt"] = hash_text(judge.load_prompt(cfg.judge_prompt))
@@ -109,9 +108,8 @@ def replies_of(cfg: verdict.GateConfig, role: str, asked: list[Conversation],
             if cfg.replies and not path.exists():
                 rows = disk.read_json_lines(Path(cfg.replies) / path.name)[:len(asked)]
                 disk.write_text(path, disk.json_lines(rows[:len(rows) // PART * PART]))
-            rows = disk.grow(path, PART, "id", [c.id for c in asked],
-                        functools.partial(answer_part, form, history),
-                        f"other conversations; {ANOTHER}")
+            rows = disk.grow(path, PART, "id", [c.id for c in asked], functools.partial(
+                answer_part, form, history), f"other conversations; {ANOTHER}")
             if odd := {row.get("plan") for row in rows} - {plan["sha256"], *plan["plans"]}:
                 raise BadInput(f"{path} holds replies of another plan ({sorted(map(str, odd))[0]}, "
                                f"this is {plan['sha256'][:12]}): it was changed behind them; "
@@ -193,7 +191,7 @@ def people_of(cfg: verdict.GateConfig, chats: dict, outcomes: dict, chosen: dict
     return found
 
 
-# --- the disk.whole of it
+# --- the whole of it
 def run_gate(path: str | Path, overrides: list[str] = ()) -> dict:
     """Replies, scores, verdict: writes gate.json and its neighbours, returns its content."""
     cfg = verdict.load_gate(path, overrides)
