@@ -36,7 +36,7 @@ table: .venv/ready_dev  ## the line counts of README's file table, written anew
 gate: .venv/ready  ## before you train: is there a gap? on the bundled model (a minute)
 	$(PY) -m gate || test $$? -eq 3
 
-gate-real: smollm2  ## a real model's formats against its own chat template (ten minutes on one core)
+gate-real: smollm2  ## a real model's formats against its own chat template (two minutes of one core)
 	$(PY) -m gate configs/gate_smollm2.yaml
 
 gate-simulation: .venv/ready  ## how often the gate says GO where it must not, and where it should: docs/gate_simulation.png (a minute)

@@ -56,8 +56,9 @@ def screen(report: dict, steps: list[str]) -> str:
             judged = [f"{name} {number(c['value'])}" for name, c in cells.items() if c["judged"]]
             lines.append(f"  {pair} agree, kappa: {', '.join(judged) or 'cannot be judged'}; all "
                          f"of one class: {len(cells) - len(judged)} conditions")
-    lines += ["", f"  {'condition':<24}" + "".join(f"{'% by ' + s:<20}" for s in report["scorers"])
-              + f"{'undecided':<11}{'tokens':<8}empty, cut, loops %"]
+    lines += [""] * bool(lines[-1]) + [
+        f"  {'condition':<24}" + "".join(f"{'% by ' + s:<20}" for s in report["scorers"])
+        + f"{'undecided':<11}{'tokens':<8}empty, cut, loops %"]
     for name, cell in report["conditions"].items():
         seen = cell["replies"]
         ills = ", ".join(f"{100 * seen[what]['value']:.0f}" for what in ILLS)
