@@ -76,7 +76,8 @@ def test_an_oracle_without_its_mark_is_reported(benchmark):
         dataclasses.replace(t, user=t.answer) if t.scored else t for t in c.turns))
         for c in benchmark]
     missed = missed_marks(audit(spoilt))
-    assert any(line.startswith("echo: 100.0%") for line in missed)
+    # not 100 %: who restates a plan twice in the same words now copies an earlier turn
+    assert any(re.match(r"echo: (9\d|100)\.\d%", line) for line in missed)
     assert any(line.startswith("forgot turn 1") for line in missed)
 
 
