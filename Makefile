@@ -42,12 +42,14 @@ table: .venv/ready_dev  ## the line counts of README's file table, written anew
 exercise: .venv/ready  ## check exercise N of exercises/ (make exercise N=3); without N: the twelve, and which are done
 	$(PY) -m exercises $(N)
 
-gate: .venv/ready  ## before you train: is there a gap? on the bundled model, with its two small helpers trained first (15 minutes)
-	$(PY) -m gate.conversations make_train runs/tiny_turns_data kind=tiny_turns n=32000
-	$(PY) -m gate.judge make_train runs/tiny_judge_data
-	$(PY) train.py configs/tiny_chat.yaml
-	$(PY) train.py configs/tiny_judge.yaml
-	$(PY) -m gate configs/gate_tiny.yaml
+gate: .venv/ready  ## before you train: is there a gap? on the bundled model (a minute)
+	$(PY) -m gate || test $$? -eq 3
+
+gate-real: smollm2  ## a real model's formats against its own chat template (two minutes of one core)
+	$(PY) -m gate configs/gate_smollm2.yaml
+
+gate-simulation: .venv/ready  ## how often the gate says GO where it must not, and where it should: docs/gate_simulation.png (a minute)
+	$(PY) tests/gate_simulation.py
 
 kill: .venv/ready  ## kill -9 at 100 random moments, then the same command: every run must end bit-identical (15 minutes)
 	$(PY) tests/kill_drill.py
@@ -96,4 +98,4 @@ tiny_cot: .venv/ready  ## the same for the one that can write chains (20 minutes
 clean:  ## remove the virtual environment and all runs
 	rm -rf .venv .venv-bench runs
 
-.PHONY: help setup run real smollm2 test test-plain exercise tour gate kill hostile lint lecture table study study-report results markovian fullsize bench bench-peers growth tiny tiny_cot clean
+.PHONY: help setup run real smollm2 test test-plain exercise tour gate gate-real gate-simulation kill hostile lint lecture table study study-report results markovian fullsize bench bench-peers growth tiny tiny_cot clean

@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
+from tqdm import tqdm
+
 SECRETS = re.compile(
     r"hf_\w{16,}|sk-[\w-]{16,}|(?<=[Bb]earer )[^\s'\"]+|(?<=://)[^/@\s]+(?=@)")
 KEYS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "OPENAI_API_KEY")
@@ -349,29 +351,31 @@ def grow(path: Path, part: int, key: str, wanted: list,
     if [row.get(key) for row in rows] != wanted[:len(rows)]:
         raise BadInput(f"{path} is about {others}")
     write_text(path, json_lines(rows))      # without what a kill has torn
+    bar = tqdm(desc=path.stem, initial=len(rows), total=len(wanted), disable=None)
     while len(rows) < len(wanted):
         more = make(rows, min(len(rows) + part, len(wanted)))
         if not more:
             break
         append_text(path, json_lines(more), sync=True)
         rows += more
-        print(f"  {path.stem:<34}{len(rows):6} of {len(wanted)}", flush=True)
+        bar.update(len(more))
+    bar.close()
     return rows
 
 
-def begin_folder(folder: Path, about: dict[str, object], again: str) -> None:
+def begin_folder(folder: Path, about: dict[str, object], again: str, name: str = BEGUN) -> None:
     """Write down what a new folder is begun with, {what: value}, or compare it with what one was
     begun with: BadInput if that differs, or if the folder holds something else.
 
     again    what a user can do about another value
     """
-    path, about = folder / BEGUN, json.loads(json.dumps(about))     # as read back: tuples are lists
+    path, about = folder / name, json.loads(json.dumps(about))     # as read back: tuples are lists
     check_target(folder, is_folder=True)
     record = {}
     if os.path.lexists(path):
         record = read_json(path, f"what {folder} was begun with; {again}")
     elif folder.exists() and any(folder.iterdir()):
-        raise BadInput(f"{folder} holds other files (it has no {BEGUN}); name a new folder")
+        raise BadInput(f"{folder} holds other files (it has no {name}); name a new folder")
     unlike = [f"{what} (was {record[what]}, is {value})" for what, value in about.items()
               if record.get(what, value) != value]
     if unlike:

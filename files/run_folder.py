@@ -38,6 +38,7 @@ from files.disk import (
     TEXT,
     append_text,
     check_target,
+    is_file,
     json_lines,
     list_of,
     one_of,
@@ -440,16 +441,30 @@ def provenance() -> dict:
             "commit_changed": bool(status.stdout.strip()) if status.returncode == 0 else None}
 
 
-GATE = {"verdict": (one_of("GO", "NO-GO", "AMBIGUOUS"), "nothing"), "reasons": (list_of(TEXT), []),
-        "models": (OBJECT, {})}
+PLAN = "plan.json"      # of a gate's folder: what was fixed before the first reply
+UNSIGNED = "unsigned:"  # before require_gate's path: without a person's labels
+GATE = {"verdict": (one_of("GO", "GO, not signed off", "NO-GO", "AMBIGUOUS"), "nothing"),
+        "reasons": (list_of(TEXT), []), "models": (OBJECT, {}), "plan": (OBJECT, {}),
+        "files": (OBJECT, {}), "sha256": (TEXT, "")}
+
+
+def hash_json(value: dict) -> str:
+    """SHA-256 of a JSON object, whatever the order of its names and its white space."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def require_gate(path: str, model: str) -> None:
-    """Raises BadInput unless a gate says GO for these very weights: before a training run."""
+    """Raises BadInput unless a gate says GO for these very weights, and its files are as it left
+    them: before a training run."""
     run = "run `python -m gate CONFIG` first, and give its FOLDER/gate.json"
-    report = read_json(Path(path), f"a passed gate, since require_gate asks for one: {run}")
-    report = read_fields(report, GATE, path)
-    if report["verdict"] != "GO":
+    unsigned, path = path.startswith(UNSIGNED), Path(path.removeprefix(UNSIGNED))
+    raw = read_json(path, f"a passed gate, since require_gate asks for one: {run}")
+    report = read_fields(raw, GATE, str(path))
+    if report["verdict"] == "GO, not signed off" and not unsigned:
+        raise BadInput(f"require_gate: {path} says GO, not signed off: nobody has confirmed its "
+                       "scorers. Label spotcheck.jsonl beside it, run the gate again with "
+                       f"labels=FILE, or write require_gate: {UNSIGNED}{path}")
+    if not report["verdict"].startswith("GO"):
         why = "; ".join(report["reasons"][:3]) or "it compared nothing"
         raise BadInput(f"require_gate: {path} says {report['verdict']} ({why}); "
                        "training would teach what is there already, or cannot be measured: choose "
@@ -458,3 +473,19 @@ def require_gate(path: str, model: str) -> None:
     if stored.get("weights") != hash_model(model)["weights"]:
         raise BadInput(f"require_gate: {path} is about other weights ({stored.get('name')}) than "
                        f"model = {model}; {run}")
+    if report["sha256"] != hash_json({k: v for k, v in raw.items() if k != "sha256"}):
+        raise BadInput(f"require_gate: {path} is not as a gate wrote it; {run}")
+    plan = read_json(path.parent / PLAN, f"the plan of {path}: {run}")
+    names = {k: v for k, v in report["plan"].items() if k != "sha256"}
+    if not names or plan != names or hash_json(plan) != report["plan"].get("sha256"):
+        raise BadInput(f"require_gate: {path.parent / PLAN} is not the plan of {path.name}; {run}")
+    few = read_fields(plan, {"n": (whole(0, 10 ** 9), 0), "n_needed": (whole(0, 10 ** 9), 1)},
+                      str(path.parent / PLAN))
+    if few["n"] < few["n_needed"]:
+        raise BadInput(f"require_gate: {path} asked {few['n']} conversations, and a gap as large as"
+                       f" wanted needs {few['n_needed']}; {run} with a larger limit")
+    changed = [name for name, digest in report["files"].items() if not is_file(path.parent / name)
+               or hash_file(path.parent / name) != digest]
+    if changed or not report["files"]:
+        raise BadInput(f"require_gate: beside {path} {', '.join(changed) or 'all replies'} "
+                       f"{'is' if len(changed) == 1 else 'are'} gone or changed; {run}")

@@ -13,14 +13,13 @@ import functools
 import inspect
 import json
 import re
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import yaml
 
-from text.arithmetic import ONES, TENS
+from text.normal import normalise
 
 PASS = "pass"
 WORDS = {name: rf"\b(?:{'|'.join(words)})\b" for name, words in yaml.safe_load(
@@ -32,41 +31,7 @@ class Verdict(NamedTuple):
     decided: str    # "", or the check and why: "recall:wrong_entity"
 
 
-# --- one form for all text
-# curly quotes, and the dashes and minus signs, as a keyboard writes them
-PLAIN = str.maketrans("\u2018\u2019\u201c\u201d\u2010\u2011\u2012\u2013\u2014\u2212",
-                      "''\"\"------")
-TEN = "|".join(TENS)
-ONE = "|".join(sorted(ONES, key=len, reverse=True))     # "sixteen" before "six"
-NUMBER_WORDS = re.compile(
-    rf"\b(?:(?P<hundreds>a|{ONE})[ -]hundred(?:(?: and|-and)?[ -](?=(?:{TEN}|{ONE})\b))?)?"
-    rf"(?:(?P<tens>{TEN})(?:[ -](?P<ones>{ONE}))?|(?P<alone>{ONE}))?\b")
-
-
-def number_of_words(match: re.Match) -> str:
-    """example  "twenty-three" -> "23";  "a hundred and five" -> "105";  no number -> as it was"""
-    if not match[0]:
-        return ""
-    hundreds, tens, ones, alone = match.group("hundreds", "tens", "ones", "alone")
-    total = (100 * (1 if hundreds == "a" else ONES.index(hundreds)) if hundreds else 0)
-    total += 10 * (TENS.index(tens) + 2) if tens else 0
-    return str(total + sum(ONES.index(word) for word in (ones, alone) if word))
-
-
-def normalise(text: str) -> str:
-    """example  "They won\u2019t come at 7:00 P.M., all **twenty-three**" -> "they will not come at
-    7 pm, all 23" """
-    text = unicodedata.normalize("NFKC", text).translate(PLAIN).casefold()
-    text = re.sub(r"(?<!\w)[*_`]+|[*_`]+(?!\w)", "", text)      # decoration, not "a*b"
-    text = text.replace("won't", "will not")
-    text = re.sub(r"\bcan(?:no|')t\b", "can not", text)
-    text = re.sub(r"n't\b", " not", text)
-    text = re.sub(r"\b(\d{1,3})((?:,\d{3})+)\b(?![.,]?\d)", lambda m: m[0].replace(",", ""), text)
-    text = NUMBER_WORDS.sub(number_of_words, text)
-    text = re.sub(r"(\d)(?:st|nd|rd|th)\b", r"\1", text)
-    return re.sub(r"(\d)(?::00)?\s*([ap])(?:\.\s?m\.?|m\b)", r"\1 \2m", text)
-
-
+# --- where a text names what
 @functools.cache
 def term_pattern(term: str) -> re.Pattern:
     """A whole word or phrase in normalised text, also in its regular plural, without its article.
@@ -130,6 +95,20 @@ def denied(hit: Hit) -> bool:
     return bool(DENIED.search(near(hit.before, 4, r"[,()]|\bbut\b", last=True)))
 
 
+def hedged(hit: Hit) -> bool:
+    """Whether a value is one of several that are offered: "Oslo, Graz or Lima", "Oslo or so"."""
+    return bool(re.match(r"[\s\"')]*(?:\w+ ){0,2}(?:,[^,.;]{1,30})*,?\s*\bor\b(?! (?:more|less)\b)",
+                         hit.after)
+                or re.search(r"\bor (?:\w+ ){0,3}$", hit.before))
+
+
+def refuses(text: str) -> str:
+    """"all" of a normalised text's sentences refuse or regret, "some", or "" """
+    sentences = [s for s in SENTENCE_END.split(text) if re.search(r"\w", s)]
+    found = [bool(re.search(WORDS["refusing"], s)) for s in sentences]
+    return "all" if found and all(found) else "some" if any(found) else ""
+
+
 def as_history(hit: Hit) -> str:
     """Whether a replaced value is told as the past: "yes", "no", or "unclear" ("from 5 to 7")."""
     before = near(hit.before, 6, r"\b(?:now|is|are|but)\b", last=True)
@@ -151,11 +130,14 @@ def recall(reply: str, values: Sequence[str], mode: str = "all", aliases: dict |
     """All (or any) of the values are named, and none of the wrong ones. either_way: also behind a
     "not", since who avoids gluten may be told that there is no gluten in it."""
     text = normalise(reply)
-    stated = [any(either_way or not denied(hit) for hit in named(value, aliases, text))
-              for value in values]
+    hits = [[hit for hit in named(value, aliases, text) if either_way or not denied(hit)]
+            for value in values]
+    stated, sure = map(bool, hits), [any(not hedged(hit) for hit in each) for each in hits]
     mistaken = any(not denied(hit) for value in wrong for hit in named(value, aliases, text))
-    if (all if mode == "all" else any)(stated):
-        return "abstain:right_and_wrong" if mistaken else PASS
+    wanted = all if mode == "all" else any
+    if wanted(stated):
+        return ("abstain:right_and_wrong" if mistaken else PASS if wanted(sure)
+                else "fail:hedged")
     return "fail:wrong_entity" if mistaken else "fail:missing"
 
 
@@ -166,9 +148,10 @@ def forbid(reply: str, lexicon: Sequence[str], allow: Sequence[str] = (),
     for span in allow:
         text = term_pattern(span).sub(" allowed ", text)
     found = {"plain" if literal else polarity(hit) for term in lexicon for hit in find(term, text)}
-    if "plain" in found:
-        return "fail:forbidden"
-    return "abstain:unclear" if "unclear" in found else PASS
+    if "plain" in found or not literal and refuses(text) == "all":
+        return "fail:forbidden" if "plain" in found else "fail:refused"
+    unclear = "unclear" in found or not literal and refuses(text)
+    return "abstain:unclear" if unclear else PASS
 
 
 def current(reply: str, present: Sequence[str], superseded: Sequence[str] = (),
@@ -188,6 +171,8 @@ def order(reply: str, values: Sequence[str]) -> str:
     found = [term_pattern(value).search(text) for value in values]
     if None in found:
         return "fail:missing"
+    if any(map(hedged, find(values[-1], text))):
+        return "fail:hedged"
     places = [match.start() for match in found]
     return PASS if places == sorted(places) else "fail:order"
 
@@ -298,12 +283,14 @@ def no_repeat(reply: str, earlier: Sequence[str] = ()) -> str:
 
 
 def no_clarify(reply: str) -> str:
-    """Not a short reply (under 25 words) whose one question asks what is meant."""
+    """Not a short reply (under 25 words) whose one question asks what is meant, nor one that
+    leaves it open ("or something else")."""
     text = normalise(reply)
     asked = [s for s in SENTENCE_END.split(text) if s.rstrip(" \"'").endswith("?")]
     short = len(re.findall(r"\w+", text)) < 25
     asks_back = short and len(asked) == 1 and re.search(WORDS["asks_what"], asked[0])
-    return "fail:asks_back" if asks_back else PASS
+    vague = re.search(r"\bor (?:some\w+ else|whatever)\b", text)
+    return "fail:asks_back" if asks_back else "fail:hedged" if vague else PASS
 
 
 CHECKS = {f.__name__: f for f in (recall, forbid, current, order, number, anchor, exact, yes_no,
@@ -318,9 +305,21 @@ def validate_check(check: dict) -> None:
     inspect.signature(CHECKS[check["type"]]).bind("", **keywords)
 
 
-def check_turn(checks: Sequence[dict], reply: str, earlier_replies: Sequence[str] = ()) -> Verdict:
-    """One reply's verdict: fail if any check fails, pass if all pass, else abstain."""
+def is_parrot(reply: str, said: Sequence[str]) -> bool:
+    """Whether a reply holds a whole earlier turn of the user's, of eight words or more."""
+    words = lambda text: " ".join(re.findall(r"\w+", normalise(text)))
+    return any(turn.count(" ") >= 7 and turn in words(reply) for turn in map(words, said))
+
+
+def check_turn(checks: Sequence[dict], reply: str, earlier_replies: Sequence[str] = (),
+               said: Sequence[str] = ()) -> Verdict:
+    """One reply's verdict: fail if any check fails, pass if all pass, else abstain.
+
+    said    the user's earlier turns: who copies one whole has not answered
+    """
     unclear = ""
+    if checks and is_parrot(reply, said):
+        return Verdict("fail", "parrot")
     for check in checks:
         keywords = {"earlier": earlier_replies} if check["type"] == "no_repeat" else {}
         keywords |= check

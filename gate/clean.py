@@ -88,11 +88,13 @@ def check_identity(name: str, tokenizer: Tokenizer) -> None:
                        "of an instruct model; fetch the base's own files")
 
 
-def check_base(name: str) -> dict:
-    """All of it, for a model named as a base, before it is asked anything; raises BadInput."""
+def check_base(name: str, is_base: bool = True) -> dict:
+    """All of it, for a model named as a base, before it is asked anything; raises BadInput. Only
+    its encoding where it need not be one."""
     tokenizer = load_tokenizer(find_folder(root_model(name), weights=False))
     if tokenizer is None:
         raise BadInput(f"{name} has no tokenizer.model and no tokenizer.json; add the model's own")
-    check_identity(name, tokenizer)
-    return {"clean": True, "prompts": check_prompts(tokenizer), "template_applied": False,
+    if is_base:
+        check_identity(name, tokenizer)
+    return {"clean": True, "prompts": check_prompts(tokenizer),
             "has_chat_template": tokenizer.chat_template is not None}

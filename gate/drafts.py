@@ -44,7 +44,8 @@ class Conversation:
 
     def check(self, replies: list[str]) -> list[Verdict | None]:
         """Each turn's verdict on a reply; None where a turn is not scored."""
-        return [check_turn(turn.checks, reply, replies[:t]) if turn.scored else None
+        said = [turn.user for turn in self.turns]
+        return [check_turn(turn.checks, reply, replies[:t], said[:t]) if turn.scored else None
                 for t, (turn, reply) in enumerate(zip(self.turns, replies, strict=True))]
 
 
@@ -74,13 +75,6 @@ def specs_of(family: dict) -> dict[str, str]:
     for name, fact in family.get("facts", {}).items():
         specs |= {name: fact["pool"], f"near_{name}": fact["pool"]}
     return specs | family.get("slots", {})
-
-
-def values_of(family: dict, slot: str) -> list[str]:
-    """All values that a family may put in a slot, for one who has to guess; [] if not known."""
-    rows = load_texts()[family["table"]] if "table" in family else []
-    known = [row[slot] for row in rows if slot in row]
-    return known or pool_of(specs_of(family).get(slot, "").rpartition("+")[2])
 
 
 def article(noun: str) -> str:

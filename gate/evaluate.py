@@ -1,7 +1,9 @@
-"""The whole of a gate: replies, scores, verdict, each kept as files of one folder.
+"""The whole of a gate: plan, replies, scores, verdict, each kept as files of one folder.
 
-Scoring is apart from generating: other scorers, judges or thresholds generate nothing anew, and a
-run that was broken off goes on behind the last part it wrote.
+plan.json stands before the first reply: thresholds, formats, scorers, models, benchmark, n. Each
+reply carries its hash and the report the hashes of all, so that a plan edited afterwards or a
+report written by hand are noticed, here and by `require_gate`. It keeps the honest from fooling
+themselves; who forges every file forges hashes. Broken off, a run goes on where it stopped.
 """
 import dataclasses
 import functools
@@ -10,42 +12,73 @@ import json
 from pathlib import Path
 
 import engine.blas  # noqa: F401  (before mlx)
+from tqdm import tqdm
 
 from checkpoint import load_base, load_checkpoint
-from files.disk import append_text, begin_folder, grow, json_lines, read_json_lines, write_text
-from files.run_folder import hash_model, provenance
-from gate import judge
+from files import disk
+from files.keys import BadInput
+from files.run_folder import PLAN, hash_file, hash_json, hash_model, provenance
+from gate import judge, verdict
 from gate.clean import check_base
 from gate.conversations import Conversation, read_benchmark
-from gate.replies import PART, answer, score, summarize_scores, transcript
-from gate.verdict import ROLES, GateConfig, comparisons, decide, length_warnings, load_gate
+from gate.replies import PART, answer, draw, score, summarize_replies, summarize_scores, transcript
+from report.stats import corrected_rate
 
-# what replies depend on, beside benchmark and models: other values are another evaluation
-GENERATION = ("limit", "max_reply_tokens", "bits")
+# of a plan, what replies depend on: with other values they are other replies
+GENERATION = ("benchmark", "models", "max_reply_tokens", "bits", "shots", "worked")
 ANOTHER = "give another out, such as out=runs/gate_again"
 
 
-# --- the folder, and the models' replies
-def begin(cfg: GateConfig, sha: str) -> dict[str, dict]:
-    """Make or re-open the folder; the models by role: {role: {name, weights, tokenizer, clean}}.
-
-    raises   BadInput where a base is none or its prompts do not reach it untouched, and where
-             benchmark, models or what replies depend on changed since the folder was begun
-    """
+# --- the plan, and the models' replies
+def models_of(cfg: verdict.GateConfig) -> dict[str, dict]:
+    """The models by role: {role: {name, weights, tokenizer, clean}}. BadInput where a base is none,
+    its prompts do not reach it untouched, or two are the same."""
     models = {}
-    about = {key: getattr(cfg, key) for key in GENERATION} | {"SHA-256 of benchmark": sha}
-    for role in ROLES:
-        name = getattr(cfg, role)
-        if not name:
-            continue
-        models[role] = {"name": name, **hash_model(name)}
-        about |= {f"SHA-256 of {role}'s {part}": models[role][part]
-                  for part in ("weights", "tokenizer")}
-        if role != "instruct":
-            models[role]["clean"] = check_base(name)
-            models[role]["clean"]["template_applied"] = "chat" in getattr(cfg, f"{role}_templates")
-    begin_folder(Path(cfg.out), about, ANOTHER)
+    for role in verdict.ROLES:
+        if name := getattr(cfg, role):
+            models[role] = {"name": name, **hash_model(name)}
+            if role != "instruct":      # without a verdict any model's formats can be compared
+                models[role]["clean"] = check_base(name, is_base=bool(cfg.instruct))
+    weights = [models[role]["weights"] for role in models]
+    if len(set(weights)) < len(weights):
+        named = ", ".join(f"{role} = {model['name']}" for role, model in models.items())
+        raise BadInput(f"two of {named} are the same weights; expected different models. To "
+                       "compare the formats of one, leave instruct and alternative empty: that "
+                       "gives no verdict")
     return models
+
+
+def begin(cfg: verdict.GateConfig, models: dict[str, dict], sha: str, asked: list[Conversation],
+          shots: list[Conversation]) -> dict:
+    """Write plan.json into a new folder, or compare it with what is there; BadInput if it differs,
+    or if cfg.replies are to other conversations or by other models."""
+    plan = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in verdict.UNPLANNED}
+    plan |= {"benchmark": sha, "worked": [c.id for c in shots], "n": len(asked),
+             "tail": verdict.TAIL, "n_needed": verdict.pairs_needed(cfg) if cfg.instruct else 0,
+             "models": {r: [m["weights"], m["tokenizer"]] for r, m in models.items()}}
+    if "judge" in cfg.scorers:
+        plan["judge_prompt"] = hash_text(judge.load_prompt(cfg.judge_prompt))
+        if not cfg.judge.startswith("http"):
+            plan["judge_weights"] = hash_model(cfg.judge)["weights"]
+    plan = json.loads(json.dumps(plan | {"plans": [], "looks": 1, "changed": []}))  # no tuples
+    if cfg.replies:
+        earlier = disk.read_json(Path(cfg.replies) / PLAN, f"the plan of an earlier gate, since "
+                                 f"replies = {cfg.replies}")
+        if other := [key for key in GENERATION if earlier.get(key) != plan[key]]:
+            raise BadInput(f"replies = {cfg.replies} are to another {', another '.join(other)}; "
+                           "leave replies out, and all is asked anew")
+        names = disk.list_of(disk.TEXT)
+        before = disk.read_fields(earlier, {"plans": (names, []), "looks": (disk.whole(1, 99), 1),
+                                            "changed": (names, [])}, f"{cfg.replies}/{PLAN}")
+        kept = (*GENERATION, "n", "n_needed", "limit", *before)
+        plan |= {"plans": [*before["plans"], hash_json(earlier)], "looks": before["looks"] + 1,
+                 "changed": before["changed"] + [
+                     key for key in plan if key not in kept and earlier.get(key) != plan[key]]}
+    disk.begin_folder(Path(cfg.out), plan, ANOTHER, PLAN)
+    if plan["n"] < plan["n_needed"]:
+        print(f"note: {plan['n']} conversations can give no GO; a gap as large as wanted needs "
+              f"{plan['n_needed']}")
+    return {**plan, "sha256": hash_json(plan)}
 
 
 def load_model(name: str, bits: int | None):
@@ -55,111 +88,201 @@ def load_model(name: str, bits: int | None):
     return load_base(name, bits=bits)
 
 
-def replies_of(cfg: GateConfig, role: str,
-               conversations: list[Conversation]) -> dict[str, list[dict]]:
-    """One role's replies in each of its formats, {ROLE-TEMPLATE: rows}."""
+def replies_of(cfg: verdict.GateConfig, role: str, asked: list[Conversation],
+               shots: list[Conversation], plan: dict) -> dict[str, list[dict]]:
+    """One role's replies in each of its formats, {ROLE-FORMAT or ROLE-FORMAT-right: rows}."""
     load = functools.cache(load_model)      # not before the first missing reply
 
-    def answer_part(template: str, rows: list[dict], n: int) -> list[dict]:
-        return answer(*load(getattr(cfg, role), cfg.bits), conversations[len(rows):n], template,
-                      cfg.max_reply_tokens)
+    def answer_part(form: str, history: str, rows: list[dict], n: int) -> list[dict]:
+        done = answer(*load(getattr(cfg, role), cfg.bits), asked[len(rows):n], form,
+                      cfg.max_reply_tokens, shots, history)
+        return [{**row, "plan": plan["sha256"]} for row in done]
 
+    several = any(len(c.turns) > 1 for c in asked)      # or there is no history
+    histories = cfg.base_histories if role != "instruct" and several else ("own",)
     replies = {}
-    for template in dict.fromkeys(getattr(cfg, f"{role}_templates")):
-        path = Path(cfg.out) / f"replies_{role}-{template}.jsonl"
-        replies[f"{role}-{template}"] = grow(
-            path, PART, "id", [c.id for c in conversations],
-            functools.partial(answer_part, template), f"other conversations; {ANOTHER}")
+    for form in dict.fromkeys(getattr(cfg, f"{role}_templates")):
+        for history in dict.fromkeys(histories):
+            name = f"{role}-{form}" + "-right" * (history == "right")
+            path = Path(cfg.out) / f"replies_{name}.jsonl"
+            if cfg.replies and not path.exists():
+                rows = disk.read_json_lines(Path(cfg.replies) / path.name)[:len(asked)]
+                disk.write_text(path, disk.json_lines(rows[:len(rows) // PART * PART]))
+            rows = disk.grow(path, PART, "id", [c.id for c in asked], functools.partial(
+                answer_part, form, history), f"other conversations; {ANOTHER}")
+            if odd := {row.get("plan") for row in rows} - {plan["sha256"], *plan["plans"]}:
+                raise BadInput(f"{path} holds replies of another plan ({sorted(map(str, odd))[0]}, "
+                               f"this is {plan['sha256'][:12]}): it was changed behind them; "
+                               f"{ANOTHER}")
+            replies[name] = rows
     return replies
 
 
 # --- the judge's part
-def collect_verdicts(cfg: GateConfig, conversations: list[Conversation],
-                     replies: dict[str, list[dict]]) -> dict[str, dict[tuple[str, int], str]]:
-    """The judge's verdict on each scored turn: {condition: {(id, turn): verdict}}. Kept in
-    judge_*.jsonl by a hash of judge, prompt and reply: only what is new is asked."""
-    template, letters = judge.load_prompt(cfg.judge_prompt), cfg.judge_letters
+def collect_verdicts(cfg: verdict.GateConfig, asked: list[Conversation], shots: list[Conversation],
+                     replies: dict[str, list[dict]]) -> tuple[dict, dict]:
+    """The judge's verdict on each scored turn, {condition: {(id, turn): verdict}}, and its test.
+    Kept in judge_*.jsonl by a hash of judge, prompt and reply: only what is new is asked, and with
+    rejudge what an endpoint gave no verdict on. BadInput where it cannot tell right from wrong."""
+    template, letters = judge.load_prompt(cfg.judge_prompt), judge.LETTERS
     is_endpoint = cfg.judge.startswith("http")
-    settings = ([cfg.judge, cfg.judge_model] if is_endpoint
+    settings = ([cfg.judge, cfg.judge_model, cfg.judge_tokens] if is_endpoint
                 else [cfg.judge, hash_model(cfg.judge), cfg.bits])
-    asked, pairs = {name: {} for name in replies}, {}
+    stamp_of = lambda pair: hash_text(repr((settings, pair)))[:24]
+    named, pairs = {name: {} for name in replies}, {}
     for name, rows in replies.items():
-        for c, row in zip(conversations, rows):
+        for c, row in zip(asked, rows):
             texts = [reply["text"] for reply in row["replies"]]
             for t, turn in enumerate(c.turns):
                 if turn.scored:
                     pair = tuple(judge.fill_prompt(template, c, texts, t, letters, swapped)
                                  for swapped in (False, True))
-                    stamp = hash_text(repr((settings, pair)))[:24]
-                    asked[name][c.id, t], pairs[stamp] = stamp, pair
+                    named[name][c.id, t] = stamp_of(pair)
+                    pairs[stamp_of(pair)] = pair
     path = Path(cfg.out) / f"judge_{hash_text(repr(settings))[:8]}.jsonl"
-    known = {row.get("stamp"): row for row in read_json_lines(path)}
-    missing = [stamp for stamp in pairs if stamp not in known]
-    if missing:
-        write_text(path, json_lines(known.values()))    # without what a kill has torn
-        prompts = [pairs[stamp] for stamp in missing]
-        if is_endpoint:
-            verdicts = judge.judge_by_endpoint(cfg.judge, cfg.judge_model, prompts, letters)
-        else:
-            verdicts = judge.judge_locally(*load_model(cfg.judge, cfg.bits), prompts, letters)
-        for stamp, verdict in zip(missing, verdicts):
-            known[stamp] = {"stamp": stamp, "judge": cfg.judge, **verdict}
-            append_text(path, json_lines([known[stamp]]))   # at once: it may have cost money
-    return {name: {turn: judge.verdict_of(known[stamp], cfg.judge_unsure)
-                   for turn, stamp in turns.items()} for name, turns in asked.items()}
+    known = {row.get("stamp"): row for row in disk.read_json_lines(path)
+             if not (cfg.rejudge and row.get("verdict") == "invalid")}
+    load = functools.cache(load_model)
+
+    def ask(pairs: dict[str, tuple[str, str]], what: str, requests: int) -> None:
+        missing = {stamp: pair for stamp, pair in pairs.items() if stamp not in known}
+        if not missing:
+            return
+        disk.write_text(path, disk.json_lines(known.values()))    # without what a kill has torn
+        prompts = list(missing.values())
+        found = (judge.judge_by_endpoint(cfg.judge, cfg.judge_model, prompts, letters,
+                                         cfg.judge_tokens, requests) if is_endpoint
+                 else judge.judge_locally(*load(cfg.judge, cfg.bits), prompts, letters))
+        for stamp, said in zip(missing, tqdm(found, what, len(prompts), disable=None)):
+            known[stamp] = {"stamp": stamp, "judge": cfg.judge, **said}
+            disk.append_text(path, disk.json_lines([known[stamp]]))     # at once: it may cost money
+
+    said = lambda stamp: judge.verdict_of(known[stamp], cfg.judge_unsure)
+    probes = judge.probes_of([*shots, *asked], template, letters)
+    ask({stamp_of(pair): pair for pair, _ in probes}, "self-test of the judge", 1)
+    test = judge.check_judge(cfg.judge, [said(stamp_of(pair)) for pair, _ in probes], probes)
+    ask(pairs, "judged", cfg.judge_requests)
+    return {name: {turn: said(stamp) for turn, stamp in turns.items()}
+            for name, turns in named.items()}, test
 
 
 def hash_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def judge_report(cfg: GateConfig, conversations: list[Conversation], replies: dict,
-                 outcomes: dict[str, dict], judged: dict) -> dict:
-    """Calibration against people, counts of what is no verdict; writes the spot check to label."""
-    chats = {(name, c.id): transcript(c, row)
-             for name, rows in replies.items() for c, row in zip(conversations, rows)}
+def people_of(cfg: verdict.GateConfig, chats: dict, outcomes: dict, chosen: dict) -> dict:
+    """Each scorer against people's labels, with the rates that correct for its mistakes."""
     labels = judge.read_labels(cfg.labels, chats) if cfg.labels else {}
-    judge.write_spotcheck(Path(cfg.out) / "spotcheck.jsonl", chats)
-    flat = {(name, i): passed for name, cell in outcomes.items() for i, passed in cell.items()}
-    counts = {name: {v: list(cell.values()).count(v) for v in ("pass", "fail", "unsure", "invalid")}
-              for name, cell in judged.items()}
-    return {"judge": cfg.judge, "turns": counts, "calibration": judge.calibrate(flat, labels)}
+    found = {}
+    for s, cells in outcomes.items():
+        flat = {(name, i): passed for name, cell in cells.items() for i, passed in cell.items()}
+        cell = found[s] = judge.calibrate(flat, labels)
+        cell["corrected"] = {}
+        for role, name in chosen.get(s, {}).items():
+            decided = [v for v in outcomes[s][name].values() if v is not None]
+            rate = corrected_rate(sum(decided), len(decided), cell["right"], cell["wrong"])
+            cell["corrected"][name] = rate
+            wanted = getattr(cfg, f"{role}_at_{'least' if role == 'instruct' else 'most'}")
+            apart = rate["value"] is not None and (
+                rate["value"] < wanted if role == "instruct" else rate["value"] > wanted)
+            if cell["ok"] and apart:
+                cell["ok"], cell["why"] = False, [
+                    f"corrected for its mistakes {name} passes {rate['value']:.2f}"]
+    return found
 
 
 # --- the whole of it
 def run_gate(path: str | Path, overrides: list[str] = ()) -> dict:
     """Replies, scores, verdict: writes gate.json and its neighbours, returns its content."""
-    cfg = load_gate(path, overrides)
+    cfg = verdict.load_gate(path, overrides)
     conversations, sha = read_benchmark(cfg.benchmark)
-    conversations = conversations[:cfg.limit]
-    models, replies = begin(cfg, sha), {}
+    asked, shots = draw(conversations, cfg.limit, cfg.shots)
+    if not asked:
+        raise BadInput(f"shots = {cfg.shots} leaves none to ask of the {len(conversations)} "
+                       f"conversations of {cfg.benchmark}; give fewer")
+    models = models_of(cfg)
+    plan, replies = begin(cfg, models, sha, asked, shots), {}
     for role in models:
-        replies |= replies_of(cfg, role, conversations)     # one model at a time
-    judged = collect_verdicts(cfg, conversations, replies) if "judge" in cfg.scorers else {}
-    scores = {s: {name: score(conversations, rows, s, judged.get(name))
-                  for name, rows in replies.items()} for s in cfg.scorers}
+        replies |= replies_of(cfg, role, asked, shots, plan)    # one model at a time
+    judged, test = {}, None
+    if "judge" in cfg.scorers:
+        judged, test = collect_verdicts(cfg, asked, shots, replies)
+    scores = {s: {name: score(asked, rows, s, judged.get(name)) for name, rows in replies.items()}
+              for s in dict.fromkeys(cfg.scorers)}
     outcomes = {s: {name: {row["id"]: row["passed"] for row in rows}
                     for name, rows in by_condition.items()} for s, by_condition in scores.items()}
-    report = {"benchmark": {"path": cfg.benchmark, "sha256": sha,
-                            "conversations": len(conversations)},
-              "config": dataclasses.asdict(cfg), "models": models, "versions": provenance()}
-    if "judge" in cfg.scorers:
-        report["judge"] = judge_report(cfg, conversations, replies, outcomes["judge"], judged)
-        if not report["judge"]["calibration"]["ok"]:
-            # a judge that people have not confirmed does not head the report: it goes last
-            cfg.scorers = (*(s for s in cfg.scorers if s != "judge"), "judge")
-    report |= {"scorers": list(cfg.scorers), "conditions": {
-        name: {s: summarize_scores(scores[s][name], replies[name]) for s in cfg.scorers}
-        for name in replies}}
+    health = {name: summarize_replies(rows) for name, rows in replies.items()}
+    for cell in health.values():
+        cell["ill"] = verdict.ill_of(cell)
+    categories = {c.id: c.category for c in asked}
+    chats = {(name, c.id): transcript(c, row)
+             for name, rows in replies.items() for c, row in zip(asked, rows)}
+    report = {"name": Path(cfg.out).name, "plan": plan, "models": models,
+              "config": dataclasses.asdict(cfg), "versions": provenance(),
+              "benchmark": {"path": cfg.benchmark, "sha256": sha, "conversations": len(asked),
+                            "available": len(conversations) - len(shots)}}
+    found = {}
     if cfg.instruct:
-        report |= decide(cfg, outcomes)
-    report["paired"] = comparisons(cfg, outcomes[cfg.scorers[0]],
-                                   {c.id: c.category for c in conversations},
-                                   report.get("chosen", {}))
-    report["warnings"] = length_warnings(outcomes, replies)
-    write_outcomes(Path(cfg.out), conversations, replies, scores)
-    write_text(Path(cfg.out) / "gate.json", json.dumps(report, indent=1) + "\n")
+        remarks = [f"{', '.join(plan['changed'])} was changed when replies were there already, and "
+                   "a plan stands before them: make another benchmark with `python -m "
+                   "gate.conversations make`"] if plan["changed"] else []
+        weigh = functools.partial(verdict.decide, cfg, outcomes, categories, health,
+                                  looks=plan["looks"], remarks=remarks)
+        found = weigh()
+    report["people"] = people_of(cfg, chats, outcomes, found.get("chosen", {}))
+    if found:
+        found = weigh(calibration=report["people"])
+    # a judge that people have not confirmed does not head the report: it goes last
+    confirmed = report["people"].get("judge", {}).get("ok")
+    scorers = sorted(outcomes, key=lambda s: s == "judge" and not confirmed)
+    chosen = found.get("chosen", {}).get(scorers[0], {})
+    report |= found | {
+        "scorers": scorers, "judge_test": test, "warnings": warnings_of(cfg, models, outcomes,
+                                                                        replies),
+        "conditions": {name: {"replies": health[name], **{
+            s: summarize_scores(scores[s][name]) for s in scorers}} for name in replies},
+        "paired": {f"{a} against {b}": verdict.compare(*(outcomes[scorers[0]][x] for x in (a, b)))
+                   for a, b in pairs_of(list(replies), chosen)}}
+    folder = Path(cfg.out)
+    judge.write_spotcheck(
+        folder / "spotcheck.jsonl", chats,
+        {c.id: [turn.need for turn in c.turns if turn.scored] for c in asked},
+        {name for cells in found.get("chosen", {}).values() for name in cells.values()}
+        or set(replies))
+    write_outcomes(folder, asked, replies, scores)
+    report["transcripts"] = {name: [chats[name, c.id] for c in asked[:3]] for name in replies}
+    report["files"] = {file.name: hash_file(file) for file in sorted(folder.glob("*.jsonl"))
+                       if file.name.startswith(("replies_", "outcomes"))}
+    report = json.loads(json.dumps(report))
+    report["sha256"] = hash_json(report)
+    disk.write_text(folder / "gate.json", json.dumps(report, indent=1) + "\n")
     return report
+
+
+def pairs_of(names: list[str], chosen: dict[str, str]) -> list[tuple[str, str]]:
+    """The gap, and what a format or a history alone does to each model."""
+    pairs = [(chosen["base"], chosen[role]) for role in ("instruct", "alternative")
+             if role in chosen]
+    for role in verdict.ROLES:
+        same = [name for name in names if verdict.role_of(name) == role]
+        pairs += [(same[0], other) for other in same[1:]]
+    return pairs
+
+
+def warnings_of(cfg: verdict.GateConfig, models: dict, outcomes: dict, replies: dict) -> list[str]:
+    """What a reader has to know before the figures."""
+    found = verdict.loosened(cfg)
+    if "judge" in cfg.scorers:
+        mine = hash_model(cfg.judge)["weights"] if not cfg.judge.startswith("http") else ""
+        same = [role for role, model in models.items() if model["weights"] == mine
+                or Path(model["name"]).name.casefold() == Path(cfg.judge_model).name.casefold()]
+        found += [f"the judge is the {role} model itself, and judges its own replies"
+                  for role in same]
+    for role, model in models.items():
+        if model.get("clean", {}).get("has_chat_template") and "chat" not in getattr(
+                cfg, f"{role}_templates"):
+            found.append(f"{model['name']} has a chat template: {role}_templates should try chat")
+    return found + verdict.length_warnings(outcomes, replies)
 
 
 def write_outcomes(folder: Path, conversations: list[Conversation], replies: dict,
@@ -176,5 +299,5 @@ def write_outcomes(folder: Path, conversations: list[Conversation], replies: dic
                 apart.append({"condition": name, "id": c.id, "passed": said,
                               "why": {s: scores[s][name][k]["why"] for s in scores},
                               "chat": transcript(c, rows[k])})
-    write_text(folder / "outcomes.jsonl", json_lines(outcomes))
-    write_text(folder / "disagreements.jsonl", json_lines(apart))
+    disk.write_text(folder / "outcomes.jsonl", disk.json_lines(outcomes))
+    disk.write_text(folder / "disagreements.jsonl", disk.json_lines(apart))

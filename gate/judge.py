@@ -1,69 +1,53 @@
 """A language model as judge of replies: a verdict with its margin, and when to believe it.
 
 The judge reads the chat, what the reply had to use, and the reply, and answers with one of two
-letters. A local model is asked for the letters' log-probabilities (no text is parsed), an
-OpenAI-compatible endpoint for text (URL and OPENAI_API_KEY). Either is asked twice with the
-letters' meanings exchanged, which cancels a preference for one letter. What is no verdict is never
-counted as one: small margins and contradictions are `unsure`, unreadable answers `invalid`, both
-left out of rates and listed for a person.
+letters. A local model is asked in its own chat template for the letters' log-probabilities, an
+OpenAI-compatible endpoint for text. Either is asked twice with the letters' meanings exchanged,
+which cancels a preference for one. Small margins and contradictions are `unsure`, unreadable
+answers `invalid`: both undecided. First it has to tell ten right replies from ten wrong ones.
 
-A judge heads a report only after calibration: at least 30 labels that people gave, kappa of at
-least 0.7, its interval above 0.55. Pooled over models of which some all fail and some all pass,
-kappa is high by itself, so agreement stands beside it for each condition.
+A scorer, judge or checks, is confirmed by people: at least 100 labels with 20 of each verdict,
+kappa of at least 0.7 and surely above 0.55, AC1 and kappa within each condition. Pooled over models
+of which some all fail and some all pass, kappa is high by itself.
 """
-import http.client
-import json
-import os
+import hashlib
 import random
 import re
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
 
-from config import run_main
 from engine.decode import pad_prompts
-from files.deadline import deadline
-from files.disk import (
-    REQUIRED,
-    TEXT,
-    check_target,
-    json_lines,
-    one_line,
-    one_of,
-    parse_json,
-    read_fields,
-    read_rows,
-    read_text,
-    write_text,
-)
+from files import disk
+from files.endpoint import request_text
 from files.keys import BadInput
-from files.options import Parser
+from gate.checks import check_turn
 from gate.conversations import Conversation
 from losses import token_logprobs
 from model import Llama
-from report.stats import cohens_kappa
+from report.stats import cohens_kappa, wilson
 from text.rows import check_context
 from text.tokenizer import Tokenizer
 
-PROMPTS = Path(__file__).parent / "benchmark"      # what a judge reads: judge.txt, tiny_judge.txt
+PROMPT = Path(__file__).parent / "benchmark" / "judge.txt"
+LETTERS = ("A", "B")
 FIELDS = ("need", "answer", "chat", "reply", "right", "wrong", "first", "second")
-LEAST_LABELS, LEAST_KAPPA, LEAST_LOW = 30, 0.7, 0.55
+LEAST_LABELS, LEAST_EACH, LEAST_KAPPA, LEAST_LOW, LEAST_AC1 = 100, 20, 0.7, 0.55, 0.7
+DRAWN = 120         # conversations to label, at least
+FEW = 5             # items of a class, below which agreement within a condition says nothing
+PROBES, TOLD = 10, 8    # pairs of a right and a wrong reply, and how many a judge has to tell
 MIN_MASS = 0.5      # of both letters together; with less it answers something else
 ROWS = 32           # prompts of a forward pass
-WAITS = (0, 1, 2)   # seconds before each attempt of a request; a server may ask for more
-REQUEST_S, LARGEST_ANSWER = 60, 2 ** 20     # of one attempt; bytes
 
 
 def load_prompt(path: str | Path) -> str:
     """The judge's prompt, a text file with {reply}, {right} and {wrong} at least; "": judge.txt."""
-    text = read_text(path or PROMPTS / "judge.txt", "a text file for judge_prompt").rstrip("\n")
+    text = disk.read_text(path or PROMPT, "a text file for judge_prompt").rstrip("\n")
     named = set(re.findall(r"{(\w*)}", text))
     if named - set(FIELDS) or not {"reply", "right", "wrong"} <= named:
         raise BadInput(f"judge_prompt = {path} names {', '.join(sorted(named)) or 'nothing'}; "
@@ -87,9 +71,10 @@ def fill_prompt(template: str, conversation: Conversation, replies: list[str], t
 
 # --- two kinds of judge
 def letter_logprobs(model: Llama, tokenizer: Tokenizer, prompts: list[str],
-                    letters: tuple[str, str]) -> np.ndarray:
+                    letters: tuple[str, str], template: str = "none") -> np.ndarray:
     """log p of each letter as the next token, with and without a space before it, (B, 2)."""
-    rows = [tokenizer.encode_prompt(text) for text in prompts]
+    rows = [tokenizer.encode_messages([{"role": "user", "content": text}], template)[0]
+            for text in prompts]
     check_context(rows, 1, model)
     tokens, last = pad_prompts(rows)    # causal: filling behind the last token changes nothing
     logits = model.head(model.final_resid(tokens, positions=last))[:, 0]        # (B, V)
@@ -105,13 +90,14 @@ def letter_logprobs(model: Llama, tokenizer: Tokenizer, prompts: list[str],
 
 
 def letter_margins(model: Llama, tokenizer: Tokenizer, asked: list[tuple[str, str]],
-                   letters: tuple[str, str]) -> tuple[np.ndarray, np.ndarray]:
+                   letters: tuple[str, str],
+                   template: str = "none") -> tuple[np.ndarray, np.ndarray]:
     """How far a model holds with the first meaning, over prompts plain and with them exchanged.
 
     margins  (B,) nats: mean over both of log p(right letter) - log p(wrong letter)
     masses   (B,) probability of both letters, the smaller of both; low: it says something else
     """
-    plain, swapped = (letter_logprobs(model, tokenizer, prompts, letters)
+    plain, swapped = (letter_logprobs(model, tokenizer, prompts, letters, template)
                       for prompts in zip(*asked))
     margins = (plain[:, 0] - plain[:, 1] + swapped[:, 1] - swapped[:, 0]) / 2
     return margins, np.minimum(np.exp(plain).sum(-1), np.exp(swapped).sum(-1))
@@ -120,28 +106,43 @@ def letter_margins(model: Llama, tokenizer: Tokenizer, asked: list[tuple[str, st
 def judge_locally(model: Llama, tokenizer: Tokenizer, asked: list[tuple[str, str]],
                   letters: tuple[str, str]) -> Iterator[dict]:
     """What a local model says to pairs of prompts, plain and exchanged, {margin, mass} in turn."""
+    template = "chat" if tokenizer.chat_template else "none"
     for first in range(0, len(asked), ROWS):    # a part at a time: what is judged is kept
-        found = letter_margins(model, tokenizer, asked[first:first + ROWS], letters)
+        found = letter_margins(model, tokenizer, asked[first:first + ROWS], letters, template)
         for margin, mass in zip(*(side.tolist() for side in found)):
             yield {"margin": round(margin, 4), "mass": round(mass, 4)}
 
 
 def judge_by_endpoint(url: str, name: str, asked: list[tuple[str, str]],
-                      letters: tuple[str, str]) -> Iterator[dict]:
-    """What an OpenAI-compatible endpoint says, {verdict, texts} in turn; a prompt is asked once
-    more if the answer is not one letter. BadInput where it cannot be reached."""
-    for pair in asked:
-        votes, texts = [], []
-        for prompt, right in zip(pair, letters):
-            for _ in range(2):
-                texts.append(request_text(url, name, prompt))
-                letter = parse_letter(texts[-1], letters)
-                if letter:
-                    break
-            votes.append(None if letter is None else letter == right)
-        verdict = ("invalid" if None in votes else "unsure" if votes[0] != votes[1]
-                   else "pass" if votes[0] else "fail")
-        yield {"verdict": verdict, "texts": [text[:80] for text in texts]}
+                      letters: tuple[str, str], tokens: int = 16,
+                      requests: int = 1) -> Iterator[dict]:
+    """What an OpenAI-compatible endpoint says, {verdict, texts} in turn, some requests at a time; a
+    prompt is asked once more if no letter can be read. BadInput where it cannot be reached."""
+    ask = partial(ask_endpoint, url, name, letters, tokens)
+    if requests == 1:
+        yield from map(ask, asked)
+        return
+    pool = ThreadPoolExecutor(requests)
+    try:
+        yield from pool.map(ask, asked)
+    finally:        # a failure or an interrupt: what waits is not sent
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def ask_endpoint(url: str, name: str, letters: tuple[str, str], tokens: int,
+                 pair: tuple[str, str]) -> dict:
+    """One pair of prompts' {verdict, texts}."""
+    votes, texts = [], []
+    for prompt, right in zip(pair, letters):
+        for _ in range(2):
+            texts.append(request_text(url, name, prompt, tokens))
+            letter = parse_letter(texts[-1], letters)
+            if letter:
+                break
+        votes.append(None if letter is None else letter == right)
+    verdict = ("invalid" if None in votes else "unsure" if votes[0] != votes[1]
+               else "pass" if votes[0] else "fail")
+    return {"verdict": verdict, "texts": [text[-80:] for text in texts]}
 
 
 def verdict_of(row: dict, unsure: float) -> str:
@@ -153,162 +154,138 @@ def verdict_of(row: dict, unsure: float) -> str:
 
 
 def parse_letter(text: str, letters: tuple[str, str]) -> str | None:
-    """The one letter an answer consists of, or begins with before a reason; None for all else.
+    """The one letter that an answer gives, behind its reasoning; None where that is not plain.
 
-    example  "A", "**B**", "A: it names the city" -> A, B, A;  "A or B?", "A B", "Because" -> None
+    example  "A", "**B**", "A: it names the city", "The verdict is A.", "B: A wrong city" -> A, B,
+             A, A, B;  "A or B?", "A B", "A, not B", "A wrong city", "Because" -> None
     """
+    text = re.sub(r"(?s)^.*</(?:think|thinking|reasoning)>", "", text)
+    if re.search(r"<(?:think|thinking|reasoning)>", text):
+        return None     # cut off while it reasoned
     either = "|".join(map(re.escape, letters))
-    match = re.match(rf"\W*({either})(?:\W*$|\W*[.:\n-])", text)
-    rest = text[match.end(1):] if match else ""
-    return match[1] if match and not re.search(rf"\b({either})\b", rest) else None
+    text = re.sub(r"\\boxed\s*{(?:\\text\s*{)?\W*(\w+)\W*?}+", r" Verdict: \1. ", text)
+    text = re.sub(rf"\(?\b(?:{either}) or (?:{either})\b\)?", "", re.sub(r"[*_`#$]", "", text))
+    letter = rf"\b({either})\b(?=\s*(?:$|[^\w\s]|\n|(?:because|since)\b))"    # not "A wrong city"
+    given = re.findall(rf"(?i:\b(?:verdict|answer|label|mark))\W*(?:is\b|=)?\W*{letter}", text)
+    if not given and (match := re.match(rf"\W*{letter}", text)):
+        # another letter behind it is no second verdict where it is an article: "B: A wrong city"
+        rest = re.sub(r"\bA(?=\s+[a-z])", "", text[match.end():])
+        given = [match[1], *re.findall(rf"\b({either})\b", rest)]
+    return given[0] if len(set(given)) == 1 else None
 
 
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """The key is for the host that the user named: where that points elsewhere, nobody goes."""
-    def redirect_request(self, *_):
-        return None     # the answer is then an error, by its code
+# --- can it tell right from wrong at all?
+def probes_of(conversations: list[Conversation], template: str,
+              letters: tuple[str, str]) -> list[tuple[tuple[str, str], bool]]:
+    """Prompts about replies with known verdicts, [((plain, swapped), is_right)], in twos: a turn's
+    right answer, and another conversation's that the turn's checks fail."""
+    probes = []
+    for c in conversations:
+        t = next(t for t, turn in enumerate(c.turns) if turn.scored)
+        others = [turn.answer for other in conversations if other.category == c.category
+                  for turn in other.turns if turn.scored]
+        wrong = next((text for text in others
+                      if check_turn(c.turns[t].checks, text).verdict == "fail"), None)
+        if (wrong is None or len(probes) == 2 * PROBES
+                or check_turn(c.turns[t].checks, c.turns[t].answer).verdict != "pass"):
+            continue
+        said = [turn.answer for turn in c.turns[:t]]
+        probes += [(tuple(fill_prompt(template, c, [*said, reply], t, letters, swapped)
+                          for swapped in (False, True)), reply is not wrong)
+                   for reply in (c.turns[t].answer, wrong)]
+    return probes
 
 
-OPENER = urllib.request.build_opener(NoRedirect)
-
-
-def request_text(url: str, name: str, prompt: str) -> str:
-    """One chat completion at temperature 0; the key goes in a header to that host, nowhere else."""
-    address = url.rstrip("/") + "/chat/completions"
-    body = {"model": name, "temperature": 0, "max_tokens": 16,
-            "messages": [{"role": "user", "content": prompt}]}
-    headers = {"Content-Type": "application/json"}
-    if key := os.environ.get("OPENAI_API_KEY"):
-        headers["Authorization"] = f"Bearer {key}"
-    asked_to_wait = 0
-    for seconds in WAITS:
-        time.sleep(max(seconds, asked_to_wait))
-        try:
-            request = urllib.request.Request(address, json.dumps(body).encode(), headers)
-            # the timeout is for one byte, the deadline for the whole answer
-            with deadline(REQUEST_S), OPENER.open(request, timeout=REQUEST_S) as response:
-                data = response.read(LARGEST_ANSWER + 1)
-            if len(data) <= LARGEST_ANSWER:
-                return read_answer(data)
-            why = f"its answer has more than {LARGEST_ANSWER} bytes"
-            break
-        except urllib.error.HTTPError as error:
-            with error, suppress(OSError, http.client.HTTPException), deadline(REQUEST_S):
-                said = one_line(error.read(1000).decode(errors="replace"))
-            why = f"HTTP {error.code} {error.reason}" + f": {said}" * bool(said)
-            wait = error.headers.get("Retry-After", "0")
-            asked_to_wait = int(wait) if wait.isdecimal() else 0
-            if asked_to_wait > REQUEST_S:
-                why += f"; it asks for {asked_to_wait} s of patience"
-                break
-            if error.code not in (408, 429) and error.code < 500:
-                break       # wrong address, key or model: asking again will not help
-        except (http.client.InvalidURL, ValueError):    # whose text would show the key
-            why = "the address or OPENAI_API_KEY holds what cannot be sent"
-            break
-        except (OSError, http.client.HTTPException) as error:
-            why = one_line(getattr(error, "reason", error)) or type(error).__name__
-    raise BadInput(f"the judge at {address} (model {name or 'not named'}) does not answer ({why}); "
-                   "check judge, judge_model and OPENAI_API_KEY. Replies and verdicts so far are "
-                   "kept: the same command goes on from there")
-
-
-def read_answer(data: bytes) -> str:
-    """The text of a completion; "" for an answer of another form: asked again, then invalid."""
-    try:
-        text = parse_json(data.decode())["choices"][0]["message"]["content"]
-    except (KeyError, IndexError, TypeError, ValueError):
-        return ""
-    return text if isinstance(text, str) else ""
+def check_judge(name: str, verdicts: list[str], probes: list) -> dict:
+    """How many of the twos a judge tells; BadInput where they are too few to go on with it."""
+    hits = [verdict == ("pass" if right else "fail")
+            for verdict, (_, right) in zip(verdicts, probes)]
+    told = sum(a and b for a, b in zip(hits[::2], hits[1::2]))
+    if told < TOLD / PROBES * (len(hits) // 2):
+        raise BadInput(f"judge {name} tells {told} of {len(hits) // 2} plainly right replies from "
+                       f"plainly wrong ones (its verdicts: {', '.join(verdicts[:8])} ...); expected"
+                       f" {TOLD} of {PROBES}: give a larger judge, its chat template, or another "
+                       "judge_prompt. The replies are kept")
+    return {"told": told, "of": len(hits) // 2}
 
 
 # --- people's labels
-LABEL = {"condition": (TEXT, REQUIRED), "id": (TEXT, REQUIRED), "chat": (TEXT, None),
-         "human": (one_of("pass", "fail"), None)}
+LABEL = {"key": (disk.TEXT, disk.REQUIRED), "human": (disk.one_of("pass", "fail"), None)}
+
+
+def key_of(condition: str, name: str, chat: str) -> str:
+    """What stands for a conversation in the file to label, so that nobody sees whose it is."""
+    return hashlib.sha256(repr((condition, name, chat)).encode()).hexdigest()[:16]
 
 
 def read_labels(path: str, chats: dict[tuple[str, str], str]) -> dict[tuple[str, str], bool]:
-    """Rows {"condition", "id", "human": "pass", "fail" or null}: {(condition, id): passes}.
+    """Rows {"key", "human": "pass", "fail" or null}: {(condition, id): passes}.
 
-    raises   BadInput naming rows that are damaged, twice there, of unknown conversations, or of
-             other chats than were judged
+    raises   BadInput naming rows that are damaged, twice there, or about other replies than these
     """
-    labels = {}
+    keys, labels = {key_of(*pair, chat): pair for pair, chat in chats.items()}, {}
 
     def read(row: dict) -> None:
-        values = read_fields(row, LABEL, "a label")
-        key = values["condition"], values["id"]
-        if key in labels or key not in chats:
-            raise ValueError(f"{' '.join(key)} is {'there twice' if key in labels else 'unknown'}")
-        if values["chat"] not in (None, chats[key]):
-            raise ValueError(f"labels another reply than {' '.join(key)} now has")
-        labels[key] = values["human"]
+        values = disk.read_fields(row, LABEL, "a label")
+        key = values["key"]
+        if key not in keys or keys[key] in labels:
+            raise ValueError(f"{key} is {'there twice' if key in keys else 'of another reply'}")
+        labels[keys[key]] = values["human"]
 
-    read_rows(path, read, 'labels: the judged spotcheck.jsonl, {"condition": ..., "id": ..., '
-              '"human": "pass" or "fail"} of this benchmark\'s conversations')
+    disk.read_rows(path, read, "labels: the gate's own spotcheck.jsonl, in which people have put "
+              '"human": "pass" or "fail"')
     return {key: human == "pass" for key, human in labels.items() if human}
 
 
-def calibrate(judged: dict[tuple[str, str], bool | None],
+def calibrate(outcomes: dict[tuple[str, str], bool | None],
               labels: dict[tuple[str, str], bool]) -> dict:
-    """The judge against people: kappa overall, agreement and AC1 by condition; `ok` if trusted."""
-    both = [key for key in labels if judged.get(key) is not None]
-    compare = lambda keys: cohens_kappa([judged[k] for k in keys], [labels[k] for k in keys])
+    """A scorer against people: kappa and AC1, overall and by condition, sensitivity, specificity.
+
+    ok, why   whether it is confirmed, and what is missing
+    right     of what people pass: (how many the scorer passes, of how many); wrong: fails, of fails
+    """
+    both = [key for key in labels if outcomes.get(key) is not None]
+    compare = lambda keys: cohens_kappa([outcomes[k] for k in keys], [labels[k] for k in keys])
+    classes_of = lambda keys, c: min(sum(v in (outcomes[k], labels[k]) for k in keys if k[0] == c)
+                                     for v in (True, False)) >= FEW
     found = compare(both)
-    trusted = (found["n"] >= LEAST_LABELS and found["value"] is not None
-               and found["value"] >= LEAST_KAPPA and found["low"] >= LEAST_LOW)
-    return {**found, "undecided": len(labels) - len(both), "ok": bool(trusted),
-            "by_condition": {c: compare([k for k in both if k[0] == c])
-                             for c in sorted({condition for condition, _ in both})},
-            "disagreements": sorted(k for k in both if judged[k] != labels[k])}
+    cells = {c: compare([k for k in both if k[0] == c]) for c in sorted({c for c, _ in both})}
+    right, wrong = ([outcomes[k] == v for k in both if labels[k] == v] for v in (True, False))
+    missing = {
+        f"{len(both)} labels, {LEAST_LABELS} are needed": len(both) < LEAST_LABELS,
+        f"{len(right)} passes and {len(wrong)} failures, {LEAST_EACH} of each are needed":
+            min(len(right), len(wrong)) < LEAST_EACH,
+        f"kappa {LEAST_KAPPA}, surely above {LEAST_LOW}, is needed": not (
+            found["value"] is not None and found["value"] >= LEAST_KAPPA
+            and found["low"] >= LEAST_LOW),
+        **{f"AC1 {cell['ac1']:.2f} within {c}, {LEAST_AC1} is needed": cell["ac1"] < LEAST_AC1
+           for c, cell in cells.items()},
+        **{f"kappa within {c} is not surely above 0": classes_of(both, c) and cell["low"] <= 0
+           for c, cell in cells.items()}}
+    why = [what for what, holds in missing.items() if holds]
+    return {**found, "undecided": len(labels) - len(both), "ok": not why, "why": why,
+            "right": (sum(right), len(right)), "wrong": (sum(wrong), len(wrong)),
+            "sensitivity": wilson(sum(right), len(right)),
+            "specificity": wilson(sum(wrong), len(wrong)), "by_condition": cells,
+            "disagreements": sorted(k for k in both if outcomes[k] != labels[k])}
 
 
-def write_spotcheck(path: Path, chats: dict[tuple[str, str], str]) -> None:
-    """Draw a tenth of the judged conversations, by their ids alone, for a person to label who does
-    not know any verdict. A file in which somebody has begun to label is left as it is."""
-    drawn = sorted(chats)
-    random.Random(0).shuffle(drawn)
-    rows = [{"condition": condition, "id": i, "chat": chats[condition, i], "human": None}
-            for condition, i in drawn[:max(1, round(len(drawn) / 10))]]
-    check_target(path)
+def write_spotcheck(path: Path, chats: dict[tuple[str, str], str], needs: dict[str, list[str]],
+                    deciding: set[str]) -> None:
+    """Draw conversations of the conditions that decide, evenly, by their ids alone, for a person to
+    label who knows neither verdict nor model. A file in which somebody has begun is left as it is.
+
+    needs   {id: what its scored turns need}
+    """
+    rng, rows = random.Random(0), []
+    for condition in sorted(deciding):
+        names = sorted(name for c, name in chats if c == condition)
+        rng.shuffle(names)
+        most = max(-(-DRAWN // len(deciding)), len(names) // 10)
+        rows += [{"key": key_of(condition, name, chats[condition, name]), "needs": needs[name],
+                  "chat": chats[condition, name], "human": None} for name in names[:most]]
+    rng.shuffle(rows)
+    disk.check_target(path)
     lines = path.read_bytes().split(b"\n") if path.exists() else []
     if all(line.endswith(b'"human": null}') for line in lines if line):
-        write_text(path, json_lines(rows))
-
-
-# --- the bundled example's judge: a tiny model that has learnt to compare
-def tiny_rows(template: str, letters: tuple[str, str], n: int, seed: int) -> list[dict]:
-    """Rows {"prompt", "response"} that teach models/tiny to compare a reply with the right answer.
-
-    Half of the replies are right, most others a little off. Either letter may mean "right".
-    """
-    rng, rows = random.Random(seed), []
-    for _ in range(n):
-        answer = rng.randrange(0, 200)
-        near = str(abs(answer + rng.choice((-20, -11, -10, -9, -2, -1, 1, 2, 9, 10, 11, 20))))
-        wrong = rng.choice((near, near, near, near, str(answer)[::-1], str(rng.randrange(0, 200)),
-                            "(nothing)", f"{answer} {rng.randrange(0, 200)}", "add",
-                            f"{answer}{answer}"))
-        reply = str(answer) if rng.random() < 0.5 or wrong == str(answer) else wrong
-        right = rng.random() < 0.5      # the meaning of the first letter
-        pair = letters if right else letters[::-1]
-        values = {"answer": str(answer), "reply": reply, "right": pair[0], "wrong": pair[1]}
-        rows.append({"prompt": template.format(**values) + " ",
-                     "response": pair[0] if reply == str(answer) else pair[1]})
-    return rows
-
-
-def main(argv: list[str]) -> None:
-    parser = Parser(prog="python -m gate.judge",
-                    description="Write the rows that the bundled example's judge learns from.")
-    parser.add_argument("command", choices=("make_train",))
-    parser.add_argument("folder", type=Path)
-    args = parser.parse_args(argv)
-    template = load_prompt(PROMPTS / "tiny_judge.txt")
-    for seed, (split, n) in enumerate((("train", 50000), ("valid", 400), ("test", 400))):
-        write_text(args.folder / f"{split}.jsonl",
-                   json_lines(tiny_rows(template, ("1", "0"), n, seed)))
-
-
-if __name__ == "__main__":
-    run_main(main)
+        disk.write_text(path, disk.json_lines(rows))

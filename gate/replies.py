@@ -1,47 +1,100 @@
 """Let a model answer a benchmark's conversations, and score what it said: two steps, kept apart.
 
-One loop serves every model: each user turn is rendered with the model's own earlier replies, all
-conversations at once, and the completion is cut where the next speaker would begin. Formats (raw,
-lines, plain, cued, chat: text/chat.py) differ in nothing but the rendering and those stops.
+One loop serves every model: each user turn is rendered with what was said before, all conversations
+at once, and the completion is cut where the next speaker would begin. Formats differ in nothing but
+the rendering and those stops: text/chat.py's raw, lines, plain, cued and chat, and what gives a
+base that knows no chat a fair chance:
 
-Length is reported beside every score and is never part of one: the prior work's score was "between
-5 and 500 characters" (here `length`, kept to show its failure).
+    raw+cue       raw, and the cue behind which the assistant speaks
+    plain+shots   worked conversations first, taken out of the benchmark (lines, cued: the same)
+
+`own` history holds the model's earlier replies, `right` the benchmark's answers: a base that fails
+with the one alone was led astray by itself. Empty, cut or looping replies fail for another reason
+than what is asked about, so they are counted. Length is never part of a score: the prior work's
+was "between 5 and 500 characters" (here `length`, kept to show its failure).
 """
+import math
+import random
 import statistics
+from collections import defaultdict
 from collections.abc import Iterable
 
-from gate.checks import Verdict, check_turn, normalise
+from gate.checks import PASS, Verdict, bare, check_turn, no_repeat
 from gate.conversations import Conversation
 from generate import sample
 from model import Llama
-from report.stats import wilson
-from text.chat import STOPS
+from report.stats import exact_interval, wilson
+from text.chat import TEMPLATES, encode_turns, reply_ends, turns_of
 from text.tokenizer import Tokenizer
 
-SCORERS = ("checks", "judge", "exact", "length")
-PART = 32       # conversations answered at once and written together
+SCORERS = {"checks": "rules", "judge": "judge", "length": "rules"}      # and of what kind each is
+FORMATS = (*TEMPLATES, "raw+cue", "plain+shots", "lines+shots", "cued+shots")
+HISTORIES = ("own", "right")
+PART = 16       # conversations answered at once and written together
 
 
-def answer(model: Llama, tokenizer: Tokenizer, conversations: list[Conversation], template: str,
-           max_reply_tokens: int) -> list[dict]:
+def draw(conversations: list[Conversation], limit: int | None, shots: int = 2,
+         seed: int = 0) -> tuple[list[Conversation], list[Conversation]]:
+    """What is asked, and the worked conversations, which never are: in a seeded order that spreads
+    categories evenly. A limit takes the beginning, so a larger one adds to a smaller one's."""
+    places, rng = [], random.Random(seed)
+    by_category = defaultdict(list)
+    for c in conversations:
+        by_category[c.category].append(c)
+    for group in by_category.values():
+        rng.shuffle(group)
+        places += [((i + 0.5) / len(group), c.category, c) for i, c in enumerate(group)]
+    ordered = [c for *_, c in sorted(places, key=lambda place: place[:2])]
+    rest = max(len(ordered) - shots, 0)
+    return ordered[:rest][:limit], ordered[rest:]
+
+
+def messages_of(conversation: Conversation, texts: list[str], t: int) -> list[dict]:
+    """The conversation up to the user's turn t, with these replies."""
+    said = [{"role": role, "content": text} for turn, text in zip(conversation.turns[:t], texts)
+            for role, text in (("user", turn.user), ("assistant", text))]
+    return [*said, {"role": "user", "content": conversation.turns[t].user}]
+
+
+def encode(tokenizer: Tokenizer, messages: list[dict], form: str,
+           shots: list[Conversation]) -> list[int]:
+    """A prompt's ids in one of FORMATS."""
+    template, _, more = form.partition("+")
+    if not more:
+        return tokenizer.encode_messages(messages, template)[0]
+    turns = turns_of(messages, template)
+    if more == "cue":
+        turns[-1] = (f"{turns[-1][0]}\nAssistant:", None)
+    else:
+        gap = "\n" if template == "lines" else "\n\n"
+        worked = [messages_of(c, [turn.answer for turn in c.turns], len(c.turns) - 1)
+                  + [{"role": "assistant", "content": c.turns[-1].answer}] for c in shots]
+        text = "".join("\n".join(prompt + reply for prompt, reply in turns_of(one, template)) + gap
+                       for one in worked)
+        turns[0] = (text + turns[0][0], turns[0][1])
+    return encode_turns(tokenizer, turns)[0]
+
+
+def answer(model: Llama, tokenizer: Tokenizer, conversations: list[Conversation], form: str,
+           max_reply_tokens: int, shots: list[Conversation] = (),
+           history: str = "own") -> list[dict]:
     """Greedy replies to every turn: [{id, replies: [{text, tokens, ended}]}].
 
     ended    "stop" by EOS or where the next speaker begins, "length" by max_reply_tokens
     raises   BadInput where a conversation does not fit the context: it is never cut in silence
     """
-    histories = [[] for _ in conversations]
     rows = [{"id": c.id, "replies": []} for c in conversations]
+    ends = reply_ends(tokenizer, form.partition("+")[0])
     for t in range(max(len(c.turns) for c in conversations)):
         going = [i for i, c in enumerate(conversations) if t < len(c.turns)]
-        for i in going:
-            histories[i].append({"role": "user", "content": conversations[i].turns[t].user})
-        prompts = [tokenizer.encode_messages(histories[i], template)[0] for i in going]
-        done = sample(model, tokenizer, prompts, max_reply_tokens, many_lines=True,
-                      stops=STOPS[template])
+        said = [[turn.answer for turn in conversations[i].turns] if history == "right"
+                else [reply["text"] for reply in rows[i]["replies"]] for i in going]
+        prompts = [encode(tokenizer, messages_of(conversations[i], texts, t), form, shots)
+                   for i, texts in zip(going, said)]
+        done = sample(model, tokenizer, prompts, max_reply_tokens, **ends)
         for i, completion in zip(going, done):
-            text = completion.text.strip()
-            histories[i].append({"role": "assistant", "content": text})
-            rows[i]["replies"].append({"text": text, "tokens": len(completion.ids),
+            rows[i]["replies"].append({"text": completion.text.strip(),
+                                       "tokens": len(completion.ids),
                                        "ended": "stop" if completion.finished else "length"})
     return rows
 
@@ -55,14 +108,11 @@ def transcript(conversation: Conversation, row: dict) -> str:
 # --- scores
 def score_turn(conversation: Conversation, texts: list[str], t: int, scorer: str) -> Verdict:
     """A turn's verdict by a scorer that is no model."""
-    turn, reply = conversation.turns[t], texts[t]
     if scorer == "checks":
-        return check_turn(turn.checks, reply, texts[:t])
-    if scorer == "exact":
-        right = normalise(reply) == normalise(turn.answer)
-    else:   # length, the prior work's success rule: were 100 tokens enough to stop?
-        right = 5 <= len(reply) <= 500
-    return Verdict("pass" if right else "fail", scorer)
+        said = [turn.user for turn in conversation.turns[:t]]
+        return check_turn(conversation.turns[t].checks, texts[t], texts[:t], said)
+    # length, the prior work's success rule: were 100 tokens enough to stop?
+    return Verdict("pass" if 5 <= len(texts[t]) <= 500 else "fail", scorer)
 
 
 def score(conversations: list[Conversation], rows: list[dict], scorer: str,
@@ -84,20 +134,49 @@ def score(conversations: list[Conversation], rows: list[dict], scorer: str,
     return scores
 
 
+# --- figures
 def rate(outcomes: Iterable[bool | None]) -> dict:
-    """Share that passed, of what was decided, with its Wilson interval."""
+    """Share that passed, of what was decided: mean, standard error, n and its Wilson interval."""
     decided = [passed for passed in outcomes if passed is not None]
-    return wilson(sum(decided), len(decided))
+    found = wilson(sum(decided), len(decided))
+    p, n = found["value"], found["n"]
+    return found | {"stderr": None if n < 2 else math.sqrt(p * (1 - p) / (n - 1))}
 
 
-def summarize_scores(scores: list[dict], rows: list[dict]) -> dict:
-    """Rates over decided conversations, by category, and what replies look like beside them."""
-    replies = [reply for row in rows for reply in row["replies"]]
+def worst(outcomes: Iterable[bool | None], undecided: bool, tail: float = 0.025) -> dict:
+    """The share with whatever is undecided counted as passed, or as failed; its exact interval."""
+    counted = [undecided if passed is None else passed for passed in outcomes]
+    return exact_interval(sum(counted), len(counted), tail)
+
+
+def is_loop(text: str, earlier: list[str]) -> bool:
+    """Mostly repetition of itself, or five words or more that were all said before."""
+    said = [bare(other) for other in earlier]
+    return no_repeat(text) != PASS or len(text.split()) >= 5 and bare(text) in said
+
+
+def health_of(rows: list[dict]) -> dict[str, dict]:
+    """Shares of replies that cannot show what a model knows: {empty, cut, loops}."""
+    found = {"empty": [], "cut": [], "loops": []}
+    for row in rows:
+        texts = [reply["text"] for reply in row["replies"]]
+        for t, reply in enumerate(row["replies"]):
+            found["empty"].append(not texts[t])
+            found["cut"].append(reply["ended"] == "length")
+            found["loops"].append(is_loop(texts[t], texts[:t]))
+    return {what: wilson(sum(each), len(each)) for what, each in found.items()}
+
+
+def summarize_scores(scores: list[dict]) -> dict:
+    """Rates over decided conversations, and by category; how many were not decided."""
     return {
         "rate": rate(s["passed"] for s in scores),
         "undecided": sum(s["passed"] is None for s in scores),
         "by_category": {c: rate(s["passed"] for s in scores if s["category"] == c)
-                        for c in sorted({s["category"] for s in scores})},
-        # cut: ended by max_reply_tokens
-        "median_tokens": statistics.median(reply["tokens"] for reply in replies),
-        "cut": wilson(sum(reply["ended"] == "length" for reply in replies), len(replies))}
+                        for c in sorted({s["category"] for s in scores})}}
+
+
+def summarize_replies(rows: list[dict]) -> dict:
+    """What replies look like, beside their scores and never in them."""
+    tokens = [reply["tokens"] for row in rows for reply in row["replies"]]
+    return {"median_tokens": statistics.median(tokens), **health_of(rows)}

@@ -7,10 +7,10 @@
     pairs judged   the same critic, of task and answer as they are stored              pairs.jsonl
     train, valid, test.jsonl in data.py's format; qc.json, manifest.json
 
-A base model does all of it (Self-Instruct, 2212.10560). Each step is a file that grows by parts, so
-the same command continues a run that was broken off. Rejected rows stay in their file, with the
-reason. The critic's margin is the mean over both orders of the labels, less the margin of an empty
-task: a preference for the letter A cancels.
+One model does all of it (Self-Instruct, 2212.10560). Each step is a file that grows by parts: the
+same command continues a run that was broken off. Rejected rows stay in their file, with the reason.
+The critic first judges the seeds, whose right answers are known: where it cannot tell them from
+exchanged ones it is refused, and how sure of its letters it is there is what it has to be later.
 
     python -m gate.self_instruct OUT model=Qwen/Qwen2.5-32B bits=4 n=8000 heldout=FILE.jsonl
 """
@@ -20,9 +20,7 @@ import os
 import random
 import re
 import typing
-import unicodedata
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -40,7 +38,9 @@ from gate.evaluate import load_model
 from gate.judge import MIN_MASS, letter_margins
 from generate import sample
 from model import Llama
+from report.stats import auc_within
 from text.arithmetic import stable_hash
+from text.similar import NEAR, Similar, words_of
 from text.tokenizer import Tokenizer
 
 BENCHMARK = Path(__file__).parent / "benchmark"
@@ -48,9 +48,9 @@ SEEDS = BENCHMARK / "seeds.jsonl"       # tasks that lists begin with, and worke
 TEXTS = yaml.safe_load((BENCHMARK / "self_instruct.yaml").read_text(encoding="utf-8"))
 PART = 16       # rows that are generated and written together
 END = "[END]"   # what the worked examples end with
-NEAR = 0.7      # Jaccard similarity of word 5-grams from which two texts are one
 SHOWN, ASKED = 8, 10    # tasks that a list begins with, and that it may go on for
 SHOTS = 3       # worked examples before a response
+TELLS = 0.75    # how often a right pair has to have the larger margin
 LIST_TOKENS, RESPONSE_TOKENS = 200, 256
 LIST_TEMPERATURE, RESPONSE_TEMPERATURE, TOP_P = 0.7, 0.4, 0.9
 EXPECTED = "a benchmark's or data rows, one JSON object a line"
@@ -82,47 +82,12 @@ class Run:
     model: Llama
     tokenizer: Tokenizer
     seeds: list[tuple[str, str]]
-    heldout: "Similar"
+    heldout: Similar
+    least_mass: float = MIN_MASS    # of both labels; with less the critic abstains
+    template: str = "none"          # or chat: how the critic is asked
 
 
-# --- texts: the same, nearly the same, held out
-def words_of(text: str) -> tuple[str, ...]:
-    """Words, whatever their case and letter forms: "What is 3 + 4?" -> (what, is, 3, +, 4)."""
-    text = unicodedata.normalize("NFKC", text).casefold()
-    return tuple(re.findall(r"\w+|[+*/=<>^%×÷]|-(?=\s*\d)", text))
-
-
-def grams(words: tuple[str, ...], n: int) -> set[tuple[str, ...]]:
-    """All runs of n words; of a shorter text itself."""
-    return {words[i:i + n] for i in range(max(1, len(words) - n + 1))}
-
-
-class Similar:
-    """Texts that can be asked for one nearly like another: exact, by an inverted index."""
-    def __init__(self, texts: Iterable[str] = ()):
-        self.sizes, self.eights = [], set()
-        self.holders: dict[tuple[str, ...], list[int]] = {}     # which texts hold a 5-gram
-        for text in texts:
-            self.add(words_of(text))
-
-    def add(self, words: tuple[str, ...]) -> None:
-        fives = grams(words, 5)
-        for gram in fives:
-            self.holders.setdefault(gram, []).append(len(self.sizes))
-        self.sizes.append(len(fives))
-        self.eights |= grams(words, 8)
-
-    def nearest(self, words: tuple[str, ...]) -> float:
-        """The largest Jaccard similarity |A and B| / |A or B| of 5-grams."""
-        fives = grams(words, 5)
-        shared = Counter(i for gram in fives for i in self.holders.get(gram, ()))
-        return max((k / (len(fives) + self.sizes[i] - k) for i, k in shared.items()), default=0.0)
-
-    def touches(self, words: tuple[str, ...]) -> bool:
-        """Near one of the texts, or with eight words in a row of one: too close to be held out."""
-        return self.nearest(words) >= NEAR or not self.eights.isdisjoint(grams(words, 8))
-
-
+# --- texts
 def user_texts(row: dict) -> list[str]:
     """What a user says in a row of a benchmark or of data; ValueError where there is nothing."""
     texts = [turn["user"] for turn in row.get("turns", ())]
@@ -140,8 +105,8 @@ def first_of(reasons: dict[str, object]) -> str:
 
 def write(run: Run, prompts: list[str], tokens: int, temperature: float, stops: tuple[str, ...],
           place: str) -> list[dict]:
-    """What the model writes behind raw prompts, as rows: {prompt, text, tokens, stop_reason}. The
-    place, a step and its first row's number, fixes the random numbers with the seed."""
+    """What the model writes behind raw prompts: {prompt, text, tokens, stop_reason}. The place, a
+    step and its first row's number, fixes the random numbers with the seed."""
     key = mx.random.key(stable_hash(f"{run.settings.seed} {place}"))
     done = sample(run.model, run.tokenizer, [run.tokenizer.encode_prompt(p) for p in prompts],
                   tokens, temperature=temperature, top_p=TOP_P, key=key,
@@ -153,8 +118,8 @@ def write(run: Run, prompts: list[str], tokens: int, temperature: float, stops: 
 
 # --- instructions
 def list_prompt(run: Run, number: int, kept: list[str]) -> str:
-    """A numbered list to go on with: seeds, two of the tasks found so far, and the next number
-    without a space behind it, which belongs to the next word's token."""
+    """A numbered list to go on with: seeds, two tasks found so far, and the next number without a
+    space behind it, which belongs to the next word's token."""
     rng = random.Random(f"{run.settings.seed} list {number}")
     found = rng.sample(kept, min(2, len(kept)))
     tasks = rng.sample([task for task, _ in run.seeds], SHOWN - len(found)) + found
@@ -261,7 +226,7 @@ def criticise(run: Run, kind: str, rows: list[dict]) -> list[dict]:
 
     margin   log p(good) - log p(bad) in nats, mean over both orders of the labels, less the same of
              an item that says nothing. With orders o: 1/2 sum_o (l_good - l_bad)_o
-    mass     of both labels together, the smaller of both orders; below MIN_MASS it abstains
+    mass     of both labels together, the smaller of both orders; below run.least_mass it abstains
     verdict  accept (margin >= threshold) | reject | abstain
     """
     texts, labels, asked = TEXTS[kind], run.settings.labels, []
@@ -271,23 +236,55 @@ def criticise(run: Run, kind: str, rows: list[dict]) -> list[dict]:
             head=texts["head"], first=labels[0], second=labels[1], item=item,
             first_means=texts[first], second_means=texts[second])
             for first, second in (("good", "bad"), ("bad", "good"))])
-    margins, masses = letter_margins(run.model, run.tokenizer, asked, labels)
+    margins, masses = letter_margins(run.model, run.tokenizer, asked, labels, run.template)
     views = []
     for row, margin, mass in zip(rows, (margins - margins[-1]).tolist(), masses.tolist()):
-        verdict = ("abstain" if mass < MIN_MASS
+        verdict = ("abstain" if mass < run.least_mass
                    else "accept" if margin >= run.settings.threshold else "reject")
         views.append(row | {"margin": round(margin, 4), "mass": round(mass, 4),
                             "verdict": verdict})
     return views
 
 
+def calibrate_critic(run: Run) -> dict:
+    """The critic on pairs with known verdicts, the seeds' own and exchanged ones: sets how it is
+    asked (raw or in a chat template, whichever tells more) and its floor; {auc, mass, template}.
+
+    mass     what nine in ten of them have, MIN_MASS at most: a small model's letters may share
+             their mass with other words and still say which is which
+    raises   BadInput where the margins of right pairs are hardly above those of wrong ones
+    """
+    answers = [text for _, text in run.seeds]
+    known = [{"task": task, "response": text} for texts in (answers, answers[1:] + answers[:1])
+             for (task, _), text in zip(run.seeds, texts)]
+    right, tried = [k < len(answers) for k in range(len(known))], []
+    for template in ("none", "chat")[:2 if run.tokenizer.chat_template else 1]:
+        run.template = template
+        rows = criticise(run, "pairs", known)
+        masses = sorted(row["mass"] for row in rows)
+        tried.append({"auc": auc_within([r["margin"] for r in rows], right, [""] * len(rows)),
+                      "mass": min(MIN_MASS, masses[len(masses) // 10] - 1e-4),
+                      "template": template})
+    best = max(tried, key=lambda found: found["auc"])
+    run.template, run.least_mass = best["template"], best["mass"]
+    if best["auc"] < TELLS:
+        raise BadInput(f"{run.settings.model} cannot judge its own answers: right pairs are above "
+                       f"wrong ones in {best['auc']:.0%} of the seeds' (expected {TELLS:.0%}; a "
+                       "coin has 50); give a larger model, an instruct model or other labels")
+    return best
+
+
 # --- what comes out
-def split_pairs(pairs: list[dict]) -> dict[str, list[dict]]:
+def split_pairs(pairs: list[dict], steps: dict[str, list[dict]]) -> dict[str, list[dict]]:
     """A twentieth each for valid and test, at least one row, by a hash of the task."""
     if len(pairs) < 3:
-        raise BadInput(f"{len(pairs)} pairs were accepted, too few for train, valid and test; "
-                       "look at the reasons and margins in the folder, then give a larger n or a "
-                       "lower threshold and a new folder")
+        said = "; ".join(f"of {len(rows)} {name} the critic " + ", ".join(
+            f"{dict(accept='accepted', reject='rejected', abstain='abstained on')[word]} {count}"
+            for word, count in Counter(row["verdict"] for row in rows).items())
+            for name, rows in steps.items() if rows)
+        raise BadInput(f"{len(pairs)} pairs were accepted, too few for train, valid and test "
+                       f"({said}). What it abstained on a larger n does not mend: give another "
+                       "model; what it rejected, a larger n, or a lower threshold and a new folder")
     rows = sorted(pairs, key=lambda row: (stable_hash(row["task"]), row["task"]))
     rows = [{"prompt": row["task"], "response": row["response"]} for row in rows]
     k = max(1, len(rows) // 20)
@@ -328,7 +325,8 @@ def make_data(run: Run, record: dict) -> dict:
     write_text(run.folder / "qc.json", json.dumps(found, indent=2) + "\n")
     for name, counts in found.items():
         print(f"{name:<14}{counts}")
-    for split, rows in split_pairs([r for r in pairs if r["verdict"] == "accept"]).items():
+    accepted = [row for row in pairs if row["verdict"] == "accept"]
+    for split, rows in split_pairs(accepted, {"tasks": tasks, "pairs": pairs}).items():
         write_text(run.folder / f"{split}.jsonl", json_lines(rows))
     outputs = {path.name: hash_file(path) for path in sorted(run.folder.glob("*.json*"))
                if path.name != "manifest.json"}
@@ -361,15 +359,16 @@ def main(argv: list[str]) -> None:
     if settings.heldout:
         inputs["heldout"] = hash_file(settings.heldout)
     # all that can be wrong before the folder is made: it keeps its settings
-    clean = check_base(settings.model)
+    clean = check_base(settings.model, is_base=False)   # an instruct model may write as well
     model, tokenizer = load_model(settings.model, settings.bits)
     for label in settings.labels:
         tokenizer.word_ids([label])
     hashes = {f"SHA-256 of {what}": value for what, value in inputs.items()}
-    begin_folder(folder, asdict(settings) | hashes, "name a new folder")
     run = Run(folder, settings, model, tokenizer, seeds, Similar(itertools.chain(*heldout)))
+    critic = calibrate_critic(run)
+    begin_folder(folder, asdict(settings) | hashes, "name a new folder")
     make_data(run, {"settings": asdict(settings), "inputs": inputs, "clean": clean,
-                    "versions": provenance()})
+                    "critic": critic, "versions": provenance()})
     print(f"\nwrote {folder}: train on it with data={folder} template=cued")
 
 

@@ -1,26 +1,36 @@
 """What has to hold for a GO, and whether it does: GO, NO-GO or AMBIGUOUS.
 
-The thresholds stand in the gate's config file before the run, so that nobody moves them to where
-the result is. The rest are pure functions of outcomes {scorer: {condition: {id: outcome}}}: True
-(passed), False (failed) or None (undecided).
+A rule on a rate holds if its interval lies on the right side of the threshold, is refuted if it
+lies on the wrong one, and is open in between: 91 of 300 neither shows nor refutes "at most 30 %".
+Intervals are exact, with 2 % in each tail, and what is undecided counts against the gap. So with
+scorers that are right, a rate beyond its threshold gets a GO with a chance of 2 % at most. Whether
+they are is asked apart: two kinds of scorer have to agree within each condition, and people sign.
+
+All are pure functions of outcomes {scorer: {condition: {id: outcome}}}: True, False or None.
 """
-import itertools
+import math
 import statistics
 import typing
+from collections import Counter
 from dataclasses import dataclass
-from operator import ge, gt, le, lt
 from pathlib import Path
 
 from files.keys import BITS, BadInput, read_keys
-from gate.replies import SCORERS, rate
+from gate.judge import FEW
+from gate.replies import FORMATS, HISTORIES, SCORERS, worst
 from report import stats
-from text.chat import TEMPLATES
+from report.gate_page import found_of, interval, number
 
 ROLES = ("base", "instruct", "alternative")
-MARGIN = 0.10   # how far beyond its threshold a rate's Wilson interval may reach
+TAIL = 0.02     # of each exact interval: how often a rule may hold of a true rate beyond it
+POWER = 0.9     # of McNemar's test for the wanted gap; gives the least number of pairs
+ODDS, ALONE = 5, 8      # pairs for the gap to one against it; that many where none is against it
+FDR, CATEGORIES = 0.10, 0.75    # Benjamini-Hochberg; the share of categories that show the gap
+ILL = 0.10      # share of empty, cut or looping replies above which a base had no fair trial
 SUSPICIOUS = 0.8    # AUC of length for a score above which length may be what is measured
-# the rules that refute a gap; the others say that too little is known
-RATES = ("base passes at most", "alternative base passes at most", "instruct passes at least")
+REMEDY = {"empty": "give it another format, such as plain+shots",
+          "cut": "raise max_reply_tokens, or give it plain+shots, where it sees how replies end",
+          "loops": "give it plain+shots, and see what base_histories: [right] does"}
 
 
 @dataclass
@@ -31,21 +41,26 @@ class GateConfig:
     alternative: str = ""           # another base, so that a gap is not one base's quirk
     benchmark: str = "gate/benchmark/conversations.jsonl"
     out: str = ""                   # empty: runs/<name of the config file>
-    limit: int | None = None        # the first so many conversations of the benchmark
-    # formats: raw | lines | plain | cued | chat. A role counts by its best
-    base_templates: tuple[str, ...] = ("raw", "plain")
+    limit: int | None = None        # so many conversations, of each category its share
+    replies: str = ""               # an earlier gate's folder: a larger limit adds to its replies
+    # formats: raw | lines | plain | cued | chat, raw+cue, and plain+shots (lines, cued: the same)
+    base_templates: tuple[str, ...] = ("raw+cue", "plain", "plain+shots")
     instruct_templates: tuple[str, ...] = ("plain",)
-    alternative_templates: tuple[str, ...] = ("plain",)
+    alternative_templates: tuple[str, ...] = ("plain+shots",)
+    shots: int = 2                  # worked conversations before plain+shots; they are not asked
+    base_histories: tuple[str, ...] = ("own", "right")  # whose earlier replies a base reads
     max_reply_tokens: int = 256
     bits: int | None = None         # of all models, the judge too
 
-    # --- scoring: checks | judge | exact | length; the first heads the report
+    # --- scoring: checks | judge | length; two kinds of them for a GO
     scorers: tuple[str, ...] = ("checks", "judge")
     judge: str = ""                 # model folder, run, Hub name; or http(s)://HOST/v1
     judge_model: str = ""           # what an endpoint calls it
     judge_prompt: str = ""          # text file; empty: the built-in one
-    judge_letters: tuple[str, ...] = ("A", "B")     # a verdict's two tokens
     judge_unsure: float = 1.0       # a margin of fewer nats is undecided. Local judges only
+    judge_tokens: int = 2048        # room of an endpoint's answer, its reasoning included
+    judge_requests: int = 8         # to an endpoint at once
+    rejudge: bool = False           # ask an endpoint again what it gave no verdict on
     labels: str = ""                # people's verdicts: spotcheck.jsonl, filled in
 
     # --- what has to hold
@@ -53,17 +68,15 @@ class GateConfig:
     instruct_at_least: float = 0.80
     alternative_at_most: float = 0.40
     p_below: float = 0.01           # exact McNemar
-    h_at_least: float = 0.5         # Cohen's h
-    agreement_at_least: float = 0.80    # of two scorers, in each condition
-    kappa_at_least: float = 0.70    # of two scorers, over all conditions
-    undecided_at_most: float = 0.10     # of a condition's conversations
+    agreement_at_least: float = 0.80    # of two kinds of scorer, within each condition
 
 
-ALLOWED = {
-    **{f"{role}_templates": tuple(TEMPLATES) for role in ROLES}, "scorers": SCORERS,
-    "bits": (None, *BITS)}
-SHARES = ("base_at_most", "instruct_at_least", "alternative_at_most", "p_below",
-          "agreement_at_least", "kappa_at_least", "undecided_at_most")
+THRESHOLDS = ("base_at_most", "instruct_at_least", "alternative_at_most", "p_below",
+              "agreement_at_least")
+# of a gate file, what its plan leaves out: places, and how an endpoint is asked
+UNPLANNED = ("out", "replies", "labels", "rejudge", "judge_requests")
+ALLOWED = {**{f"{role}_templates": FORMATS for role in ROLES}, "scorers": tuple(SCORERS),
+           "bits": (None, *BITS), "base_histories": HISTORIES}
 
 
 def load_gate(path: str | Path, overrides: list[str]) -> GateConfig:
@@ -78,170 +91,226 @@ def load_gate(path: str | Path, overrides: list[str]) -> GateConfig:
             mistakes.append(f"{key} = {', '.join(map(str, given)) or 'nothing'}: expected any of "
                             f"{', '.join(str(item) for item in allowed if item)}")
     mistakes += [f"{key} = {getattr(cfg, key)}: expected a number from 0 to 1"
-                 for key in SHARES if not 0 <= getattr(cfg, key) <= 1]
-    mistakes += [f"{key} = {value}: expected at least 1" for key, value in (
-        ("limit", cfg.limit), ("max_reply_tokens", cfg.max_reply_tokens))
-        if value is not None and value < 1]
-    if len(set(cfg.scorers)) < 2:
-        mistakes.append(f"scorers = {', '.join(cfg.scorers)}: expected two different ones or more, "
-                        "since one alone cannot be seen to measure something else")
+                 for key in THRESHOLDS if not 0 <= getattr(cfg, key) <= 1]
+    mistakes += [f"{key} = {getattr(cfg, key)}: expected at least 1" for key in (
+        "limit", "shots", "max_reply_tokens", "judge_tokens", "judge_requests")
+        if getattr(cfg, key) is not None and getattr(cfg, key) < 1]
     if "judge" in cfg.scorers and not cfg.judge:
         mistakes.append("scorer judge needs judge: a model, or the URL of an endpoint")
     if cfg.judge.startswith("http") and not cfg.judge_model:
         mistakes.append("judge is an endpoint: give judge_model, its name for the model")
-    if len(cfg.judge_letters) != 2 or len(set(cfg.judge_letters)) != 2:
-        mistakes.append(f"judge_letters = {', '.join(cfg.judge_letters)}: expected two, as A,B")
     if not cfg.base:
         mistakes.append("base is empty: expected the model that training would start from")
+    if cfg.instruct and cfg.base_at_most >= cfg.instruct_at_least:
+        mistakes.append(f"base_at_most = {cfg.base_at_most} is no less than instruct_at_least = "
+                        f"{cfg.instruct_at_least}: expected a gap between them")
     if mistakes:
         raise BadInput("; ".join(mistakes))
     return cfg
 
 
+def pairs_needed(cfg: GateConfig) -> int:
+    """Pairs that find a gap just as large as wanted, of two models independent of each other."""
+    base, instruct = cfg.base_at_most, cfg.instruct_at_least    # .30 and .80 -> .06 and .56
+    return stats.pairs_needed(base * (1 - instruct), (1 - base) * instruct, cfg.p_below, POWER)
+
+
 # --- statistics of one scorer
-def paired(first: dict[str, bool | None],
-           second: dict[str, bool | None]) -> tuple[list, list, list]:
-    """The ids that both conditions decided, and their outcomes. BadInput if unpaired."""
+def paired(first: dict[str, bool | None], second: dict[str, bool | None],
+           undecided: tuple[bool, bool] | None = None) -> tuple[list, list, list]:
+    """The ids that both decided, and their outcomes; all, where `undecided` stands for None."""
     if first.keys() != second.keys():
         odd = sorted(first.keys() ^ second.keys())
         raise BadInput(f"a paired test needs the same conversations on both sides: {len(odd)} are "
-                       f"on one side only, such as {', '.join(odd[:3])}; evaluate both on one "
-                       "benchmark")
+                       f"on one side only, such as {', '.join(odd[:3])}")
+    if undecided:
+        first, second = ({i: stands if v is None else v for i, v in side.items()}
+                         for side, stands in zip((first, second), undecided))
     ids = [i for i in first if first[i] is not None and second[i] is not None]
     return ids, [first[i] for i in ids], [second[i] for i in ids]
 
 
-def tested(a: list[bool], b: list[bool]) -> dict:
-    """Exact McNemar and Cohen's h of paired outcomes: {n, only_first, only_second, p, h}."""
-    n = len(a)
-    return {"n": n, **stats.mcnemar(a, b),
-            "h": stats.cohens_h(sum(a) / n, sum(b) / n) if n else None}
+def compare(first: dict, second: dict, undecided: tuple[bool, bool] | None = None) -> dict:
+    """Exact McNemar, Bonett and Price's difference and Cohen's h of two conditions' outcomes."""
+    ids, a, b = paired(first, second, undecided)
+    found = stats.mcnemar(a, b)
+    n = len(ids)
+    return {"n": n, **found, "h": stats.cohens_h(sum(a) / n, sum(b) / n) if n else None,
+            "difference": stats.paired_difference(found["only_first"], found["only_second"], n)}
 
 
-def compare(first: dict, second: dict, cfg: GateConfig, categories: dict[str, str]) -> dict:
-    """Two conditions on the same conversations: test, effect, interval, the design's power."""
-    ids, a, b = paired(first, second)
-    # what two independent models at the thresholds give: .30 and .80 -> .06 and .56
-    base, instruct = cfg.base_at_most, cfg.instruct_at_least
-    design = base * (1 - instruct), (1 - base) * instruct
-    return {**tested(a, b),
-            "difference": stats.paired_bootstrap(a, b, [categories[i] for i in ids]),
-            "design_power": stats.power_of_mcnemar(len(ids), *design, cfg.p_below)}
+def role_of(condition: str) -> str:
+    return condition.split("-")[0]
 
 
-def conditions_of(role: str, outcomes: dict[str, dict]) -> list[str]:
-    return [name for name in outcomes if name.split("-")[0] == role]
+def best_of(by_condition: dict[str, dict], health: dict[str, dict]) -> dict[str, str]:
+    """Each role's best condition by one scorer; of a base with what is undecided passed. Of equal
+    ones the one whose replies are fit."""
+    best = {}
+    for name, cell in by_condition.items():
+        value = worst(cell.values(), role_of(name) != "instruct")["value"] or 0
+        rank = value, not ill_of(health.get(name, {}))
+        if role_of(name) not in best or rank > best[role_of(name)][1]:
+            best[role_of(name)] = name, rank
+    return {role: name for role, (name, _) in best.items()}
 
 
-def comparisons(cfg: GateConfig, outcomes: dict[str, dict], categories: dict[str, str],
-                chosen: dict[str, str]) -> dict:
-    """The gap, and what a format alone does to each model: "A against B" -> compare's figures."""
-    pairs = [(chosen["base"], chosen[role]) for role in ("instruct", "alternative")
-             if role in chosen]
-    for role in ROLES:
-        names = conditions_of(role, outcomes)
-        pairs += [(names[0], other) for other in names[1:]]
-    return {f"{a} against {b}": compare(outcomes[a], outcomes[b], cfg, categories)
-            for a, b in pairs}
+def share_rule(rule: str, outcomes: dict, wanted: float, at_most: bool, tail: float) -> dict:
+    """A rate against its threshold: holds "yes", "no" or "open", with the n that would settle it.
+    What is undecided counts against the rule, and against its refutation."""
+    against, for_it = (worst(outcomes.values(), side, tail) for side in (at_most, not at_most))
+    clear = lambda found: found["high"] <= wanted if at_most else found["low"] >= wanted
+    beyond = for_it["low"] > wanted if at_most else for_it["high"] < wanted
+    holds = "yes" if clear(against) else "no" if beyond else "open"
+    share, needed = against["value"], None
+    if holds == "open" and share is not None and (share < wanted if at_most else share > wanted):
+        needed = next((n for n in (round(against["n"] * 1.1 ** k) for k in range(1, 50))
+                       if clear(stats.exact_interval(round(share * n), n, tail))), None)
+    return {"rule": rule, "wanted": wanted, **against, "holds": holds, "needed": needed}
 
 
-def rules_of(cfg: GateConfig, outcomes: dict[str, dict], chosen: dict[str, str]) -> list[dict]:
-    """One scorer's rules: [{rule, value, wanted, holds}]."""
-    rates = {role: rate(outcomes[name].values()) for role, name in chosen.items()}
-    base, instruct = rates["base"], rates["instruct"]
-    _, a, b = paired(outcomes[chosen["base"]], outcomes[chosen["instruct"]])
-    gap = tested(a, b)
-    ahead = gap["only_second"] > gap["only_first"]
-    # of all a base's formats: one that could not be scored may be its best
-    looked_at = [list(cell.values()) for name, cell in outcomes.items()
-                 if name.split("-")[0] != "instruct" or name == chosen["instruct"]]
-    undecided = max(cell.count(None) / max(len(cell), 1) for cell in looked_at)
-    rules = [
-        ("base passes at most", base["value"], cfg.base_at_most, le),
-        ("instruct passes at least", instruct["value"], cfg.instruct_at_least, ge),
-        *[("alternative base passes at most", rates[role]["value"], cfg.alternative_at_most, le)
-          for role in chosen if role == "alternative"],
-        ("McNemar p below, instruct ahead", gap["p"], cfg.p_below,
-         lambda p, below: ahead and p < below),
-        ("Cohen's h at least", gap["h"], cfg.h_at_least, ge),
-        # so few that chance could have met the thresholds
-        ("base's interval ends below", base["high"], cfg.base_at_most + MARGIN, lt),
-        ("instruct's interval begins above", instruct["low"], cfg.instruct_at_least - MARGIN, gt),
-        ("undecided at most", undecided, cfg.undecided_at_most, le)]
-    return [{"rule": rule, "value": value, "wanted": wanted,
-             "holds": value is not None and bool(holds(value, wanted))}
-            for rule, value, wanted, holds in rules]
+def rules_of(cfg: GateConfig, outcomes: dict[str, dict], chosen: dict[str, str],
+             categories: dict[str, str], looks: int) -> list[dict]:
+    """One scorer's rules: [{rule, wanted, value, holds, needed}]."""
+    # the best of several formats is lucky: an instruct model's limits allow for that
+    formats = sum(role_of(name) == "instruct" for name in outcomes)
+    base, instruct = outcomes[chosen["base"]], outcomes[chosen["instruct"]]
+    tail = TAIL / looks
+    rules = [share_rule("base passes at most", base, cfg.base_at_most, True, tail),
+             share_rule("instruct passes at least", instruct, cfg.instruct_at_least, False,
+                        tail / formats)]
+    if "alternative" in chosen:
+        rules.append(share_rule("alternative base passes at most", outcomes[chosen["alternative"]],
+                                cfg.alternative_at_most, True, tail))
+    undecided = (True, False)       # as bad for the gap as it can be
+    ids, a, b = paired(base, instruct, undecided)
+    gap = stats.mcnemar(a, b)
+    ahead, against = gap["only_second"], gap["only_first"]
+    p, groups = [], sorted(set(categories[i] for i in ids))
+    for group in groups:
+        cell = compare(*({i: side[i] for i in ids if categories[i] == group}
+                         for side in (base, instruct)), undecided)
+        p.append(cell["p"] if cell["only_second"] > cell["only_first"] else 1.0)
+    shown = sum(value <= FDR for value in stats.adjusted_p(p))
+    needed = pairs_needed(cfg)
+    plain = [("pairs at least", len(ids), needed, len(ids) >= needed),
+             ("McNemar p below, instruct ahead", gap["p"], cfg.p_below / looks,
+              ahead > against and gap["p"] < cfg.p_below / looks),
+             ("pairs for the gap, to one against", ahead / max(against, 1), ODDS,
+              ahead >= ODDS * against and ahead >= ALONE),
+             ("categories that show it", shown, math.ceil(CATEGORIES * len(groups)),
+              bool(groups) and shown >= math.ceil(CATEGORIES * len(groups)))]
+    return rules + [{"rule": rule, "wanted": wanted, "value": value,
+                     "holds": "yes" if holds else "open",
+                     "needed": needed if rule == "pairs at least" else None}
+                    for rule, value, wanted, holds in plain]
 
 
 def agreement_of(cfg: GateConfig, first: dict[str, dict], second: dict[str, dict]) -> dict:
-    """Two scorers on the same replies: agreement in each condition, kappa over all of them."""
-    cells, all_a, all_b, apart = {}, [], [], []
+    """Two scorers on the same replies, within each condition: {condition: {..., judged, holds}}.
+
+    It holds where they agree often and kappa is surely above 0: two that only tell the models apart
+    have one about 0 within a condition, two that pass different replies one below. `judged` is
+    False where fewer than FEW items are in a class by either
+    """
+    cells = {}
     for name in first:
         _, a, b = paired(first[name], second[name])
-        cells[name] = stats.cohens_kappa(a, b)
-        # pooled, kappa is high for any two scorers that tell the models apart; so it must hold
-        # within each condition too, where there are enough passes and failures to say so
-        few = min(side.count(value) for side in (a, b) for value in (True, False)) < 5
-        if not few and cells[name]["high"] < cfg.kappa_at_least:
-            apart.append(name)
-        all_a, all_b = all_a + a, all_b + b
-    pooled = stats.cohens_kappa(all_a, all_b)
-    lowest = min((c["agreement"] for c in cells.values() if c["n"]), default=None)
-    # where every reply has the same outcome kappa is undefined, and agreement says all there is
-    kappa_holds = (pooled["value"] >= cfg.kappa_at_least if pooled["value"] is not None
-                   else pooled["agreement"] == 1)
-    return {"by_condition": cells, "pooled": pooled, "lowest": lowest, "apart": apart,
-            "holds": lowest is not None and lowest >= cfg.agreement_at_least
-            and bool(kappa_holds) and not apart}
+        found = stats.cohens_kappa(a, b)
+        judged = min(sum(value in pair for pair in zip(a, b)) for value in (True, False)) >= FEW
+        cells[name] = found | {"judged": judged, "holds": not judged or bool(
+            found["agreement"] >= cfg.agreement_at_least and found["low"] > 0)}
+    return cells
 
 
-def decide(cfg: GateConfig, outcomes: dict[str, dict[str, dict]]) -> dict:
-    """GO, NO-GO or AMBIGUOUS, with the rules and agreements that lead there.
+def ill_of(health: dict[str, dict]) -> list[str]:
+    """What keeps a condition from a fair trial: of empty, cut and loops those above ILL."""
+    return [what for what in REMEDY if health.get(what) and (health[what]["value"] or 0) > ILL]
 
-    A role counts by its best format, by the scorer that heads the report.
+
+def decide(cfg: GateConfig, outcomes: dict[str, dict[str, dict]], categories: dict[str, str],
+           health: dict[str, dict] | None = None, calibration: dict[str, dict] | None = None,
+           looks: int = 1, remarks: list[str] = ()) -> dict:
+    """The verdict with its reasons, rules and agreements.
+
+    chosen       {scorer: {role: condition}}: a role counts by its best, by each scorer's own view
+    health       {condition: {empty, cut, loops}};  calibration  {scorer: {"ok": ...}} by people
+    looks        how often these conversations have been looked at; remarks: other reasons
     """
-    head = outcomes[cfg.scorers[0]]
-    chosen = {role: max(names, key=lambda name: rate(head[name].values())["value"] or 0)
-              for role in ROLES if (names := conditions_of(role, head))}
-    rules = {s: rules_of(cfg, outcomes[s], chosen) for s in cfg.scorers}
-    agreements = {f"{a} and {b}": agreement_of(cfg, outcomes[a], outcomes[b])
-                  for a, b in itertools.combinations(cfg.scorers, 2)}
-    broken = {s: [rule for rule in rules[s] if not rule["holds"]] for s in cfg.scorers}
-    reasons = [f"{s}: {r['rule']} {r['wanted']:g} does not hold ({number(r['value'])})"
-               for s in cfg.scorers for r in broken[s]]
-    reasons += [f"{pair} do not agree (lowest agreement {number(a['lowest'])}, kappa "
-                f"{number(a['pooled']['value'])}"
-                + (f"; apart within {', '.join(a['apart'])}" if a["apart"] else "") + ")"
-                for pair, a in agreements.items() if not a["holds"]]
-    agree = all(a["holds"] for a in agreements.values())
-    # refuted by a rate that was measured, not by lack of data
-    refuted = all(rules[s][-1]["holds"] and any(
-        r["rule"] in RATES and r["value"] is not None for r in broken[s]) for s in cfg.scorers)
-    verdict = "GO" if not reasons else "NO-GO" if agree and refuted else "AMBIGUOUS"
+    health, calibration = health or {}, calibration or {}
+    scored = [s for s in cfg.scorers if s in outcomes]
+    chosen = {s: best_of(outcomes[s], health) for s in scored}
+    rules = {s: rules_of(cfg, outcomes[s], chosen[s], categories, looks) for s in scored}
+    reasons = [describe(s, r) for s in scored for r in rules[s] if r["holds"] != "yes"]
+    confirmed = [s for s in scored if calibration.get(s, {}).get("ok")]
+    kinds = {SCORERS[s] for s in scored} | ({"people"} if confirmed else set())
+    if len(kinds) < 2:
+        reasons.append(f"{' and '.join(scored)}: scorers of one kind cannot confirm each other; "
+                       "add scorer judge, or labels of spotcheck.jsonl")
+    agreements = {}
+    for k, a in enumerate(scored):
+        for b in scored[k + 1:]:
+            if SCORERS[a] == SCORERS[b]:
+                continue
+            cells = agreements[f"{a} and {b}"] = agreement_of(cfg, outcomes[a], outcomes[b])
+            reasons += [f"{a} and {b} do not agree within {name} (agreement "
+                        f"{number(c['agreement'])}, kappa {interval(c)}): read disagreements.jsonl"
+                        for name, c in cells.items() if not c["holds"]]
+            if not any(c["judged"] for c in cells.values()) and not {a, b} <= set(confirmed):
+                reasons.append(f"whether {a} and {b} agree cannot be judged: no condition has "
+                               f"{FEW} passes and {FEW} failures; label spotcheck.jsonl")
+    for name in sorted({chosen[s][role] for s in scored for role in chosen[s]}):
+        if role_of(name) != "instruct":
+            reasons += [f"{name}: {100 * health[name][what]['value']:.0f} % of replies are "
+                        f"{what}, so it may fail for that: {REMEDY[what]}"
+                        for what in ill_of(health.get(name, {}))]
+    reasons += remarks
+    # refuted by rates that every scorer measured; of an instruct model only if its replies are fit
+    refuted = {s: [r for r in rules[s] if r["holds"] == "no" and not (
+        r["rule"].startswith("instruct") and ill_of(health.get(chosen[s]["instruct"], {})))]
+        for s in scored}
+    signed = bool(scored) and set(scored) == set(confirmed)
+    verdict = ("NO-GO" if all(refuted.values()) else "AMBIGUOUS" if reasons else
+               "GO" if signed else "GO, not signed off")
+    if verdict == "NO-GO":      # what is merely not shown says no more then
+        reasons = [describe(s, r) for s in scored for r in refuted[s]]
     return {"verdict": verdict, "reasons": reasons, "chosen": chosen, "rules": rules,
             "agreement": agreements}
 
 
-def number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
+def describe(scorer: str, rule: dict) -> str:
+    """A rule that does not hold, in words, and how many conversations might settle it."""
+    text = f"{scorer}: {rule['rule']} {rule['wanted']:g} "
+    text += "is refuted" if rule["holds"] == "no" else "is not shown"
+    needs = f"; needs about {rule['needed']} conversations" if rule["needed"] else ""
+    return f"{text} ({found_of(rule)}){needs}"
 
 
+# --- what heads a report
 def length_warnings(outcomes: dict[str, dict[str, dict]],
                     replies: dict[str, list[dict]]) -> list[str]:
-    """Scores that the length of the replies alone predicts, in one condition or over all."""
-    lengths = {name: {row["id"]: statistics.mean(len(reply["text"]) for reply in row["replies"])
-                      for row in rows} for name, rows in replies.items()}
+    """Scores that the length of the replies alone predicts, within a condition."""
     warnings = []
-    for scorer, by_condition in outcomes.items():
-        points = {name: [(lengths[name][i], passed) for i, passed in cell.items()
-                         if passed is not None] for name, cell in by_condition.items()}
-        points["all conditions"] = [point for part in points.values() for point in part]
-        for name, part in points.items():
-            passes = [passed for _, passed in part]
-            few = min(passes.count(True), passes.count(False)) < 5  # chance alone would predict
-            value = None if few else stats.auc(*zip(*part))
+    for name, rows in replies.items():
+        lengths = {row["id"]: statistics.mean(len(reply["text"]) for reply in row["replies"])
+                   for row in rows}
+        for scorer in [s for s in outcomes if s != "length"]:
+            part = [(lengths[i], passed) for i, passed in outcomes[scorer][name].items()
+                    if passed is not None]
+            counts = Counter(passed for _, passed in part)
+            few = min(counts[True], counts[False]) < FEW    # chance alone would predict
+            value = None if few else stats.auc_within(*zip(*part), [name] * len(part))
             if value is not None and max(value, 1 - value) > SUSPICIOUS:
                 side = "longer" if value > 0.5 else "shorter"
                 warnings.append(f"{name}: length alone predicts what {scorer} passes (AUC "
                                 f"{value:.2f}: {side} replies pass); read some before believing it")
     return warnings
+
+
+def loosened(cfg: GateConfig) -> list[str]:
+    """Thresholds that ask for less than the defaults do."""
+    usual = GateConfig()
+    loose = [key for key in THRESHOLDS if (getattr(cfg, key) - getattr(usual, key)) * (
+        -1 if key.endswith("at_least") else 1) > 0]
+    return [f"{key} = {getattr(cfg, key):g} asks for less than the default, "
+            f"{getattr(usual, key):g}" for key in loose]

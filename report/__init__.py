@@ -1,1 +1,1 @@
-"""From numbers to what people read: statistics, pictures, tables in a terminal, pages of a browser."""
+"""From numbers to what people read: statistics, pictures, tables of a terminal, browser pages."""

@@ -248,7 +248,7 @@ def look_at_run(place: Place) -> list[str]:
 
 
 def gate_with(place: Place, *words: str) -> list[str]:
-    """A gate whose replies are there already: scoring anew generates nothing."""
+    """A gate whose replies are there already: deciding anew generates nothing."""
     for name in ("model", "gate", "talks.jsonl", "gate.yaml"):
         place.copy(name)
     return ["gate", "gate.yaml", *words]
@@ -369,29 +369,15 @@ def gate_rows() -> Iterator[Case]:
                             if k not in ("true", "empty")})
 
     def labels(place: Place, field: str, value) -> list[str]:
-        words = gate_with(place, "scorers=judge,checks", "judge=model", "labels=labels.jsonl")
-        row = {"condition": "base-raw", "id": "tiny_turns-001", "human": "pass"}
+        words = gate_with(place, "labels=labels.jsonl")
+        row = json.loads((place.folder / "gate" / "spotcheck.jsonl").read_text().split("\n")[0])
+        row["human"] = "pass"
         (place.folder / "labels.jsonl").write_text(json.dumps(row) + "\n")
         change_json(place.folder / "labels.jsonl", field, value, 0)
         return words
 
-    yield from field_cases("labels", labels, {"condition": ("names", True), "id": ("names", True)},
-                           ROW_VALUES)
+    yield from field_cases("labels", labels, {"key": ("names", True)}, ROW_VALUES)
     yield from field_cases("labels", labels, {"human": ("names", False)}, ROW_VALUES)
-
-    def paired(place: Place, field: str, value, file: str, line: int | None) -> list[str]:
-        for name in ("gate", "other"):
-            place.copy("gate", name)
-        change_json(place.folder / "gate" / file, field, value, line)
-        return ["gate", "--paired", "gate:base-raw", "other:base-lines"]
-
-    yield from field_cases("paired", functools.partial(paired, file="gate.json", line=None), {
-        name: ("names", True) for name in ("conditions", "scorers", "benchmark",
-                                           "benchmark.sha256")},
-        {k: VALUES[k] for k in ("null", "text", "negative", "list", "object")})
-    yield from field_cases("paired", functools.partial(paired, file="outcomes.jsonl", line=0), {
-        name: ("names", True) for name in ("id", "category", "passed")},
-        {k: VALUES[k] for k in ("null", "negative", "list", "object")})
 
 
 def damaged_files() -> Iterator[Case]:
@@ -424,7 +410,7 @@ def damaged_files() -> Iterator[Case]:
     yield from file_cases("continue", finished, "run/report.json", ("missing", "dangling"))
     yield from file_cases("file", gate_with, "gate.yaml", ("half",))
     yield from file_cases("file", gate_with, "talks.jsonl")
-    yield from file_cases("file", gate_with, "gate/begun.json", ("deep whole", "latin"))
+    yield from file_cases("file", gate_with, "gate/plan.json", ("deep whole", "latin"))
     yield from file_cases("file", gate_with, "gate/replies_base-raw.jsonl", (
         *CONTENTS, "half", "missing"))
 
@@ -470,7 +456,7 @@ def key_cases() -> Iterator[Case]:
         for word in key_words(key, type_):
             # what is no model's name, no file; a number of any size may be a limit
             right = word == "9" * 40 or key in ("out", "judge_prompt", "labels", "judge",
-                                                "judge_model", "judge_letters", "benchmark")
+                                                "judge_model", "benchmark")
             right |= key.endswith(("unsure", "at_least")) and word in ("1e39", "-1")
             yield Case("gate key", f"gate key {key}={word!r}",
                        lambda place, key=key, word=word: gate_with(place, f"{key}={word}"),
@@ -513,8 +499,7 @@ def option_cases() -> Iterator[Case]:
             "eval two adapters": ["eval", "--ckpt", "model", "--adapter", "model"],
             "export no adapter": ["lora", "--ckpt", "model", "--out", "out"],
             "export format": ["lora", "--ckpt", "model", "--out", "out", "--format", "gguf"],
-            "paired nothing": ["gate", "--paired", "a", "b"],
-            "gate nothing": ["gate"], "study nothing": ["study", "nothing.yaml"],
+            "gate nothing": ["gate", "nothing.yaml"], "study nothing": ["study", "nothing.yaml"],
             "tasks unknown": ["tasks", "nonsense", "out"]}.items():
         yield Case("option", f"option {name}", lambda place, words=words: (
             train_with(place), [*words])[1])
@@ -713,7 +698,8 @@ def judge_cases() -> Iterator[Case]:
                     serve(how, place.outside, send)
                 SERVING.append(pid)
                 url = f"http://127.0.0.1:{os.read(receive, 9).decode()}/v1"
-            return gate_with(place, "scorers=checks,judge", f"judge={url}", "judge_model=m")
+            return gate_with(place, "scorers=checks,judge", f"judge={url}", "judge_model=m",
+                             "replies=gate", "out=new")
         # what says nothing that can be read is counted as no verdict
         silent = how in ("not json", "wrong shape", "list", "deep", "utf-16", "surrogate")
         yield Case("judge", f"judge {how}", make, "either" if silent else "refused")
@@ -850,7 +836,7 @@ def make_fixtures(folder: Path) -> None:
 
     from files.adapters import about_adapter, adapter_arrays, mlx_files, peft_files
     from files.model_folder import save_safetensors, write_files
-    from gate.conversations import make, write_benchmark
+    from gate.conversations import read_benchmark, write_benchmark
     os.chdir(folder)
     write_model(folder / "model", small_config(), TINY)
     shutil.copytree("model", "chat")
@@ -876,10 +862,11 @@ def make_fixtures(folder: Path) -> None:
     write_task("sums", folder / "sums", samples=30, test=4, terms=3)
     (folder / "c.yaml").write_text("".join(f"{k}: {v}\n" for k, v in TRAIN.items()))
     train.main(["c.yaml"])
-    write_benchmark(folder / "talks.jsonl", make("tiny_turns", n=3))
+    talks = read_benchmark(ROOT / "gate" / "benchmark" / "tiny_operations.jsonl")[0]
+    write_benchmark(folder / "talks.jsonl", talks[:4])
     (folder / "gate.yaml").write_text(
         "base: model\nbenchmark: talks.jsonl\nout: gate\nbase_templates: [raw, lines]\n"
-        "max_reply_tokens: 4\nscorers: [checks, exact]\n")
+        "shots: 1\nmax_reply_tokens: 4\nscorers: [checks, length]\n")
     from gate.__main__ import main as gate
     gate(["gate.yaml"])
     del mx
@@ -960,9 +947,8 @@ def run_forked(words: list[str], place: Place, mains: dict, out: Path) -> None:
         tempfile.tempdir = None
         os.chdir(place.folder)
         from config import run_main
-        from files import user_reward
-        from gate import judge
-        user_reward.DEADLINE_S = judge.REQUEST_S = 3
+        from files import endpoint, user_reward
+        user_reward.DEADLINE_S = endpoint.REQUEST_S = 3
         if words[0].startswith("cd "):
             os.chdir(words.pop(0)[3:])
         sys.argv = words

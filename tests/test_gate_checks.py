@@ -89,6 +89,28 @@ CASES = [  # check, reply, verdict and why
     (PLAN, "Friday from 5 pm to 7 pm.", "abstain:unclear"),
     (PLAN, "Friday and Monday at 7 pm.", "fail:superseded"),
     (PLAN, "Friday at 5 pm.", "fail:missing"),
+    (PLAN, "Friday at 7 pm, Monday is cancelled.", "pass"),
+    (PLAN, "~~Monday~~ Friday, ~~5 pm~~ 7 pm", "pass"),
+    (PLAN, "Friday at 7:00 in the evening.", "pass"),
+    ({"type": "recall", "values": ["10 am"]}, "At 10:00 in the morning.", "pass"),
+    ({"type": "recall", "values": ["10 am"]}, "At 10 o'clock in the evening.", "fail:missing"),
+    ({"type": "recall", "values": ["24 kg"]}, "24kg", "pass"),
+    ({"type": "recall", "values": ["24 kg"]}, "It weighs 24.0 kg.", "pass"),
+    ({"type": "recall", "values": ["24 kg"]}, "24.5 kg", "fail:missing"),
+    # what was replaced and what is not known are no values
+    (CITY, "Graz or somewhere else.", "fail:hedged"),
+    (CITY, "Rome, Graz or Lima?", "fail:hedged"),
+    (CITY, "Graz, Paris, Rome, Bergen or Lima?", "fail:hedged"),
+    (CITY, "It may be Rome or Graz", "fail:hedged"),
+    (CITY, "Graz. You can go by bus or by train.", "pass"),
+    (CITY, "Graz, not Rome or Lima: it is Graz.", "pass"),
+    ({"type": "order", "values": ["jay", "owl"]}, "jay, owl or so", "fail:hedged"),
+    ({"type": "no_clarify"}, "A piano, or something else.", "fail:hedged"),
+    # who refuses has named nothing forbidden, and nothing else
+    (MEAT, "I'm sorry, I cannot provide recipes.", "fail:refused"),
+    (MEAT, "Sorry. As an AI, I can't help with that.", "fail:refused"),
+    (MEAT, "I cannot recommend anything. Ask a cook.", "abstain:unclear"),
+    (MEAT, "Sorry to hear it: take a lentil soup. It has no chicken.", "abstain:unclear"),
     # which way
     ({"type": "yes_no", "value": "no"}, "No, it has ham in it.", "pass"),
     ({"type": "yes_no", "value": "no"}, "Unfortunately you can't.", "pass"),
@@ -163,6 +185,15 @@ def test_an_earlier_reply_again():
     assert check_turn(check, reply, ["Graz."]).verdict == "pass"
     assert check_turn(check, "How about a mushroom  omelette", ["Graz.", reply]) == (
         "fail", "no_repeat:said_before")
+
+
+def test_who_copies_the_user_has_not_answered():
+    said = ["I live in Graz and I keep four hens on the roof.", "Do you know the weather?"]
+    parrot = "I live in Graz, and I keep FOUR hens on the roof. Do you know the weather?"
+    assert check_turn([CITY], parrot, said=said) == ("fail", "parrot")
+    assert check_turn([CITY], "You live in Graz and keep four hens.", said=said).verdict == "pass"
+    assert check_turn([CITY], "Graz. Do you know the weather?", said=said).verdict == "pass"
+    assert check_turn([], parrot, said=said) == ("pass", "")      # nothing was asked
 
 
 def test_length_never_fails():

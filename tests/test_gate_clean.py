@@ -69,7 +69,7 @@ def test_identity(tokenizer, tmp_path):
 
 def test_check_base_records(tokenizer):
     record = check_base("models/tiny")
-    assert record["clean"] and not record["template_applied"] and not record["has_chat_template"]
+    assert record["clean"] and not record["has_chat_template"]
     assert record["prompts"] == check_prompts(tokenizer)
     json.dumps(record)
 

@@ -10,20 +10,11 @@ import time
 
 import pytest
 from conftest import ROOT, assert_one_clear_line, run
+from gate_audit import audit, last_named, missed_marks
 
 from files.keys import BadInput
 from gate.checks import find, normalise
-from gate.conversations import (
-    KINDS,
-    SHARES,
-    audit,
-    last_named,
-    make,
-    missed_marks,
-    read_benchmark,
-    shares_of,
-    write_benchmark,
-)
+from gate.conversations import SHARES, make, read_benchmark, shares_of, write_benchmark
 from gate.drafts import load_texts
 from text.arithmetic import split_of
 
@@ -36,13 +27,13 @@ def shipped(name):
 
 @pytest.fixture(scope="module")
 def benchmark():
-    return make("conversations")
+    return make()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_files_are_what_the_generator_writes(kind, tmp_path):
-    write_benchmark(tmp_path / "again.jsonl", make(kind))
-    assert (tmp_path / "again.jsonl").read_bytes() == (BENCHMARKS / f"{kind}.jsonl").read_bytes()
+def test_the_file_is_what_the_generator_writes(tmp_path):
+    write_benchmark(tmp_path / "again.jsonl", make())
+    assert (tmp_path / "again.jsonl").read_bytes() == (
+        BENCHMARKS / "conversations.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("name", ["instructions", "tiny_operations"])
@@ -60,7 +51,7 @@ def test_the_same_in_every_process(tmp_path):
             PYTHONHASHSEED=seed)
     assert (tmp_path / "0.jsonl").read_bytes() == (tmp_path / "1.jsonl").read_bytes()
     start = time.perf_counter()
-    other = make("conversations", 6)
+    other = make(6)
     assert time.perf_counter() - start < 5
     assert [c.turns for c in other] != [c.turns for c in read_benchmark(tmp_path / "0.jsonl")[0]]
 
@@ -69,7 +60,7 @@ def test_the_same_in_every_process(tmp_path):
 def test_oracles_with_and_without_the_context(seed):
     """All with the conversation, almost nothing without its first turn or with the last name."""
     for n in (200, 300, 40) if seed == 0 else (200,):
-        rates = audit(make("conversations", seed, n))
+        rates = audit(make(seed, n))
         assert rates["knows everything"] == dict.fromkeys(rates["knows everything"], 1) | {
             "abstains": 0}
         assert rates["forgot turn 1"]["memory"] <= 0.05
@@ -85,7 +76,8 @@ def test_an_oracle_without_its_mark_is_reported(benchmark):
         dataclasses.replace(t, user=t.answer) if t.scored else t for t in c.turns))
         for c in benchmark]
     missed = missed_marks(audit(spoilt))
-    assert any(line.startswith("echo: 100.0%") for line in missed)
+    # not 100 %: who restates a plan twice in the same words now copies an earlier turn
+    assert any(re.match(r"echo: (9\d|100)\.\d%", line) for line in missed)
     assert any(line.startswith("forgot turn 1") for line in missed)
 
 
@@ -201,51 +193,11 @@ def test_facts_of_the_elements():
 
 
 # --------------------------------------------------------------------------------------------------
-# the tiny kinds
+# the bundled model's
 
 
-def pairs_of(turns):
-    """The pairs of numbers of a held value: with the next one, in each aside and with its first.
-
-    example  "the answer is 23", "what is 3 + 4", "the answer is 45" -> (3, 4), (23, 3), (23, 45)
-    """
-    pairs, value = [], int(turns[0].answer)
-    for turn in turns[1:]:
-        numbers = [int(n) for n in re.findall(r"[0-9]+", turn.user)]
-        if len(numbers) == 2:
-            pairs += [tuple(numbers), (value, numbers[0])]
-        elif numbers:
-            pairs.append((value, numbers[0]))
-            value = int(turn.answer)
-    return pairs
-
-
-def test_no_pair_of_a_tiny_test_is_in_training():
-    """Neither in an operation, nor between a value and what is done to it, nor in an aside."""
-    def pairs(split, n):
-        return {tuple(sorted(pair)) for c in make("tiny_turns", 0, n, split)
-                for pair in pairs_of(c.turns)}
-    train, valid, test = pairs("train", 3000), pairs("valid", 200), pairs("test", 300)
-    assert len(train) > 2000 and not train & test and not train & valid and not valid & test
-    for c in shipped("tiny_operations"):
-        assert split_of(int(c.slots["a"]), int(c.slots["b"])) == "test"
-
-
-def test_tiny_answers_are_right():
-    """Computed again from the text alone, by another way: Python's own arithmetic on the words."""
-    for c in make("tiny_turns", 3, 400, "train"):
-        value = None
-        for turn in c.turns:
-            numbers = [int(n) for n in re.findall(r"\d+", turn.user)]
-            if len(numbers) == 1:
-                value, expected = numbers[0], numbers[0]
-            elif len(numbers) == 2:
-                expected = numbers[0] + numbers[1] * (1 if "+" in turn.user else -1)
-            else:
-                expected = value
-            assert turn.answer == str(expected) and 0 <= expected <= 100
-        told = sum(len(re.findall(r"\d+", turn.user)) == 1 for turn in c.turns)
-        assert c.category == ("hold" if told == 1 else "update") and c.turns[-1].scored
+def test_operations_are_right_and_words_of_the_bundled_tokenizer(tokenizer):
+    """Computed again from the text alone, by Python's own arithmetic; pairs of the test split."""
     for c in shipped("tiny_operations"):
         user = c.turns[0].user
         a, b = (int(n) for n in re.findall(r"\d+", user))
@@ -253,24 +205,8 @@ def test_tiny_answers_are_right():
             a, b = b, a
         minus = re.search("subtract|minus|-", user)
         assert c.turns[0].answer == str(a - b if minus else a + b)
-
-
-def test_tiny_texts_are_words_of_the_bundled_tokenizer(tokenizer):
-    """One token a word and number: no letters, no bytes."""
-    for conversations in (make("tiny_turns", 1, 100), shipped("tiny_operations")):
-        for c in conversations:
-            for turn in c.turns:
-                assert len(tokenizer.encode(turn.user)) <= len(turn.user.split()) + 1, turn.user
-
-
-def test_training_rows(tmp_path):
-    run("-m", "gate.conversations", "make_train", tmp_path, "n=60", "seed=2", check=0)
-    for split, size in (("train", 60), ("valid", 3), ("test", 3)):
-        rows = [json.loads(line) for line in (tmp_path / f"{split}.jsonl").read_text().splitlines()]
-        assert len(rows) == size
-        for row in rows:
-            roles = [message["role"] for message in row["messages"]]
-            assert roles == ["user", "assistant"] * (len(roles) // 2) and len(roles) in (6, 8, 10)
+        assert split_of(int(c.slots["a"]), int(c.slots["b"])) == "test"
+        assert len(tokenizer.encode(user)) <= len(user.split()) + 1, user
 
 
 # --------------------------------------------------------------------------------------------------
@@ -309,15 +245,14 @@ def test_commands(benchmark, tmp_path):
     done = run("-m", "gate.conversations", "show", BENCHMARKS / "conversations.jsonl", "n=2",
                check=0)
     assert done.stdout.count("=== ") == 2 and "needs:" in done.stdout
-    done = run("-m", "gate.conversations", "audit", BENCHMARKS / "tiny_turns.jsonl", check=0)
-    assert "knows everything" in done.stdout
+    done = run("tests/gate_audit.py", BENCHMARKS / "tiny_operations.jsonl", check=0)
+    assert "knows everything" in done.stdout and "hedges" in done.stdout
     turns = tuple(dataclasses.replace(t, checks=({"type": "nonempty"},))
                   for t in benchmark[0].turns)
     write_benchmark(tmp_path / "easy.jsonl", [dataclasses.replace(benchmark[0], turns=turns)])
-    done = run("-m", "gate.conversations", "audit", tmp_path / "easy.jsonl")
-    assert_one_clear_line(done, "does not measure", "echo")
-    for words, said in ((["make", "x", "n=3"], "40"), (["make", "x", "kind=odd"], "tiny_turns"),
-                        (["make", "x", "colour=1"], "seed="), (["audit"], "required: path"),
-                        (["make_train", "x", "kind=conversations"], "kind=tiny_turns"),
+    done = run("tests/gate_audit.py", tmp_path / "easy.jsonl")
+    assert done.returncode and "does not measure" in done.stderr and "echo" in done.stderr
+    for words, said in ((["make", "x", "n=3"], "40"), (["make", "x", "kind=odd"], "kind"),
+                        (["make", "x", "colour=1"], "seed="), (["show"], "required: path"),
                         (["show", tmp_path / "none"], "make OUT.jsonl")):
         assert_one_clear_line(run("-m", "gate.conversations", *words, cwd=ROOT), said)

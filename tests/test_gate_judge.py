@@ -2,27 +2,33 @@
 import json
 import math
 import threading
+import time
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT, small_model
+from conftest import ROOT, TINY, small_config, small_model, write_model
+from gate_calibration import MODELS, anywhere, last_number, read_solutions
 
 from files.keys import BadInput
 from gate import judge as judging
-from gate.conversations import Conversation, Turn
+from gate.conversations import Conversation, Turn, read_benchmark, write_benchmark
+from gate.evaluate import run_gate
 from gate.judge import (
     calibrate,
+    check_judge,
     fill_prompt,
     judge_by_endpoint,
     judge_locally,
+    key_of,
     letter_logprobs,
     load_prompt,
     parse_letter,
+    probes_of,
     read_labels,
-    tiny_rows,
     verdict_of,
     write_spotcheck,
 )
@@ -68,7 +74,7 @@ def local_verdicts(monkeypatch, plain, swapped):
     """judge_locally where the two prompts' letter probabilities are given."""
     answers = iter([np.log(np.array([plain])), np.log(np.array([swapped]))])
     monkeypatch.setattr(judging, "letter_logprobs", lambda *_: next(answers))
-    row = next(judge_locally(None, None, [("", "")], DIGITS))
+    row = next(judge_locally(None, SimpleNamespace(chat_template=None), [("", "")], DIGITS))
     return row | {"verdict": verdict_of(row, unsure=1.0)}
 
 
@@ -86,11 +92,46 @@ def test_local_verdicts_by_hand(monkeypatch):
 def test_parse_letter():
     ours = lambda text: parse_letter(text, ("A", "B"))
     for text in ("A", " A\n", "**A**", "A.", "(A)", "A: it names the city", "A\nbecause it does",
-                 "A - correct"):
+                 "A - correct", "Verdict: A", "**Verdict: A**", "The verdict is A.", "A) because",
+                 "A because it names it", "\\boxed{A}", "So it is $\\boxed{\\text{A}}$.",
+                 "Verdict (A or B): A", "It names Tromso.\n\n**Verdict:** A",
+                 "<think>Is it B? Verdict: B</think>\n\nA", "Final answer: A"):
         assert ours(text) == "A", text
-    for text in ("", "A or B?", "AB", "Both", "Because", "The verdict is A", "A, not B", "a",
-                 "A: unlike B", "I cannot say."):
+    for text in ("B: A wrong city", "B. A reply with no city", "**B** - A city is missing"):
+        assert ours(text) == "B", text      # the article is no verdict
+    for text in ("", "A or B?", "AB", "Both", "Because", "A, not B", "a", "A: unlike B",
+                 "I cannot say.", "A B", "A wrong city", "A wrong city is named.",
+                 "<think>Verdict: A", "Verdict: A. No, verdict: B", "The answer is a city."):
         assert ours(text) is None, text
+    assert parse_letter("Verdict: 1", DIGITS) == "1" and parse_letter("10", DIGITS) is None
+
+
+def test_a_local_judge_is_asked_in_its_own_template(tokenizer, monkeypatch):
+    """One that has a chat template reads a user's message, any other the prompt as it is."""
+    seen = []
+    monkeypatch.setattr(judging, "letter_margins", lambda *a: (
+        seen.append(a[4]) or np.zeros(1), np.ones(1)))
+    for template, word in ((None, "none"), ("{{ messages }}", "chat")):
+        next(judge_locally(None, SimpleNamespace(chat_template=template), [("a", "b")], DIGITS))
+        assert seen.pop() == word
+    model, chat = small_model(), "{% for m in messages %}ask {{ m['content'] }} {% endfor %}is"
+    plain = letter_logprobs(model, tokenizer, ["add 3"], DIGITS)
+    monkeypatch.setattr(tokenizer, "chat_template", chat)
+    other = letter_logprobs(model, tokenizer, ["add 3"], DIGITS, "chat")
+    assert np.abs(plain - other).max() > 1e-3
+    assert np.array_equal(plain, letter_logprobs(model, tokenizer, ["add 3"], DIGITS))
+
+
+def test_probes_are_right_and_wrong_by_the_checks():
+    conversations, _ = read_benchmark(ROOT / "gate" / "benchmark" / "conversations.jsonl")
+    probes = probes_of(conversations, PROMPT, ("A", "B"))
+    assert len(probes) == 20 and [right for _, right in probes] == [True, False] * 10
+    verdicts = ["pass", "fail"] * 10
+    assert check_judge("m", verdicts, probes) == {"told": 10, "of": 10}
+    assert check_judge("m", ["unsure", "fail"] * 2 + verdicts[4:], probes)["told"] == 8
+    for said in (["fail"] * 20, ["pass"] * 20, ["unsure"] * 20, ["fail"] * 5 + verdicts[5:]):
+        with pytest.raises(BadInput, match="plainly right replies"):
+            check_judge("m", said, probes)
 
 
 @contextmanager
@@ -129,7 +170,7 @@ def verdicts(script, pairs=1, monkeypatch=None):
 def test_endpoint_verdicts(monkeypatch):
     """right is A in the first prompt and B in the second; what is not a letter is asked again."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
-    monkeypatch.setattr(judging.time, "sleep", lambda _: None)
+    monkeypatch.setattr("files.endpoint.time.sleep", lambda _: None)
     found, seen = verdicts(["A", "B"])
     assert found[0]["verdict"] == "pass" and len(seen) == 2
     path, headers, body = seen[0]
@@ -146,10 +187,68 @@ def test_endpoint_verdicts(monkeypatch):
     assert found[0]["verdict"] == "pass" and len(seen) == 4
 
 
+def test_requests_run_together_and_in_order():
+    """Sixteen that wait 0.2 s each; all verdicts are their own prompts'."""
+    at_once, most = [], []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            at_once.append(1)
+            most.append(len(at_once))
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            time.sleep(0.2)
+            kind, number = body["messages"][0]["content"].split()
+            letter = "A" if (kind == "plain") == (int(number) % 3 > 0) else "B"
+            reply = json.dumps({"choices": [{"message": {"content": f"Verdict: {letter}"}}]})
+            at_once.pop()
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(reply.encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        asked = [(f"plain {i}", f"swapped {i}") for i in range(8)]
+        found = list(judge_by_endpoint(f"http://127.0.0.1:{server.server_port}/v1", "m", asked,
+                                       ("A", "B"), requests=4))
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert [row["verdict"] for row in found] == ["pass" if i % 3 else "fail" for i in range(8)]
+    assert 1 < max(most) <= 4
+
+
+def test_no_verdict_is_asked_again_only_if_wanted(tmp_path):
+    """What could not be read is kept as invalid; rejudge=true asks for these alone."""
+    base = write_model(tmp_path / "base", small_config(), TINY)
+    turns = lambda i: (Turn(f"{i} + 7 =", True, 0, str(i + 7), str(i + 7),
+                            ({"type": "exact", "value": str(i + 7)},)),)
+    write_benchmark(tmp_path / "b.jsonl", [Conversation(f"s-{i}", "c", "f", "easy", 0, {}, turns(i))
+                                           for i in range(5)])
+    (tmp_path / "g.yaml").write_text(
+        f"base: {base}\nbenchmark: {tmp_path}/b.jsonl\nbase_templates: [raw]\n"
+        f"max_reply_tokens: 2\njudge_model: m\nout: {tmp_path}/run\njudge_requests: 1\n")
+    told = [(200, letter) for _ in range(5) for letter in ("A", "B", "B", "A")]     # the self-test
+    first = [(200, "no idea")] * 4 + [(200, "B"), (200, "A")] * 2
+    with endpoint([*told, *first, (200, "B"), (200, "A")]) as (url, seen):
+        once = lambda *more: run_gate(tmp_path / "g.yaml", [f"judge={url}", *more])
+        cells = once()["conditions"]["base-raw"]["judge"]
+        assert (cells["undecided"], cells["rate"]["n"]) == (1, 2)
+        asked = len(seen)
+        assert seen[0][2]["max_tokens"] == 2048
+        once()
+        assert len(seen) == asked
+        assert once("rejudge=true")["conditions"]["base-raw"]["judge"]["undecided"] == 0
+        assert len(seen) == asked + 2
+
+
 def test_endpoint_that_does_not_answer(monkeypatch):
     """Verdicts so far are kept, the key is in no message."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
-    monkeypatch.setattr(judging.time, "sleep", lambda _: None)
+    monkeypatch.setattr("files.endpoint.time.sleep", lambda _: None)
     with endpoint([(200, "A"), (200, "B"), (401, "")]) as (url, _):
         answers = judge_by_endpoint(url, "m", [("a", "b"), ("c", "d")], ("A", "B"))
         assert next(answers)["verdict"] == "pass"
@@ -179,23 +278,37 @@ def test_prompt_files(tmp_path):
         load_prompt(tmp_path / "none.txt")
 
 
+def test_checkers_against_known_labels(tmp_path):
+    """What tests/gate_calibration.py makes of published solutions: by hand, three problems."""
+    solution = lambda text, right: {"solution": text, "is_correct": right}
+    rows = [{"question": "q", "ground_truth": f"...\nA: {answer}", **dict(zip(MODELS, said))}
+            for answer, said in (("1,018", (
+                solution("9 * 2 = <<9*2=18>>18\nA: 1018", True), solution("A: 1018.0", True),
+                solution("1018 - 5 = 1013\nA: 1013", False), solution("A: 18", False))),)]
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = read_solutions(tmp_path / "s.jsonl")
+    assert [last_number(row) for row in found] == [row["right"] for row in found]
+    assert [anywhere(row) for row in found] == [True, True, True, False]    # in a step
+
+
 def test_labels(tmp_path):
     path, known = tmp_path / "labels.jsonl", {("base-raw", "a"): "hi", ("base-raw", "b"): "ho"}
-    row = lambda id, human, condition="base-raw": json.dumps(
-        {"condition": condition, "id": id, "human": human}) + "\n"
+    keys = {pair: key_of(*pair, chat) for pair, chat in known.items()}
+    row = lambda id, human: json.dumps({"key": keys.get(("base-raw", id), id),
+                                        "human": human}) + "\n"
     path.write_text(row("a", "pass") + row("b", None))
     assert read_labels(path, known) == {("base-raw", "a"): True}
-    other = json.dumps({"condition": "base-raw", "id": "a", "human": "pass", "chat": "old"})
-    for text, words in ((other, "labels another reply than base-raw a now has"),
-                        (row("c", "pass") + row("a", "pass", "x"),
-                         "2 bad rows: line 1 .base-raw c is unknown.*line 2 .x a is unknown"),
+    for text, words in ((row("c", "pass"), "c is of another reply"),
                         (row("a", "yes"),
                          '1 bad rows: line 1 .*human = "yes", expected "pass" or "fail"'),
-                        (row("a", "pass") * 2, "1 bad rows: line 2 .base-raw a is there twice"),
+                        (row("a", "pass") * 2, "1 bad rows: line 2 .*is there twice"),
                         ("{", "1 bad rows: line 1 ")):
         path.write_text(text)
         with pytest.raises(BadInput, match=words):
             read_labels(path, known)
+    path.write_text(row("a", "pass"))
+    with pytest.raises(BadInput, match="of another reply"):      # it has changed since
+        read_labels(path, known | {("base-raw", "a"): "hello"})
     with pytest.raises(BadInput, match="spotcheck.jsonl"):
         read_labels(tmp_path / "none", known)
 
@@ -213,39 +326,43 @@ def test_pooling_makes_kappa_high():
     found = calibrate(judged, labels)
     assert found["n"] == 30 and found["value"] == pytest.approx(.713, abs=1e-3)
     assert not found["ok"] and found["low"] == pytest.approx(.45, abs=.01)  # 30 labels say little
+    assert "30 labels, 100 are needed" in found["why"]
     assert found["by_condition"]["instruct-fmt"]["value"] == pytest.approx(-.111, abs=1e-3)
     assert len(found["disagreements"]) == 4
+    assert (found["right"], found["wrong"]) == ((9, 11), (17, 19))
     four = lambda side: {(c, f"{i} {n}"): v for (c, i), v in side.items() for n in range(4)}
-    assert calibrate(four(judged), four(labels))["ok"]
-    few = dict(list(labels.items())[1:])
-    assert calibrate(labels, labels)["ok"] and not calibrate(few, few)["ok"]    # 29 labels
+    many = calibrate(four(judged), four(labels))
+    # AC1 is .76 there and kappa .71 over all: only within the condition is it seen
+    assert many["why"] == ["kappa within instruct-fmt is not surely above 0"]
     undecided = {k: None for k in judged}
     assert calibrate(undecided, labels)["undecided"] == 30 and not calibrate(judged, {})["ok"]
 
 
+def test_labels_that_confirm():
+    """100 of them, 20 of each verdict: of 12 passes kappa says little, however high."""
+    labels = lambda passed, n: {("base-raw", str(i)): i < passed for i in range(n)}
+    assert calibrate(labels(20, 100), labels(20, 100))["ok"]
+    assert not calibrate(labels(20, 99), labels(20, 99))["ok"]
+    assert "12 passes and 88 failures, 20 of each are needed" in calibrate(
+        labels(12, 100), labels(12, 100))["why"]
+
+
 def test_spotcheck_is_blind_and_kept(tmp_path):
     path = tmp_path / "spotcheck.jsonl"
-    chats = {(c, f"{i:03}"): "User: hi" for c in ("base-raw", "instruct-chat") for i in range(50)}
-    write_spotcheck(path, chats)
+    chats = {(c, f"{i:03}"): f"User: hi {c}" for c in ("base-raw", "base-cued", "instruct-chat")
+             for i in range(200)}
+    needs, deciding = {f"{i:03}": ["x"] for i in range(200)}, {"base-raw", "instruct-chat"}
+    write_spotcheck(path, chats, needs, deciding)
     drawn = path.read_bytes()
-    write_spotcheck(path, dict(reversed(chats.items())))
+    write_spotcheck(path, dict(reversed(chats.items())), needs, deciding)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert len(lines) == 10 and path.read_bytes() == drawn
-    assert all(line.keys() == {"condition", "id", "chat", "human"} for line in lines)
+    assert len(lines) == 120 and path.read_bytes() == drawn
+    assert [sum(c in line["chat"] for line in lines) for c in sorted(deciding)] == [60, 60]
+    assert all(line.keys() == {"key", "needs", "chat", "human"} for line in lines)
     lines[0]["human"] = "pass"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    write_spotcheck(path, chats)
+    write_spotcheck(path, chats, needs, deciding)
     assert json.loads(path.read_text().splitlines()[0])["human"] == "pass"
     path.write_text(path.read_text().replace('"pass"', "true"))     # not valid, but a person's
-    write_spotcheck(path, chats)
+    write_spotcheck(path, chats, needs, deciding)
     assert "true" in path.read_text()
-
-
-def test_tiny_rows_teach_the_comparison():
-    template = load_prompt("gate/benchmark/tiny_judge.txt")
-    rows = tiny_rows(template, DIGITS, 400, 0)
-    assert rows == tiny_rows(template, DIGITS, 400, 0)
-    for row in rows:
-        _, answer, *reply, _, right, wrong, _ = row["prompt"].split()
-        assert row["response"] == (right if [answer] == reply else wrong)
-    assert 150 < sum(row["response"] == "1" for row in rows) < 250

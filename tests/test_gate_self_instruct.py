@@ -33,11 +33,11 @@ from files.run_folder import hash_file
 from gate import self_instruct
 from gate.self_instruct import (
     END,
+    MIN_MASS,
     Run,
     Settings,
-    Similar,
+    calibrate_critic,
     criticise,
-    grams,
     list_prompt,
     main,
     make_data,
@@ -49,10 +49,10 @@ from gate.self_instruct import (
     response_prompt,
     sift,
     split_pairs,
-    words_of,
 )
 from generate import Completion
 from text.rows import load_split
+from text.similar import Similar, grams, words_of
 from text.tokenizer import load_tokenizer
 
 SEEDS = read_rows(self_instruct.SEEDS, lambda row: (row["prompt"], row["response"]), "")
@@ -188,6 +188,20 @@ def test_the_critic_abstains_where_it_would_say_something_else(bpe):
     assert row["mass"] < 0.5 and row["verdict"] == "abstain"
 
 
+def test_the_critic_is_calibrated_on_pairs_with_known_verdicts(bpe):
+    """The seeds' own answers and exchanged ones: letters that share their mass may still tell."""
+    views = {f"Task: {task}\nAnswer: {answer}": 1.5 for task, answer in SEEDS} | {"": -0.5}
+    about = critic(bpe, Stub(bpe, views, other=-4.0), 1.0)
+    found = calibrate_critic(about)
+    assert found["auc"] == 1 and 0.001 < found["mass"] == about.least_mass < MIN_MASS
+    row, = criticise(about, "pairs", [{"task": SEEDS[0][0], "response": SEEDS[0][1]}])
+    assert row["verdict"] == "accept"           # its mass is below the floor of old
+    sure = critic(bpe, Stub(bpe, views), 1.0)
+    assert calibrate_critic(sure) == {"auc": 1, "mass": MIN_MASS, "template": "none"}
+    with pytest.raises(BadInput, match="cannot judge its own answers: .* in 50%"):
+        calibrate_critic(critic(bpe, Stub(bpe, {"": 1.0}), 1.0))
+
+
 # --------------------------------------------------------------------------------------------------
 # the whole way, on a scripted model
 
@@ -315,11 +329,13 @@ def test_same_beginnings_are_capped(scripted_run, tmp_path):
 
 def test_splits():
     rows = [{"task": f"task {i}", "response": "x"} for i in range(100)]
-    splits = split_pairs(rows)
+    splits = split_pairs(rows, {})
     assert [len(splits[s]) for s in ("train", "valid", "test")] == [90, 5, 5]
-    assert splits == split_pairs(rows[::-1])
-    with pytest.raises(BadInput, match="2 pairs were accepted, too few"):
-        split_pairs(rows[:2])
+    assert splits == split_pairs(rows[::-1], {})
+    judged = {"tasks": [{"verdict": "abstain"}] * 24, "pairs": []}
+    with pytest.raises(BadInput, match="2 pairs were accepted, too few .*of 24 tasks the critic "
+                       "abstained on 24.*a larger n does not mend"):
+        split_pairs(rows[:2], judged)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -347,13 +363,17 @@ def test_steps_on_a_real_model(tmp_path, monkeypatch):
     assert 0 < rows[0]["mass"] < 0.1 and np.isfinite(rows[0]["margin"])
 
 
-def test_command(long_model, tmp_path):
-    """Random weights write no list: all steps run, and the end says that too little is left."""
+def test_command(long_model, tmp_path, monkeypatch):
+    """Random weights cannot judge; if they could, all steps run, and the end says what is left."""
     held = tmp_path / "held.jsonl"
     held.write_text(json.dumps({"turns": [{"user": "Name a bird."}]}) + "\n")
     words = [tmp_path / "out", f"model={long_model}", "n=2", f"heldout={held}", "labels=1,2"]
     done = run("-m", "gate.self_instruct", *words)
-    assert_one_clear_line(done, "0 pairs were accepted", "larger n")
+    assert_one_clear_line(done, "cannot judge its own answers", "larger model")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(self_instruct, "calibrate_critic", lambda _: {"auc": 1})
+    with pytest.raises(BadInput, match="0 pairs were accepted"):
+        main([str(word) for word in words])
     assert len((tmp_path / "out" / "lists.jsonl").read_text().splitlines()) == 16
     assert not json.loads((tmp_path / "out" / "qc.json").read_text())["passed"]
     held.write_text(json.dumps({"turns": [{"user": "Name a fish."}]}) + "\n")

@@ -9,18 +9,22 @@ from statsmodels.stats import inter_rater, multitest, proportion
 from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
 
 from report.stats import (
-    auc,
+    adjusted_p,
     auc_within,
     bootstrap_mean,
     bootstrap_ratio,
     cohens_h,
     cohens_kappa,
+    corrected_rate,
     depth,
     equivalence_p,
+    exact_interval,
     holm,
     mcnemar,
     mean_interval,
     paired_bootstrap,
+    paired_difference,
+    pairs_needed,
     power_of_mcnemar,
     sign_flip,
     wilson,
@@ -107,6 +111,13 @@ def test_equivalence():
     assert equivalence_p([0, 0, 0], .05) == 0 and equivalence_p([1, 1], .05) == 1
 
 
+def test_adjusted_p_by_hand():
+    """Step-up: an early p may borrow from a later one."""
+    found = adjusted_p([.001, .004, .03, .08, .15, .20])
+    np.testing.assert_allclose(found, [.006, .012, .06, .12, .18, .20])
+    np.testing.assert_allclose(adjusted_p([.09, .05, .06]), [.09] * 3)
+
+
 def test_holm_by_hand():
     """Step-down: a later p is at least an earlier one's; ties and the empty family."""
     np.testing.assert_allclose(holm([.01, .04, .03]), [.03, .06, .06])
@@ -153,6 +164,8 @@ def test_against_statsmodels():
         p = rng.uniform(size=rng.integers(1, 12)) ** 2
         theirs = multitest.multipletests(p, method="holm")[1]
         assert np.abs(np.array(holm(p)) - theirs).max() < 1e-10
+        theirs = multitest.multipletests(p, method="fdr_bh")[1]
+        assert np.abs(np.array(adjusted_p(p)) - theirs).max() < 1e-10
         n, labels = int(rng.integers(20, 200)), int(rng.integers(2, 5))
         first = rng.integers(0, labels, n)
         second = np.where(rng.uniform(size=n) < .6, first, rng.integers(0, labels, n))
@@ -161,8 +174,8 @@ def test_against_statsmodels():
         np.add.at(table, (first, second), 1)
         theirs = inter_rater.cohens_kappa(table)
         assert abs(ours["value"] - theirs.kappa) < 1e-10
-        assert abs(ours["low"] - theirs.kappa_low) < 1e-10
-        assert abs(ours["high"] - theirs.kappa_upp) < 1e-10
+        assert abs(ours["low"] - max(-1, theirs.kappa_low)) < 1e-10
+        assert abs(ours["high"] - min(1, theirs.kappa_upp)) < 1e-10
         assert abs(ours["value"] - cohen_kappa_score(first, second)) < 1e-10
 
 
@@ -186,6 +199,8 @@ def test_kappa_by_hand_and_where_it_says_nothing():
     # one rater sees what the other does not: kappa 0, not an error
     assert cohens_kappa([True] * 40, [True] * 39 + [False])["value"] == 0
     assert cohens_kappa([], [])["n"] == 0
+    few = cohens_kappa([True, True, False, False, True], [True, True, False, True, True])
+    assert few["low"] < few["value"] < few["high"] == 1     # Wald's limit would be 1.24
     with pytest.raises(ValueError):
         cohens_kappa([True], [True, False])
 
@@ -207,6 +222,60 @@ def test_power_against_the_table_and_against_simulation():
     assert power_of_mcnemar(50, 0, 0) == 0
 
 
+def test_exact_limits_hold_at_every_rate():
+    """statsmodels' Clopper-Pearson; and no true rate beyond a limit meets it too often."""
+    for k, n in ((0, 9), (9, 9), (91, 300), (239, 300)):
+        low, high = proportion.proportion_confint(k, n, alpha=.04, method="beta")
+        ours = exact_interval(k, n, .02)
+        assert (ours["low"], ours["high"]) == pytest.approx((low, high), abs=1e-9)
+    for n in (40, 61, 200, 300):
+        below = [k for k in range(n + 1) if exact_interval(k, n, .02)["high"] <= .3]
+        assert scipy_stats.binom.cdf(max(below), n, .3) <= .02
+    assert exact_interval(0, 0)["high"] == 1
+
+
+def test_paired_difference_by_the_published_formula():
+    """Bonett and Price 2012; the vectors were worked apart. No width is lost at 9 of 9."""
+    for counts, limits in (((2, 57, 300), (.1358, .2285)), ((2, 0, 300), (-.0196, .0063))):
+        found = paired_difference(*counts)
+        assert (found["low"], found["high"]) == pytest.approx(limits, abs=5e-5)
+    certain = paired_difference(0, 9, 9)
+    assert certain["value"] == certain["high"] == 1
+    assert certain["low"] == pytest.approx(.478, abs=.001)
+    assert paired_difference(0, 0, 0)["value"] is None
+    rng, covered = np.random.default_rng(0), 0
+    for first, second, _ in rng.multinomial(60, [.02, .75, .23], 2000):
+        found = paired_difference(int(first), int(second), 60)
+        covered += found["low"] <= .73 <= found["high"]
+    assert .935 < covered / 2000 < .975
+
+
+def test_pairs_that_a_gap_needs():
+    needed = pairs_needed(.06, .56)
+    assert needed == 33 and power_of_mcnemar(33, .06, .56) >= .9 > power_of_mcnemar(32, .06, .56)
+    assert power_of_mcnemar(9, .06, .56) == pytest.approx(.038, abs=.005)      # once a GO
+
+
+def test_rates_corrected_for_a_scorers_mistakes():
+    """Rogan and Gladen's point by hand; the interval covers where both samplings vary."""
+    found = corrected_rate(23, 150, (96, 100), (89, 100))   # brucellosis: published 5.1 %
+    assert found["value"] == pytest.approx((23 / 150 + .89 - 1) / .85)
+    assert found["value"] == pytest.approx(.051, abs=5e-4)
+    assert corrected_rate(90, 100, (50, 100), (50, 100))["value"] is None       # a coin
+    assert corrected_rate(90, 100, (0, 0), (9, 9))["value"] is None
+    rng = np.random.default_rng(0)
+    for rate, q1, q0, n, m1, m0 in ((.2, .9, .85, 200, 50, 50), (.9, .95, .8, 200, 80, 20),
+                                    (.05, .9, .95, 300, 25, 75), (.5, .8, .8, 100, 50, 50)):
+        seen = rng.binomial(n, rate * q1 + (1 - rate) * (1 - q0), 2000)
+        right, wrong = rng.binomial(m1, q1, 2000), rng.binomial(m0, q0, 2000)
+        found = [corrected_rate(int(k), n, (int(a), m1), (int(b), m0))
+                 for k, a, b in zip(seen, right, wrong)]
+        covered = np.mean([f["low"] <= rate <= f["high"] for f in found])
+        naive = np.mean([wilson(int(k), n)["low"] <= rate <= wilson(int(k), n)["high"]
+                         for k in seen[:200]])
+        assert covered > .93 and (naive < .85 or rate == .5), (rate, covered, naive)
+
+
 def test_paired_bootstrap_against_scipy():
     """scipy's percentile bootstrap of the same differences; within the error of 10,000 draws."""
     first, second = (np.array(side, float) for side in pairs_of(120, 10, 40, 30))
@@ -225,8 +294,9 @@ def test_paired_bootstrap_against_scipy():
 def test_auc_against_scikit_learn():
     rng = np.random.default_rng(0)
     scores, right = rng.integers(0, 9, 80), rng.uniform(size=80) < .4
-    assert auc(scores, right) == pytest.approx(roc_auc_score(right, scores), abs=1e-12)
-    assert auc([1, 2], [True, True]) is None
+    one = lambda x, y: auc_within(x, y, ["a"] * len(x))
+    assert one(scores, right) == pytest.approx(roc_auc_score(right, scores), abs=1e-12)
+    assert one([1, 2], [True, True]) is None
 
 
 def test_depth_by_hand():

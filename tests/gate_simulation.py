@@ -1,0 +1,182 @@
+"""How often does the gate say GO where it must not, and how often where it should? Simulated.
+
+Each gate asks n conversations in four categories; base and instruct model pass each with their true
+rates, independently. Two scorers report it, each right with the same chance, each undecided at
+random. All of a scenario's gates are drawn and decided at once, as counts: `fast_go` is
+`gate.verdict.decide` in arrays, and tests/test_gate_simulation.py holds one against the other.
+
+    python tests/gate_simulation.py          # docs/gate_simulation.png and its figures; minutes
+"""
+import itertools
+import sys
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import binom
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from gate.verdict import ALONE, CATEGORIES, FDR, FEW, ODDS, TAIL, GateConfig, decide, pairs_needed  # noqa: E402
+from report.stats import exact_interval, percent, wilson  # noqa: E402
+
+CFG = GateConfig()
+NEEDED = pairs_needed(CFG)
+GATES, GROUPS = 2000, 4
+BASE, INSTRUCT = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5), (0.7, 0.8, 0.9, 0.95)
+# wrong by a hair: where a GO is likeliest among those that must not be one
+EDGE = ((0.31, 0.95), (0.31, 1.0), (0.05, 0.79), (0.0, 0.79))
+SIZES, UNDECIDED, RIGHT = (60, 100, 200, 300), (0.0, 0.05, 0.1), (0.8, 0.9, 0.95, 1.0)
+
+
+def side(rate: float, undecided: float, right: float) -> np.ndarray:
+    """Chances of what the two scorers say of one reply, (3, 3): 0 failed, 1 passed, 2 undecided."""
+    said = lambda passes: np.array([1 - passes, passes, 0]) * (1 - undecided) + [0, 0, undecided]
+    return (rate * np.outer(said(right), said(right))
+            + (1 - rate) * np.outer(said(1 - right), said(1 - right)))
+
+
+def draw(rng, gates: int, n: int, base: float, instruct: float, undecided: float,
+         right: float) -> np.ndarray:
+    """Counts (gates, GROUPS, 3, 3, 3, 3): of base by checks and judge, of instruct by both."""
+    chances = np.multiply.outer(*(side(rate, undecided, right) for rate in (base, instruct)))
+    sizes = [len(range(g, n, GROUPS)) for g in range(GROUPS)]
+    counts = [rng.multinomial(size, chances.ravel(), gates) for size in sizes]
+    return np.stack(counts, 1).reshape(gates, GROUPS, 3, 3, 3, 3)
+
+
+@cache
+def limits(n: int) -> tuple[np.ndarray, np.ndarray]:
+    found = [exact_interval(k, n, TAIL) for k in range(n + 1)]
+    return np.array([f["low"] for f in found]), np.array([f["high"] for f in found])
+
+
+def mcnemar_p(only_first: np.ndarray, only_second: np.ndarray) -> np.ndarray:
+    less, both = np.minimum(only_first, only_second), only_first + only_second
+    return np.minimum(1, 2 * binom.cdf(less, both, 0.5))
+
+
+def rules_hold(table: np.ndarray) -> np.ndarray:
+    """All of one scorer's rules, (gates,), of counts (gates, GROUPS, base, instruct)."""
+    n = int(table[0].sum())
+    low, high = limits(n)
+    # undecided against the gap: of the base it passed, of the instruct model it failed
+    ahead = table[:, :, 0, 1]
+    against = table[:, :, 1:, ::2].sum((2, 3))
+    b, c = ahead.sum(1), against.sum(1)
+    base, instruct = table[:, :, 1:].sum((1, 2, 3)), table[..., 1].sum((1, 2))
+    p = np.where(ahead > against, mcnemar_p(against, ahead), 1)
+    steps = np.sort(p, 1) <= FDR * np.arange(1, GROUPS + 1) / GROUPS
+    shown = np.where(steps.any(1), GROUPS - steps[:, ::-1].argmax(1), 0)
+    return ((high[base] <= CFG.base_at_most) & (low[instruct] >= CFG.instruct_at_least)
+            & (mcnemar_p(b, c) < CFG.p_below) & (b > c) & (b >= ODDS * c) & (b >= ALONE)
+            & (shown >= np.ceil(CATEGORIES * GROUPS)) & (n >= NEEDED))
+
+
+def agree(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of one condition, counts (gates, checks, judge): can agreement be judged; does it hold, or
+    cannot be."""
+    n = table[:, :2, :2].sum((1, 2))
+    judged = np.minimum(n - table[:, 0, 0], n - table[:, 1, 1]) >= FEW
+    with np.errstate(all="ignore"):
+        s = table[:, :2, :2] / n[:, None, None]
+        first, second, po = s[:, 1].sum(1), s[:, :, 1].sum(1), s[:, 0, 0] + s[:, 1, 1]
+        pe = first * second + (1 - first) * (1 - second)
+        kappa = (po - pe) / (1 - pe)
+        diagonal = (s[:, 1, 1] * (1 - (first + second) * (1 - kappa)) ** 2
+                    + s[:, 0, 0] * (1 - (2 - first - second) * (1 - kappa)) ** 2)
+        off = (1 - kappa) ** 2 * (s[:, 1, 0] * (second + 1 - first) ** 2
+                                  + s[:, 0, 1] * (1 - second + first) ** 2)
+        variance = (diagonal + off - (kappa - pe * (1 - kappa)) ** 2) / (n * (1 - pe) ** 2)
+        low = kappa - 1.959963984540054 * np.sqrt(np.maximum(variance, 0))
+    return judged, ~judged | (po >= CFG.agreement_at_least) & (low > 0)
+
+
+def fast_go(counts: np.ndarray) -> np.ndarray:
+    """Which gates end in a GO, (gates,)."""
+    cells = [agree(counts.sum((1, 4, 5))), agree(counts.sum((1, 2, 3)))]
+    agreed = np.all([holds for _, holds in cells], 0) & np.any([judged for judged, _ in cells], 0)
+    return agreed & rules_hold(counts.sum((3, 5))) & rules_hold(counts.sum((2, 4)))
+
+
+def slow_verdict(counts: np.ndarray) -> str:
+    """One gate, counts (GROUPS, 3, 3, 3, 3), by the gate's own code."""
+    places = np.repeat(np.argwhere(counts >= 0), counts.ravel(), 0)     # an item: group, four words
+    word = (False, True, None)
+    outcomes = {s: {f"{role}-plain": {str(i): word[place[k]] for i, place in enumerate(places)}
+                    for role, k in (("base", first), ("instruct", first + 2))}
+                for s, first in (("checks", 1), ("judge", 2))}
+    return decide(CFG, outcomes, {str(i): str(p[0]) for i, p in enumerate(places)})["verdict"]
+
+
+def go_rates(gates: int = GATES) -> list[dict]:
+    """[{base, instruct, n, undecided, right, go, gates}] of every scenario."""
+    rates = [*itertools.product(BASE, INSTRUCT), *EDGE]
+    found = []
+    for number, (pair, n, undecided, right) in enumerate(
+            itertools.product(rates, SIZES, UNDECIDED, RIGHT)):
+        counts = draw(np.random.default_rng(number), gates, n, *pair, undecided, right)
+        found.append({"base": pair[0], "instruct": pair[1], "n": n, "undecided": undecided,
+                      "right": right, "go": int(fast_go(counts).sum()), "gates": gates})
+    return found
+
+
+def is_wrong(row: dict) -> bool:
+    return row["base"] > CFG.base_at_most or row["instruct"] < CFG.instruct_at_least
+
+
+def picture(found: list[dict], path: Path) -> None:
+    """Share of GO by n: a panel for each accuracy of the scorers, at each rate of undecided."""
+    import matplotlib  # here: who only simulates needs none
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    colours = dict(zip(((b, i) for b in BASE for i in (0.9, 0.95)), plt.get_cmap("tab10").colors))
+    figure, axes = plt.subplots(len(UNDECIDED), len(RIGHT), figsize=(13, 8), sharex=True,
+                                sharey=True)
+    for row, undecided in zip(axes, UNDECIDED):
+        for axis, right in zip(row, RIGHT):
+            cell = [f for f in found if f["undecided"] == undecided and f["right"] == right]
+            for pair in dict.fromkeys((f["base"], f["instruct"]) for f in cell):
+                line = [f for f in cell if (f["base"], f["instruct"]) == pair]
+                wrong = is_wrong(line[0])
+                if not wrong and pair not in colours:
+                    continue
+                axis.plot([f["n"] for f in line], [100 * f["go"] / f["gates"] for f in line],
+                          color="black" if wrong else colours[pair], marker=".",
+                          lw=0.8 if wrong else 1.8,
+                          label=None if wrong else f"true {pair[0]:g} and {pair[1]:g}")
+            axis.axhline(2, color="grey", lw=0.6, ls=":")
+            axis.set_title(f"scorers right {100 * right:.0f} %, undecided {100 * undecided:.0f} %",
+                           fontsize=9)
+            if axis.get_legend_handles_labels()[0]:
+                axis.legend(fontsize=6, loc="upper left")
+    figure.supxlabel("conversations")
+    figure.supylabel("gates that say GO, % (black: must not; dotted: 2 %)")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    found = go_rates()
+    wrong, right = ([f for f in found if is_wrong(f) == side] for side in (True, False))
+    worst = max(wrong, key=lambda f: f["go"])
+    grid = [f for f in wrong if f["base"] in BASE and f["instruct"] in INSTRUCT]
+    print(f"{len(found)} scenarios of {GATES} gates. Wrong GO at most "
+          f"{max(f['go'] / f['gates'] for f in grid):.2%} on the grid of rates, at the edge "
+          f"{percent(wilson(worst['go'], worst['gates']))}: {worst}")
+    print(f"in all {sum(f['go'] for f in wrong)} of {sum(f['gates'] for f in wrong)} wrong gates")
+    print("\nGO of true gaps, % of gates, nothing undecided | a tenth undecided by each scorer")
+    print(f"{'base':>5}{'instruct':>9}{'right':>7}" + "".join(f"{n:>14}" for n in SIZES))
+    for key in dict.fromkeys((f["base"], f["instruct"], f["right"]) for f in right):
+        cells = []
+        for n in SIZES:
+            rates = [100 * f["go"] / f["gates"] for u in (0.0, 0.1) for f in right
+                     if (f["base"], f["instruct"], f["right"], f["n"], f["undecided"])
+                     == (*key, n, u)]
+            cells.append(f"{rates[0]:>7.1f} |{rates[1]:>5.1f}")
+        print(f"{key[0]:>5}{key[1]:>9}{key[2]:>7}" + "".join(cells))
+    picture(found, Path(__file__).parent.parent / "docs" / "gate_simulation.png")
+
+
+if __name__ == "__main__":
+    main()
