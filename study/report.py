@@ -90,11 +90,13 @@ def hypothesis_table(asked: list[dict], study: dict) -> str:
                 effects.append(f"over bases {effect_text(over, factor)}")
             finest = [e["resolves"] for e in test["bases"].values() if e["resolves"]]
             alike = test["p"] == 0
-            rows.append([h["id"], test_name(study, test), test["group"],
-                         f"{test['expect']} {sign}{factor * test['bound']:g} {unit}".strip(),
+            bound = f"{sign}{factor * test['bound']:g} {unit}".strip()
+            expected = ("below " if test["expect"] == "described" else f"{test['expect']} ") + bound
+            rows.append([h["id"], test_name(study, test), test["group"], expected,
                          "; ".join(effects) or "–",
                          f"{factor * max(finest):.{1 if factor == 100 else 2}f}" if finest else "–",
-                         "all alike" if alike else show_p(test["adjusted"]), test["outcome"]])
+                         "all alike" if alike else "no test" if test["expect"] == "described"
+                         else show_p(test["adjusted"]), test["outcome"]])
     return table(["", "what is compared", "bases", "expected", "effect, 95 %", "resolves",
                   "adjusted p", "outcome"], rows)
 
@@ -249,10 +251,16 @@ def write_report(study: dict, runs: list[dict], out: Path) -> list[dict]:
     asked = judge(study, measures)
     planned = plan(study)
     hours = sum(sum(run["seconds"]) for run in runs) / 3600
-    text = fill("study", n_runs=len(runs), n_planned=len(planned), hours=hours,
-                answers=answer_lines(asked), design=design_table(study, measures),
-                hypotheses=hypothesis_table(asked, study),
-                n_tests=sum(test["expect"] != "described" for h in asked for test in h["tests"]))
+    tests = [test for h in asked for test in h["tests"]]
+    picture = lambda drawn, about, name: f"![{about}]({name})" if drawn else ""
+    text = fill(
+        "study", n_runs=len(runs), n_planned=len(planned), hours=hours,
+        answers=answer_lines(asked), design=design_table(study, measures),
+        hypotheses=hypothesis_table(asked, study),
+        n_tests=sum(test["expect"] != "described" for test in tests),
+        forest=picture(any(test["bases"] for test in tests), "effects beside what was expected",
+                       "study_forest.png"),
+        strips=picture(runs, "block by claim", "study_claims.png"))
     write_text(out / "study.md", text)
     write_text(out / "study_appendix.md", fill("study_appendix", tables=appendix(study, measures)))
     if runs:
