@@ -25,7 +25,7 @@ def token_logprobs(logits: mx.array, tokens: mx.array) -> mx.array:
     logits   (..., V), any float type;  tokens  (...) int32
     returns  (...) float32
     """
-    logits = logits.astype(mx.float32)      # bfloat16 tells neighbours apart at 1/128 only
+    logits = logits.astype(mx.float32)      # bfloat16 keeps one part in 128 only
     chosen = mx.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
     # logsumexp: log(softmax + eps) would floor at log(eps) and lose the gradient there
     return chosen - mx.logsumexp(logits, axis=-1)

@@ -9,6 +9,8 @@ A head has d features. Feature i is paired with feature i + d/2 (the paper pairs
 
     a cos(w) - b sin(w),   a sin(w) + b cos(w)     with  w = p / periods[i]
 
+so that periods[i] positions turn it by one radian.
+
 The T tokens stand at positions offset, offset + 1, ..., offset + T - 1.
 
 example   d 2, periods [1], x [[1, 0], [1, 0]], offset 0: position 0 is left alone; position 1 is

@@ -7,7 +7,7 @@ the T - 1, the log-probability of the token that came, in nats:
     log softmax(logits[t])[token t + 1] = logits[t, token t + 1] - log sum_v exp(logits[t, v])
 
 The sum on the right is `mx.logsumexp`, which neither overflows at logits of 1000 nor loses a token
-at -200 nats. Logits may come in bfloat16, which tells neighbours apart at 1/128 only: widen them to
+at -200 nats. Logits may come in bfloat16, which keeps one part in 128 only: widen them to
 float32 before anything else.
 
 example   logits [[0, log 3], [9, 9]], tokens [0, 1]: one prediction, log(3 / 4) = -0.2877

@@ -16,6 +16,7 @@ useful    math.comb(n, i)
 size      5 to 7 lines.  Ours: mcnemar in report/stats.py
 check     make exercise N=12
 """
+import math  # noqa: F401  (for math.comb)
 
 
 def mcnemar(first: list[bool], second: list[bool]) -> float:

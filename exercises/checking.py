@@ -90,7 +90,10 @@ def general_hint(got: list, expected: list[np.ndarray]) -> str:
     first = got[0]
     if not isinstance(first, Exception) and first.shape != expected[0].shape:
         return "the numbers are not looked at before the shape is right"
-    if any(isinstance(value, Exception) for value in got):
+    raised = [value for value in got if isinstance(value, Exception)]
+    if any(isinstance(error, (NameError, AttributeError, TypeError)) for error in raised):
+        return "the message above says what is missing"
+    if raised:
         return ("print the shapes and compare them with those of the statement. A sum or mean "
                 "drops its axis without keepdims=True")
     if not np.isfinite(first).all():
@@ -102,7 +105,8 @@ def general_hint(got: list, expected: list[np.ndarray]) -> str:
     if len(ratios) > 1 and np.ptp(ratios) < 1e-3 * abs(ratios[0]):
         return ("the sign is wrong, everywhere" if abs(ratios[0] + 1) < 1e-3 else
                 f"it is {ratios[0]:.4g} times the right result, everywhere: a factor is missing")
-    return "no typical mistake gives these numbers; do the statement's example by hand"
+    return ("no typical mistake gives these numbers; do the statement's example by hand, or where "
+            "it is right the first case marked wrong")
 
 
 @cache

@@ -94,6 +94,8 @@ MISTAKES = {
         wrong(log_softmax, lambda logits, tokens: (logits[:, 1:], tokens[:, 1:])),
     "without the shift, at all T positions: the logits at t score the token at t + 1":
         wrong(log_softmax, lambda logits, tokens: (logits, tokens)),
+    "without the shift: the first T - 1 logits are compared with their own tokens, not the next":
+        wrong(log_softmax, lambda logits, tokens: (logits[:, :-1], tokens[:, :-1])),
     "with the shift the wrong way: the logits at t + 1 are compared with the token at t":
         wrong(log_softmax, lambda logits, tokens: (logits[:, 1:], tokens[:, :-1])),
     "with log(softmax): the softmax is 0 at -200 nats, and log(0) is -inf":

@@ -92,6 +92,8 @@ MISTAKES = {
         wrong(scored=0),
     "with the class read at the answer's last token: it is the prompt's last (a published error)":
         wrong(class_at=lambda P, T: T - 2),
+    "with the class read at the last token of the row: it is the prompt's last, P - 1":
+        wrong(class_at=lambda P, T: T - 1),
     "with the class read at the first token behind the prompt: the prompt's last is P - 1":
         wrong(class_at=lambda P, T: P),
     "with the class read before block c: block c is tap c + 1": wrong(tap=0),

@@ -65,6 +65,11 @@ MISTAKES = {
         wrong(lambda a, b, c, d: 2 * tail(min(b, c), b + c)),
     "with all problems counted: those that both or neither solve do not tell the runs apart":
         wrong(lambda a, b, c, d: min(1.0, 2 * tail(a + min(b, c), a + b + c + d))),
+    "with 2^(all problems) below: only the n that just one run solves are tossed":
+        wrong(lambda a, b, c, d: min(1.0, 2 * sum(
+            comb(b + c, i) for i in range(min(b, c) + 1)) / 2 ** (a + b + c + d))),
+    "with p 0 where no problem tells the runs apart: then it is 1":
+        wrong(lambda a, b, c, d: min(1.0, 2 * tail(min(b, c), b + c)), empty=0.0),
     "with the numbers of right answers as the two counts: count what just one run solves":
         wrong(lambda a, b, c, d: min(1.0, 2 * tail(min(a + b, a + c), 2 * a + b + c))),
     "with the larger of the two counts as k":
