@@ -90,6 +90,13 @@ tiny: .venv/ready  ## train the bundled base model from scratch again (40 minute
 	$(PY) train.py configs/tiny_base.yaml
 	cp runs/tiny_base/model.safetensors models/tiny/
 
+untaught: .venv/ready  ## the study's three bases that nothing taught to name an operation, each the best validation of its run (two hours on two cores)
+	for s in 1 2 3; do \
+	  $(PY) -m tasks tiny runs/untaught_data_$$s --unnamed --seed $$s && \
+	  $(PY) train.py configs/tiny_base.yaml data=runs/untaught_data_$$s seed=$$s lens_every_steps=0 run_dir=runs/untaught_$$s && \
+	  mkdir -p models/untaught_$$s && cp models/tiny/config.json models/tiny/tokenizer.model runs/untaught_$$s/best/model.safetensors models/untaught_$$s/ || exit 1; \
+	done
+
 tiny_cot: .venv/ready  ## the same for the one that can write chains (20 minutes on two cores)
 	$(PY) -m tasks tiny_cot runs/tiny_cot_data --tokenizer models/tiny_cot
 	$(PY) train.py configs/tiny_cot_base.yaml
@@ -98,4 +105,4 @@ tiny_cot: .venv/ready  ## the same for the one that can write chains (20 minutes
 clean:  ## remove the virtual environment and all runs
 	rm -rf .venv .venv-bench runs
 
-.PHONY: help setup run real smollm2 test test-plain exercise tour gate gate-real gate-simulation kill hostile lint lecture table study study-report results markovian fullsize bench bench-peers growth tiny tiny_cot clean
+.PHONY: help setup run real smollm2 test test-plain exercise tour gate gate-real gate-simulation kill hostile lint lecture table study study-report results markovian fullsize bench bench-peers growth tiny untaught tiny_cot clean
