@@ -224,7 +224,7 @@ def strips(panels: dict[str, tuple[list[int], list[list[float]]]], claims: list[
     for axis in axes.flat[len(panels):]:
         axis.set_visible(False)
     for i, (axis, (title, (blocks, shares))) in enumerate(zip(axes.flat, panels.items())):
-        image = axis.imshow(shares, aspect="auto", cmap="cividis_r", vmin=0, vmax=1)
+        image = axis.imshow(shares, aspect="auto", cmap="Blues", vmin=0, vmax=1)
         step = -(-len(blocks) // 8)
         axis.set_xticks(range(0, len(blocks), step), blocks[::step], fontsize=6)
         axis.set_yticks(range(len(claims)), claims if i % across == 0 else [], fontsize=7)
