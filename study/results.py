@@ -203,7 +203,8 @@ def pooled_text(runs: list[dict], key: str) -> str:
     """The seeds' mean with a Wilson interval as of one seed's questions (all have the same)."""
     shares = [r["chains"][key] for r in runs]
     values, n = [s["value"] for s in shares], shares[0]["n"]
-    whole = wilson(round(n * statistics.mean(values)), n)
+    mean = statistics.mean(values)
+    whole = {**wilson(round(n * mean), n), "value": mean}
     return f"{share_text(whole)} {seeds_text(values).split(' ', 1)[1]}"
 
 
