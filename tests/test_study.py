@@ -89,7 +89,7 @@ def test_plan_of_the_study(planned):
     both, right = at["untaught_2", "published", 1], at["untaught_2", "published_right", 1]
     assert {k for k in both if both[k] != right.get(k)} == {
         "answer_shift", "class_position", "run_dir"}
-    assert (both["batch_size"], both["lr"], both["lora_targets"]) == ("1", "5e-4", "v,o")
+    assert (both["batch_size"], both["lr"], both["lora_targets"]) == ("1", "0.0005", "v,o")
 
 
 def test_words_of_the_controls(planned):
@@ -420,9 +420,9 @@ def test_whole_path_on_a_golden_model(golden_with_words, tmp_path):
     same = json.loads(file.read_text())
     for key in ("values", "curves", "right", "taps", "subspace"):
         assert same[key] == measures[key], key
-    path.write_text(path.read_text().replace("lr: 2e-3", "lr: 1e-3"))
+    path.write_text(path.read_text().replace("lr: 0.002", "lr: 0.001"))
     assert_one_clear_line(run(*command), "measured under other keys", "measures=FOLDER")
-    path.write_text(path.read_text().replace("lr: 1e-3", "lr: 2e-3"))
+    path.write_text(path.read_text().replace("lr: 0.001", "lr: 0.002"))
     written = (out / "study.md").read_bytes()
     run("-m", "study", path, "--out", out, "--report", check=0)
     assert (out / "study.md").read_bytes() == written

@@ -460,7 +460,7 @@ def test_every_option_is_some_data_sets():
     """What the command line takes and what the data sets have are the same words."""
     with pytest.raises(BadInput) as error:
         parse(["tiny", "out", "--terms", "3"])
-    assert "whose options are --samples, --seed, --tokenizer" in str(error.value)
+    assert "whose options are --samples, --seed, --unnamed, --tokenizer" in str(error.value)
     for name, options in DEFAULTS.items():
         words = [word for key in options for word in
                  [f"--{key}".replace("_", "-"), *([] if key == "skip_bad" else ["7"])]]
