@@ -157,20 +157,21 @@ def parse_letter(text: str, letters: tuple[str, str]) -> str | None:
     """The one letter that an answer gives, behind its reasoning; None where that is not plain.
 
     example  "A", "**B**", "A: it names the city", "The verdict is A.", "B: A wrong city" -> A, B,
-             A, A, B;  "A or B?", "A B", "A, not B", "A wrong city", "Because" -> None
+             A, A, B;  "A or B?", "A B", "A, not B", "A wrong city", "B\n\nAnswer: A" -> None
     """
     text = re.sub(r"(?s)^.*</(?:think|thinking|reasoning)>", "", text)
     if re.search(r"<(?:think|thinking|reasoning)>", text):
         return None     # cut off while it reasoned
     either = "|".join(map(re.escape, letters))
     text = re.sub(r"\\boxed\s*{(?:\\text\s*{)?\W*(\w+)\W*?}+", r" Verdict: \1. ", text)
-    text = re.sub(rf"\(?\b(?:{either}) or (?:{either})\b\)?", "", re.sub(r"[*_`#$]", "", text))
+    text = re.sub(rf"\(?\b(?:{either})(?: or |\s*/\s*)(?:{either})\b\)?", "",
+                  re.sub(r"[*_`#$]", "", text))
     letter = rf"\b({either})\b(?=\s*(?:$|[^\w\s]|\n|(?:because|since)\b))"    # not "A wrong city"
     given = re.findall(rf"(?i:\b(?:verdict|answer|label|mark))\W*(?:is\b|=)?\W*{letter}", text)
-    if not given and (match := re.match(rf"\W*{letter}", text)):
+    if match := re.match(rf"\W*{letter}", text):
         # another letter behind it is no second verdict where it is an article: "B: A wrong city"
         rest = re.sub(r"\bA(?=\s+[a-z])", "", text[match.end():])
-        given = [match[1], *re.findall(rf"\b({either})\b", rest)]
+        given = [match[1], *(given or re.findall(rf"\b({either})\b", rest))]
     return given[0] if len(set(given)) == 1 else None
 
 
