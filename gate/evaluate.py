@@ -21,7 +21,16 @@ from files.run_folder import PLAN, hash_file, hash_json, hash_model, provenance
 from gate import judge, verdict
 from gate.clean import check_base
 from gate.conversations import Conversation, read_benchmark
-from gate.replies import PART, answer, draw, score, summarize_replies, summarize_scores, transcript
+from gate.replies import (
+    PART,
+    answer,
+    check_rows,
+    draw,
+    score,
+    summarize_replies,
+    summarize_scores,
+    transcript,
+)
 from report.stats import corrected_rate
 
 # of a plan, what replies depend on: with other values they are other replies
@@ -106,10 +115,12 @@ def replies_of(cfg: verdict.GateConfig, role: str, asked: list[Conversation],
             name = f"{role}-{form}" + "-right" * (history == "right")
             path = Path(cfg.out) / f"replies_{name}.jsonl"
             if cfg.replies and not path.exists():
-                rows = disk.read_json_lines(Path(cfg.replies) / path.name)[:len(asked)]
+                earlier = Path(cfg.replies) / path.name
+                rows = check_rows(disk.read_json_lines(earlier)[:len(asked)], asked, earlier)
                 disk.write_text(path, disk.json_lines(rows[:len(rows) // PART * PART]))
             rows = disk.grow(path, PART, "id", [c.id for c in asked], functools.partial(
                 answer_part, form, history), f"other conversations; {ANOTHER}")
+            check_rows(rows, asked, path)
             if odd := {row.get("plan") for row in rows} - {plan["sha256"], *plan["plans"]}:
                 raise BadInput(f"{path} holds replies of another plan ({sorted(map(str, odd))[0]}, "
                                f"this is {plan['sha256'][:12]}): it was changed behind them; "

@@ -533,6 +533,23 @@ def test_a_line_separator_in_a_reply_is_text(parts, scripted, tmp_path, monkeypa
     run_gate(parts / "sums.yaml", [f"out={tmp_path}/run"])
 
 
+@pytest.mark.parametrize("row, expected", [
+    ({"replies": "x"}, "line 2: replies = \"x\""), ({}, "missing replies"),
+    ({"replies": []}, "0 replies, expected 1"), ({"replies": [{"text": 3}]}, "text = 3"),
+])
+def test_rows_that_are_no_replies(parts, scripted, tmp_path, row, expected):
+    """In the run's own file, and in an earlier one's: then no new folder holds them either."""
+    run_gate(parts / "sums.yaml", [f"out={tmp_path}/run", "limit=20"])
+    path = tmp_path / "run" / "replies_base-raw.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    before = {k: v for k, v in json.loads(lines[1]).items() if k != "replies"}
+    path.write_text("".join([lines[0], json.dumps(before | row) + "\n", *lines[2:]]))
+    for more in ([f"out={tmp_path}/run"], [f"out={tmp_path}/b", f"replies={tmp_path}/run"]):
+        with pytest.raises(BadInput, match=expected):
+            run_gate(parts / "sums.yaml", ["limit=20", *more])
+    assert not (tmp_path / "b" / path.name).exists()
+
+
 @pytest.mark.parametrize("words, expected", [
     (["scorers=checks,magic"], "magic"), (["base_histories=mine"], "mine"),
     (["scorers=checks,judge", "judge="], "scorer judge needs judge"),

@@ -94,14 +94,17 @@ def test_parse_letter():
     for text in ("A", " A\n", "**A**", "A.", "(A)", "A: it names the city", "A\nbecause it does",
                  "A - correct", "Verdict: A", "**Verdict: A**", "The verdict is A.", "A) because",
                  "A because it names it", "\\boxed{A}", "So it is $\\boxed{\\text{A}}$.",
-                 "Verdict (A or B): A", "It names Tromso.\n\n**Verdict:** A",
-                 "<think>Is it B? Verdict: B</think>\n\nA", "Final answer: A"):
+                 "Verdict (A or B): A", "Verdict (A/B): A", "A: it does. Verdict: A",
+                 "It names Tromso.\n\n**Verdict:** A", "<think>Is it B? Verdict: B</think>\n\nA",
+                 "Final answer: A"):
         assert ours(text) == "A", text
     for text in ("B: A wrong city", "B. A reply with no city", "**B** - A city is missing"):
         assert ours(text) == "B", text      # the article is no verdict
     for text in ("", "A or B?", "AB", "Both", "Because", "A, not B", "a", "A: unlike B",
                  "I cannot say.", "A B", "A wrong city", "A wrong city is named.",
-                 "<think>Verdict: A", "Verdict: A. No, verdict: B", "The answer is a city."):
+                 "<think>Verdict: A", "Verdict: A. No, verdict: B", "The answer is a city.",
+                 "A. Had it been wrong, the answer is B.", "B. The answer A. Smith gave",
+                 "Verdict: A/B", "A/B", "A / B?", "B\n\nAnswer: A"):
         assert ours(text) is None, text
     assert parse_letter("Verdict: 1", DIGITS) == "1" and parse_letter("10", DIGITS) is None
 
@@ -143,9 +146,11 @@ def endpoint(script):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             seen.append((self.path, dict(self.headers), body))
-            status, text = next(answers)
+            status, text, *waits = next(answers)
             reply = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
             self.send_response(status)
+            for wait in waits:
+                self.send_header("Retry-After", wait)
             self.end_headers()
             self.wfile.write(reply)
 
@@ -185,6 +190,8 @@ def test_endpoint_verdicts(monkeypatch):
     assert found[0]["verdict"] == "invalid" and len(seen) == 3
     found, seen = verdicts([(500, ""), (429, ""), "A", "B"])         # two attempts fail, then three
     assert found[0]["verdict"] == "pass" and len(seen) == 4
+    found, seen = verdicts([(429, "", "9" * 5000), "A", "B"])   # no number of seconds
+    assert found[0]["verdict"] == "pass" and len(seen) == 3
 
 
 def test_requests_run_together_and_in_order():
