@@ -163,8 +163,10 @@ def collect_verdicts(cfg: verdict.GateConfig, asked: list[Conversation], shots: 
         prompts = list(missing.values())
         found = (judge.judge_by_endpoint(cfg.judge, cfg.judge_model, prompts, letters,
                                          cfg.judge_tokens, requests) if is_endpoint
-                 else judge.judge_locally(*load(cfg.judge, cfg.bits), prompts, letters))
-        for stamp, said in zip(missing, tqdm(found, what, len(prompts), disable=None)):
+                 else enumerate(judge.judge_locally(*load(cfg.judge, cfg.bits), prompts, letters)))
+        stamps = list(missing)
+        for place, said in tqdm(found, what, len(prompts), disable=None):
+            stamp = stamps[place]
             known[stamp] = {"stamp": stamp, "judge": cfg.judge, **said}
             disk.append_text(path, disk.json_lines([known[stamp]]))     # at once: it may cost money
 

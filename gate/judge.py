@@ -13,10 +13,13 @@ of which some all fail and some all pass, kappa is high by itself.
 import hashlib
 import random
 import re
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 
 import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
@@ -115,18 +118,35 @@ def judge_locally(model: Llama, tokenizer: Tokenizer, asked: list[tuple[str, str
 
 def judge_by_endpoint(url: str, name: str, asked: list[tuple[str, str]],
                       letters: tuple[str, str], tokens: int = 16,
-                      requests: int = 1) -> Iterator[dict]:
-    """What an OpenAI-compatible endpoint says, {verdict, texts} in turn, some requests at a time; a
-    prompt is asked once more if no letter can be read. BadInput where it cannot be reached."""
+                      requests: int = 1) -> Iterator[tuple[int, dict]]:
+    """What an OpenAI-compatible endpoint says, (place in asked, {verdict, texts}) as it comes, some
+    requests at a time; a prompt is asked once more if no letter can be read. BadInput where it
+    cannot be reached."""
     ask = partial(ask_endpoint, url, name, letters, tokens)
     if requests == 1:
-        yield from map(ask, asked)
+        yield from enumerate(map(ask, asked))
         return
-    pool = ThreadPoolExecutor(requests)
+    waiting, done = deque(enumerate(asked)), SimpleQueue()
+
+    def work() -> None:
+        while waiting:
+            with suppress(IndexError):      # another thread took the last
+                place, pair = waiting.popleft()
+                try:
+                    done.put((place, ask(pair)))
+                except Exception as error:      # raised where it is read
+                    done.put((place, error))
+
+    for _ in range(requests):   # daemons: an interrupt does not wait for their answers
+        Thread(target=work, daemon=True).start()
     try:
-        yield from pool.map(ask, asked)
+        for _ in asked:
+            place, said = done.get()
+            if isinstance(said, Exception):
+                raise said
+            yield place, said
     finally:        # a failure or an interrupt: what waits is not sent
-        pool.shutdown(wait=False, cancel_futures=True)
+        waiting.clear()
 
 
 def ask_endpoint(url: str, name: str, letters: tuple[str, str], tokens: int,

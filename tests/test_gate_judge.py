@@ -1,9 +1,12 @@
 """The judge on known letters, an endpoint on this machine, labels, a published trap."""
 import json
 import math
+import signal
+import subprocess
+import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -169,7 +172,7 @@ def endpoint(script):
 def verdicts(script, pairs=1, monkeypatch=None):
     with endpoint([(200, s) if isinstance(s, str) else s for s in script]) as (url, seen):
         asked = [(f"plain {i}", f"swapped {i}") for i in range(pairs)]
-        return list(judge_by_endpoint(url, "judge-1", asked, ("A", "B"))), seen
+        return [row for _, row in judge_by_endpoint(url, "judge-1", asked, ("A", "B"))], seen
 
 
 def test_endpoint_verdicts(monkeypatch):
@@ -194,38 +197,80 @@ def test_endpoint_verdicts(monkeypatch):
     assert found[0]["verdict"] == "pass" and len(seen) == 3
 
 
-def test_requests_run_together_and_in_order():
-    """Sixteen that wait 0.2 s each; all verdicts are their own prompts'."""
-    at_once, most = [], []
-
+@contextmanager
+def waiting_endpoint(answer):
+    """A server that answers several requests at once with answer(prompt); yields its address."""
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
-            at_once.append(1)
-            most.append(len(at_once))
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            time.sleep(0.2)
-            kind, number = body["messages"][0]["content"].split()
-            letter = "A" if (kind == "plain") == (int(number) % 3 > 0) else "B"
-            reply = json.dumps({"choices": [{"message": {"content": f"Verdict: {letter}"}}]})
-            at_once.pop()
+            text = answer(body["messages"][0]["content"])
             self.send_response(200)
             self.end_headers()
-            self.wfile.write(reply.encode())
+            with suppress(OSError):     # who asked is gone
+                self.wfile.write(json.dumps(
+                    {"choices": [{"message": {"content": text}}]}).encode())
 
         def log_message(self, *_):
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        asked = [(f"plain {i}", f"swapped {i}") for i in range(8)]
-        found = list(judge_by_endpoint(f"http://127.0.0.1:{server.server_port}/v1", "m", asked,
-                                       ("A", "B"), requests=4))
+        yield f"http://127.0.0.1:{server.server_port}/v1"
     finally:
         server.shutdown()
         server.server_close()
-    assert [row["verdict"] for row in found] == ["pass" if i % 3 else "fail" for i in range(8)]
+
+
+def test_requests_run_together():
+    """Sixteen that wait 0.2 s each; all verdicts are their own prompts'."""
+    at_once, most = [], []
+
+    def answer(prompt):
+        at_once.append(1)
+        most.append(len(at_once))
+        time.sleep(0.2)
+        kind, number = prompt.split()
+        at_once.pop()
+        return f"Verdict: {'A' if (kind == 'plain') == (int(number) % 3 > 0) else 'B'}"
+
+    asked = [(f"plain {i}", f"swapped {i}") for i in range(8)]
+    with waiting_endpoint(answer) as url:
+        found = dict(judge_by_endpoint(url, "m", asked, ("A", "B"), requests=4))
+    assert [found[i]["verdict"] for i in range(8)] == ["pass" if i % 3 else "fail"
+                                                       for i in range(8)]
     assert 1 < max(most) <= 4
+
+
+def test_a_slow_answer_holds_up_nobody():
+    """What came behind it is there to be kept; Ctrl-C ends the command before it comes."""
+    slow = threading.Event()
+
+    def answer(prompt):
+        if prompt == "plain 0":
+            slow.wait(30)
+        return "A" if prompt.startswith("plain") else "B"
+
+    asked = [(f"plain {i}", f"swapped {i}") for i in range(6)]
+    with waiting_endpoint(answer) as url:
+        answers = judge_by_endpoint(url, "m", asked, ("A", "B"), requests=2)
+        assert [next(answers)[0] for _ in range(5)] == [1, 2, 3, 4, 5]
+        slow.set()
+        assert next(answers)[0] == 0
+        slow.clear()
+        code = ("from config import run_main; from gate.judge import judge_by_endpoint as ask\n"
+                f"run_main(lambda _: [print(place, flush=True) for place, _ in ask({url!r}, 'm', "
+                f"{asked}, ('A', 'B'), requests=2)])")
+        command = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert [command.stdout.readline() for _ in range(5)] == [f"{i}\n" for i in range(1, 6)]
+        command.send_signal(signal.SIGINT)
+        try:
+            assert command.communicate(timeout=10) == ("", "") and command.returncode == 130
+        finally:
+            command.kill()
+            slow.set()
 
 
 def test_no_verdict_is_asked_again_only_if_wanted(tmp_path):
@@ -258,7 +303,7 @@ def test_endpoint_that_does_not_answer(monkeypatch):
     monkeypatch.setattr("files.endpoint.time.sleep", lambda _: None)
     with endpoint([(200, "A"), (200, "B"), (401, "")]) as (url, _):
         answers = judge_by_endpoint(url, "m", [("a", "b"), ("c", "d")], ("A", "B"))
-        assert next(answers)["verdict"] == "pass"
+        assert next(answers)[1]["verdict"] == "pass"
         with pytest.raises(BadInput, match="HTTP 401.*kept: the same command goes on") as error:
             next(answers)
     assert "sk-secret" not in str(error.value)
