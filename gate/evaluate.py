@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import engine.blas  # noqa: F401  (before mlx)
@@ -27,6 +28,7 @@ from gate.replies import (
     check_rows,
     draw,
     score,
+    stamp_row,
     summarize_replies,
     summarize_scores,
     transcript,
@@ -105,7 +107,7 @@ def replies_of(cfg: verdict.GateConfig, role: str, asked: list[Conversation],
     def answer_part(form: str, history: str, rows: list[dict], n: int) -> list[dict]:
         done = answer(*load(getattr(cfg, role), cfg.bits), asked[len(rows):n], form,
                       cfg.max_reply_tokens, shots, history)
-        return [{**row, "plan": plan["sha256"]} for row in done]
+        return [stamp_row(row, plan["sha256"]) for row in done]
 
     several = any(len(c.turns) > 1 for c in asked)      # or there is no history
     histories = cfg.base_histories if role != "instruct" and several else ("own",)
@@ -265,7 +267,10 @@ def run_gate(path: str | Path, overrides: list[str] = ()) -> dict:
     write_outcomes(folder, asked, replies, scores)
     report["transcripts"] = {name: [chats[name, c.id] for c in asked[:3]] for name in replies}
     report["files"] = {file.name: hash_file(file) for file in sorted(folder.glob("*.jsonl"))
-                       if file.name.startswith(("replies_", "outcomes"))}
+                       if file.name.startswith(("replies_", "outcomes", "judge_"))}
+    if cfg.labels:
+        place = os.path.relpath(Path(cfg.labels).resolve(), folder.resolve())
+        report["files"][place] = hash_file(cfg.labels)
     report = json.loads(json.dumps(report))
     report["sha256"] = hash_json(report)
     disk.write_text(folder / "gate.json", json.dumps(report, indent=1) + "\n")

@@ -443,6 +443,15 @@ def test_people_sign_it_off(parts, scripted, tmp_path):
     report = run_gate(parts / "sums.yaml", [*words, f"labels={labels}"])
     assert report["verdict"] == "GO" and report["people"]["judge"]["ok"]
     assert report["scorers"] == ["checks", "judge"]
+    verdicts = next((tmp_path / "run").glob("judge_*.jsonl"))
+    base = str(parts / "base")
+    require_gate(f"{tmp_path}/run/gate.json", base)
+    for file in (labels, verdicts):     # of what the verdict rests on, nothing is changed later
+        kept = file.read_text()
+        file.write_text(kept.replace('"', "'", 1))
+        with pytest.raises(BadInput, match=f"{file.name} is gone or changed"):
+            require_gate(f"{tmp_path}/run/gate.json", base)
+        file.write_text(kept)
     corrected = report["people"]["checks"]["corrected"]["base-raw"]
     assert corrected["low"] <= corrected["value"] == pytest.approx(.05, abs=.02)
     # who labels few, or sees it otherwise, does not sign
@@ -528,9 +537,20 @@ def test_a_line_separator_in_a_reply_is_text(parts, scripted, tmp_path, monkeypa
     path = tmp_path / "run" / "replies_base-raw.jsonl"
     rows = [json.loads(line) for line in path.read_text().split("\n") if line]
     rows[5]["replies"][0]["text"] = "a\u2028b"
+    rows[5] = replying.stamp_row(rows[5], rows[5]["plan"])
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     monkeypatch.setattr(replying, "sample", lambda *_, **__: pytest.fail("generated"))
     run_gate(parts / "sums.yaml", [f"out={tmp_path}/run"])
+
+
+def test_edited_replies_are_not_believed(parts, scripted, tmp_path):
+    """A right answer put in the place of a wrong one, here or in an earlier run, is noticed."""
+    run_gate(parts / "sums.yaml", [f"out={tmp_path}/run", "limit=20"])
+    path = tmp_path / "run" / "replies_instruct-raw.jsonl"
+    path.write_text(path.read_text().replace('"text": "', '"text": "1', 1))
+    for more in ([f"out={tmp_path}/run"], [f"out={tmp_path}/b", f"replies={tmp_path}/run"]):
+        with pytest.raises(BadInput, match="instruct-raw.jsonl line 1 was edited"):
+            run_gate(parts / "sums.yaml", ["limit=20", *more])
 
 
 @pytest.mark.parametrize("row, expected", [
