@@ -218,11 +218,16 @@ def probes_of(conversations: list[Conversation], template: str,
 
 
 def check_judge(name: str, verdicts: list[str], probes: list) -> dict:
-    """How many of the twos a judge tells; BadInput where they are too few to go on with it."""
+    """How many of the twos a judge tells; BadInput where they are too few to go on with it, or
+    there are too few to know."""
+    if len(probes) < 2 * PROBES:
+        raise BadInput(f"judge {name} cannot be tested: the conversations give {len(probes) // 2} "
+                       f"pairs of a plainly right and a plainly wrong reply, expected {PROBES}; give"
+                       " more conversations (limit, benchmark), or leave judge out of scorers")
     hits = [verdict == ("pass" if right else "fail")
             for verdict, (_, right) in zip(verdicts, probes)]
     told = sum(a and b for a, b in zip(hits[::2], hits[1::2]))
-    if told < TOLD / PROBES * (len(hits) // 2):
+    if told < TOLD:
         raise BadInput(f"judge {name} tells {told} of {len(hits) // 2} plainly right replies from "
                        f"plainly wrong ones (its verdicts: {', '.join(verdicts[:8])} ...); expected"
                        f" {TOLD} of {PROBES}: give a larger judge, its chat template, or another "

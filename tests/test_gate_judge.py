@@ -138,6 +138,9 @@ def test_probes_are_right_and_wrong_by_the_checks():
     for said in (["fail"] * 20, ["pass"] * 20, ["unsure"] * 20, ["fail"] * 5 + verdicts[5:]):
         with pytest.raises(BadInput, match="plainly right replies"):
             check_judge("m", said, probes)
+    for few in (0, 18):     # nothing to be told is no test passed
+        with pytest.raises(BadInput, match=f"cannot be tested: .* {few // 2} pairs"):
+            check_judge("m", verdicts[:few], probes[:few])
 
 
 @contextmanager
@@ -279,16 +282,16 @@ def test_no_verdict_is_asked_again_only_if_wanted(tmp_path):
     turns = lambda i: (Turn(f"{i} + 7 =", True, 0, str(i + 7), str(i + 7),
                             ({"type": "exact", "value": str(i + 7)},)),)
     write_benchmark(tmp_path / "b.jsonl", [Conversation(f"s-{i}", "c", "f", "easy", 0, {}, turns(i))
-                                           for i in range(5)])
+                                           for i in range(10)])
     (tmp_path / "g.yaml").write_text(
         f"base: {base}\nbenchmark: {tmp_path}/b.jsonl\nbase_templates: [raw]\n"
         f"max_reply_tokens: 2\njudge_model: m\nout: {tmp_path}/run\njudge_requests: 1\n")
-    told = [(200, letter) for _ in range(5) for letter in ("A", "B", "B", "A")]     # the self-test
-    first = [(200, "no idea")] * 4 + [(200, "B"), (200, "A")] * 2
+    told = [(200, letter) for _ in range(10) for letter in ("A", "B", "B", "A")]     # the self-test
+    first = [(200, "no idea")] * 4 + [(200, "B"), (200, "A")] * 7
     with endpoint([*told, *first, (200, "B"), (200, "A")]) as (url, seen):
         once = lambda *more: run_gate(tmp_path / "g.yaml", [f"judge={url}", *more])
         cells = once()["conditions"]["base-raw"]["judge"]
-        assert (cells["undecided"], cells["rate"]["n"]) == (1, 2)
+        assert (cells["undecided"], cells["rate"]["n"]) == (1, 7)
         asked = len(seen)
         assert seen[0][2]["max_tokens"] == 2048
         once()
