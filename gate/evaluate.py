@@ -8,6 +8,7 @@ themselves; who forges every file forges hashes. Broken off, a run goes on where
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 from pathlib import Path
@@ -131,6 +132,17 @@ def replies_of(cfg: verdict.GateConfig, role: str, asked: list[Conversation],
     return replies
 
 
+def same_replies(replies: dict[str, list[dict]]) -> list[str]:
+    """What speaks against a gap between models of other files that reply alike, word for word, in
+    one format: saved anew, weights have another hash. One reply to all proves nothing."""
+    texts = {name: [reply["text"] for row in rows for reply in row["replies"]]
+             for name, rows in replies.items()}
+    return [f"{a} and {b} are the same replies, word for word: two names for one model give no gap"
+            for a, b in itertools.combinations(texts, 2)
+            if a.partition("-")[2] == b.partition("-")[2] and texts[a] == texts[b]
+            and len(set(texts[a])) > 1]
+
+
 # --- the judge's part
 def collect_verdicts(cfg: verdict.GateConfig, asked: list[Conversation], shots: list[Conversation],
                      replies: dict[str, list[dict]]) -> tuple[dict, dict]:
@@ -241,6 +253,7 @@ def run_gate(path: str | Path, overrides: list[str] = ()) -> dict:
         remarks = [f"{', '.join(plan['changed'])} was changed when replies were there already, and "
                    "a plan stands before them: make another benchmark with `python -m "
                    "gate.conversations make`"] if plan["changed"] else []
+        remarks += same_replies(replies)
         weigh = functools.partial(verdict.decide, cfg, outcomes, categories, health,
                                   looks=plan["looks"], remarks=remarks)
         found = weigh()

@@ -3,6 +3,7 @@ import json
 import re
 import shutil
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import ROOT, TINY, assert_one_clear_line, run, small_config, write_model
@@ -474,6 +475,29 @@ def test_the_same_weights_twice(parts, scripted, tmp_path):
     report = run_gate(parts / "sums.yaml", ["instruct=", f"out={tmp_path}/b"])
     assert "verdict" not in report and "base-raw against base-plain" in report["paired"]
     assert screen(report, next_steps(report)).startswith("no verdict")
+
+
+def test_one_model_under_two_names(parts, scripted, tmp_path, monkeypatch):
+    """Its weights saved anew have another hash; shown a format that it knows, it is no other."""
+    again = shutil.copytree(parts / "base", tmp_path / "again")
+    (weights,) = again.glob("*.safetensors")
+    mx.save_safetensors(str(weights), mx.load(str(weights)), {"format": "mlx"})
+    assert hash_model(str(again))["weights"] != hash_model(str(parts / "base"))["weights"]
+
+    def sample(model, tokenizer, prompts, *_, **__):
+        """Right where a speaker is named, one off elsewhere, whatever the model."""
+        done = []
+        for text in map(tokenizer.decode, prompts):
+            number = int(re.findall(r"(\d+) \+ 7", text)[-1]) + 7 + ("User" not in text)
+            done.append(Completion([1, 2], f" {number}", True, None, None))
+        return done
+
+    monkeypatch.setattr(replying, "sample", sample)
+    words = [f"instruct={again}", "base_templates=raw", f"out={tmp_path}/run"]
+    report = run_gate(parts / "sums.yaml", [*words, "instruct_templates=raw,plain"])
+    assert report["conditions"]["instruct-plain"]["checks"]["rate"]["value"] == 1
+    assert report["verdict"] == "AMBIGUOUS"
+    assert "base-raw and instruct-raw are the same replies" in " ".join(report["reasons"])
 
 
 def test_a_judge_of_its_own_replies_heads_the_report(parts, scripted, tmp_path):
