@@ -222,8 +222,8 @@ def check_judge(name: str, verdicts: list[str], probes: list) -> dict:
     there are too few to know."""
     if len(probes) < 2 * PROBES:
         raise BadInput(f"judge {name} cannot be tested: the conversations give {len(probes) // 2} "
-                       f"pairs of a plainly right and a plainly wrong reply, expected {PROBES}; give"
-                       " more conversations (limit, benchmark), or leave judge out of scorers")
+                       f"pairs of a plainly right and a plainly wrong reply, expected {PROBES}: "
+                       "give more conversations (limit, benchmark), or scorers without judge")
     hits = [verdict == ("pass" if right else "fail")
             for verdict, (_, right) in zip(verdicts, probes)]
     told = sum(a and b for a, b in zip(hits[::2], hits[1::2]))
