@@ -279,15 +279,19 @@ def run_gate(path: str | Path, overrides: list[str] = ()) -> dict:
         or set(replies))
     write_outcomes(folder, asked, replies, scores)
     report["transcripts"] = {name: [chats[name, c.id] for c in asked[:3]] for name in replies}
-    report["files"] = {file.name: hash_file(file) for file in sorted(folder.glob("*.jsonl"))
-                       if file.name.startswith(("replies_", "outcomes", "judge_"))}
-    if cfg.labels:
-        place = os.path.relpath(Path(cfg.labels).resolve(), folder.resolve())
-        report["files"][place] = hash_file(cfg.labels)
+    report["files"] = hash_files(folder, cfg.labels)
     report = json.loads(json.dumps(report))
     report["sha256"] = hash_json(report)
     disk.write_text(folder / "gate.json", json.dumps(report, indent=1) + "\n")
     return report
+
+
+def hash_files(folder: Path, labels: str) -> dict[str, str]:
+    """What a report rests on, {name from its folder: SHA-256}: replies, verdicts, people's."""
+    files = [file for file in sorted(folder.glob("*.jsonl"))
+             if file.name.startswith(("replies_", "outcomes", "judge_"))]
+    files += [Path(labels)] if labels else []
+    return {os.path.relpath(file.resolve(), folder.resolve()): hash_file(file) for file in files}
 
 
 def pairs_of(names: list[str], chosen: dict[str, str]) -> list[tuple[str, str]]:
