@@ -53,7 +53,7 @@ def request_text(url: str, name: str, prompt: str, tokens: int = 16) -> str:
                 said = one_line(error.read(1000).decode(errors="replace"))
             why = f"HTTP {error.code} {error.reason}" + f": {said}" * bool(said)
             wait = error.headers.get("Retry-After", "0")
-            asked_to_wait = int(wait) if wait.isdecimal() else 0
+            asked_to_wait = int(wait) if wait.isdecimal() and len(wait) < 10 else 0
             if asked_to_wait > REQUEST_S:
                 why += f"; it asks for {asked_to_wait} s of patience"
                 break

@@ -25,6 +25,9 @@ PASS = "pass"
 WORDS = {name: rf"\b(?:{'|'.join(words)})\b" for name, words in yaml.safe_load(
     (Path(__file__).parent / "benchmark" / "words.yaml").read_text(encoding="utf-8")).items()}
 
+TURNED = {"i": "you", "me": "you", "we": "you", "us": "you", "my": "your", "our": "your",
+          "mine": "yours", "ours": "yours", "am": "are"}
+
 
 class Verdict(NamedTuple):
     verdict: str    # pass | fail | abstain
@@ -102,10 +105,29 @@ def hedged(hit: Hit) -> bool:
                 or re.search(r"\bor (?:\w+ ){0,3}$", hit.before))
 
 
+def doubted(hit: Hit) -> bool:
+    """Whether a value is named and not stated: "maybe Oslo", "Oslo? Rome?", "Oslo/Rome", "you said
+    Oslo is not your city". "How about Oslo?" offers it."""
+    asked = re.match(r"[^\w?]*(?:\w+ ?){0,2}\?", hit.after)
+    return bool(re.search(WORDS["doubting"], hit.before)
+                or asked and not re.search(WORDS["offering"], hit.before)
+                or re.match(r"\s*/|\s*(?:is|was) not\b|.*\b(?:perhaps|maybe) not\b", hit.after)
+                or re.search(r"/\s*$", hit.before))
+
+
+def is_list(text: str, asked: int) -> bool:
+    """Whether a normalised text is names in a row and no more, and more of them than were asked.
+    Not "Friday, no longer Monday", nor "Friday, as you said": there something is said."""
+    text = re.sub(rf"^(?:{WORDS['agreeing']}|{WORDS['declining']})\W*", "", text.strip(" ."))
+    names = re.split(r"[,;]|\band\b", text)
+    return (len(names) > asked and all(len(name.split()) <= 3 for name in names)
+            and not re.search(rf"\b(?:you|it|is|are)\b|{WORDS['past']}", text))
+
+
 def refuses(text: str) -> str:
-    """"all" of a normalised text's sentences refuse or regret, "some", or "" """
+    """"all" of a normalised text's sentences refuse, regret or do not know, "some", or "" """
     sentences = [s for s in SENTENCE_END.split(text) if re.search(r"\w", s)]
-    found = [bool(re.search(WORDS["refusing"], s)) for s in sentences]
+    found = [bool(re.search(f"{WORDS['refusing']}|{WORDS['not_knowing']}", s)) for s in sentences]
     return "all" if found and all(found) else "some" if any(found) else ""
 
 
@@ -127,17 +149,18 @@ def named(value: str, aliases: dict | None, text: str) -> list[Hit]:
 
 def recall(reply: str, values: Sequence[str], mode: str = "all", aliases: dict | None = None,
            wrong: Sequence[str] = (), either_way: bool = False) -> str:
-    """All (or any) of the values are named, and none of the wrong ones. either_way: also behind a
+    """All (or any) of the values are stated, and none of the wrong ones. either_way: also behind a
     "not", since who avoids gluten may be told that there is no gluten in it."""
     text = normalise(reply)
     hits = [[hit for hit in named(value, aliases, text) if either_way or not denied(hit)]
             for value in values]
-    stated, sure = map(bool, hits), [any(not hedged(hit) for hit in each) for each in hits]
+    sure = [any(not hedged(hit) for hit in each) for each in hits]
+    plain = [any(not doubted(hit) for hit in each) for each in hits]
     mistaken = any(not denied(hit) for value in wrong for hit in named(value, aliases, text))
     wanted = all if mode == "all" else any
-    if wanted(stated):
-        return ("abstain:right_and_wrong" if mistaken else PASS if wanted(sure)
-                else "fail:hedged")
+    if wanted(map(bool, hits)):
+        return ("abstain:right_and_wrong" if mistaken else "fail:hedged" if not wanted(sure)
+                else PASS if wanted(plain) else "abstain:doubted")
     return "fail:wrong_entity" if mistaken else "fail:missing"
 
 
@@ -178,18 +201,22 @@ def order(reply: str, values: Sequence[str]) -> str:
 
 
 def number(reply: str, op: str, value: float, unit: Sequence[str] = ()) -> str:
-    """Numbers with one of the units ("$" may lead), both ends of "20 to 25 minutes": one is the
-    value ("="), or all are within ("<=", ">="); then it abstains if there is none."""
+    """Numbers with one of the units ("$" may lead), both ends of "20 to 25 minutes": the one is
+    the value ("="; of several it abstains), or all are within ("<=", ">="; if there is none it
+    abstains)."""
     digits = r"(\d+(?:\.\d+)?)"
     units = "|".join(term_pattern(u).pattern for u in unit if u != "$")
     behind = rf"\s*-?\s*(?:{units})" if units else ""
     patterns = [rf"(?<![\w.]){digits}(?:\s*(?:-|to|or)\s*\$?{digits})?(?![\d]){behind}"]
     if "$" in unit:
         patterns.append(rf"\${digits}(?:\s*(?:-|to|or)\s*\$?{digits})?")
-    found = [float(n) for pattern in patterns for span in re.findall(pattern, normalise(reply))
-             for n in span if n]
+    found = [float(n) for sentence in SENTENCE_END.split(normalise(reply)) for pattern in patterns
+             for m in re.finditer(pattern, sentence)
+             if op != "=" or not denied(Hit(sentence[:m.start()], "")) for n in m.groups() if n]
+    if op == "=" and value in found:
+        return PASS if set(found) == {value} else "abstain:several"
     if op == "=":
-        return PASS if value in found else "fail:number" if found else "fail:missing"
+        return "fail:number" if found else "fail:missing"
     within = [n <= value if op == "<=" else n >= value for n in found]
     return "abstain:no_number" if not found else PASS if all(within) else "fail:number"
 
@@ -305,10 +332,33 @@ def validate_check(check: dict) -> None:
     inspect.signature(CHECKS[check["type"]]).bind("", **keywords)
 
 
+def tokens_of(text: str) -> list[str]:
+    """A text's words, "I" and "my" as "you" and "your": who answers turns them round."""
+    return [TURNED.get(word, word) for word in re.findall(r"\w+", normalise(text))]
+
+
 def is_parrot(reply: str, said: Sequence[str]) -> bool:
     """Whether a reply holds a whole earlier turn of the user's, of eight words or more."""
     words = lambda text: " ".join(re.findall(r"\w+", normalise(text)))
     return any(turn.count(" ") >= 7 and turn in words(reply) for turn in map(words, said))
+
+
+def is_copied(reply: str, said: Sequence[str]) -> bool:
+    """Whether most of a reply's four-word runs, of eight or more, are the user's."""
+    mine, *theirs = [{tuple(words[i:i + 4]) for i in range(len(words) - 3)}
+                     for words in map(tokens_of, (reply, *said))]
+    return len(mine) >= 8 and len(mine & set().union(*theirs)) > len(mine) / 2
+
+
+def evasion(checks: Sequence[dict], reply: str, said: Sequence[str]) -> str:
+    """Why a reply may be no answer whatever it names, or "": it says that it does not know, names
+    more than was asked, or is copied. Who is asked for several things may repeat them."""
+    asked = sum(len(check.get("values", check.get("present", ()))) for check in checks)
+    text = normalise(reply)
+    if checks and re.search(WORDS["not_knowing"], text):
+        return "not_knowing"
+    return ("list" if asked and is_list(text, asked)
+            else "copied" if checks and asked <= 1 and is_copied(reply, said) else "")
 
 
 def check_turn(checks: Sequence[dict], reply: str, earlier_replies: Sequence[str] = (),
@@ -317,9 +367,9 @@ def check_turn(checks: Sequence[dict], reply: str, earlier_replies: Sequence[str
 
     said    the user's earlier turns: who copies one whole has not answered
     """
-    unclear = ""
     if checks and is_parrot(reply, said):
         return Verdict("fail", "parrot")
+    unclear = evasion(checks, reply, said)
     for check in checks:
         keywords = {"earlier": earlier_replies} if check["type"] == "no_repeat" else {}
         keywords |= check

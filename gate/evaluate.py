@@ -8,7 +8,9 @@ themselves; who forges every file forges hashes. Broken off, a run goes on where
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
+import os
 from pathlib import Path
 
 import engine.blas  # noqa: F401  (before mlx)
@@ -21,7 +23,17 @@ from files.run_folder import PLAN, hash_file, hash_json, hash_model, provenance
 from gate import judge, verdict
 from gate.clean import check_base
 from gate.conversations import Conversation, read_benchmark
-from gate.replies import PART, answer, draw, score, summarize_replies, summarize_scores, transcript
+from gate.replies import (
+    PART,
+    answer,
+    check_rows,
+    draw,
+    score,
+    stamp_row,
+    summarize_replies,
+    summarize_scores,
+    transcript,
+)
 from report.stats import corrected_rate
 
 # of a plan, what replies depend on: with other values they are other replies
@@ -96,7 +108,7 @@ def replies_of(cfg: verdict.GateConfig, role: str, asked: list[Conversation],
     def answer_part(form: str, history: str, rows: list[dict], n: int) -> list[dict]:
         done = answer(*load(getattr(cfg, role), cfg.bits), asked[len(rows):n], form,
                       cfg.max_reply_tokens, shots, history)
-        return [{**row, "plan": plan["sha256"]} for row in done]
+        return [stamp_row(row, plan["sha256"]) for row in done]
 
     several = any(len(c.turns) > 1 for c in asked)      # or there is no history
     histories = cfg.base_histories if role != "instruct" and several else ("own",)
@@ -106,16 +118,29 @@ def replies_of(cfg: verdict.GateConfig, role: str, asked: list[Conversation],
             name = f"{role}-{form}" + "-right" * (history == "right")
             path = Path(cfg.out) / f"replies_{name}.jsonl"
             if cfg.replies and not path.exists():
-                rows = disk.read_json_lines(Path(cfg.replies) / path.name)[:len(asked)]
+                earlier = Path(cfg.replies) / path.name
+                rows = check_rows(disk.read_json_lines(earlier)[:len(asked)], asked, earlier)
                 disk.write_text(path, disk.json_lines(rows[:len(rows) // PART * PART]))
             rows = disk.grow(path, PART, "id", [c.id for c in asked], functools.partial(
                 answer_part, form, history), f"other conversations; {ANOTHER}")
+            check_rows(rows, asked, path)
             if odd := {row.get("plan") for row in rows} - {plan["sha256"], *plan["plans"]}:
                 raise BadInput(f"{path} holds replies of another plan ({sorted(map(str, odd))[0]}, "
                                f"this is {plan['sha256'][:12]}): it was changed behind them; "
                                f"{ANOTHER}")
             replies[name] = rows
     return replies
+
+
+def same_replies(replies: dict[str, list[dict]]) -> list[str]:
+    """What speaks against a gap between models of other files that reply alike, word for word, in
+    one format: saved anew, weights have another hash. One reply to all proves nothing."""
+    texts = {name: [reply["text"] for row in rows for reply in row["replies"]]
+             for name, rows in replies.items()}
+    return [f"{a} and {b} are the same replies, word for word: two names for one model give no gap"
+            for a, b in itertools.combinations(texts, 2)
+            if a.partition("-")[2] == b.partition("-")[2] and texts[a] == texts[b]
+            and len(set(texts[a])) > 1]
 
 
 # --- the judge's part
@@ -152,8 +177,10 @@ def collect_verdicts(cfg: verdict.GateConfig, asked: list[Conversation], shots: 
         prompts = list(missing.values())
         found = (judge.judge_by_endpoint(cfg.judge, cfg.judge_model, prompts, letters,
                                          cfg.judge_tokens, requests) if is_endpoint
-                 else judge.judge_locally(*load(cfg.judge, cfg.bits), prompts, letters))
-        for stamp, said in zip(missing, tqdm(found, what, len(prompts), disable=None)):
+                 else enumerate(judge.judge_locally(*load(cfg.judge, cfg.bits), prompts, letters)))
+        stamps = list(missing)
+        for place, said in tqdm(found, what, len(prompts), disable=None):
+            stamp = stamps[place]
             known[stamp] = {"stamp": stamp, "judge": cfg.judge, **said}
             disk.append_text(path, disk.json_lines([known[stamp]]))     # at once: it may cost money
 
@@ -226,6 +253,7 @@ def run_gate(path: str | Path, overrides: list[str] = ()) -> dict:
         remarks = [f"{', '.join(plan['changed'])} was changed when replies were there already, and "
                    "a plan stands before them: make another benchmark with `python -m "
                    "gate.conversations make`"] if plan["changed"] else []
+        remarks += same_replies(replies)
         weigh = functools.partial(verdict.decide, cfg, outcomes, categories, health,
                                   looks=plan["looks"], remarks=remarks)
         found = weigh()
@@ -251,12 +279,19 @@ def run_gate(path: str | Path, overrides: list[str] = ()) -> dict:
         or set(replies))
     write_outcomes(folder, asked, replies, scores)
     report["transcripts"] = {name: [chats[name, c.id] for c in asked[:3]] for name in replies}
-    report["files"] = {file.name: hash_file(file) for file in sorted(folder.glob("*.jsonl"))
-                       if file.name.startswith(("replies_", "outcomes"))}
+    report["files"] = hash_files(folder, cfg.labels)
     report = json.loads(json.dumps(report))
     report["sha256"] = hash_json(report)
     disk.write_text(folder / "gate.json", json.dumps(report, indent=1) + "\n")
     return report
+
+
+def hash_files(folder: Path, labels: str) -> dict[str, str]:
+    """What a report rests on, {name from its folder: SHA-256}: replies, verdicts, people's."""
+    files = [file for file in sorted(folder.glob("*.jsonl"))
+             if file.name.startswith(("replies_", "outcomes", "judge_"))]
+    files += [Path(labels)] if labels else []
+    return {os.path.relpath(file.resolve(), folder.resolve()): hash_file(file) for file in files}
 
 
 def pairs_of(names: list[str], chosen: dict[str, str]) -> list[tuple[str, str]]:

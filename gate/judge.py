@@ -13,10 +13,13 @@ of which some all fail and some all pass, kappa is high by itself.
 import hashlib
 import random
 import re
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 
 import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
@@ -115,18 +118,35 @@ def judge_locally(model: Llama, tokenizer: Tokenizer, asked: list[tuple[str, str
 
 def judge_by_endpoint(url: str, name: str, asked: list[tuple[str, str]],
                       letters: tuple[str, str], tokens: int = 16,
-                      requests: int = 1) -> Iterator[dict]:
-    """What an OpenAI-compatible endpoint says, {verdict, texts} in turn, some requests at a time; a
-    prompt is asked once more if no letter can be read. BadInput where it cannot be reached."""
+                      requests: int = 1) -> Iterator[tuple[int, dict]]:
+    """What an OpenAI-compatible endpoint says, (place in asked, {verdict, texts}) as it comes, some
+    requests at a time; a prompt is asked once more if no letter can be read. BadInput where it
+    cannot be reached."""
     ask = partial(ask_endpoint, url, name, letters, tokens)
     if requests == 1:
-        yield from map(ask, asked)
+        yield from enumerate(map(ask, asked))
         return
-    pool = ThreadPoolExecutor(requests)
+    waiting, done = deque(enumerate(asked)), SimpleQueue()
+
+    def work() -> None:
+        while waiting:
+            with suppress(IndexError):      # another thread took the last
+                place, pair = waiting.popleft()
+                try:
+                    done.put((place, ask(pair)))
+                except Exception as error:      # raised where it is read
+                    done.put((place, error))
+
+    for _ in range(requests):   # daemons: an interrupt does not wait for their answers
+        Thread(target=work, daemon=True).start()
     try:
-        yield from pool.map(ask, asked)
+        for _ in asked:
+            place, said = done.get()
+            if isinstance(said, Exception):
+                raise said
+            yield place, said
     finally:        # a failure or an interrupt: what waits is not sent
-        pool.shutdown(wait=False, cancel_futures=True)
+        waiting.clear()
 
 
 def ask_endpoint(url: str, name: str, letters: tuple[str, str], tokens: int,
@@ -157,20 +177,21 @@ def parse_letter(text: str, letters: tuple[str, str]) -> str | None:
     """The one letter that an answer gives, behind its reasoning; None where that is not plain.
 
     example  "A", "**B**", "A: it names the city", "The verdict is A.", "B: A wrong city" -> A, B,
-             A, A, B;  "A or B?", "A B", "A, not B", "A wrong city", "Because" -> None
+             A, A, B;  "A or B?", "A B", "A, not B", "A wrong city", "B\n\nAnswer: A" -> None
     """
     text = re.sub(r"(?s)^.*</(?:think|thinking|reasoning)>", "", text)
     if re.search(r"<(?:think|thinking|reasoning)>", text):
         return None     # cut off while it reasoned
     either = "|".join(map(re.escape, letters))
     text = re.sub(r"\\boxed\s*{(?:\\text\s*{)?\W*(\w+)\W*?}+", r" Verdict: \1. ", text)
-    text = re.sub(rf"\(?\b(?:{either}) or (?:{either})\b\)?", "", re.sub(r"[*_`#$]", "", text))
+    text = re.sub(rf"\(?\b(?:{either})(?: or |\s*/\s*)(?:{either})\b\)?", "",
+                  re.sub(r"[*_`#$]", "", text))
     letter = rf"\b({either})\b(?=\s*(?:$|[^\w\s]|\n|(?:because|since)\b))"    # not "A wrong city"
     given = re.findall(rf"(?i:\b(?:verdict|answer|label|mark))\W*(?:is\b|=)?\W*{letter}", text)
-    if not given and (match := re.match(rf"\W*{letter}", text)):
+    if match := re.match(rf"\W*{letter}", text):
         # another letter behind it is no second verdict where it is an article: "B: A wrong city"
         rest = re.sub(r"\bA(?=\s+[a-z])", "", text[match.end():])
-        given = [match[1], *re.findall(rf"\b({either})\b", rest)]
+        given = [match[1], *(given or re.findall(rf"\b({either})\b", rest))]
     return given[0] if len(set(given)) == 1 else None
 
 
@@ -197,11 +218,16 @@ def probes_of(conversations: list[Conversation], template: str,
 
 
 def check_judge(name: str, verdicts: list[str], probes: list) -> dict:
-    """How many of the twos a judge tells; BadInput where they are too few to go on with it."""
+    """How many of the twos a judge tells; BadInput where they are too few to go on with it, or
+    there are too few to know."""
+    if len(probes) < 2 * PROBES:
+        raise BadInput(f"judge {name} cannot be tested: the conversations give {len(probes) // 2} "
+                       f"pairs of a plainly right and a plainly wrong reply, expected {PROBES}: "
+                       "give more conversations (limit, benchmark), or scorers without judge")
     hits = [verdict == ("pass" if right else "fail")
             for verdict, (_, right) in zip(verdicts, probes)]
     told = sum(a and b for a, b in zip(hits[::2], hits[1::2]))
-    if told < TOLD / PROBES * (len(hits) // 2):
+    if told < TOLD:
         raise BadInput(f"judge {name} tells {told} of {len(hits) // 2} plainly right replies from "
                        f"plainly wrong ones (its verdicts: {', '.join(verdicts[:8])} ...); expected"
                        f" {TOLD} of {PROBES}: give a larger judge, its chat template, or another "

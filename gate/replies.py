@@ -18,7 +18,11 @@ import random
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
+from pathlib import Path
 
+from files import disk
+from files.keys import BadInput
+from files.run_folder import hash_json
 from gate.checks import PASS, Verdict, bare, check_turn, no_repeat
 from gate.conversations import Conversation
 from generate import sample
@@ -31,6 +35,8 @@ SCORERS = {"checks": "rules", "judge": "judge", "length": "rules"}      # and of
 FORMATS = (*TEMPLATES, "raw+cue", "plain+shots", "lines+shots", "cued+shots")
 HISTORIES = ("own", "right")
 PART = 16       # conversations answered at once and written together
+REPLY = {"text": (disk.TEXT, disk.REQUIRED), "tokens": (disk.whole(0, 10 ** 9), disk.REQUIRED),
+         "ended": (disk.one_of("stop", "length"), disk.REQUIRED)}
 
 
 def draw(conversations: list[Conversation], limit: int | None, shots: int = 2,
@@ -96,6 +102,31 @@ def answer(model: Llama, tokenizer: Tokenizer, conversations: list[Conversation]
             rows[i]["replies"].append({"text": completion.text.strip(),
                                        "tokens": len(completion.ids),
                                        "ended": "stop" if completion.finished else "length"})
+    return rows
+
+
+def stamp_row(row: dict, plan: str) -> dict:
+    """Replies with the plan that stood before them, and the hash of it all."""
+    row = {"id": row["id"], "replies": row["replies"], "plan": plan}
+    return {**row, "sha256": hash_json(row)}
+
+
+def check_rows(rows: list[dict], conversations: list[Conversation], path: Path) -> list[dict]:
+    """Rows of a file as they were stamped; BadInput where one is no conversation's replies, or was
+    edited."""
+    for number, (row, c) in enumerate(zip(rows, conversations), 1):
+        where, kind = f"{path} line {number}", disk.list_of(disk.OBJECT)
+        replies = disk.read_fields(row, {"replies": (kind, disk.REQUIRED)}, where)["replies"]
+        for reply in replies:
+            disk.read_fields(reply, REPLY, where)
+        if row.get("id") != c.id:
+            break       # other conversations: whoever reads the file says so
+        if len(replies) != len(c.turns):
+            raise BadInput(f"{where}: {len(replies)} replies, expected {len(c.turns)}: one to each "
+                           "turn; delete the file, and all is asked anew")
+        if row != stamp_row(row, row.get("plan")):
+            raise BadInput(f"{where} was edited, or is of another version: its sha256 is not that "
+                           "of its replies; delete the file, and all is asked anew")
     return rows
 
 

@@ -1,7 +1,8 @@
 """What a benchmark can tell apart before any model has seen it: what replies by rule pass.
 
 Who knows everything must pass; who has forgotten the first turn, names whatever was named last,
-says nothing, asks back, copies the user, refuses or hedges must not.
+says nothing, asks back, copies the user, refuses or hedges must not. Who hedges or copies in part
+is left undecided, and does not pass either.
 
     python tests/gate_audit.py gate/benchmark/conversations.jsonl
 """
@@ -64,6 +65,24 @@ def last_named(c: Conversation, t: int, _=None) -> str:
     return value if place >= 0 else ""
 
 
+def named_all(c: Conversation, between: str) -> str:
+    """Every value that the user ever gave, in a row."""
+    return between.join(dict.fromkeys(map(str, c.slots.values())))
+
+
+def copied(c: Conversation, t: int, change) -> str:
+    """All that the user said so far, each turn changed a little."""
+    return " ".join(change(turn.user) for turn in c.turns[:t + 1])
+
+
+def small(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+def turned_round(text: str) -> str:
+    return re.sub(r"\b[Mm]y\b", "your", re.sub(r"\bI\b", "you", text))
+
+
 ORACLES = {     # name: (reply to turn t, what it may pass: (category, at least, at most))
     "knows everything": (lambda c, t, _: c.turns[t].answer, ("all", 1, 1)),
     "forgot turn 1": (forgetful, ("memory", 0, 0.05)),
@@ -78,14 +97,35 @@ ORACLES = {     # name: (reply to turn t, what it may pass: (category, at least,
                ("all", 0, 0.05)),
 }
 
+IN_PART = {     # who names the right thing, and does not answer: for several turns, at most 5 %
+    "right, maybe": lambda c, t, _: f"Maybe {small(c.turns[t].answer).rstrip('.')}.",
+    "right, not sure": lambda c, t, _: f"{c.turns[t].answer} But I am really not sure.",
+    "right?": lambda c, t, _: f"{c.turns[t].answer.rstrip('.')}? I am not sure.",
+    "right, perhaps not": lambda c, t, _: f"{c.turns[t].answer.rstrip('.')}, perhaps not.",
+    "not know if right": lambda c, t, _: "I don't know whether it is so that "
+                                         f"{small(c.turns[t].answer)}",
+    "wrong to say": lambda c, t, _: f"It is wrong to say: {c.turns[t].answer}",
+    "could be all": lambda c, t, _: f"It could be {named_all(c, ', ')}.",
+    "all by comma": lambda c, t, _: f"{named_all(c, ', ')}.",
+    "all by and": lambda c, t, _: named_all(c, " and "),
+    "all by slash": lambda c, t, _: named_all(c, "/"),
+    "all asked": lambda c, t, _: f"{named_all(c, '? ')}?",
+    "parrot, less a word": lambda c, t, _: copied(c, t, lambda text: text.partition(" ")[2]),
+    "parrot, less 1/8": lambda c, t, _: copied(c, t, lambda text: text[len(text) // 8:]),
+    "parrot, opening off": lambda c, t, _: copied(
+        c, t, lambda text: re.split(r"(?<=[.!?])\s+", text, maxsplit=1)[-1]),
+    "parrot, I as you": lambda c, t, _: copied(c, t, turned_round),
+}
+ORACLES |= {name: (oracle, ("all", 0, 0.05)) for name, oracle in IN_PART.items()}
+
 
 def audit(conversations: list[Conversation]) -> dict[str, dict[str, float]]:
     """Each oracle's share of passed conversations by category, "all", and "abstains" of turns."""
     rates, possible = {}, possible_values(conversations)
     several = any(len(c.turns) > 1 for c in conversations)
     for name, (oracle, _) in ORACLES.items():
-        if oracle in (forgetful, last_named) and not several:
-            continue        # there is nothing to forget in one turn
+        if (oracle in (forgetful, last_named) or name in IN_PART) and not several:
+            continue        # there is nothing to forget in one turn, nor to copy or choose from
         passed, verdicts = defaultdict(list), []
         for c in conversations:
             found = [v.verdict for v in c.check([oracle(c, t, possible)
@@ -113,9 +153,9 @@ def print_audit(path: Path) -> None:
     rates = audit(conversations)
     columns = [*dict.fromkeys(c.category for c in conversations), "all", "abstains"]
     print(f"{path}: {len(conversations)} conversations, sha256 {digest}")
-    print(f"{'passed by':18}" + "".join(f"{column:>13}" for column in columns))
+    print(f"{'passed by':20}" + "".join(f"{column:>13}" for column in columns))
     for name, row in rates.items():
-        print(f"{name:18}" + "".join(f"{row[column]:>13.1%}" for column in columns))
+        print(f"{name:20}" + "".join(f"{row[column]:>13.1%}" for column in columns))
     if missed := missed_marks(rates):
         raise BadInput(f"{path} does not measure what it should: {'; '.join(missed)}; "
                        "mend the families, or make it with another seed")

@@ -3,6 +3,7 @@ import json
 import re
 import shutil
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import ROOT, TINY, assert_one_clear_line, run, small_config, write_model
@@ -443,6 +444,15 @@ def test_people_sign_it_off(parts, scripted, tmp_path):
     report = run_gate(parts / "sums.yaml", [*words, f"labels={labels}"])
     assert report["verdict"] == "GO" and report["people"]["judge"]["ok"]
     assert report["scorers"] == ["checks", "judge"]
+    verdicts = next((tmp_path / "run").glob("judge_*.jsonl"))
+    base = str(parts / "base")
+    require_gate(f"{tmp_path}/run/gate.json", base)
+    for file in (labels, verdicts):     # of what the verdict rests on, nothing is changed later
+        kept = file.read_text()
+        file.write_text(kept.replace('"', "'", 1))
+        with pytest.raises(BadInput, match=f"{file.name} is gone or changed"):
+            require_gate(f"{tmp_path}/run/gate.json", base)
+        file.write_text(kept)
     corrected = report["people"]["checks"]["corrected"]["base-raw"]
     assert corrected["low"] <= corrected["value"] == pytest.approx(.05, abs=.02)
     # who labels few, or sees it otherwise, does not sign
@@ -465,6 +475,29 @@ def test_the_same_weights_twice(parts, scripted, tmp_path):
     report = run_gate(parts / "sums.yaml", ["instruct=", f"out={tmp_path}/b"])
     assert "verdict" not in report and "base-raw against base-plain" in report["paired"]
     assert screen(report, next_steps(report)).startswith("no verdict")
+
+
+def test_one_model_under_two_names(parts, scripted, tmp_path, monkeypatch):
+    """Its weights saved anew have another hash; shown a format that it knows, it is no other."""
+    again = shutil.copytree(parts / "base", tmp_path / "again")
+    (weights,) = again.glob("*.safetensors")
+    mx.save_safetensors(str(weights), mx.load(str(weights)), {"format": "mlx"})
+    assert hash_model(str(again))["weights"] != hash_model(str(parts / "base"))["weights"]
+
+    def sample(model, tokenizer, prompts, *_, **__):
+        """Right where a speaker is named, one off elsewhere, whatever the model."""
+        done = []
+        for text in map(tokenizer.decode, prompts):
+            number = int(re.findall(r"(\d+) \+ 7", text)[-1]) + 7 + ("User" not in text)
+            done.append(Completion([1, 2], f" {number}", True, None, None))
+        return done
+
+    monkeypatch.setattr(replying, "sample", sample)
+    words = [f"instruct={again}", "base_templates=raw", f"out={tmp_path}/run"]
+    report = run_gate(parts / "sums.yaml", [*words, "instruct_templates=raw,plain"])
+    assert report["conditions"]["instruct-plain"]["checks"]["rate"]["value"] == 1
+    assert report["verdict"] == "AMBIGUOUS"
+    assert "base-raw and instruct-raw are the same replies" in " ".join(report["reasons"])
 
 
 def test_a_judge_of_its_own_replies_heads_the_report(parts, scripted, tmp_path):
@@ -528,9 +561,37 @@ def test_a_line_separator_in_a_reply_is_text(parts, scripted, tmp_path, monkeypa
     path = tmp_path / "run" / "replies_base-raw.jsonl"
     rows = [json.loads(line) for line in path.read_text().split("\n") if line]
     rows[5]["replies"][0]["text"] = "a\u2028b"
+    rows[5] = replying.stamp_row(rows[5], rows[5]["plan"])
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     monkeypatch.setattr(replying, "sample", lambda *_, **__: pytest.fail("generated"))
     run_gate(parts / "sums.yaml", [f"out={tmp_path}/run"])
+
+
+def test_edited_replies_are_not_believed(parts, scripted, tmp_path):
+    """A right answer put in the place of a wrong one, here or in an earlier run, is noticed."""
+    run_gate(parts / "sums.yaml", [f"out={tmp_path}/run", "limit=20"])
+    path = tmp_path / "run" / "replies_instruct-raw.jsonl"
+    path.write_text(path.read_text().replace('"text": "', '"text": "1', 1))
+    for more in ([f"out={tmp_path}/run"], [f"out={tmp_path}/b", f"replies={tmp_path}/run"]):
+        with pytest.raises(BadInput, match="instruct-raw.jsonl line 1 was edited"):
+            run_gate(parts / "sums.yaml", ["limit=20", *more])
+
+
+@pytest.mark.parametrize("row, expected", [
+    ({"replies": "x"}, "line 2: replies = \"x\""), ({}, "missing replies"),
+    ({"replies": []}, "0 replies, expected 1"), ({"replies": [{"text": 3}]}, "text = 3"),
+])
+def test_rows_that_are_no_replies(parts, scripted, tmp_path, row, expected):
+    """In the run's own file, and in an earlier one's: then no new folder holds them either."""
+    run_gate(parts / "sums.yaml", [f"out={tmp_path}/run", "limit=20"])
+    path = tmp_path / "run" / "replies_base-raw.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    before = {k: v for k, v in json.loads(lines[1]).items() if k != "replies"}
+    path.write_text("".join([lines[0], json.dumps(before | row) + "\n", *lines[2:]]))
+    for more in ([f"out={tmp_path}/run"], [f"out={tmp_path}/b", f"replies={tmp_path}/run"]):
+        with pytest.raises(BadInput, match=expected):
+            run_gate(parts / "sums.yaml", ["limit=20", *more])
+    assert not (tmp_path / "b" / path.name).exists()
 
 
 @pytest.mark.parametrize("words, expected", [

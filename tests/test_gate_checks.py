@@ -104,6 +104,26 @@ CASES = [  # check, reply, verdict and why
     (CITY, "It may be Rome or Graz", "fail:hedged"),
     (CITY, "Graz. You can go by bus or by train.", "pass"),
     (CITY, "Graz, not Rome or Lima: it is Graz.", "pass"),
+    # named, and not stated
+    (CITY, "Graz? Rome? Lima?", "abstain:doubted"),
+    (CITY, "Is it Graz?", "abstain:doubted"),
+    (CITY, "Graz/Rome/Lima", "abstain:doubted"),
+    (CITY, "Maybe you live in Graz.", "abstain:doubted"),
+    (CITY, "It could be Graz.", "abstain:doubted"),
+    (CITY, "You said Graz isn't your city.", "abstain:doubted"),
+    (CITY, "I wonder whether you live in Graz.", "abstain:doubted"),
+    (CITY, "I don't think you live in Graz.", "abstain:doubted"),
+    (CITY, "It is wrong to say that you live in Graz.", "abstain:doubted"),
+    (CITY, "How about a day in Graz?", "pass"),
+    (CITY, "You live in Graz. Shall we go out?", "pass"),
+    (CITY, "You live in Graz, so maybe take the tram.", "pass"),
+    (CITY, "Yes, in Graz.", "pass"),
+    ({"type": "number", "op": "=", "value": 24, "unit": ["kg"]}, "24 kg or 30 kg",
+     "abstain:several"),
+    ({"type": "number", "op": "=", "value": 24, "unit": ["kg"]}, "not 24 kg", "fail:missing"),
+    ({"type": "number", "op": "=", "value": 24, "unit": ["kg"]}, "No, it is not. It is 24 kg.",
+     "pass"),
+    (MEAT, "I don't know.", "fail:refused"),
     ({"type": "order", "values": ["jay", "owl"]}, "jay, owl or so", "fail:hedged"),
     ({"type": "no_clarify"}, "A piano, or something else.", "fail:hedged"),
     # who refuses has named nothing forbidden, and nothing else
@@ -194,6 +214,37 @@ def test_who_copies_the_user_has_not_answered():
     assert check_turn([CITY], "You live in Graz and keep four hens.", said=said).verdict == "pass"
     assert check_turn([CITY], "Graz. Do you know the weather?", said=said).verdict == "pass"
     assert check_turn([], parrot, said=said) == ("pass", "")      # nothing was asked
+
+
+def test_who_copies_in_part_is_not_decided():
+    """Without its first word, or turned round; asked for several things, one may repeat them."""
+    said = ["Music news from me! I play the saxophone in a band. We rehearse every Monday in Graz."]
+    for parrot in (said[0].partition(" ")[2], said[0].replace("I ", "You ")):
+        assert check_turn([CITY], parrot, said=said) == ("abstain", "copied")
+        assert check_turn([CITY | {"values": ["Graz", "Monday"]}], parrot, said=said).verdict == (
+            "pass")
+    assert check_turn([CITY], "You rehearse in Graz, every Monday.", said=said).verdict == "pass"
+
+
+def test_who_names_more_than_was_asked_is_not_decided():
+    river = {"type": "recall", "values": ["Rhine"]}
+    for reply in ("Rome, Graz, Lima, Bonn.", "Graz and the Rhine", "Rome; Graz", "Sure: Graz, 23"):
+        assert check_turn([CITY], reply) == ("abstain", "list"), reply
+    assert check_turn([CITY, river], "Graz and the Rhine").verdict == "pass"    # asked for both
+    for reply in ("Yes, Graz.", "Graz, as you said.", "Graz, not Rome"):
+        assert check_turn([CITY], reply).verdict == "pass", reply
+    assert check_turn([PLAN], "Friday, no longer Monday, at 7 pm.").verdict == "pass"
+
+
+def test_who_does_not_know_is_not_decided():
+    """Whatever else it says; a user who does not know is another matter."""
+    for reply in ("Graz, but I am not sure.", "I'm really not sure. Graz.", "No idea. Graz?",
+                  "I don't know. You live in Graz.",
+                  "I'm sorry, I cannot say whether you live in Graz."):
+        assert check_turn([CITY], reply) == ("abstain", "not_knowing"), reply
+    no = {"type": "yes_no", "value": "no"}
+    assert check_turn([no], "I cannot say.") == ("abstain", "not_knowing")
+    assert check_turn([CITY], "You live in Graz; you do not know the trams.").verdict == "pass"
 
 
 def test_length_never_fails():

@@ -1,9 +1,12 @@
 """The judge on known letters, an endpoint on this machine, labels, a published trap."""
 import json
 import math
+import signal
+import subprocess
+import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -94,14 +97,17 @@ def test_parse_letter():
     for text in ("A", " A\n", "**A**", "A.", "(A)", "A: it names the city", "A\nbecause it does",
                  "A - correct", "Verdict: A", "**Verdict: A**", "The verdict is A.", "A) because",
                  "A because it names it", "\\boxed{A}", "So it is $\\boxed{\\text{A}}$.",
-                 "Verdict (A or B): A", "It names Tromso.\n\n**Verdict:** A",
-                 "<think>Is it B? Verdict: B</think>\n\nA", "Final answer: A"):
+                 "Verdict (A or B): A", "Verdict (A/B): A", "A: it does. Verdict: A",
+                 "It names Tromso.\n\n**Verdict:** A", "<think>Is it B? Verdict: B</think>\n\nA",
+                 "Final answer: A"):
         assert ours(text) == "A", text
     for text in ("B: A wrong city", "B. A reply with no city", "**B** - A city is missing"):
         assert ours(text) == "B", text      # the article is no verdict
     for text in ("", "A or B?", "AB", "Both", "Because", "A, not B", "a", "A: unlike B",
                  "I cannot say.", "A B", "A wrong city", "A wrong city is named.",
-                 "<think>Verdict: A", "Verdict: A. No, verdict: B", "The answer is a city."):
+                 "<think>Verdict: A", "Verdict: A. No, verdict: B", "The answer is a city.",
+                 "A. Had it been wrong, the answer is B.", "B. The answer A. Smith gave",
+                 "Verdict: A/B", "A/B", "A / B?", "B\n\nAnswer: A"):
         assert ours(text) is None, text
     assert parse_letter("Verdict: 1", DIGITS) == "1" and parse_letter("10", DIGITS) is None
 
@@ -132,6 +138,9 @@ def test_probes_are_right_and_wrong_by_the_checks():
     for said in (["fail"] * 20, ["pass"] * 20, ["unsure"] * 20, ["fail"] * 5 + verdicts[5:]):
         with pytest.raises(BadInput, match="plainly right replies"):
             check_judge("m", said, probes)
+    for few in (0, 18):     # nothing to be told is no test passed
+        with pytest.raises(BadInput, match=f"cannot be tested: .* {few // 2} pairs"):
+            check_judge("m", verdicts[:few], probes[:few])
 
 
 @contextmanager
@@ -143,9 +152,11 @@ def endpoint(script):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             seen.append((self.path, dict(self.headers), body))
-            status, text = next(answers)
+            status, text, *waits = next(answers)
             reply = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
             self.send_response(status)
+            for wait in waits:
+                self.send_header("Retry-After", wait)
             self.end_headers()
             self.wfile.write(reply)
 
@@ -164,7 +175,7 @@ def endpoint(script):
 def verdicts(script, pairs=1, monkeypatch=None):
     with endpoint([(200, s) if isinstance(s, str) else s for s in script]) as (url, seen):
         asked = [(f"plain {i}", f"swapped {i}") for i in range(pairs)]
-        return list(judge_by_endpoint(url, "judge-1", asked, ("A", "B"))), seen
+        return [row for _, row in judge_by_endpoint(url, "judge-1", asked, ("A", "B"))], seen
 
 
 def test_endpoint_verdicts(monkeypatch):
@@ -185,40 +196,84 @@ def test_endpoint_verdicts(monkeypatch):
     assert found[0]["verdict"] == "invalid" and len(seen) == 3
     found, seen = verdicts([(500, ""), (429, ""), "A", "B"])         # two attempts fail, then three
     assert found[0]["verdict"] == "pass" and len(seen) == 4
+    found, seen = verdicts([(429, "", "9" * 5000), "A", "B"])   # no number of seconds
+    assert found[0]["verdict"] == "pass" and len(seen) == 3
 
 
-def test_requests_run_together_and_in_order():
-    """Sixteen that wait 0.2 s each; all verdicts are their own prompts'."""
-    at_once, most = [], []
-
+@contextmanager
+def waiting_endpoint(answer):
+    """A server that answers several requests at once with answer(prompt); yields its address."""
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
-            at_once.append(1)
-            most.append(len(at_once))
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            time.sleep(0.2)
-            kind, number = body["messages"][0]["content"].split()
-            letter = "A" if (kind == "plain") == (int(number) % 3 > 0) else "B"
-            reply = json.dumps({"choices": [{"message": {"content": f"Verdict: {letter}"}}]})
-            at_once.pop()
+            text = answer(body["messages"][0]["content"])
             self.send_response(200)
             self.end_headers()
-            self.wfile.write(reply.encode())
+            with suppress(OSError):     # who asked is gone
+                self.wfile.write(json.dumps(
+                    {"choices": [{"message": {"content": text}}]}).encode())
 
         def log_message(self, *_):
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        asked = [(f"plain {i}", f"swapped {i}") for i in range(8)]
-        found = list(judge_by_endpoint(f"http://127.0.0.1:{server.server_port}/v1", "m", asked,
-                                       ("A", "B"), requests=4))
+        yield f"http://127.0.0.1:{server.server_port}/v1"
     finally:
         server.shutdown()
         server.server_close()
-    assert [row["verdict"] for row in found] == ["pass" if i % 3 else "fail" for i in range(8)]
+
+
+def test_requests_run_together():
+    """Sixteen that wait 0.2 s each; all verdicts are their own prompts'."""
+    at_once, most = [], []
+
+    def answer(prompt):
+        at_once.append(1)
+        most.append(len(at_once))
+        time.sleep(0.2)
+        kind, number = prompt.split()
+        at_once.pop()
+        return f"Verdict: {'A' if (kind == 'plain') == (int(number) % 3 > 0) else 'B'}"
+
+    asked = [(f"plain {i}", f"swapped {i}") for i in range(8)]
+    with waiting_endpoint(answer) as url:
+        found = dict(judge_by_endpoint(url, "m", asked, ("A", "B"), requests=4))
+    assert [found[i]["verdict"] for i in range(8)] == ["pass" if i % 3 else "fail"
+                                                       for i in range(8)]
     assert 1 < max(most) <= 4
+
+
+def test_a_slow_answer_holds_up_nobody():
+    """What came behind it is there to be kept; Ctrl-C ends the command before it comes."""
+    slow = threading.Event()
+
+    def answer(prompt):
+        if prompt == "plain 0":
+            slow.wait(30)
+        return "A" if prompt.startswith("plain") else "B"
+
+    asked = [(f"plain {i}", f"swapped {i}") for i in range(6)]
+    with waiting_endpoint(answer) as url:
+        answers = judge_by_endpoint(url, "m", asked, ("A", "B"), requests=2)
+        assert [next(answers)[0] for _ in range(5)] == [1, 2, 3, 4, 5]
+        slow.set()
+        assert next(answers)[0] == 0
+        slow.clear()
+        code = ("from config import run_main; from gate.judge import judge_by_endpoint as ask\n"
+                f"run_main(lambda _: [print(place, flush=True) for place, _ in ask({url!r}, 'm', "
+                f"{asked}, ('A', 'B'), requests=2)])")
+        command = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert [command.stdout.readline() for _ in range(5)] == [f"{i}\n" for i in range(1, 6)]
+        command.send_signal(signal.SIGINT)
+        try:
+            assert command.communicate(timeout=10) == ("", "") and command.returncode == 130
+        finally:
+            command.kill()
+            slow.set()
 
 
 def test_no_verdict_is_asked_again_only_if_wanted(tmp_path):
@@ -227,16 +282,16 @@ def test_no_verdict_is_asked_again_only_if_wanted(tmp_path):
     turns = lambda i: (Turn(f"{i} + 7 =", True, 0, str(i + 7), str(i + 7),
                             ({"type": "exact", "value": str(i + 7)},)),)
     write_benchmark(tmp_path / "b.jsonl", [Conversation(f"s-{i}", "c", "f", "easy", 0, {}, turns(i))
-                                           for i in range(5)])
+                                           for i in range(10)])
     (tmp_path / "g.yaml").write_text(
         f"base: {base}\nbenchmark: {tmp_path}/b.jsonl\nbase_templates: [raw]\n"
         f"max_reply_tokens: 2\njudge_model: m\nout: {tmp_path}/run\njudge_requests: 1\n")
-    told = [(200, letter) for _ in range(5) for letter in ("A", "B", "B", "A")]     # the self-test
-    first = [(200, "no idea")] * 4 + [(200, "B"), (200, "A")] * 2
+    told = [(200, letter) for _ in range(10) for letter in ("A", "B", "B", "A")]     # the self-test
+    first = [(200, "no idea")] * 4 + [(200, "B"), (200, "A")] * 7
     with endpoint([*told, *first, (200, "B"), (200, "A")]) as (url, seen):
         once = lambda *more: run_gate(tmp_path / "g.yaml", [f"judge={url}", *more])
         cells = once()["conditions"]["base-raw"]["judge"]
-        assert (cells["undecided"], cells["rate"]["n"]) == (1, 2)
+        assert (cells["undecided"], cells["rate"]["n"]) == (1, 7)
         asked = len(seen)
         assert seen[0][2]["max_tokens"] == 2048
         once()
@@ -251,7 +306,7 @@ def test_endpoint_that_does_not_answer(monkeypatch):
     monkeypatch.setattr("files.endpoint.time.sleep", lambda _: None)
     with endpoint([(200, "A"), (200, "B"), (401, "")]) as (url, _):
         answers = judge_by_endpoint(url, "m", [("a", "b"), ("c", "d")], ("A", "B"))
-        assert next(answers)["verdict"] == "pass"
+        assert next(answers)[1]["verdict"] == "pass"
         with pytest.raises(BadInput, match="HTTP 401.*kept: the same command goes on") as error:
             next(answers)
     assert "sk-secret" not in str(error.value)
