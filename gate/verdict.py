@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from files.keys import BITS, BadInput, read_keys
-from gate.judge import FEW
+from gate.judge import FEW, LEAST_LABELS
 from gate.replies import FORMATS, HISTORIES, SCORERS, worst
 from report import stats
 from report.gate_page import found_of, interval, number
@@ -234,7 +234,8 @@ def decide(cfg: GateConfig, outcomes: dict[str, dict[str, dict]], categories: di
     """The verdict with its reasons, rules and agreements.
 
     chosen       {scorer: {role: condition}}: a role counts by its best, by each scorer's own view
-    health       {condition: {empty, cut, loops}};  calibration  {scorer: {"ok": ...}} by people
+    health       {condition: {empty, cut, loops}}
+    calibration  {scorer: {"ok", "n", "why"}} by people's labels
     looks        how often these conversations have been looked at; remarks: other reasons
     """
     health, calibration = health or {}, calibration or {}
@@ -247,6 +248,10 @@ def decide(cfg: GateConfig, outcomes: dict[str, dict[str, dict]], categories: di
     if len(kinds) < 2:
         reasons.append(f"{' and '.join(scored)}: scorers of one kind cannot confirm each other; "
                        "add scorer judge, or labels of spotcheck.jsonl")
+    for s in scored:    # fewer labels neither confirm nor refute
+        found = calibration.get(s, {"ok": True})
+        if not found["ok"] and found.get("n", 0) >= LEAST_LABELS:
+            reasons += [f"people do not confirm {s}: {what}" for what in found["why"]]
     agreements = {}
     for k, a in enumerate(scored):
         for b in scored[k + 1:]:
@@ -256,10 +261,12 @@ def decide(cfg: GateConfig, outcomes: dict[str, dict[str, dict]], categories: di
             reasons += [f"{a} and {b} do not agree within {name} (agreement "
                         f"{number(c['agreement'])}, kappa {interval(c)}): read disagreements.jsonl"
                         for name, c in cells.items() if not c["holds"]]
-            if not any(c["judged"] for c in cells.values()) and not {a, b} <= set(confirmed):
+            decisive = {chosen[s][role] for s in (a, b) for role in ("base", "instruct")}
+            if not any(cells[c]["judged"] for c in decisive) and not {a, b} <= set(confirmed):
                 reasons.append(f"whether {a} and {b} agree cannot be judged: no condition has "
                                f"{FEW} passes and {FEW} failures; label spotcheck.jsonl")
-    for name in sorted({chosen[s][role] for s in scored for role in chosen[s]}):
+    # in one that lost by its replies alone, a base that can do it may be hidden
+    for name in sorted({name for s in scored for name in outcomes[s]}):
         if role_of(name) != "instruct":
             reasons += [f"{name}: {100 * health[name][what]['value']:.0f} % of replies are "
                         f"{what}, so it may fail for that: {REMEDY[what]}"

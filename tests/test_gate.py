@@ -228,14 +228,14 @@ def test_a_base_must_fail_for_the_right_reason():
         ill = gated(GAP, health={"base-plain": well | {what: share(.11)}})
         assert ill["verdict"] == "AMBIGUOUS" and what in ill["reasons"][0]
         assert "plain+shots" in ill["reasons"][0]
-    assert gated(GAP, health={"base-plain": well, "base-raw": well | {"cut": share(1)},
+    assert gated(GAP, health={"base-plain": well,
                               "instruct-plain": well | {"cut": share(1)}})["verdict"] == UNSIGNED
-    # of two formats that fail alike the one that had a fair trial counts
+    # of two formats both need a fair trial: the other may be the better one
     alike = both(fates(passed=10, failed=190), fates(passed=185, failed=15),
                  **{"base-raw": fates(passed=10, failed=190)})
     for ill in ("base-plain", "base-raw"):
         assert gated(alike, health={"base-plain": well, "base-raw": well,
-                                    ill: well | {"empty": share(1)}})["verdict"] == UNSIGNED
+                                    ill: well | {"empty": share(1)}})["verdict"] == "AMBIGUOUS"
     # an instruct model whose replies are cut is not refuted by them
     cut = both(fates(passed=10, failed=190), fates(passed=20, failed=180))
     assert gated(cut)["verdict"] == "NO-GO"
@@ -453,7 +453,56 @@ def test_people_sign_it_off(parts, scripted, tmp_path):
         row["human"] = "fail" if row["human"] == "pass" else "pass"
     labels.write_text("".join(json.dumps(row) + "\n" for row in rows))
     apart = run_gate(parts / "sums.yaml", [*words, f"labels={labels}"])
-    assert apart["verdict"] == UNSIGNED and "kappa" in apart["people"]["checks"]["why"][0]
+    assert apart["verdict"] == "AMBIGUOUS" and "kappa" in apart["people"]["checks"]["why"][0]
+    assert any("people do not confirm checks: kappa" in why for why in apart["reasons"])
+    # nor who leaves out what is doubtful, or labels others than those drawn
+    kept = [row | {"human": None} if i < 8 else row for i, row in enumerate(rows)]
+    labels.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    left = run_gate(parts / "sums.yaml", [*words, f"labels={labels}"])["people"]["checks"]["why"]
+    assert any("have no label" in why for why in left)
+    row = next(json.loads(line) for line in (tmp_path / "run/replies_base-plain.jsonl").open())
+    conversations = {c.id: c for c in read_benchmark(parts / "sums.jsonl")[0]}
+    chat = replying.transcript(conversations[row["id"]], row)
+    labels.write_text(json.dumps({"key": judge.key_of("base-plain", row["id"], chat),
+                                  "human": "fail"}))
+    with pytest.raises(BadInput, match="was not drawn"):
+        run_gate(parts / "sums.yaml", [*words, f"labels={labels}"])
+
+
+def labelled(base, people_pass, instruct, drawn=60):
+    """The verdict where people pass so many of the base's drawn replies, and one scorer's part."""
+    cells = both(base, instruct)
+    pairs = [(name, i) for name in cells["checks"] for i in list(base)[:drawn]]
+    ranked = sorted(list(base)[:drawn], key=lambda i: not base[i])
+    labels = {pair: instruct[pair[1]] for pair in pairs if pair[0] == "instruct-plain"}
+    labels |= {("base-plain", i): k < people_pass for k, i in enumerate(ranked)}
+    cfg = GateConfig(labels="labels.jsonl")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judge, "read_labels", lambda *_: labels)
+        people = evaluate.people_of(cfg, {pair: "" for pair in pairs}, cells,
+                                    gated(cells)["chosen"], pairs)
+    return gated(cells, calibration=people), people["checks"]
+
+
+def test_people_who_pass_the_base_refute_it():
+    """Scorers right on the instruct model and blind on the base: pooled, they look fine."""
+    spread = lambda k: {str(i): (7 * i) % 200 < k for i in range(200)}      # evenly among the drawn
+    found, cell = labelled(spread(16), 5, spread(190))
+    assert found["verdict"] == "GO", found["reasons"]
+    for people_pass in (20, 36, 60):        # of 60, where both scorers pass 23 %
+        found, cell = labelled(spread(46), people_pass, spread(190))
+        assert not cell["ok"] and found["verdict"] == "AMBIGUOUS"
+        assert any("by people's labels base-plain passes" in why for why in found["reasons"])
+    # all of one verdict by people: their own interval
+    assert labelled(spread(4), 0, spread(190))[1]["corrected"]["base-plain"]["high"] < .1
+
+
+def test_agreement_that_decides_nothing():
+    """A judge that fails all of the base and passes all of the instruct model agrees elsewhere."""
+    mixed = turned(fates(passed=100, failed=100))
+    cells = both(fates(failed=200), fates(passed=200), **{"instruct-chat": mixed})
+    assert gated(cells)["verdict"] == "AMBIGUOUS"
+    assert "cannot be judged" in " ".join(gated(cells)["reasons"])
 
 
 def test_the_same_weights_twice(parts, scripted, tmp_path):
