@@ -20,7 +20,7 @@ from files.keys import BadInput
 from files.run_folder import PLAN, hash_file, hash_json, hash_model, provenance
 from gate import judge, verdict
 from gate.clean import check_base
-from gate.conversations import Conversation, read_benchmark
+from gate.conversations import SHARES, Conversation, read_benchmark
 from gate.replies import PART, answer, draw, score, summarize_replies, summarize_scores, transcript
 from report.gate_page import interval
 
@@ -223,7 +223,8 @@ def run_gate(path: str | Path, overrides: list[str] = ()) -> dict:
     report = {"name": Path(cfg.out).name, "plan": plan, "models": models,
               "config": dataclasses.asdict(cfg), "versions": provenance(),
               "benchmark": {"path": cfg.benchmark, "sha256": sha, "conversations": len(asked),
-                            "available": len(conversations) - len(shots)}}
+                            "available": len(conversations) - len(shots),
+                            "drawn": {c.category for c in conversations} <= set(SHARES)}}
     found = {}
     if cfg.instruct:
         remarks = [f"{', '.join(plan['changed'])} was changed when replies were there already, and "

@@ -2,8 +2,9 @@
 
 A rule on a rate holds if its interval lies on the right side of the threshold, is refuted if it
 lies on the wrong one, and is open in between: 91 of 300 neither shows nor refutes "at most 30 %".
-Intervals are exact, with 2 % in each tail, and what is undecided counts against the gap. So with
-scorers that are right, a rate beyond its threshold gets a GO with a chance of 2 % at most. Whether
+Intervals are exact, and what is undecided counts against the gap. The first look has 1 % in each
+tail, the next 0.5 %, 0.25 % ... So with scorers that are right, a rate beyond its threshold gets a
+GO with a chance of 2 % at most, however often more is asked. Whether
 they are is asked apart: two kinds of scorer have to agree within each condition, and people sign.
 
 All are pure functions of outcomes {scorer: {condition: {id: outcome}}}: True, False or None.
@@ -22,7 +23,7 @@ from report import stats
 from report.gate_page import found_of, interval, number
 
 ROLES = ("base", "instruct", "alternative")
-TAIL = 0.02     # of each exact interval: how often a rule may hold of a true rate beyond it
+TAIL = 0.02     # how often a rule may hold of a true rate beyond it, all looks together
 POWER = 0.9     # of McNemar's test for the wanted gap; gives the least number of pairs
 ODDS, ALONE = 5, 8      # pairs for the gap to one against it; that many where none is against it
 FDR, CATEGORIES = 0.10, 0.75    # Benjamini-Hochberg; the share of categories that show the gap
@@ -156,8 +157,8 @@ def best_of(by_condition: dict[str, dict], health: dict[str, dict]) -> dict[str,
 
 
 def share_rule(rule: str, outcomes: dict, wanted: float, at_most: bool, tail: float) -> dict:
-    """A rate against its threshold: holds "yes", "no" or "open", with the n that would settle it.
-    What is undecided counts against the rule, and against its refutation."""
+    """A rate against its threshold: holds "yes", "no" or "open", with the n that would settle it,
+    at the next look. What is undecided counts against the rule, and against its refutation."""
     against, for_it = (worst(outcomes.values(), side, tail) for side in (at_most, not at_most))
     clear = lambda found: found["high"] <= wanted if at_most else found["low"] >= wanted
     beyond = for_it["low"] > wanted if at_most else for_it["high"] < wanted
@@ -165,7 +166,7 @@ def share_rule(rule: str, outcomes: dict, wanted: float, at_most: bool, tail: fl
     share, needed = against["value"], None
     if holds == "open" and share is not None and (share < wanted if at_most else share > wanted):
         needed = next((n for n in (round(against["n"] * 1.1 ** k) for k in range(1, 50))
-                       if clear(stats.exact_interval(round(share * n), n, tail))), None)
+                       if clear(stats.exact_interval(round(share * n), n, tail / 2))), None)
     return {"rule": rule, "wanted": wanted, **against, "holds": holds, "needed": needed}
 
 
@@ -175,7 +176,7 @@ def rules_of(cfg: GateConfig, outcomes: dict[str, dict], chosen: dict[str, str],
     # the best of several formats is lucky: an instruct model's limits allow for that
     formats = sum(role_of(name) == "instruct" for name in outcomes)
     base, instruct = outcomes[chosen["base"]], outcomes[chosen["instruct"]]
-    tail = TAIL / looks
+    tail = TAIL / 2 ** looks    # of all looks together TAIL at most
     rules = [share_rule("base passes at most", base, cfg.base_at_most, True, tail),
              share_rule("instruct passes at least", instruct, cfg.instruct_at_least, False,
                         tail / formats)]
@@ -202,7 +203,7 @@ def rules_of(cfg: GateConfig, outcomes: dict[str, dict], chosen: dict[str, str],
               bool(groups) and shown >= math.ceil(CATEGORIES * len(groups)))]
     return rules + [{"rule": rule, "wanted": wanted, "value": value,
                      "holds": "yes" if holds else "open",
-                     "needed": needed if rule == "pairs at least" else None}
+                     "needed": needed if rule == "pairs at least" and not holds else None}
                     for rule, value, wanted, holds in plain]
 
 
@@ -276,11 +277,14 @@ def decide(cfg: GateConfig, outcomes: dict[str, dict[str, dict]], categories: di
     refuted = {s: [r for r in rules[s] if r["holds"] == "no" and not (
         r["rule"].startswith("instruct") and ill_of(health.get(chosen[s]["instruct"], {})))]
         for s in scored}
+    # one rule by all of them: checks that pass all and a judge that fails all only contradict
+    by_all = set.intersection(*({r["rule"] for r in refuted[s]} for s in scored)) if scored else ()
     signed = bool(scored) and set(scored) == set(confirmed)
-    verdict = ("NO-GO" if all(refuted.values()) else "AMBIGUOUS" if reasons else
+    verdict = ("NO-GO" if by_all else "AMBIGUOUS" if reasons else
                "GO" if signed else "GO, not signed off")
     if verdict == "NO-GO":      # what is merely not shown says no more then
-        reasons = [describe(s, r) for s in scored for r in refuted[s]]
+        reasons = [describe(s, r) for s in scored for r in refuted[s]
+                   if r["rule"] in by_all]
     return {"verdict": verdict, "reasons": reasons, "chosen": chosen, "rules": rules,
             "agreement": agreements}
 

@@ -110,8 +110,8 @@ def details(report: dict) -> str:
              *(f"- {reason}" for reason in report.get("reasons", [])), "",
              f"Plan {plan['sha256']}, look {plan['looks']} at these conversations. Intervals of "
              "95 %: Wilson's of a rate over what was decided, Bonett and Price's of a paired "
-             f"difference. Rules: exact ones with {plan['tail']:.0%} in each tail; what is "
-             "undecided counts against the gap."]
+             f"difference. Rules: exact ones with {100 * plan['tail'] / 2 ** plan['looks']:g} % in "
+             "each tail; what is undecided counts against the gap."]
     for head, rows in sections.items():
         title, _, columns = head.partition(" | ")
         lines += ["", f"## {title}", "", f"| {columns} |", "|---" * columns.count(" | ") + "|---|",

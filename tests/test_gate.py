@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from conftest import ROOT, TINY, assert_one_clear_line, run, small_config, write_model
+from scipy.stats import binom
 
 from config import load_config
 from files.keys import BadInput, Stopped
@@ -91,9 +92,13 @@ def test_an_interval_that_holds_the_threshold_is_ambiguous():
         name = "base" if base > 15 else "instruct"
         assert rule(found, name)["holds"] == "open"
     near = rule(gated(both(fates(passed=49, failed=151), fates(passed=195, failed=5))), "base")
-    assert near["holds"] == "open" and 250 < near["needed"] < 450      # 24.5 % could be shown
+    assert near["holds"] == "open" and 400 < near["needed"] < 600      # 24.5 % could be shown
     assert rule(gated(both(fates(passed=91, failed=209), fates(passed=285, failed=15))),
                 "base")["needed"] is None                               # 30.3 % never
+    # what it says to ask is the next look, and enough there
+    again = gated(both(fates(passed=round(.245 * near["needed"]), failed=near["needed"] - round(
+        .245 * near["needed"])), fates(passed=near["needed"] - 9, failed=9)), looks=2)
+    assert rule(again, "base")["holds"] == "yes"
     no = gated(both(fates(passed=120, failed=180), fates(passed=285, failed=15)))
     assert no["verdict"] == "NO-GO" and "base passes at most 0.3 is refuted" in no["reasons"][0]
 
@@ -110,7 +115,12 @@ def test_few_pairs_say_nothing():
 
 
 def test_each_look_costs():
-    """Asking on until it is significant: the second look's limits are those of 1 %."""
+    """Asking on until it is significant: the chances of all looks together are TAIL at most."""
+    holds = lambda k, look: rule(gated(both(fates(passed=k, failed=200 - k), fates(
+        passed=190, failed=10)), looks=look), "base")["holds"] == "yes"
+    spent = [binom.cdf(max(k for k in range(30, 60) if holds(k, look)), 200, .3)
+             for look in (1, 2, 3)]
+    assert .003 < spent[0] <= .01 and spent == sorted(spent, reverse=True) and sum(spent) <= .02
     once = both(fates(passed=46, failed=154), fates(passed=192, failed=8))
     first, second = (rule(gated(once, looks=k), "base") for k in (1, 2))
     assert first["high"] < second["high"]
@@ -130,6 +140,16 @@ def test_a_base_counts_by_its_best_format_and_history():
     other = gated(both(fates(passed=10, failed=190), fates(passed=185, failed=15),
                        **{"alternative-plain": fates(passed=120, failed=80)}))
     assert other["verdict"] == "NO-GO" and "alternative" in other["reasons"][0]
+    report = other | {"config": {"out": "x"}}
+    assert "alternative base can do it" in next_steps(report)[0]
+    assert "the base can do it, or" in next_steps(found | {"config": {"out": "x"}})[0]
+    # one that passes all and one that fails all contradict each other, and refute nothing
+    most, least = fates(passed=190, failed=10), fates(passed=4, failed=196)
+    cells = {name: {"base-plain": said, "instruct-plain": said}
+             for name, said in (("checks", most), ("judge", least))}
+    assert gated(cells)["verdict"] == "AMBIGUOUS"
+    cells = {"base-raw": fates(passed=5, failed=95), "base-plain-right": good,
+             "instruct-cued": fates(passed=98, failed=2)}
     # each scorer has its own view of which is best
     apart = {"checks": {**cells, "base-raw": fates(failed=100)},
              "judge": {**cells, "base-plain-right": fates(failed=100), "base-raw": good}}
@@ -414,9 +434,14 @@ def test_more_conversations_add_to_the_replies(parts, scripted, tmp_path, capsys
     few = run_gate(parts / "sums.yaml", [f"out={tmp_path}/few", "limit=20"])
     assert few["verdict"] == "AMBIGUOUS" and "20 conversations can give no GO" in (
         capsys.readouterr().out)
-    assert "next: ask more: limit=" in screen(few, next_steps(few))
+    assert "next: ask more, a second look" in screen(few, next_steps(few))
     few["benchmark"]["available"] = 30
-    assert "gate.conversations make FILE n=" in screen(few, next_steps(few))
+    assert next_steps(few)[0].startswith("write more conversations")     # sums are not drawn
+    few["benchmark"]["drawn"] = True
+    assert "gate.conversations make FILE n=" in next_steps(few)[0]
+    for rules in few["rules"].values():     # what holds needs no more
+        rules[:] = [r | {"holds": "yes"} for r in rules]
+    assert next_steps(few)[0].startswith("read ") and "another look" in next_steps(few)[-1]
     scripted["replies"].clear()
     more = run_gate(parts / "sums.yaml", [f"out={tmp_path}/more", f"replies={tmp_path}/few"])
     assert len(scripted["replies"]) == 3 * (100 - 16) and more["plan"]["looks"] == 2
@@ -661,6 +686,8 @@ def test_no_go_ends_with_code_3(parts, scripted, tmp_path, capsys):
     with pytest.raises(Stopped, match="NO-GO; do not train on this yet"):
         main(swapped)
     assert capsys.readouterr().out.startswith("NO-GO")
+    with pytest.raises(Stopped, match="GO, not signed off"):      # it does not train as it is
+        main([str(parts / "sums.yaml"), f"out={tmp_path}/go"])
     text = (tmp_path / "same/gate.md").read_text()
     assert text.count("\n### ") == 3 and "| stderr |" in text
 
