@@ -214,7 +214,7 @@ def run_gate(path: str | Path, overrides: list[str] = ()) -> dict:
               for s in dict.fromkeys(cfg.scorers)}
     outcomes = {s: {name: {row["id"]: row["passed"] for row in rows}
                     for name, rows in by_condition.items()} for s, by_condition in scores.items()}
-    health = {name: summarize_replies(rows) for name, rows in replies.items()}
+    health = {name: summarize_replies(asked, rows) for name, rows in replies.items()}
     for cell in health.values():
         cell["ill"] = verdict.ill_of(cell)
     categories = {c.id: c.category for c in asked}
@@ -276,6 +276,12 @@ def pairs_of(names: list[str], chosen: dict[str, str]) -> list[tuple[str, str]]:
 def warnings_of(cfg: verdict.GateConfig, models: dict, outcomes: dict, replies: dict) -> list[str]:
     """What a reader has to know before the figures."""
     found = verdict.loosened(cfg)
+    # raw, lines: nothing tells it that an answer is wanted. chat: its own template, if it has one
+    if cfg.instruct and not any(word in form for form in cfg.base_templates
+                                for word in ("cue", "plain", "shots")):
+        found.append(f"base_templates = {', '.join(cfg.base_templates)}: neither a cue nor worked "
+                     "conversations tell the base that an answer is wanted; add raw+cue, plain or "
+                     "plain+shots")
     if "judge" in cfg.scorers:
         mine = hash_model(cfg.judge)["weights"] if not cfg.judge.startswith("http") else ""
         same = [role for role, model in models.items() if model["weights"] == mine

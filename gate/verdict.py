@@ -27,11 +27,13 @@ TAIL = 0.02     # how often a rule may hold of a true rate beyond it, all looks 
 POWER = 0.9     # of McNemar's test for the wanted gap; gives the least number of pairs
 ODDS, ALONE = 5, 8      # pairs for the gap to one against it; that many where none is against it
 FDR, CATEGORIES = 0.10, 0.75    # Benjamini-Hochberg; the share of categories that show the gap
-ILL = 0.10      # share of empty, cut or looping replies above which a base had no fair trial
+# share of empty, cut or looping replies, and of conversations that one of these failed, above which
+ILL = 0.10      # a base had no fair trial
 SUSPICIOUS = 0.8    # AUC of length for a score above which length may be what is measured
 REMEDY = {"empty": "give it another format, such as plain+shots",
           "cut": "raise max_reply_tokens, or give it plain+shots, where it sees how replies end",
-          "loops": "give it plain+shots, and see what base_histories: [right] does"}
+          "loops": "give it plain+shots, and see what base_histories: [right] does",
+          "spoilt": "mend what of empty, cut and loops is frequent, or leave that format out"}
 
 
 @dataclass
@@ -225,7 +227,7 @@ def agreement_of(cfg: GateConfig, first: dict[str, dict], second: dict[str, dict
 
 
 def ill_of(health: dict[str, dict]) -> list[str]:
-    """What keeps a condition from a fair trial: of empty, cut and loops those above ILL."""
+    """What keeps a condition from a fair trial: of empty, cut, loops and spoilt those above ILL."""
     return [what for what in REMEDY if health.get(what) and (health[what]["value"] or 0) > ILL]
 
 
@@ -235,7 +237,7 @@ def decide(cfg: GateConfig, outcomes: dict[str, dict[str, dict]], categories: di
     """The verdict with its reasons, rules and agreements.
 
     chosen       {scorer: {role: condition}}: a role counts by its best, by each scorer's own view
-    health       {condition: {empty, cut, loops}}
+    health       {condition: {empty, cut, loops, spoilt}}
     calibration  {scorer: {"ok", "n", "why"}} by people's labels
     looks        how often these conversations have been looked at; remarks: other reasons
     """
@@ -269,8 +271,9 @@ def decide(cfg: GateConfig, outcomes: dict[str, dict[str, dict]], categories: di
     # in one that lost by its replies alone, a base that can do it may be hidden
     for name in sorted({name for s in scored for name in outcomes[s]}):
         if role_of(name) != "instruct":
-            reasons += [f"{name}: {100 * health[name][what]['value']:.0f} % of replies are "
-                        f"{what}, so it may fail for that: {REMEDY[what]}"
+            reasons += [f"{name}: {100 * health[name][what]['value']:.0f} % of "
+                        f"{'conversations' if what == 'spoilt' else 'replies'} are {what}, so it "
+                        f"may fail for that: {REMEDY[what]}"
                         for what in ill_of(health.get(name, {}))]
     reasons += remarks
     # refuted by rates that every scorer measured; of an instruct model only if its replies are fit

@@ -2,9 +2,10 @@
 
 Each gate asks n conversations in four categories; base and instruct model pass each with their true
 rates, independently. Two scorers report it, each right with the same chance, each undecided at
-random. Then two that are blind to part of what the base does right, and people's labels after them:
-where scorers err alike, no figure of theirs tells. All of a scenario's gates are drawn and decided at once, as counts: `fast_go` is
-`gate.verdict.decide` in arrays, and tests/test_gate_simulation.py holds one against the other.
+random. Then two that miss part of what the base does right, and people's labels behind them: where
+scorers err alike, no figure of theirs tells. All of a scenario's gates are drawn and decided at
+once, as counts: `fast_go` is `gate.verdict.decide` in arrays, and tests/test_gate_simulation.py
+holds one against the other.
 
     python tests/gate_simulation.py          # docs/gate_simulation.png and its figures; minutes
 """

@@ -266,8 +266,14 @@ def test_health_of_replies():
     reply = lambda text, ended="stop": {"text": text, "tokens": 3, "ended": ended}
     rows = [{"replies": [reply(""), reply("Oslo it is, as I said"), reply("oslo it is, as I said!"),
                          reply("23"), reply("23"), reply("a b c " * 9, "length")]}]
-    found = {what: cell["value"] for what, cell in health_of(rows).items()}
-    assert found == pytest.approx({"empty": 1 / 6, "cut": 1 / 6, "loops": 2 / 6})
+    turns = lambda scored: tuple(Turn(user="?", scored=i in scored) for i in range(6))
+    one = lambda *scored: Conversation("x", "c", "f", "easy", 0, {}, turns(scored))
+    found = {what: cell["value"] for what, cell in health_of([one(1)], rows).items()}
+    assert found == pytest.approx({"empty": 1 / 6, "cut": 1 / 6, "loops": 2 / 6, "spoilt": 0})
+    # one of six in each, and every conversation fails for it
+    assert health_of([one(1), one(0, 3)], rows * 2)["spoilt"]["value"] == .5
+    spoilt = gated(GAP, health={"base-plain": health_of([one(1), one(0, 3)], rows * 2)})
+    assert "base-plain: 50 % of conversations are spoilt" in " ".join(spoilt["reasons"])
 
 
 def test_unpaired_is_refused():
@@ -545,6 +551,9 @@ def test_a_judge_of_its_own_replies_heads_the_report(parts, scripted, tmp_path):
     report = run_gate(parts / "sums.yaml", [f"judge={TINY}", f"out={tmp_path}/a"])
     assert "the judge is the instruct model itself" in report["warnings"][0]
     assert "! the judge is the instruct" in screen(report, next_steps(report))
+    raw = run_gate(parts / "sums.yaml", ["base_templates=raw", f"out={tmp_path}/raw"])
+    assert any("neither a cue nor worked" in warning for warning in raw["warnings"])
+    assert not any("neither a cue" in warning for warning in report["warnings"])
     loose = run_gate(parts / "sums.yaml", ["base_at_most=0.5", f"out={tmp_path}/b"])
     assert "base_at_most = 0.5 asks for less" in loose["warnings"][0]
 
