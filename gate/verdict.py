@@ -196,7 +196,7 @@ def rules_of(cfg: GateConfig, outcomes: dict[str, dict], chosen: dict[str, str],
         p.append(cell["p"] if cell["only_second"] > cell["only_first"] else 1.0)
     shown = sum(value <= FDR for value in stats.adjusted_p(p))
     needed = pairs_needed(cfg)
-    plain = [("pairs at least", len(ids), needed, len(ids) >= needed),
+    plain = [("pairs at least, for McNemar's power", len(ids), needed, len(ids) >= needed),
              ("McNemar p below, instruct ahead", gap["p"], cfg.p_below / looks,
               ahead > against and gap["p"] < cfg.p_below / looks),
              ("pairs for the gap, to one against", ahead / max(against, 1), ODDS,
@@ -205,7 +205,7 @@ def rules_of(cfg: GateConfig, outcomes: dict[str, dict], chosen: dict[str, str],
               bool(groups) and shown >= math.ceil(CATEGORIES * len(groups)))]
     return rules + [{"rule": rule, "wanted": wanted, "value": value,
                      "holds": "yes" if holds else "open",
-                     "needed": needed if rule == "pairs at least" and not holds else None}
+                     "needed": needed if rule.startswith("pairs at least") and not holds else None}
                     for rule, value, wanted, holds in plain]
 
 
