@@ -250,9 +250,8 @@ def run_gate(path: str | Path, overrides: list[str] = ()) -> dict:
         "paired": {f"{a} against {b}": verdict.compare(*(outcomes[scorers[0]][x] for x in (a, b)))
                    for a, b in pairs_of(list(replies), chosen)}}
     folder = Path(cfg.out)
-    judge.write_spotcheck(
-        folder / "spotcheck.jsonl", chats,
-        {c.id: [turn.need for turn in c.turns if turn.scored] for c in asked}, drawn)
+    needs = {c.id: [turn.need for turn in c.turns if turn.scored] for c in asked}
+    judge.write_spotcheck(folder / "spotcheck.jsonl", chats, needs, drawn)
     write_outcomes(folder, asked, replies, scores)
     report["transcripts"] = {name: [chats[name, c.id] for c in asked[:3]] for name in replies}
     report["files"] = {file.name: hash_file(file) for file in sorted(folder.glob("*.jsonl"))
