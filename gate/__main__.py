@@ -38,20 +38,34 @@ def next_steps(report: dict) -> list[str]:
                 f"run it again with labels={folder}/spotcheck.jsonl; unsigned, training needs "
                 f"require_gate: {UNSIGNED}{folder}/gate.json"]
     if verdict == "NO-GO":
+        refuted = [{r["rule"] for r in rules if r["holds"] == "no"}
+                   for rules in report["rules"].values()]
+        if all(rule.startswith("alternative") for rule in set.intersection(*refuted)):
+            return ["do not train for this: the alternative base can do it, so the gap is this "
+                    "base's own; take another task, or a harder benchmark"]
         return ["do not train for this: the base can do it, or the instruct model cannot; take "
                 "another task, or a harder benchmark"]
     if verdict is None:
         return ["name an instruct model for a verdict"]
-    needed = [r["needed"] for rules in report["rules"].values() for r in rules if r["needed"]]
-    more = [f"ask more: limit={max(needed)} replies={folder} out={folder}_more"] * bool(needed)
-    if needed and max(needed) > report["benchmark"]["available"]:
-        more = [f"ask more: `python -m gate.conversations make FILE n={max(needed)}` draws them"]
+    needed = max((r["needed"] for rules in report["rules"].values() for r in rules
+                  if r["needed"] and r["holds"] == "open"), default=0)
+    more = []
+    if needed > report["benchmark"]["available"]:
+        more = [f"ask more: `python -m gate.conversations make FILE n={needed}` draws them"
+                if report["benchmark"]["drawn"] else
+                f"write more conversations: {needed} are needed, the benchmark has "
+                f"{report['benchmark']['available']}"]
+    elif needed:
+        more = [f"ask more, a second look with limits of half the chance: limit={needed} "
+                f"replies={folder} out={folder}_more"]
     return [*more, f"read {folder}/gate.md, three conversations of each condition first",
-            "mend what the reasons name, and give another out"]
+            "mend what the reasons name, and give another out: another look at the same "
+            "conversations, so name this one in replies, or draw others"]
 
 
 def main(argv: list[str]) -> None:
-    """Exit code 0 for GO, or where there is nothing to decide; else raises Stopped, code 3."""
+    """Exit code 0 for a GO that people signed, or where there is nothing to decide; else raises
+    Stopped, code 3."""
     parser = Parser(prog="python -m gate", description="Base against instruct model on a benchmark "
                     "of conversations, before a training run.")
     parser.add_argument("config", nargs="?", default="configs/gate_tiny.yaml",
@@ -63,7 +77,7 @@ def main(argv: list[str]) -> None:
     write_text(Path(folder) / "gate.md", details(report))
     print(f"{screen(report, next_steps(report))}\n\nwrote {folder}/gate.md, gate.json, plan.json, "
           "outcomes.jsonl, disagreements.jsonl, spotcheck.jsonl")
-    if not report.get("verdict", "GO").startswith("GO"):
+    if report.get("verdict", "GO") != "GO":
         raise Stopped(f"{folder}: {report['verdict']}; do not train on this yet")
 
 

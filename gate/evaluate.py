@@ -22,7 +22,7 @@ from files.keys import BadInput
 from files.run_folder import PLAN, hash_file, hash_json, hash_model, provenance
 from gate import judge, verdict
 from gate.clean import check_base
-from gate.conversations import Conversation, read_benchmark
+from gate.conversations import SHARES, Conversation, read_benchmark
 from gate.replies import (
     PART,
     answer,
@@ -34,7 +34,7 @@ from gate.replies import (
     summarize_scores,
     transcript,
 )
-from report.stats import corrected_rate
+from report.gate_page import interval
 
 # of a plan, what replies depend on: with other values they are other replies
 GENERATION = ("benchmark", "models", "max_reply_tokens", "bits", "shots", "worked")
@@ -197,24 +197,27 @@ def hash_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def people_of(cfg: verdict.GateConfig, chats: dict, outcomes: dict, chosen: dict) -> dict:
-    """Each scorer against people's labels, with the rates that correct for its mistakes."""
-    labels = judge.read_labels(cfg.labels, chats) if cfg.labels else {}
+def people_of(cfg: verdict.GateConfig, chats: dict, outcomes: dict, chosen: dict,
+              drawn: list[tuple[str, str]]) -> dict:
+    """Each scorer against people's labels of what was drawn, with the rates that correct for its
+    mistakes: what is undecided or has no label counts against the gap."""
+    labels = judge.read_labels(cfg.labels, {key: chats[key] for key in drawn}) if cfg.labels else {}
     found = {}
     for s, cells in outcomes.items():
         flat = {(name, i): passed for name, cell in cells.items() for i, passed in cell.items()}
-        cell = found[s] = judge.calibrate(flat, labels)
+        cell = found[s] = judge.calibrate(flat, labels, drawn if labels else ())
         cell["corrected"] = {}
         for role, name in chosen.get(s, {}).items():
-            decided = [v for v in outcomes[s][name].values() if v is not None]
-            rate = corrected_rate(sum(decided), len(decided), cell["right"], cell["wrong"])
-            cell["corrected"][name] = rate
-            wanted = getattr(cfg, f"{role}_at_{'least' if role == 'instruct' else 'most'}")
-            apart = rate["value"] is not None and (
-                rate["value"] < wanted if role == "instruct" else rate["value"] > wanted)
-            if cell["ok"] and apart:
-                cell["ok"], cell["why"] = False, [
-                    f"corrected for its mistakes {name} passes {rate['value']:.2f}"]
+            at_most = role != "instruct"
+            said = {i: at_most if v is None else v for i, v in outcomes[s][name].items()}
+            seen = {i: labels.get((c, i), at_most) for c, i in drawn if c == name and labels}
+            rate = cell["corrected"][name] = judge.rate_by_people(said, seen, verdict.TAIL)
+            side = "most" if at_most else "least"
+            wanted = getattr(cfg, f"{role}_at_{side}")
+            if labels and not (rate["high"] <= wanted if at_most else rate["low"] >= wanted):
+                cell["ok"] = False
+                cell["why"].append(f"by people's labels {name} passes {interval(rate)}, not surely "
+                                   f"at {side} {wanted:g}")
     return found
 
 
@@ -238,7 +241,7 @@ def run_gate(path: str | Path, overrides: list[str] = ()) -> dict:
               for s in dict.fromkeys(cfg.scorers)}
     outcomes = {s: {name: {row["id"]: row["passed"] for row in rows}
                     for name, rows in by_condition.items()} for s, by_condition in scores.items()}
-    health = {name: summarize_replies(rows) for name, rows in replies.items()}
+    health = {name: summarize_replies(asked, rows) for name, rows in replies.items()}
     for cell in health.values():
         cell["ill"] = verdict.ill_of(cell)
     categories = {c.id: c.category for c in asked}
@@ -247,7 +250,8 @@ def run_gate(path: str | Path, overrides: list[str] = ()) -> dict:
     report = {"name": Path(cfg.out).name, "plan": plan, "models": models,
               "config": dataclasses.asdict(cfg), "versions": provenance(),
               "benchmark": {"path": cfg.benchmark, "sha256": sha, "conversations": len(asked),
-                            "available": len(conversations) - len(shots)}}
+                            "available": len(conversations) - len(shots),
+                            "drawn": {c.category for c in conversations} <= set(SHARES)}}
     found = {}
     if cfg.instruct:
         remarks = [f"{', '.join(plan['changed'])} was changed when replies were there already, and "
@@ -257,7 +261,9 @@ def run_gate(path: str | Path, overrides: list[str] = ()) -> dict:
         weigh = functools.partial(verdict.decide, cfg, outcomes, categories, health,
                                   looks=plan["looks"], remarks=remarks)
         found = weigh()
-    report["people"] = people_of(cfg, chats, outcomes, found.get("chosen", {}))
+    deciding = {name for cells in found.get("chosen", {}).values() for name in cells.values()}
+    drawn = judge.draw_to_label(chats, deciding or set(replies))
+    report["people"] = people_of(cfg, chats, outcomes, found.get("chosen", {}), drawn)
     if found:
         found = weigh(calibration=report["people"])
     # a judge that people have not confirmed does not head the report: it goes last
@@ -272,11 +278,8 @@ def run_gate(path: str | Path, overrides: list[str] = ()) -> dict:
         "paired": {f"{a} against {b}": verdict.compare(*(outcomes[scorers[0]][x] for x in (a, b)))
                    for a, b in pairs_of(list(replies), chosen)}}
     folder = Path(cfg.out)
-    judge.write_spotcheck(
-        folder / "spotcheck.jsonl", chats,
-        {c.id: [turn.need for turn in c.turns if turn.scored] for c in asked},
-        {name for cells in found.get("chosen", {}).values() for name in cells.values()}
-        or set(replies))
+    needs = {c.id: [turn.need for turn in c.turns if turn.scored] for c in asked}
+    judge.write_spotcheck(folder / "spotcheck.jsonl", chats, needs, drawn)
     write_outcomes(folder, asked, replies, scores)
     report["transcripts"] = {name: [chats[name, c.id] for c in asked[:3]] for name in replies}
     report["files"] = hash_files(folder, cfg.labels)
@@ -307,6 +310,12 @@ def pairs_of(names: list[str], chosen: dict[str, str]) -> list[tuple[str, str]]:
 def warnings_of(cfg: verdict.GateConfig, models: dict, outcomes: dict, replies: dict) -> list[str]:
     """What a reader has to know before the figures."""
     found = verdict.loosened(cfg)
+    # raw, lines: nothing tells it that an answer is wanted. chat: its own template, if it has one
+    if cfg.instruct and not any(word in form for form in cfg.base_templates
+                                for word in ("cue", "plain", "shots")):
+        found.append(f"base_templates = {', '.join(cfg.base_templates)}: neither a cue nor worked "
+                     "conversations tell the base that an answer is wanted; add raw+cue, plain or "
+                     "plain+shots")
     if "judge" in cfg.scorers:
         mine = hash_model(cfg.judge)["weights"] if not cfg.judge.startswith("http") else ""
         same = [role for role, model in models.items() if model["weights"] == mine

@@ -8,13 +8,14 @@ answers `invalid`: both undecided. First it has to tell ten right replies from t
 
 A scorer, judge or checks, is confirmed by people: at least 100 labels with 20 of each verdict,
 kappa of at least 0.7 and surely above 0.55, AC1 and kappa within each condition. Pooled over models
-of which some all fail and some all pass, kappa is high by itself.
+of which some all fail and some all pass, kappa is high by itself. People label what was drawn and
+all of it: who chooses the conversations chooses the verdict.
 """
 import hashlib
 import random
 import re
-from collections import deque
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -33,7 +34,7 @@ from gate.checks import check_turn
 from gate.conversations import Conversation
 from losses import token_logprobs
 from model import Llama
-from report.stats import cohens_kappa, wilson
+from report.stats import cohens_kappa, corrected_rate, exact_interval, wilson
 from text.rows import check_context
 from text.tokenizer import Tokenizer
 
@@ -41,7 +42,8 @@ PROMPT = Path(__file__).parent / "benchmark" / "judge.txt"
 LETTERS = ("A", "B")
 FIELDS = ("need", "answer", "chat", "reply", "right", "wrong", "first", "second")
 LEAST_LABELS, LEAST_EACH, LEAST_KAPPA, LEAST_LOW, LEAST_AC1 = 100, 20, 0.7, 0.55, 0.7
-DRAWN = 120         # conversations to label, at least
+DRAWN, DRAWN_WITHIN = 120, 40   # conversations to label, at least; of each condition that decides
+UNLABELLED = 0.05   # share of those drawn within a condition that may be left without a label
 FEW = 5             # items of a class, below which agreement within a condition says nothing
 PROBES, TOLD = 10, 8    # pairs of a right and a wrong reply, and how many a judge has to tell
 MIN_MASS = 0.5      # of both letters together; with less it answers something else
@@ -247,6 +249,7 @@ def key_of(condition: str, name: str, chat: str) -> str:
 def read_labels(path: str, chats: dict[tuple[str, str], str]) -> dict[tuple[str, str], bool]:
     """Rows {"key", "human": "pass", "fail" or null}: {(condition, id): passes}.
 
+    chats    of the conversations that were drawn to be labelled
     raises   BadInput naming rows that are damaged, twice there, or about other replies than these
     """
     keys, labels = {key_of(*pair, chat): pair for pair, chat in chats.items()}, {}
@@ -255,7 +258,8 @@ def read_labels(path: str, chats: dict[tuple[str, str], str]) -> dict[tuple[str,
         values = disk.read_fields(row, LABEL, "a label")
         key = values["key"]
         if key not in keys or keys[key] in labels:
-            raise ValueError(f"{key} is {'there twice' if key in keys else 'of another reply'}")
+            raise ValueError(f"{key} is " + (
+                "there twice" if key in keys else "of another reply, or was not drawn"))
         labels[keys[key]] = values["human"]
 
     disk.read_rows(path, read, "labels: the gate's own spotcheck.jsonl, in which people have put "
@@ -264,9 +268,10 @@ def read_labels(path: str, chats: dict[tuple[str, str], str]) -> dict[tuple[str,
 
 
 def calibrate(outcomes: dict[tuple[str, str], bool | None],
-              labels: dict[tuple[str, str], bool]) -> dict:
+              labels: dict[tuple[str, str], bool], drawn: Iterable[tuple[str, str]] = ()) -> dict:
     """A scorer against people: kappa and AC1, overall and by condition, sensitivity, specificity.
 
+    drawn     the (condition, id) that people were given to label
     ok, why   whether it is confirmed, and what is missing
     right     of what people pass: (how many the scorer passes, of how many); wrong: fails, of fails
     """
@@ -277,6 +282,8 @@ def calibrate(outcomes: dict[tuple[str, str], bool | None],
     found = compare(both)
     cells = {c: compare([k for k in both if k[0] == c]) for c in sorted({c for c, _ in both})}
     right, wrong = ([outcomes[k] == v for k in both if labels[k] == v] for v in (True, False))
+    asked = Counter(c for c, _ in drawn)
+    left = Counter(c for c, i in drawn if (c, i) not in labels)
     missing = {
         f"{len(both)} labels, {LEAST_LABELS} are needed": len(both) < LEAST_LABELS,
         f"{len(right)} passes and {len(wrong)} failures, {LEAST_EACH} of each are needed":
@@ -284,6 +291,8 @@ def calibrate(outcomes: dict[tuple[str, str], bool | None],
         f"kappa {LEAST_KAPPA}, surely above {LEAST_LOW}, is needed": not (
             found["value"] is not None and found["value"] >= LEAST_KAPPA
             and found["low"] >= LEAST_LOW),
+        **{f"{n} of {asked[c]} drawn within {c} have no label, {UNLABELLED:.0%} may be left":
+           n > UNLABELLED * asked[c] for c, n in left.items()},
         **{f"AC1 {cell['ac1']:.2f} within {c}, {LEAST_AC1} is needed": cell["ac1"] < LEAST_AC1
            for c, cell in cells.items()},
         **{f"kappa within {c} is not surely above 0": classes_of(both, c) and cell["low"] <= 0
@@ -296,21 +305,42 @@ def calibrate(outcomes: dict[tuple[str, str], bool | None],
             "disagreements": sorted(k for k in both if outcomes[k] != labels[k])}
 
 
-def write_spotcheck(path: Path, chats: dict[tuple[str, str], str], needs: dict[str, list[str]],
-                    deciding: set[str]) -> None:
-    """Draw conversations of the conditions that decide, evenly, by their ids alone, for a person to
-    label who knows neither verdict nor model. A file in which somebody has begun is left as it is.
+def rate_by_people(outcomes: dict[str, bool], labels: dict[str, bool], tail: float) -> dict:
+    """One condition's rate, corrected by the labels of that condition alone: a scorer may miss what
+    a base does right, and nothing of what an instruct model does. {value, n, low, high}
 
-    needs   {id: what its scored turns need}
+    outcomes   {id: passes} by the scorer; labels  {id: passes} by people, of a part drawn by chance
     """
-    rng, rows = random.Random(0), []
+    right, wrong = ([outcomes[i] == v for i, v in labels.items() if v == side]
+                    for side in (True, False))
+    found = corrected_rate(sum(outcomes.values()), len(outcomes), (sum(right), len(right)),
+                           (sum(wrong), len(wrong)), 1 - 2 * tail)
+    # all of one verdict, or a scorer no better than chance here: the labels speak for themselves
+    return found if found["value"] is not None else exact_interval(
+        sum(labels.values()), len(labels), tail)
+
+
+def draw_to_label(chats: Iterable[tuple[str, str]], deciding: set[str]) -> list[tuple[str, str]]:
+    """(condition, id) of what people are to label: the conditions that decide, evenly, by ids."""
+    rng, drawn = random.Random(0), []
     for condition in sorted(deciding):
         names = sorted(name for c, name in chats if c == condition)
         rng.shuffle(names)
-        most = max(-(-DRAWN // len(deciding)), len(names) // 10)
-        rows += [{"key": key_of(condition, name, chats[condition, name]), "needs": needs[name],
-                  "chat": chats[condition, name], "human": None} for name in names[:most]]
-    rng.shuffle(rows)
+        most = max(-(-DRAWN // len(deciding)), DRAWN_WITHIN, len(names) // 10)
+        drawn += [(condition, name) for name in names[:most]]
+    rng.shuffle(drawn)
+    return drawn
+
+
+def write_spotcheck(path: Path, chats: dict[tuple[str, str], str], needs: dict[str, list[str]],
+                    drawn: list[tuple[str, str]]) -> None:
+    """What was drawn, for a person to label who knows neither verdict nor model. A file in which
+    somebody has begun is left as it is.
+
+    needs   {id: what its scored turns need}
+    """
+    rows = [{"key": key_of(*pair, chats[pair]), "needs": needs[pair[1]], "chat": chats[pair],
+             "human": None} for pair in drawn]
     disk.check_target(path)
     lines = path.read_bytes().split(b"\n") if path.exists() else []
     if all(line.endswith(b'"human": null}') for line in lines if line):

@@ -186,15 +186,19 @@ def is_loop(text: str, earlier: list[str]) -> bool:
     return no_repeat(text) != PASS or len(text.split()) >= 5 and bare(text) in said
 
 
-def health_of(rows: list[dict]) -> dict[str, dict]:
-    """Shares of replies that cannot show what a model knows: {empty, cut, loops}."""
-    found = {"empty": [], "cut": [], "loops": []}
-    for row in rows:
-        texts = [reply["text"] for reply in row["replies"]]
-        for t, reply in enumerate(row["replies"]):
-            found["empty"].append(not texts[t])
-            found["cut"].append(reply["ended"] == "length")
-            found["loops"].append(is_loop(texts[t], texts[:t]))
+def health_of(conversations: list[Conversation], rows: list[dict]) -> dict[str, dict]:
+    """Shares of replies that cannot show what a model knows, {empty, cut, loops}, and of
+    conversations in which a scored one is any of these, {spoilt}: one failed turn fails them."""
+    found = {"empty": [], "cut": [], "loops": [], "spoilt": []}
+    for c, row in zip(conversations, rows, strict=True):
+        texts, spoilt = [reply["text"] for reply in row["replies"]], False
+        for t, (turn, reply) in enumerate(zip(c.turns, row["replies"])):
+            ills = {"empty": not texts[t], "cut": reply["ended"] == "length",
+                    "loops": is_loop(texts[t], texts[:t])}
+            spoilt |= turn.scored and any(ills.values())
+            for what, ill in ills.items():
+                found[what].append(ill)
+        found["spoilt"].append(spoilt)
     return {what: wilson(sum(each), len(each)) for what, each in found.items()}
 
 
@@ -207,7 +211,7 @@ def summarize_scores(scores: list[dict]) -> dict:
                         for c in sorted({s["category"] for s in scores})}}
 
 
-def summarize_replies(rows: list[dict]) -> dict:
+def summarize_replies(conversations: list[Conversation], rows: list[dict]) -> dict:
     """What replies look like, beside their scores and never in them."""
     tokens = [reply["tokens"] for row in rows for reply in row["replies"]]
-    return {"median_tokens": statistics.median(tokens), **health_of(rows)}
+    return {"median_tokens": statistics.median(tokens), **health_of(conversations, rows)}

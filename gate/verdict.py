@@ -2,8 +2,9 @@
 
 A rule on a rate holds if its interval lies on the right side of the threshold, is refuted if it
 lies on the wrong one, and is open in between: 91 of 300 neither shows nor refutes "at most 30 %".
-Intervals are exact, with 2 % in each tail, and what is undecided counts against the gap. So with
-scorers that are right, a rate beyond its threshold gets a GO with a chance of 2 % at most. Whether
+Intervals are exact, and what is undecided counts against the gap. The first look has 1 % in each
+tail, the next 0.5 %, 0.25 % ... So with scorers that are right, a rate beyond its threshold gets a
+GO with a chance of 2 % at most, however often more is asked. Whether
 they are is asked apart: two kinds of scorer have to agree within each condition, and people sign.
 
 All are pure functions of outcomes {scorer: {condition: {id: outcome}}}: True, False or None.
@@ -16,21 +17,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from files.keys import BITS, BadInput, read_keys
-from gate.judge import FEW
+from gate.judge import FEW, LEAST_LABELS
 from gate.replies import FORMATS, HISTORIES, SCORERS, worst
 from report import stats
 from report.gate_page import found_of, interval, number
 
 ROLES = ("base", "instruct", "alternative")
-TAIL = 0.02     # of each exact interval: how often a rule may hold of a true rate beyond it
+TAIL = 0.02     # how often a rule may hold of a true rate beyond it, all looks together
 POWER = 0.9     # of McNemar's test for the wanted gap; gives the least number of pairs
 ODDS, ALONE = 5, 8      # pairs for the gap to one against it; that many where none is against it
 FDR, CATEGORIES = 0.10, 0.75    # Benjamini-Hochberg; the share of categories that show the gap
-ILL = 0.10      # share of empty, cut or looping replies above which a base had no fair trial
+# share of empty, cut or looping replies, and of conversations that one of these failed, above which
+ILL = 0.10      # a base had no fair trial
 SUSPICIOUS = 0.8    # AUC of length for a score above which length may be what is measured
 REMEDY = {"empty": "give it another format, such as plain+shots",
           "cut": "raise max_reply_tokens, or give it plain+shots, where it sees how replies end",
-          "loops": "give it plain+shots, and see what base_histories: [right] does"}
+          "loops": "give it plain+shots, and see what base_histories: [right] does",
+          "spoilt": "mend what of empty, cut and loops is frequent, or leave that format out"}
 
 
 @dataclass
@@ -156,8 +159,8 @@ def best_of(by_condition: dict[str, dict], health: dict[str, dict]) -> dict[str,
 
 
 def share_rule(rule: str, outcomes: dict, wanted: float, at_most: bool, tail: float) -> dict:
-    """A rate against its threshold: holds "yes", "no" or "open", with the n that would settle it.
-    What is undecided counts against the rule, and against its refutation."""
+    """A rate against its threshold: holds "yes", "no" or "open", with the n that would settle it,
+    at the next look. What is undecided counts against the rule, and against its refutation."""
     against, for_it = (worst(outcomes.values(), side, tail) for side in (at_most, not at_most))
     clear = lambda found: found["high"] <= wanted if at_most else found["low"] >= wanted
     beyond = for_it["low"] > wanted if at_most else for_it["high"] < wanted
@@ -165,7 +168,7 @@ def share_rule(rule: str, outcomes: dict, wanted: float, at_most: bool, tail: fl
     share, needed = against["value"], None
     if holds == "open" and share is not None and (share < wanted if at_most else share > wanted):
         needed = next((n for n in (round(against["n"] * 1.1 ** k) for k in range(1, 50))
-                       if clear(stats.exact_interval(round(share * n), n, tail))), None)
+                       if clear(stats.exact_interval(round(share * n), n, tail / 2))), None)
     return {"rule": rule, "wanted": wanted, **against, "holds": holds, "needed": needed}
 
 
@@ -175,7 +178,7 @@ def rules_of(cfg: GateConfig, outcomes: dict[str, dict], chosen: dict[str, str],
     # the best of several formats is lucky: an instruct model's limits allow for that
     formats = sum(role_of(name) == "instruct" for name in outcomes)
     base, instruct = outcomes[chosen["base"]], outcomes[chosen["instruct"]]
-    tail = TAIL / looks
+    tail = TAIL / 2 ** looks    # of all looks together TAIL at most
     rules = [share_rule("base passes at most", base, cfg.base_at_most, True, tail),
              share_rule("instruct passes at least", instruct, cfg.instruct_at_least, False,
                         tail / formats)]
@@ -193,7 +196,7 @@ def rules_of(cfg: GateConfig, outcomes: dict[str, dict], chosen: dict[str, str],
         p.append(cell["p"] if cell["only_second"] > cell["only_first"] else 1.0)
     shown = sum(value <= FDR for value in stats.adjusted_p(p))
     needed = pairs_needed(cfg)
-    plain = [("pairs at least", len(ids), needed, len(ids) >= needed),
+    plain = [("pairs at least, for McNemar's power", len(ids), needed, len(ids) >= needed),
              ("McNemar p below, instruct ahead", gap["p"], cfg.p_below / looks,
               ahead > against and gap["p"] < cfg.p_below / looks),
              ("pairs for the gap, to one against", ahead / max(against, 1), ODDS,
@@ -202,7 +205,7 @@ def rules_of(cfg: GateConfig, outcomes: dict[str, dict], chosen: dict[str, str],
               bool(groups) and shown >= math.ceil(CATEGORIES * len(groups)))]
     return rules + [{"rule": rule, "wanted": wanted, "value": value,
                      "holds": "yes" if holds else "open",
-                     "needed": needed if rule == "pairs at least" else None}
+                     "needed": needed if rule.startswith("pairs at least") and not holds else None}
                     for rule, value, wanted, holds in plain]
 
 
@@ -224,7 +227,7 @@ def agreement_of(cfg: GateConfig, first: dict[str, dict], second: dict[str, dict
 
 
 def ill_of(health: dict[str, dict]) -> list[str]:
-    """What keeps a condition from a fair trial: of empty, cut and loops those above ILL."""
+    """What keeps a condition from a fair trial: of empty, cut, loops and spoilt those above ILL."""
     return [what for what in REMEDY if health.get(what) and (health[what]["value"] or 0) > ILL]
 
 
@@ -234,7 +237,8 @@ def decide(cfg: GateConfig, outcomes: dict[str, dict[str, dict]], categories: di
     """The verdict with its reasons, rules and agreements.
 
     chosen       {scorer: {role: condition}}: a role counts by its best, by each scorer's own view
-    health       {condition: {empty, cut, loops}};  calibration  {scorer: {"ok": ...}} by people
+    health       {condition: {empty, cut, loops, spoilt}}
+    calibration  {scorer: {"ok", "n", "why"}} by people's labels
     looks        how often these conversations have been looked at; remarks: other reasons
     """
     health, calibration = health or {}, calibration or {}
@@ -247,6 +251,10 @@ def decide(cfg: GateConfig, outcomes: dict[str, dict[str, dict]], categories: di
     if len(kinds) < 2:
         reasons.append(f"{' and '.join(scored)}: scorers of one kind cannot confirm each other; "
                        "add scorer judge, or labels of spotcheck.jsonl")
+    for s in scored:    # fewer labels neither confirm nor refute
+        found = calibration.get(s, {"ok": True})
+        if not found["ok"] and found.get("n", 0) >= LEAST_LABELS:
+            reasons += [f"people do not confirm {s}: {what}" for what in found["why"]]
     agreements = {}
     for k, a in enumerate(scored):
         for b in scored[k + 1:]:
@@ -256,24 +264,30 @@ def decide(cfg: GateConfig, outcomes: dict[str, dict[str, dict]], categories: di
             reasons += [f"{a} and {b} do not agree within {name} (agreement "
                         f"{number(c['agreement'])}, kappa {interval(c)}): read disagreements.jsonl"
                         for name, c in cells.items() if not c["holds"]]
-            if not any(c["judged"] for c in cells.values()) and not {a, b} <= set(confirmed):
+            decisive = {chosen[s][role] for s in (a, b) for role in ("base", "instruct")}
+            if not any(cells[c]["judged"] for c in decisive) and not {a, b} <= set(confirmed):
                 reasons.append(f"whether {a} and {b} agree cannot be judged: no condition has "
                                f"{FEW} passes and {FEW} failures; label spotcheck.jsonl")
-    for name in sorted({chosen[s][role] for s in scored for role in chosen[s]}):
+    # in one that lost by its replies alone, a base that can do it may be hidden
+    for name in sorted({name for s in scored for name in outcomes[s]}):
         if role_of(name) != "instruct":
-            reasons += [f"{name}: {100 * health[name][what]['value']:.0f} % of replies are "
-                        f"{what}, so it may fail for that: {REMEDY[what]}"
+            reasons += [f"{name}: {100 * health[name][what]['value']:.0f} % of "
+                        f"{'conversations' if what == 'spoilt' else 'replies'} are {what}, so it "
+                        f"may fail for that: {REMEDY[what]}"
                         for what in ill_of(health.get(name, {}))]
     reasons += remarks
     # refuted by rates that every scorer measured; of an instruct model only if its replies are fit
     refuted = {s: [r for r in rules[s] if r["holds"] == "no" and not (
         r["rule"].startswith("instruct") and ill_of(health.get(chosen[s]["instruct"], {})))]
         for s in scored}
+    # one rule by all of them: checks that pass all and a judge that fails all only contradict
+    by_all = set.intersection(*({r["rule"] for r in refuted[s]} for s in scored)) if scored else ()
     signed = bool(scored) and set(scored) == set(confirmed)
-    verdict = ("NO-GO" if all(refuted.values()) else "AMBIGUOUS" if reasons else
+    verdict = ("NO-GO" if by_all else "AMBIGUOUS" if reasons else
                "GO" if signed else "GO, not signed off")
     if verdict == "NO-GO":      # what is merely not shown says no more then
-        reasons = [describe(s, r) for s in scored for r in refuted[s]]
+        reasons = [describe(s, r) for s in scored for r in refuted[s]
+                   if r["rule"] in by_all]
     return {"verdict": verdict, "reasons": reasons, "chosen": chosen, "rules": rules,
             "agreement": agreements}
 

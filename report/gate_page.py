@@ -3,7 +3,7 @@
 The screen says verdict, why and what to do next. The Markdown follows the conventions of evaluation
 reports: mean, interval, standard error and n of everything, and paired differences.
 """
-ILLS = ("empty", "cut", "loops")
+ILLS = ("empty", "cut", "loops", "spoilt")    # the last one of conversations, not of replies
 MOST = 6        # reasons on the screen; all are in gate.md
 
 
@@ -58,7 +58,7 @@ def screen(report: dict, steps: list[str]) -> str:
                          f"of one class: {len(cells) - len(judged)} conditions")
     lines += [""] * bool(lines[-1]) + [
         f"  {'condition':<24}" + "".join(f"{'% by ' + s:<20}" for s in report["scorers"])
-        + f"{'undecided':<11}{'tokens':<8}empty, cut, loops %"]
+        + f"{'undecided':<11}{'tokens':<8}{', '.join(ILLS)} %"]
     for name, cell in report["conditions"].items():
         seen = cell["replies"]
         ills = ", ".join(f"{100 * seen[what]['value']:.0f}" for what in ILLS)
@@ -83,7 +83,7 @@ def details(report: dict) -> str:
         "Models | role | model | weights": [
             [role, m["name"], m["weights"][:16]] for role, m in report["models"].items()],
         "Rates | condition | scorer | category | mean [95 %] | stderr | n | undecided": rates,
-        "Replies | condition | median tokens | empty | cut | loops": [
+        "Replies | condition | median tokens | empty | cut | loops | spoilt conversations": [
             [name, c["replies"]["median_tokens"], *(share(name, what) for what in ILLS)]
             for name, c in conditions.items()],
         "Paired differences | pair | points [95 %] | stderr | only first | only second | "
@@ -110,8 +110,8 @@ def details(report: dict) -> str:
              *(f"- {reason}" for reason in report.get("reasons", [])), "",
              f"Plan {plan['sha256']}, look {plan['looks']} at these conversations. Intervals of "
              "95 %: Wilson's of a rate over what was decided, Bonett and Price's of a paired "
-             f"difference. Rules: exact ones with {plan['tail']:.0%} in each tail; what is "
-             "undecided counts against the gap."]
+             f"difference. Rules: exact ones with {100 * plan['tail'] / 2 ** plan['looks']:g} % in "
+             "each tail; what is undecided counts against the gap."]
     for head, rows in sections.items():
         title, _, columns = head.partition(" | ")
         lines += ["", f"## {title}", "", f"| {columns} |", "|---" * columns.count(" | ") + "|---|",

@@ -68,7 +68,10 @@ def corrected_rate(passed: int, n: int, right: tuple[int, int], wrong: tuple[int
     v1, v0 = q1 * (1 - q1) / m1, q0 * (1 - q0) / m0
     half = z * np.sqrt(p * (1 - p) / m + (1 - rate) ** 2 * v0 + rate ** 2 * v1) / (q0 + q1 - 1)
     middle = rate + 2 * z * z * (rate * v1 - (1 - rate) * v0)
-    low, value, high = np.clip([middle - half, point, middle + half], 0, 1).tolist()
+    low, value, high = middle - half, min(max(point, 0.0), 1.0), middle + half
+    if value != point:      # no rate explains the verdicts: as wide an interval around the nearest
+        low, high = min(low, value - half), max(high, value + half)
+    low, high = np.clip([low, high], 0, 1).tolist()
     return {"value": value, "n": n, "low": min(low, value), "high": max(high, value)}
 
 
@@ -168,9 +171,10 @@ def pairs_needed(only_first: float, only_second: float, alpha: float = 0.01,
 def cohens_kappa(first: Sequence, second: Sequence, level: float = 0.95) -> dict:
     """Agreement of two raters beyond chance: {value, low, high, n, agreement, ac1}.
 
-    Large-sample interval (Fleiss, Cohen and Everitt 1969). Value None where both use one label
-    only. ac1 (Gwet) is 1 minus disagreement over what chance would give, and stays high where one
-    label is rare, as kappa does not: read them together.
+    Large-sample interval (Fleiss, Cohen and Everitt 1969); of raters who agree in all, the exact
+    limit of agreement (Clopper and Pearson) over the same chance. Value None where both use one
+    label only. ac1 (Gwet) is 1 minus disagreement over what chance would give, and stays high where
+    one label is rare, as kappa does not: read them together.
     example  9 both pass, 2 and 2 apart, 17 both fail -> .713, ac1 .751
     """
     labels = sorted(set(first) | set(second))
@@ -194,6 +198,8 @@ def cohens_kappa(first: Sequence, second: Sequence, level: float = 0.95) -> dict
     off = (1 - kappa) ** 2 * (crossed.sum() - np.trace(crossed))
     variance = (diagonal + off - (kappa - expected * (1 - kappa)) ** 2) / (n * (1 - expected) ** 2)
     half = scipy.stats.norm.ppf((1 + level) / 2) * np.sqrt(max(variance, 0))
+    if agreement == 1:      # the variance is 0 there, of ten items as of a thousand
+        half = (1 - exact_interval(n, n, (1 - level) / 2)["low"]) / (1 - expected)
     return found | {"value": float(kappa), "low": max(-1.0, float(kappa - half)),
                     "high": min(1.0, float(kappa + half))}
 

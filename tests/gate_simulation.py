@@ -2,8 +2,10 @@
 
 Each gate asks n conversations in four categories; base and instruct model pass each with their true
 rates, independently. Two scorers report it, each right with the same chance, each undecided at
-random. All of a scenario's gates are drawn and decided at once, as counts: `fast_go` is
-`gate.verdict.decide` in arrays, and tests/test_gate_simulation.py holds one against the other.
+random. Then two that miss part of what the base does right, and people's labels behind them: where
+scorers err alike, no figure of theirs tells. All of a scenario's gates are drawn and decided at
+once, as counts: `fast_go` is `gate.verdict.decide` in arrays, and tests/test_gate_simulation.py
+holds one against the other.
 
     python tests/gate_simulation.py          # docs/gate_simulation.png and its figures; minutes
 """
@@ -18,7 +20,7 @@ from scipy.stats import binom
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from gate.verdict import ALONE, CATEGORIES, FDR, FEW, ODDS, TAIL, GateConfig, decide, pairs_needed  # noqa: E402
-from report.stats import exact_interval, percent, wilson  # noqa: E402
+from report.stats import corrected_rate, exact_interval, percent, wilson  # noqa: E402
 
 CFG = GateConfig()
 NEEDED = pairs_needed(CFG)
@@ -29,17 +31,28 @@ EDGE = ((0.31, 0.95), (0.31, 1.0), (0.05, 0.79), (0.0, 0.79))
 SIZES, UNDECIDED, RIGHT = (60, 100, 200, 300), (0.0, 0.05, 0.1), (0.8, 0.9, 0.95, 1.0)
 
 
-def side(rate: float, undecided: float, right: float) -> np.ndarray:
-    """Chances of what the two scorers say of one reply, (3, 3): 0 failed, 1 passed, 2 undecided."""
+# scorers that miss part of what the base does right: its true rate, their sensitivity on it
+BLIND = tuple(itertools.product((0.35, 0.4, 0.5), (0.4, 0.6, 0.8), (False, True)))
+LABELLED = 60   # of the base's replies, by people
+
+
+def side(rate: float, undecided: float, sensitivity: float, specificity: float,
+         alike: bool = False) -> np.ndarray:
+    """Chances of what the two scorers say of one reply, (2, 3, 3): of one that is wrong, that is
+    right; 0 failed, 1 passed, 2 undecided. alike: both err on the same replies."""
     said = lambda passes: np.array([1 - passes, passes, 0]) * (1 - undecided) + [0, 0, undecided]
-    return (rate * np.outer(said(right), said(right))
-            + (1 - rate) * np.outer(said(1 - right), said(1 - right)))
+    both = lambda passes: np.diag(said(passes)) if alike else np.outer(said(passes), said(passes))
+    return np.stack([(1 - rate) * both(1 - specificity), rate * both(sensitivity)])
 
 
 def draw(rng, gates: int, n: int, base: float, instruct: float, undecided: float,
-         right: float) -> np.ndarray:
-    """Counts (gates, GROUPS, 3, 3, 3, 3): of base by checks and judge, of instruct by both."""
-    chances = np.multiply.outer(*(side(rate, undecided, right) for rate in (base, instruct)))
+         right: float, on_base: np.ndarray | None = None) -> np.ndarray:
+    """Counts (gates, GROUPS, 3, 3, 3, 3): of base by checks and judge, of instruct by both.
+
+    on_base   a side() of the base, where the scorers do otherwise there
+    """
+    first, second = (side(rate, undecided, right, right) for rate in (base, instruct))
+    chances = np.multiply.outer((first if on_base is None else on_base).sum(0), second.sum(0))
     sizes = [len(range(g, n, GROUPS)) for g in range(GROUPS)]
     counts = [rng.multinomial(size, chances.ravel(), gates) for size in sizes]
     return np.stack(counts, 1).reshape(gates, GROUPS, 3, 3, 3, 3)
@@ -47,7 +60,7 @@ def draw(rng, gates: int, n: int, base: float, instruct: float, undecided: float
 
 @cache
 def limits(n: int) -> tuple[np.ndarray, np.ndarray]:
-    found = [exact_interval(k, n, TAIL) for k in range(n + 1)]
+    found = [exact_interval(k, n, TAIL / 2) for k in range(n + 1)]
     return np.array([f["low"] for f in found]), np.array([f["high"] for f in found])
 
 
@@ -121,6 +134,29 @@ def go_rates(gates: int = GATES) -> list[dict]:
     return found
 
 
+def blind_rates(gates: int = GATES, n: int = 200) -> list[dict]:
+    """[{base, sensitivity, alike, go, signed, gates}] where scorers are right but for what they
+    miss of the base; signed: of those GO the ones that labels of its replies let pass, at most."""
+    found = []
+    for number, (base, sensitivity, alike) in enumerate(BLIND):
+        rng, chances = np.random.default_rng(number), side(base, 0, sensitivity, 1, alike)
+        counts = draw(rng, gates, n, base, 0.95, 0, 1, chances)
+        ends, signed = counts[fast_go(counts)].sum((1, 4, 5)), 0
+        is_right = (chances[1] / np.maximum(chances.sum(0), 1e-12)).ravel()
+        for table in ends:
+            seen = rng.multivariate_hypergeometric(table.ravel(), LABELLED)
+            right = rng.binomial(seen, is_right).reshape(3, 3)
+            wrong = seen.reshape(3, 3) - right
+            highs = [corrected_rate(int(table.sum(1 - k)[1]), n,
+                                    (int(right.sum(1 - k)[1]), int(right.sum())),
+                                    (int(wrong.sum(1 - k)[0]), int(wrong.sum())),
+                                    1 - 2 * TAIL)["high"] for k in (0, 1)]
+            signed += max(highs) <= CFG.base_at_most
+        found.append({"base": base, "sensitivity": sensitivity, "alike": alike, "go": len(ends),
+                      "signed": signed, "gates": gates})
+    return found
+
+
 def is_wrong(row: dict) -> bool:
     return row["base"] > CFG.base_at_most or row["instruct"] < CFG.instruct_at_least
 
@@ -175,6 +211,11 @@ def main() -> None:
                      == (*key, n, u)]
             cells.append(f"{rates[0]:>7.1f} |{rates[1]:>5.1f}")
         print(f"{key[0]:>5}{key[1]:>9}{key[2]:>7}" + "".join(cells))
+    print("\nScorers that miss part of what the base does right, n 200: % GO, and % signed behind "
+          f"{LABELLED} labels")
+    for f in blind_rates():
+        print(f"{f['base']:>5}{f['sensitivity']:>6}{'  alike' if f['alike'] else '  apart'}"
+              f"{100 * f['go'] / f['gates']:>8.1f}{100 * f['signed'] / f['gates']:>7.1f}")
     picture(found, Path(__file__).parent.parent / "docs" / "gate_simulation.png")
 
 

@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import ROOT, TINY, assert_one_clear_line, run, small_config, write_model
+from scipy.stats import binom
 
 from config import load_config
 from files.keys import BadInput, Stopped
@@ -92,9 +93,13 @@ def test_an_interval_that_holds_the_threshold_is_ambiguous():
         name = "base" if base > 15 else "instruct"
         assert rule(found, name)["holds"] == "open"
     near = rule(gated(both(fates(passed=49, failed=151), fates(passed=195, failed=5))), "base")
-    assert near["holds"] == "open" and 250 < near["needed"] < 450      # 24.5 % could be shown
+    assert near["holds"] == "open" and 400 < near["needed"] < 600      # 24.5 % could be shown
     assert rule(gated(both(fates(passed=91, failed=209), fates(passed=285, failed=15))),
                 "base")["needed"] is None                               # 30.3 % never
+    # what it says to ask is the next look, and enough there
+    again = gated(both(fates(passed=round(.245 * near["needed"]), failed=near["needed"] - round(
+        .245 * near["needed"])), fates(passed=near["needed"] - 9, failed=9)), looks=2)
+    assert rule(again, "base")["holds"] == "yes"
     no = gated(both(fates(passed=120, failed=180), fates(passed=285, failed=15)))
     assert no["verdict"] == "NO-GO" and "base passes at most 0.3 is refuted" in no["reasons"][0]
 
@@ -111,7 +116,12 @@ def test_few_pairs_say_nothing():
 
 
 def test_each_look_costs():
-    """Asking on until it is significant: the second look's limits are those of 1 %."""
+    """Asking on until it is significant: the chances of all looks together are TAIL at most."""
+    holds = lambda k, look: rule(gated(both(fates(passed=k, failed=200 - k), fates(
+        passed=190, failed=10)), looks=look), "base")["holds"] == "yes"
+    spent = [binom.cdf(max(k for k in range(30, 60) if holds(k, look)), 200, .3)
+             for look in (1, 2, 3)]
+    assert .003 < spent[0] <= .01 and spent == sorted(spent, reverse=True) and sum(spent) <= .02
     once = both(fates(passed=46, failed=154), fates(passed=192, failed=8))
     first, second = (rule(gated(once, looks=k), "base") for k in (1, 2))
     assert first["high"] < second["high"]
@@ -131,6 +141,16 @@ def test_a_base_counts_by_its_best_format_and_history():
     other = gated(both(fates(passed=10, failed=190), fates(passed=185, failed=15),
                        **{"alternative-plain": fates(passed=120, failed=80)}))
     assert other["verdict"] == "NO-GO" and "alternative" in other["reasons"][0]
+    report = other | {"config": {"out": "x"}}
+    assert "alternative base can do it" in next_steps(report)[0]
+    assert "the base can do it, or" in next_steps(found | {"config": {"out": "x"}})[0]
+    # one that passes all and one that fails all contradict each other, and refute nothing
+    most, least = fates(passed=190, failed=10), fates(passed=4, failed=196)
+    cells = {name: {"base-plain": said, "instruct-plain": said}
+             for name, said in (("checks", most), ("judge", least))}
+    assert gated(cells)["verdict"] == "AMBIGUOUS"
+    cells = {"base-raw": fates(passed=5, failed=95), "base-plain-right": good,
+             "instruct-cued": fates(passed=98, failed=2)}
     # each scorer has its own view of which is best
     apart = {"checks": {**cells, "base-raw": fates(failed=100)},
              "judge": {**cells, "base-plain-right": fates(failed=100), "base-raw": good}}
@@ -229,14 +249,14 @@ def test_a_base_must_fail_for_the_right_reason():
         ill = gated(GAP, health={"base-plain": well | {what: share(.11)}})
         assert ill["verdict"] == "AMBIGUOUS" and what in ill["reasons"][0]
         assert "plain+shots" in ill["reasons"][0]
-    assert gated(GAP, health={"base-plain": well, "base-raw": well | {"cut": share(1)},
+    assert gated(GAP, health={"base-plain": well,
                               "instruct-plain": well | {"cut": share(1)}})["verdict"] == UNSIGNED
-    # of two formats that fail alike the one that had a fair trial counts
+    # of two formats both need a fair trial: the other may be the better one
     alike = both(fates(passed=10, failed=190), fates(passed=185, failed=15),
                  **{"base-raw": fates(passed=10, failed=190)})
     for ill in ("base-plain", "base-raw"):
         assert gated(alike, health={"base-plain": well, "base-raw": well,
-                                    ill: well | {"empty": share(1)}})["verdict"] == UNSIGNED
+                                    ill: well | {"empty": share(1)}})["verdict"] == "AMBIGUOUS"
     # an instruct model whose replies are cut is not refuted by them
     cut = both(fates(passed=10, failed=190), fates(passed=20, failed=180))
     assert gated(cut)["verdict"] == "NO-GO"
@@ -247,8 +267,14 @@ def test_health_of_replies():
     reply = lambda text, ended="stop": {"text": text, "tokens": 3, "ended": ended}
     rows = [{"replies": [reply(""), reply("Oslo it is, as I said"), reply("oslo it is, as I said!"),
                          reply("23"), reply("23"), reply("a b c " * 9, "length")]}]
-    found = {what: cell["value"] for what, cell in health_of(rows).items()}
-    assert found == pytest.approx({"empty": 1 / 6, "cut": 1 / 6, "loops": 2 / 6})
+    turns = lambda scored: tuple(Turn(user="?", scored=i in scored) for i in range(6))
+    one = lambda *scored: Conversation("x", "c", "f", "easy", 0, {}, turns(scored))
+    found = {what: cell["value"] for what, cell in health_of([one(1)], rows).items()}
+    assert found == pytest.approx({"empty": 1 / 6, "cut": 1 / 6, "loops": 2 / 6, "spoilt": 0})
+    # one of six in each, and every conversation fails for it
+    assert health_of([one(1), one(0, 3)], rows * 2)["spoilt"]["value"] == .5
+    spoilt = gated(GAP, health={"base-plain": health_of([one(1), one(0, 3)], rows * 2)})
+    assert "base-plain: 50 % of conversations are spoilt" in " ".join(spoilt["reasons"])
 
 
 def test_unpaired_is_refused():
@@ -415,9 +441,14 @@ def test_more_conversations_add_to_the_replies(parts, scripted, tmp_path, capsys
     few = run_gate(parts / "sums.yaml", [f"out={tmp_path}/few", "limit=20"])
     assert few["verdict"] == "AMBIGUOUS" and "20 conversations can give no GO" in (
         capsys.readouterr().out)
-    assert "next: ask more: limit=" in screen(few, next_steps(few))
+    assert "next: ask more, a second look" in screen(few, next_steps(few))
     few["benchmark"]["available"] = 30
-    assert "gate.conversations make FILE n=" in screen(few, next_steps(few))
+    assert next_steps(few)[0].startswith("write more conversations")     # sums are not drawn
+    few["benchmark"]["drawn"] = True
+    assert "gate.conversations make FILE n=" in next_steps(few)[0]
+    for rules in few["rules"].values():     # what holds needs no more
+        rules[:] = [r | {"holds": "yes"} for r in rules]
+    assert next_steps(few)[0].startswith("read ") and "another look" in next_steps(few)[-1]
     scripted["replies"].clear()
     more = run_gate(parts / "sums.yaml", [f"out={tmp_path}/more", f"replies={tmp_path}/few"])
     assert len(scripted["replies"]) == 3 * (100 - 16) and more["plan"]["looks"] == 2
@@ -463,7 +494,56 @@ def test_people_sign_it_off(parts, scripted, tmp_path):
         row["human"] = "fail" if row["human"] == "pass" else "pass"
     labels.write_text("".join(json.dumps(row) + "\n" for row in rows))
     apart = run_gate(parts / "sums.yaml", [*words, f"labels={labels}"])
-    assert apart["verdict"] == UNSIGNED and "kappa" in apart["people"]["checks"]["why"][0]
+    assert apart["verdict"] == "AMBIGUOUS" and "kappa" in apart["people"]["checks"]["why"][0]
+    assert any("people do not confirm checks: kappa" in why for why in apart["reasons"])
+    # nor who leaves out what is doubtful, or labels others than those drawn
+    kept = [row | {"human": None} if i < 8 else row for i, row in enumerate(rows)]
+    labels.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    left = run_gate(parts / "sums.yaml", [*words, f"labels={labels}"])["people"]["checks"]["why"]
+    assert any("have no label" in why for why in left)
+    row = next(json.loads(line) for line in (tmp_path / "run/replies_base-plain.jsonl").open())
+    conversations = {c.id: c for c in read_benchmark(parts / "sums.jsonl")[0]}
+    chat = replying.transcript(conversations[row["id"]], row)
+    labels.write_text(json.dumps({"key": judge.key_of("base-plain", row["id"], chat),
+                                  "human": "fail"}))
+    with pytest.raises(BadInput, match="was not drawn"):
+        run_gate(parts / "sums.yaml", [*words, f"labels={labels}"])
+
+
+def labelled(base, people_pass, instruct, drawn=60):
+    """The verdict where people pass so many of the base's drawn replies, and one scorer's part."""
+    cells = both(base, instruct)
+    pairs = [(name, i) for name in cells["checks"] for i in list(base)[:drawn]]
+    ranked = sorted(list(base)[:drawn], key=lambda i: not base[i])
+    labels = {pair: instruct[pair[1]] for pair in pairs if pair[0] == "instruct-plain"}
+    labels |= {("base-plain", i): k < people_pass for k, i in enumerate(ranked)}
+    cfg = GateConfig(labels="labels.jsonl")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judge, "read_labels", lambda *_: labels)
+        people = evaluate.people_of(cfg, {pair: "" for pair in pairs}, cells,
+                                    gated(cells)["chosen"], pairs)
+    return gated(cells, calibration=people), people["checks"]
+
+
+def test_people_who_pass_the_base_refute_it():
+    """Scorers right on the instruct model and blind on the base: pooled, they look fine."""
+    spread = lambda k: {str(i): (7 * i) % 200 < k for i in range(200)}      # evenly among the drawn
+    found, cell = labelled(spread(16), 5, spread(190))
+    assert found["verdict"] == "GO", found["reasons"]
+    for people_pass in (20, 36, 60):        # of 60, where both scorers pass 23 %
+        found, cell = labelled(spread(46), people_pass, spread(190))
+        assert not cell["ok"] and found["verdict"] == "AMBIGUOUS"
+        assert any("by people's labels base-plain passes" in why for why in found["reasons"])
+    # all of one verdict by people: their own interval
+    assert labelled(spread(4), 0, spread(190))[1]["corrected"]["base-plain"]["high"] < .1
+
+
+def test_agreement_that_decides_nothing():
+    """A judge that fails all of the base and passes all of the instruct model agrees elsewhere."""
+    mixed = turned(fates(passed=100, failed=100))
+    cells = both(fates(failed=200), fates(passed=200), **{"instruct-chat": mixed})
+    assert gated(cells)["verdict"] == "AMBIGUOUS"
+    assert "cannot be judged" in " ".join(gated(cells)["reasons"])
 
 
 def test_the_same_weights_twice(parts, scripted, tmp_path):
@@ -504,6 +584,9 @@ def test_a_judge_of_its_own_replies_heads_the_report(parts, scripted, tmp_path):
     report = run_gate(parts / "sums.yaml", [f"judge={TINY}", f"out={tmp_path}/a"])
     assert "the judge is the instruct model itself" in report["warnings"][0]
     assert "! the judge is the instruct" in screen(report, next_steps(report))
+    raw = run_gate(parts / "sums.yaml", ["base_templates=raw", f"out={tmp_path}/raw"])
+    assert any("neither a cue nor worked" in warning for warning in raw["warnings"])
+    assert not any("neither a cue" in warning for warning in report["warnings"])
     loose = run_gate(parts / "sums.yaml", ["base_at_most=0.5", f"out={tmp_path}/b"])
     assert "base_at_most = 0.5 asks for less" in loose["warnings"][0]
 
@@ -673,6 +756,8 @@ def test_no_go_ends_with_code_3(parts, scripted, tmp_path, capsys):
     with pytest.raises(Stopped, match="NO-GO; do not train on this yet"):
         main(swapped)
     assert capsys.readouterr().out.startswith("NO-GO")
+    with pytest.raises(Stopped, match="GO, not signed off"):      # it does not train as it is
+        main([str(parts / "sums.yaml"), f"out={tmp_path}/go"])
     text = (tmp_path / "same/gate.md").read_text()
     assert text.count("\n### ") == 3 and "| stderr |" in text
 

@@ -23,6 +23,7 @@ from gate.evaluate import run_gate
 from gate.judge import (
     calibrate,
     check_judge,
+    draw_to_label,
     fill_prompt,
     judge_by_endpoint,
     judge_locally,
@@ -407,17 +408,18 @@ def test_spotcheck_is_blind_and_kept(tmp_path):
     chats = {(c, f"{i:03}"): f"User: hi {c}" for c in ("base-raw", "base-cued", "instruct-chat")
              for i in range(200)}
     needs, deciding = {f"{i:03}": ["x"] for i in range(200)}, {"base-raw", "instruct-chat"}
-    write_spotcheck(path, chats, needs, deciding)
+    write_spotcheck(path, chats, needs, draw_to_label(chats, deciding))
     drawn = path.read_bytes()
-    write_spotcheck(path, dict(reversed(chats.items())), needs, deciding)
+    other = dict(reversed(chats.items()))
+    write_spotcheck(path, other, needs, draw_to_label(other, deciding))
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(lines) == 120 and path.read_bytes() == drawn
     assert [sum(c in line["chat"] for line in lines) for c in sorted(deciding)] == [60, 60]
     assert all(line.keys() == {"key", "needs", "chat", "human"} for line in lines)
     lines[0]["human"] = "pass"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    write_spotcheck(path, chats, needs, deciding)
+    write_spotcheck(path, chats, needs, draw_to_label(chats, deciding))
     assert json.loads(path.read_text().splitlines()[0])["human"] == "pass"
     path.write_text(path.read_text().replace('"pass"', "true"))     # not valid, but a person's
-    write_spotcheck(path, chats, needs, deciding)
+    write_spotcheck(path, chats, needs, draw_to_label(chats, deciding))
     assert "true" in path.read_text()

@@ -1,6 +1,6 @@
 """The simulated gate is the gate; and it says GO where it must not in at most 2 of 100."""
 import numpy as np
-from gate_simulation import EDGE, draw, fast_go, go_rates, is_wrong, slow_verdict
+from gate_simulation import EDGE, blind_rates, draw, fast_go, go_rates, is_wrong, slow_verdict
 
 
 def test_the_simulated_gate_is_the_gate():
@@ -27,3 +27,11 @@ def test_wrong_go_is_rare_and_a_true_gap_is_found(monkeypatch):
     true, = (f["go"] for f in found if (f["base"], f["instruct"], f["n"], f["right"])
              == (.2, .95, 300, 1.))
     assert true > 900
+
+
+def test_scorers_blind_to_the_base_are_seen_by_people_alone(monkeypatch):
+    """A base truly at 35 %, of which both scorers miss the same 60 %: nothing of theirs tells."""
+    monkeypatch.setattr("gate_simulation.BLIND", ((.35, .4, True), (.35, .4, False)))
+    alike, apart = blind_rates(300)
+    assert alike["go"] > 290 and apart["go"] > 200
+    assert alike["signed"] <= 6 and apart["signed"] <= 6       # 2 % and its error, of 300

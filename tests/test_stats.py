@@ -201,6 +201,10 @@ def test_kappa_by_hand_and_where_it_says_nothing():
     assert cohens_kappa([], [])["n"] == 0
     few = cohens_kappa([True, True, False, False, True], [True, True, False, True, True])
     assert few["low"] < few["value"] < few["high"] == 1     # Wald's limit would be 1.24
+    # ten items that agree say less than a thousand: .025 ** (1 / n) is agreement's limit
+    for n, low in ((10, 2 * .025 ** (1 / 10) - 1), (1000, 2 * .025 ** (1 / 1000) - 1)):
+        found = cohens_kappa([True, False] * (n // 2), [True, False] * (n // 2))
+        assert (found["value"], found["high"]) == (1, 1) and found["low"] == pytest.approx(low)
     with pytest.raises(ValueError):
         cohens_kappa([True], [True, False])
 
@@ -263,6 +267,11 @@ def test_rates_corrected_for_a_scorers_mistakes():
     assert found["value"] == pytest.approx(.051, abs=5e-4)
     assert corrected_rate(90, 100, (50, 100), (50, 100))["value"] is None       # a coin
     assert corrected_rate(90, 100, (0, 0), (9, 9))["value"] is None
+    # more (fewer) passes than the scorer's mistakes explain: at the edge, and still uncertain
+    none, every = corrected_rate(0, 200, (5, 9), (55, 60)), corrected_rate(200, 200, (56, 60),
+                                                                            (50, 60))
+    assert none["value"] == none["low"] == 0 and none["high"] > .1
+    assert every["value"] == every["high"] == 1 and .85 < every["low"] < .99
     rng = np.random.default_rng(0)
     for rate, q1, q0, n, m1, m0 in ((.2, .9, .85, 200, 50, 50), (.9, .95, .8, 200, 80, 20),
                                     (.05, .9, .95, 300, 25, 75), (.5, .8, .8, 100, 50, 50)):
