@@ -17,6 +17,7 @@ BUNDLED = [command for _, command, _ in ROWS]
 REAL = [command for _, _, command in ROWS if command]
 SMALL = {"train.py": "steps=2 eval_prompts=4 batch_size=16",
          "study.probe": "--pairs 12",
+         "study": "--report --out runs/docs",
          "tasks": "--samples 64 --test 4"}
 MAKES = {"sft.yaml": "runs/sft/emergence.html",
          "dual_reward.yaml": "runs/dual_reward/emergence.html",
