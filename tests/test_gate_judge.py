@@ -263,7 +263,9 @@ def test_a_slow_answer_holds_up_nobody():
         slow.set()
         assert next(answers)[0] == 0
         slow.clear()
-        code = ("from config import run_main; from gate.judge import judge_by_endpoint as ask\n"
+        # a shell's background job ignores the interrupt, and its children do
+        code = ("import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+                "from config import run_main; from gate.judge import judge_by_endpoint as ask\n"
                 f"run_main(lambda _: [print(place, flush=True) for place, _ in ask({url!r}, 'm', "
                 f"{asked}, ('A', 'B'), requests=2)])")
         command = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True,

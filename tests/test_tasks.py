@@ -463,7 +463,7 @@ def test_every_option_is_some_data_sets():
     assert "whose options are --samples, --seed, --unnamed, --tokenizer" in str(error.value)
     for name, options in DEFAULTS.items():
         words = [word for key in options for word in
-                 [f"--{key}".replace("_", "-"), *([] if key == "skip_bad" else ["7"])]]
+                 [f"--{key}".replace("_", "-"), *([] if key in ("skip_bad", "unnamed") else ["7"])]]
         assert parse([name, "out", *words])[2].keys() == options.keys()
 
 
