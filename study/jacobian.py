@@ -60,12 +60,9 @@ def read_stream(model: Llama, stream: np.ndarray, targets: list[list[int]], k: i
                        mx.array(targets)[:, None], k)
 
 
-def read_transported(model: Llama, prompts: list[list[int]], targets: list[list[int]],
-                     jacobians: mx.array) -> Reading:
-    """The lens on J h in place of h; jacobians (L+1, D, D) from `jacobian`."""
-    stream = last_token_stream(model, prompts)
-    moved = [np.array(mx.array(h) @ J.T) for h, J in zip(stream, jacobians)]
-    return read_stream(model, np.stack(moved), targets)
+def transport(stream: np.ndarray, jacobians: mx.array) -> np.ndarray:
+    """J h at every tap, to be read in place of h: stream (L+1, N, D), jacobians (L+1, D, D)."""
+    return np.stack([np.array(mx.array(h) @ J.T) for h, J in zip(stream, jacobians)])
 
 
 def unembedding_rows(model: Llama, ids: mx.array) -> mx.array:

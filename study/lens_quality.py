@@ -37,7 +37,7 @@ from files.disk import (
 from files.options import Parser
 from model import Llama
 from report.stats import bootstrap_mean, interval_text
-from study.jacobian import jacobian, last_token_stream, own_texts, read_stream
+from study.jacobian import jacobian, last_token_stream, own_texts, read_stream, transport
 from text.arithmetic import ONES, SYMBOLS, TENS
 from text.tokenizer import Tokenizer
 
@@ -140,8 +140,7 @@ def main(argv: list[str]) -> None:
     print(f"{'set':<14}{'items':>6}  {'lens':<10}" + "".join(f"pass@{k:<17}" for k in KS))
     for name, (prompts, words, left_out) in sets.items():
         stream = last_token_stream(model, prompts)
-        moved = np.stack([np.array(mx.array(h) @ J.T) for h, J in zip(stream, jacobians)])
-        for lens, read in (("logit", stream), ("Jacobian", moved)):
+        for lens, read in (("logit", stream), ("Jacobian", transport(stream, jacobians))):
             ranks = best_ranks(model, read, words)
             passed = {k: bootstrap_mean([np.mean([r <= k for r in item]) for item in ranks])
                       for k in KS}

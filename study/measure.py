@@ -1,7 +1,7 @@
-"""What is seen in one finished run: a few numbers a block, for study/measures/BASE_ARM_SEED.json.
+"""What is seen in one finished run: a few numbers a block, for study/measures/BASE-ARM-SEED.json.
 
 All on operand pairs that no model was trained on, but swaps of problems with one-digit answers,
-which are few: those are on all pairs (prompts.swapped).
+which are few: those are on all pairs (prompts.swap_splits).
 """
 import engine.blas  # noqa: F401  (before mlx)
 import numpy as np
@@ -16,11 +16,14 @@ from study.prompts import Matched, judged, make_matched, operations_of, swap_ope
 from study.swaps import (
     Streams,
     class_means,
-    exchange_effect,
+    effect,
+    exchange,
     fit_subspace,
     make_swaps,
+    outcome,
     read_streams,
-    swap_taps,
+    swap_of,
+    unedited,
 )
 from text.arithmetic import Problem
 from text.rows import answer_lengths, class_word_ids, series_ids
@@ -83,7 +86,6 @@ def read_series(model: Llama, tokenizer: Tokenizer, cfg: Config, problems: list[
     top = reading.top_ids[:, :, 0, 0]                                               # (L+1, B)
     one_token = learnable & (answer_lengths(tokenizer, problems) == 1)
     inner = slice(1, -1)        # before the last block, which is the output itself
-    strength = {"word": probs[inner, :, 1].max(0), "target": probs[inner, :, 2].max(0)}
     curves = {
         "word.top1": (top == ids[:, 1]).mean(1), "word.prob": probs[:, :, 1].mean(1),
         "target.top1": (top == targets).mean(1), "target.prob": probs[:, :, 2].mean(1),
@@ -98,7 +100,8 @@ def read_series(model: Llama, tokenizer: Tokenizer, cfg: Config, problems: list[
     at_block = reading.logprobs[cfg.class_block(model.args) + 1, :, 0, 2]           # (B,)
     values = {
         "accuracy": right.mean(), "n": len(right), "answers": int(one_token.sum()),
-        "word.strength": strength["word"].mean(), "target.strength": strength["target"].mean(),
+        "word.strength": probs[inner, :, 1].max(0).mean(),
+        "target.strength": probs[inner, :, 2].max(0).mean(),
         "word.any": (top[inner] == ids[:, 1]).any(0).mean(), "n.word": len(problems),
         "answer.half": half_rise(curves["answer.prob"]),
         "auc": auc_within(at_block[learnable], right, cells) if enough else None}
@@ -151,9 +154,12 @@ def turned_by_block(model: Llama, tokenizer: Tokenizer, cfg: Config, matched: Ma
     splits = ("valid",) if cfg.data == "arithmetic" else ("valid", "train")
     swaps = make_swaps(tokenizer, matched, swap_operations(cfg), splits)
     means, L = class_means(streams, matched), model.args.num_hidden_layers
-    rows = swap_taps(model, streams, swaps, means, [0] * matched.classes, list(range(1, L)),
-                     np.zeros(L + 1), kinds=("swap",))
-    return rounded([row["swap"]["turned"] or 0.0 for row in rows])
+    clean, turned = unedited(model, streams, swaps), []
+    for tap in range(1, L):
+        swapped = streams.stream[tap][swaps.own] + swap_of(swaps, means[tap])
+        found = effect(outcome(model, streams, swaps, swapped, tap), clean)
+        turned.append(found["turned"] or 0.0)
+    return rounded(turned)
 
 
 def hand_over(curves: list[list[float]]) -> int:
@@ -172,15 +178,17 @@ def best_subspace(model: Llama, tokenizer: Tokenizer, cfg: Config, matched: Matc
     """The subspace that gains most at some blocks, found on training pairs, tried on others.
 
     returns  {block: [its effect, the class means' swap on the same pairs]}, each [turned, right,
-             near] as swaps.exchange_effect
+             near] as swaps.effect
     """
     make = lambda *splits: make_swaps(tokenizer, matched, swap_operations(cfg), splits)
     fitted, tried, found = make("train"), make("valid", "test"), {}
-    means, lengths = class_means(streams, matched), np.ones(len(streams.stream))
+    means, clean = class_means(streams, matched), unedited(model, streams, tried)
     for block in blocks:
+        stream = streams.stream[block + 1]
         basis = fit_subspace(model, streams, fitted, means[block + 1], block + 1)
-        best = exchange_effect(model, streams, tried, basis, block + 1)
-        [swap] = swap_taps(model, streams, tried, means, [0] * matched.classes, [block + 1],
-                           lengths, kinds=("swap",))
-        found[block] = [rounded(best.values()), rounded(swap["swap"].values())]
+        found[block] = []
+        for edited in (exchange(stream[tried.own], stream[tried.other], basis),
+                       stream[tried.own] + swap_of(tried, means[block + 1])):
+            seen = outcome(model, streams, tried, edited, block + 1)
+            found[block].append(rounded(effect(seen, clean).values()))
     return found

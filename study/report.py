@@ -13,7 +13,7 @@ from report.stats import interval_text, mean_interval
 from study.document import fill, table
 from study.judge import Measures, judge, value_of
 from study.measure import hand_over
-from study.plan import plan
+from study.plan import Run, plan
 
 CLAIMS = ("decodable", "aligned", "verbalised", "used")
 # columns of the tables of arms: {heading: (value, factor, digits)}
@@ -114,16 +114,15 @@ def answer_lines(asked: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def design_table(study: dict, measures: Measures) -> str:
+def design_table(study: dict, planned: list[Run], measures: Measures) -> str:
     """Arms in rows, bases in columns: how many runs there are of those planned."""
-    runs, bases = plan(study), list(study["bases"])
-    rows = []
+    bases, rows = list(study["bases"]), []
     for name, arm in study["arms"].items():
         counts = []
         for base in bases:
-            planned = [r for r in runs if (r.base, r.arm) == (base, name)]
-            done = sum((r.base, r.arm, r.seed) in measures for r in planned)
-            counts.append(str(done) if done == len(planned) else f"{done} of {len(planned)}")
+            wanted = [r for r in planned if (r.base, r.arm) == (base, name)]
+            done = sum((r.base, r.arm, r.seed) in measures for r in wanted)
+            counts.append(str(done) if done == len(wanted) else f"{done} of {len(wanted)}")
         rows.append([arm["label"], *counts])
     return table(["arm", *bases], rows)
 
@@ -255,7 +254,7 @@ def write_report(study: dict, runs: list[dict], out: Path) -> list[dict]:
     picture = lambda drawn, about, name: f"![{about}]({name})" if drawn else ""
     text = fill(
         "study", n_runs=len(runs), n_planned=len(planned), hours=hours,
-        answers=answer_lines(asked), design=design_table(study, measures),
+        answers=answer_lines(asked), design=design_table(study, planned, measures),
         hypotheses=hypothesis_table(asked, study),
         n_tests=sum(test["expect"] != "described" for test in tests),
         forest=picture(any(test["bases"] for test in tests), "effects beside what was expected",

@@ -58,7 +58,7 @@ class Swaps:
     foil: np.ndarray            # (N,) token of the partner's
     near: np.ndarray            # (N, 2) tokens of foil - 1, foil + 1; -1: not to be looked at
 
-    def take(self, rows: np.ndarray) -> "Swaps":
+    def take(self, rows: np.ndarray | slice) -> "Swaps":
         return Swaps(*(column[rows] for column in vars(self).values()))
 
 
@@ -139,13 +139,14 @@ def outcome(model: Llama, streams: Streams, swaps: Swaps, resid: np.ndarray,
     parts = []
     for i in range(0, len(resid), ROWS):
         rows = slice(i, i + ROWS)
-        caches = rows_of(streams.prefix, swaps.own[rows], tap)
+        part = swaps.take(rows)
+        caches = rows_of(streams.prefix, part.own, tap)
         logits = model.head(go_on(model, caches, mx.array(resid[rows].astype(np.float32)), tap))
-        near = mx.array(swaps.near[rows])
+        near = mx.array(part.near)
         seen = (near >= 0).astype(mx.float32)                                       # (N, 2)
         at = lambda ids, logits=logits: mx.take_along_axis(logits, ids, axis=1)
         beside = (at(mx.maximum(near, 0)) * seen).sum(1) / seen.sum(1)
-        odds, top = at(mx.array(swaps.foil[rows])[:, None])[:, 0] - beside, mx.argmax(logits, -1)
+        odds, top = at(mx.array(part.foil)[:, None])[:, 0] - beside, mx.argmax(logits, -1)
         mx.eval(odds, top)
         parts.append((np.array(top), np.array(odds)))
     top, odds = (np.concatenate(column) for column in zip(*parts))
@@ -167,6 +168,12 @@ def of_length(vectors: np.ndarray, length: float | np.ndarray) -> np.ndarray:
     return vectors * (length / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12))
 
 
+def swap_of(swaps: Swaps, means: np.ndarray) -> np.ndarray:
+    """The difference of the two operations' means: (..., C, D) -> (..., N, D)."""
+    a, b = swaps.labels.T
+    return means[..., b, :] - means[..., a, :]
+
+
 def make_edits(swaps: Swaps, stream: np.ndarray, means: np.ndarray, words: np.ndarray,
                length: float, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """The edited streams (N, D) of one tap, by kind.
@@ -174,12 +181,11 @@ def make_edits(swaps: Swaps, stream: np.ndarray, means: np.ndarray, words: np.nd
     stream  (M, D) of the prompts;  means  (C, D) of the operations, on training pairs
     words   (C, D) the words' directions;  length  of the `_n` kinds
     """
-    a, b = swaps.labels.T
-    swap, h = means[b] - means[a], stream[swaps.own]                                # (N, D)
+    swap, h = swap_of(swaps, means), stream[swaps.own]                              # (N, D)
     basis = span(words)
     along = swap @ basis.T @ basis
     added = {"swap": swap, "words": along, "rest": swap - along,
-             "inject": words[b] - words[a], "random": rng.standard_normal(swap.shape)}
+             "inject": swap_of(swaps, words), "random": rng.standard_normal(swap.shape)}
     edits = {kind: h + added[kind] for kind in ("swap", "words", "rest")}
     edits |= {f"{kind}_n": h + of_length(v, length) for kind, v in added.items()}
     rest = np.linalg.norm(added["rest"], axis=1, keepdims=True)
@@ -188,8 +194,7 @@ def make_edits(swaps: Swaps, stream: np.ndarray, means: np.ndarray, words: np.nd
 
 def swap_lengths(swaps: Swaps, means: np.ndarray) -> np.ndarray:
     """The mean length of the swap at each tap: means (L+1, C, D) -> (L+1,)."""
-    a, b = swaps.labels.T
-    return np.linalg.norm(means[:, b] - means[:, a], axis=-1).mean(1)
+    return np.linalg.norm(swap_of(swaps, means), axis=-1).mean(1)
 
 
 def class_means(streams: Streams, matched: Matched) -> np.ndarray:
@@ -200,8 +205,7 @@ def class_means(streams: Streams, matched: Matched) -> np.ndarray:
 
 
 def swap_taps(model: Llama, streams: Streams, swaps: Swaps, means: np.ndarray, words: list[int],
-              taps: list[int], lengths: np.ndarray, kinds: tuple[str, ...] = KINDS,
-              seed: int = 0) -> list[dict]:
+              taps: list[int], lengths: np.ndarray, seed: int = 0) -> list[dict]:
     """Every kind of edit at some taps: [{tap, kind: {turned, right, near}}].
 
     means    (L+1, C, D);  words  the operations' C tokens;  lengths  (L+1,) of the `_n` kinds
@@ -214,7 +218,7 @@ def swap_taps(model: Llama, streams: Streams, swaps: Swaps, means: np.ndarray, w
     for tap in taps:
         edits = make_edits(swaps, streams.stream[tap], means[tap], directions, lengths[tap], rng)
         found.append({"tap": tap, **{kind: effect(
-            outcome(model, streams, swaps, edits[kind], tap), clean) for kind in kinds}})
+            outcome(model, streams, swaps, edits[kind], tap), clean) for kind in KINDS}})
     return found
 
 
@@ -224,6 +228,7 @@ def unedited(model: Llama, streams: Streams, swaps: Swaps) -> dict[str, np.ndarr
 
 
 def effect(edited: dict[str, np.ndarray], clean: dict[str, np.ndarray]) -> dict:
+    """What an edit did, by the outcomes with it and without: swap_taps' {turned, right, near}."""
     share = lambda values: float(values[clean["right"]].mean()) if clean["right"].any() else None
     return {"turned": share(edited["turned"]), "right": share(edited["right"]),
             "near": float((edited["near"] - clean["near"]).mean())}
@@ -276,11 +281,3 @@ def orthonormal(rows: mx.array) -> mx.array:
 def exchange(h, partner, basis):
     """h (N, D) with its part in the span of basis (r, D) in place of the partner's."""
     return h + (partner - h) @ basis.T @ basis
-
-
-def exchange_effect(model: Llama, streams: Streams, swaps: Swaps, basis: np.ndarray,
-                    tap: int) -> dict:
-    """What the exchange of one subspace turns: swap_taps' {turned, right, near}."""
-    stream = streams.stream[tap]
-    edited = exchange(stream[swaps.own], stream[swaps.other], basis)
-    return effect(outcome(model, streams, swaps, edited, tap), unedited(model, streams, swaps))

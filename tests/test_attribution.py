@@ -15,7 +15,8 @@ from study.attribution import attribution_table, contributions
 from study.jacobian import (
     jacobian,
     last_token_stream,
-    read_transported,
+    read_stream,
+    transport,
     unembedding_rows,
     word_directions,
 )
@@ -132,7 +133,7 @@ def test_jacobian_of_words_is_the_full_one_times_the_words(model):
     full = jacobian(model, prompts, mx.eye(32))                                     # (L+1, D, D)
     np.testing.assert_allclose(np.array(jacobian(model, prompts, words)),
                                np.array(words @ full), atol=1e-4)
-    reading = read_transported(model, prompts, [[56]], full)
+    reading = read_stream(model, transport(last_token_stream(model, prompts), full), [[56]])
     plain = read_prompts(model, prompts, [[56]], 1)
     np.testing.assert_allclose(reading.probs[-1], plain.probs[-1], rtol=1e-5)
     assert abs(reading.probs[1] - plain.probs[1]).max() > 1e-6

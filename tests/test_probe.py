@@ -26,8 +26,8 @@ from study.probe import (
 from study.prompts import make_matched, masked_prompts, matched_problems
 from study.swaps import (
     class_means,
+    effect,
     exchange,
-    exchange_effect,
     fit_subspace,
     make_edits,
     make_swaps,
@@ -282,8 +282,10 @@ def test_the_best_subspace_gains_more_than_the_means(tiny, read):
     basis = fit_subspace(model, streams, train, means[5], 5)
     assert basis.shape == (1, 128)
     np.testing.assert_allclose(basis @ basis.T, np.eye(1), atol=1e-5)
-    found = exchange_effect(model, streams, swaps, basis, 5)
-    start = exchange_effect(model, streams, swaps, span(means[5][:2]).astype(np.float32), 5)
+    h, partner = streams.stream[5][swaps.own], streams.stream[5][swaps.other]
+    of = lambda basis: effect(outcome(model, streams, swaps, exchange(h, partner, basis), 5),
+                              unedited(model, streams, swaps))
+    found, start = of(basis), of(span(means[5][:2]).astype(np.float32))
     assert found["near"] > start["near"] + 0.1
     h = streams.stream[2][:4]
     np.testing.assert_allclose(exchange(h, h, basis), h)
