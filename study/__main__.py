@@ -52,7 +52,7 @@ def do_run(run: Run, study: dict) -> dict:
         with open(f"{run.folder}.log", "a") as log, redirect_stdout(log):
             training.train(cfg, with_base=False)
         model, tokenizer, _ = load_checkpoint(run.folder)
-        texts_of = load_base(cfg.model)[0]
+        texts_of = load_base(cfg.model, cfg.dtype)[0]
     trained = time.perf_counter() - start
     texts = None
     if run.arm in study["jacobian"]["arms"] and run.seed <= study["jacobian"]["seeds"]:
