@@ -90,10 +90,10 @@ tiny: .venv/ready  ## train the bundled base model from scratch again (40 minute
 	$(PY) train.py configs/tiny_base.yaml
 	cp runs/tiny_base/model.safetensors models/tiny/
 
-untaught: .venv/ready  ## the study's three bases that nothing taught to name an operation, each the best validation of its run (two hours on two cores)
+untaught: .venv/ready  ## train the study's three bases again, each the best validation of its run (two hours on two cores; see models/untaught.md)
 	for s in 1 2 3; do \
 	  $(PY) -m tasks tiny runs/untaught_data_$$s --unnamed --seed $$s && \
-	  $(PY) train.py configs/tiny_base.yaml data=runs/untaught_data_$$s seed=$$s lens_every_steps=0 run_dir=runs/untaught_$$s && \
+	  $(PY) train.py configs/tiny_base.yaml data=runs/untaught_data_$$s seed=$$s dtype=float32 lens_every_steps=0 run_dir=runs/untaught_$$s && \
 	  mkdir -p models/untaught_$$s && cp models/tiny/config.json models/tiny/tokenizer.model runs/untaught_$$s/best/model.safetensors models/untaught_$$s/ || exit 1; \
 	done
 
