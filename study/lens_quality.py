@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from checkpoint import load_checkpoint
 from config import run_main
+from files.adapters import fingerprint
 from files.disk import (
     NAMES,
     OBJECT,
@@ -34,9 +35,11 @@ from files.disk import (
     write_bytes,
     write_text,
 )
+from files.keys import BadInput
 from files.options import Parser
 from model import Llama
 from report.stats import bootstrap_mean, interval_text
+from study.document import table
 from study.jacobian import jacobian, last_token_stream, own_texts, read_stream, transport
 from text.arithmetic import ONES, SYMBOLS, TENS
 from text.tokenizer import Tokenizer
@@ -108,19 +111,55 @@ def best_ranks(model: Llama, stream: np.ndarray, words: list) -> list[list[int]]
 
 
 def fit(model: Llama, tokenizer: Tokenizer, path: Path) -> mx.array:
-    """The Jacobians (L+1, D, D), fitted on the model's own texts; goes on where `path` ends."""
-    D = model.args.hidden_size
-    done = mx.load(str(path))["jacobian"] if path.exists() else None                # (L+1, n, D)
+    """The Jacobians (L+1, D, D), fitted on the model's own texts; goes on where `path` ends.
+
+    raises  BadInput where `path` was fitted on another model
+    """
+    D, own, done = model.args.hidden_size, fingerprint(model), None
+    if path.exists():
+        arrays, about = mx.load(str(path), return_metadata=True)
+        if about.get("model") != own:
+            raise BadInput(f"--fit {path} was fitted on another model; give another file")
+        done = arrays["jacobian"]                                                   # (L+1, n, D)
     n = 0 if done is None else done.shape[1]
     texts = own_texts(model, tokenizer, TEXTS)
     for start in tqdm(range(n, D, AT_A_TIME), desc="Jacobian", unit="part"):
         part = jacobian(model, texts, mx.eye(D)[start:start + AT_A_TIME])
         done = part if done is None else mx.concatenate([done, part], axis=1)
         temporary = path.with_suffix(".part.safetensors")
-        mx.save_safetensors(str(temporary), {"jacobian": done})
+        mx.save_safetensors(str(temporary), {"jacobian": done}, {"model": own})
         write_bytes(path, temporary.read_bytes())
         temporary.unlink()
     return done
+
+
+def quality_table(figures: dict) -> str:
+    """pass@k, %, of both lenses and of the Jacobian lens less the logit lens on the same items.
+
+    figures  {"multihop logit": {left_out, ranks [item][word]}, ...}
+    """
+    rows = []
+    for name in SETS:
+        passed = {lens: {k: [np.mean([r <= k for r in item]) for item in
+                             figures[f"{name} {lens}"]["ranks"]] for k in KS}
+                  for lens in ("logit", "Jacobian")}
+        passed["difference"] = {k: np.subtract(passed["Jacobian"][k], passed["logit"][k])
+                                for k in KS}
+        for lens, values in passed.items():
+            about = figures.get(f"{name} {lens}")
+            of_set = [len(about["ranks"]), about["left_out"]] if lens == "logit" else ["", ""]
+            rank = f"{np.median(sum(about['ranks'], [])):.0f}" if about else ""
+            rows.append([name if lens == "logit" else "", *map(str, of_set), lens, rank,
+                         *(share_text(values[k]) for k in KS)])
+    return table(["set", "items", "words left out", "lens", "median rank",
+                  *(f"pass@{k}, %" for k in KS)], rows)
+
+
+def share_text(values: list[float]) -> str:
+    """A mean with its bootstrap interval; without one where all items are alike."""
+    found = bootstrap_mean(values)
+    return (f"{100 * found['value']:.1f}" if np.ptp(values) == 0
+            else interval_text(found, 100, 1))
 
 
 def main(argv: list[str]) -> None:
@@ -137,18 +176,14 @@ def main(argv: list[str]) -> None:
     args.fit.parent.mkdir(parents=True, exist_ok=True)
     jacobians = fit(model, tokenizer, args.fit)
     figures = {}
-    print(f"{'set':<14}{'items':>6}  {'lens':<10}" + "".join(f"pass@{k:<17}" for k in KS))
     for name, (prompts, words, left_out) in sets.items():
         stream = last_token_stream(model, prompts)
         for lens, read in (("logit", stream), ("Jacobian", transport(stream, jacobians))):
-            ranks = best_ranks(model, read, words)
-            passed = {k: bootstrap_mean([np.mean([r <= k for r in item]) for item in ranks])
-                      for k in KS}
-            figures[f"{name} {lens}"] = {"left_out": left_out, "ranks": ranks, "pass": passed}
-            print(f"{name:<14}{len(prompts):>6}  {lens:<10}"
-                  + "".join(f"{interval_text(passed[k], 100, 1):<22}" for k in KS))
+            figures[f"{name} {lens}"] = {"left_out": left_out,
+                                         "ranks": best_ranks(model, read, words)}
+    print(quality_table(figures))
     if args.json:
-        write_text(Path(args.json), json.dumps(figures, indent=1) + "\n")
+        write_text(Path(args.json), json.dumps(figures) + "\n")
 
 
 if __name__ == "__main__":

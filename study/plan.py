@@ -99,6 +99,7 @@ def load_study(path: str | Path, words: list[str] = ()) -> dict:
                 raise BadInput(f"{word}: unknown base {min(unknown)}; expected some of "
                                f"{', '.join(study['bases'])}")
             study["bases"] = {name: study["bases"][name] for name in chosen}
+            study.pop("answers", None)      # its sentences are of all bases
         elif equals and key in WORDS_OF_STUDY:
             study[key] = value
         else:

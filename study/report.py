@@ -7,14 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
-from files.disk import write_text
+from files.disk import read_json, write_text
 from report import plot
 from report.stats import interval_text, mean_interval
 from study.document import fill, table
 from study.judge import Measures, judge, value_of
+from study.lens_quality import quality_table
 from study.measure import hand_over
 from study.plan import Run, plan
 
+QUALITY = Path(__file__).parent / "lens_quality.json"    # python -m study.lens_quality --json
 CLAIMS = ("decodable", "aligned", "verbalised", "used")
 # columns of the tables of arms: {heading: (value, factor, digits)}
 ARM_COLUMNS = {
@@ -23,6 +25,9 @@ ARM_COLUMNS = {
     "its strength before the last block, %": ("word.strength", 100, 1),
     "answer half risen at block": ("answer.half", 1, 2),
     "AUC of strength": ("auc", 1, 2)}
+# of an arm, in the answers: {name: value}
+SAID = {"right": "accuracy", "named": "word.any", "top": "target.block"} | {
+    edit: f"{edit}_n.hand_over" for edit in ("swap", "words", "inject", "random")}
 SWAP_COLUMNS = {
     "whole swap": "swap", "its part along the words": "words", "the rest": "rest",
     "swap as long as the rest": "short",
@@ -101,17 +106,43 @@ def hypothesis_table(asked: list[dict], study: dict) -> str:
                   "adjusted p", "outcome"], rows)
 
 
-def answer_lines(asked: list[dict]) -> str:
-    """Each hypothesis, and what came of each of its tests on each group of bases."""
-    lines = []
+def outcome_text(h: dict) -> str:
+    """What came of a hypothesis's tests. example  'holds on untaught, undecided on smollm2' """
+    said = {}
+    for test in h["tests"]:
+        said.setdefault(test["outcome"], []).append(test["group"])
+    return ", ".join(f"{outcome} on {' and '.join(dict.fromkeys(groups))}"
+                     for outcome, groups in said.items())
+
+
+def facts(study: dict, asked: list[dict], measures: Measures) -> dict[str, str]:
+    """What templates/study_answers.md says, by name: H4 (its outcome), H4_0_untaught (an effect),
+    right_dual_untaught (the mean over bases of the mean over runs, %), and so on for all."""
+    found = {h["id"]: outcome_text(h) for h in asked}
     for h in asked:
-        said = {}
-        for test in h["tests"]:
-            said.setdefault(test["group"], []).append(test["outcome"])
-        by_group = [f"{' and '.join(dict.fromkeys(outcomes))} on {group}"
-                    for group, outcomes in said.items()]
-        lines.append(f"- **{h['id']}. {h['claim']}**: {', '.join(by_group)}.")
-    return "\n".join(lines)
+        for group in dict.fromkeys(test["group"] for test in h["tests"]):
+            tests = [test for test in h["tests"] if test["group"] == group]
+            for k, test in enumerate(tests):
+                factor, over = unit_of(test)[0], test["pooled"] or [*test["bases"].values(), None][0]
+                if over and over["low"] is not None:
+                    found[f"{h['id']}_{k}_{group}"] = interval_text(
+                        over, factor, 1 if factor == 100 else 2)
+    for group in dict.fromkeys(base["group"] for base in study["bases"].values()):
+        bases = [name for name, base in study["bases"].items() if base["group"] == group]
+        for arm in study["arms"]:
+            for name, value in SAID.items():
+                runs = [[value_of(run, value) for run in of_arm(measures, base, arm)]
+                        for base in bases]
+                found[f"{name}_{arm}_{group}"] = mean_text(
+                    [np.mean(known) for known in ([v for v in r if v is not None] for r in runs)
+                     if known])
+            for name in ("probe", "control"):
+                taps = [tap for base in bases for run in of_arm(measures, base, arm)
+                        for tap in run["taps"] if tap["tap"] == run["block"] + 1]
+                found[f"{name}_{arm}_{group}"] = mean_text([tap[name] for tap in taps])
+        right = [float(found[f"right_{arm}_{group}"]) for arm in ("dual", "sft")]
+        found[f"gap_{group}"] = f"{right[0] - right[1]:+.1f}"
+    return found
 
 
 def design_table(study: dict, planned: list[Run], measures: Measures) -> str:
@@ -244,24 +275,36 @@ def appendix(study: dict, measures: Measures) -> str:
     return "\n\n".join(parts)
 
 
+def answers(study: dict, asked: list[dict], measures: Measures, complete: bool) -> str:
+    """The plan's template of sentences and claims; before its last run, and where it names none,
+    each hypothesis and what came of it."""
+    if complete and "answers" in study:
+        return fill(study["answers"], **facts(study, asked, measures))
+    return "\n".join(f"- **{h['id']}. {h['claim']}**: {outcome_text(h)}." for h in asked)
+
+
 def write_report(study: dict, runs: list[dict], out: Path) -> list[dict]:
     """Write out/study.md, study_appendix.md and two pictures; returns the judged hypotheses."""
     measures = index(runs)
     asked = judge(study, measures)
     planned = plan(study)
     hours = sum(sum(run["seconds"]) for run in runs) / 3600
+    on_gpu = sum("gpu" in run["versions"]["device"] for run in runs)
     tests = [test for h in asked for test in h["tests"]]
     picture = lambda drawn, about, name: f"![{about}]({name})" if drawn else ""
     text = fill(
-        "study", n_runs=len(runs), n_planned=len(planned), hours=hours,
-        answers=answer_lines(asked), design=design_table(study, planned, measures),
-        hypotheses=hypothesis_table(asked, study),
-        n_tests=sum(test["expect"] != "described" for test in tests),
+        "study", n_runs=len(runs), n_planned=len(planned), hours=hours, on_gpu=on_gpu,
+        answers=answers(study, asked, measures, len(runs) == len(planned)),
+        design=design_table(study, planned, measures),
         forest=picture(any(test["bases"] for test in tests), "effects beside what was expected",
                        "study_forest.png"),
         strips=picture(runs, "block by claim", "study_claims.png"))
     write_text(out / "study.md", text)
-    write_text(out / "study_appendix.md", fill("study_appendix", tables=appendix(study, measures)))
+    quality = quality_table(read_json(QUALITY)) if QUALITY.exists() else "not measured"
+    write_text(out / "study_appendix.md", fill(
+        "study_appendix", tables=appendix(study, measures), quality=quality,
+        hypotheses=hypothesis_table(asked, study),
+        n_tests=sum(test["expect"] != "described" for test in tests)))
     if runs:
         draw_forest(study, asked, out / "study_forest.png")
         draw_strips(study, measures, out / "study_claims.png")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from conftest import FAMILIES, GOLDEN, TINY, assert_one_clear_line, run, small_model
 
+from files.keys import BadInput
 from lens import read_prompts, taps_at
 from lora import apply_lora
 from model import FORMULAS, load
@@ -20,7 +21,7 @@ from study.jacobian import (
     unembedding_rows,
     word_directions,
 )
-from study.lens_quality import SETS, best_ranks, forms_of, read_items
+from study.lens_quality import SETS, best_ranks, forms_of, quality_table, read_items
 
 # --------------------------------------------------------------------------------------------------
 # direct logit attribution
@@ -176,8 +177,23 @@ def test_fit_of_the_whole_jacobian_goes_on(tokenizer, tmp_path, monkeypatch):
     whole = lens_quality.fit(model, tokenizer, tmp_path / "a.safetensors")
     assert whole.shape == (3, 32, 32)
     monkeypatch.setattr(lens_quality, "AT_A_TIME", 5)
-    first = mx.load(str(tmp_path / "a.safetensors"))["jacobian"][:, :10]
-    mx.save_safetensors(str(tmp_path / "b.safetensors"), {"jacobian": first * 2})
+    arrays, about = mx.load(str(tmp_path / "a.safetensors"), return_metadata=True)
+    first = arrays["jacobian"][:, :10]
+    mx.save_safetensors(str(tmp_path / "b.safetensors"), {"jacobian": first * 2}, about)
     again = np.array(lens_quality.fit(model, tokenizer, tmp_path / "b.safetensors"))
     np.testing.assert_allclose(again[:, :10], 2 * np.array(whole)[:, :10], atol=1e-5)
     np.testing.assert_allclose(again[:, 10:], np.array(whole)[:, 10:], atol=1e-5)
+    with pytest.raises(BadInput, match="fitted on another model"):
+        model.model.norm.weight = 2 * model.model.norm.weight
+        lens_quality.fit(model, tokenizer, tmp_path / "b.safetensors")
+
+
+def test_quality_table_takes_differences_item_by_item():
+    """By hand: two items of one and two words; 50 points at k 1, 75 at k 10."""
+    figures = {f"{name} {lens}": {"left_out": 1, "ranks": ranks} for name in SETS
+               for lens, ranks in (("logit", [[30], [2, 40]]), ("Jacobian", [[1], [9, 400]]))}
+    line = quality_table(figures).splitlines()[2:5]
+    logit, other, difference = ([cell.strip() for cell in row.split("|")[1:-1]] for row in line)
+    assert logit[:5] == ["association", "2", "1", "logit", "30"] and other[3:5] == ["Jacobian", "9"]
+    assert [row[5].split()[0] for row in (logit, other, difference)] == ["0.0", "50.0", "50.0"]
+    assert [row[7].split()[0] for row in (logit, other, difference)] == ["25.0", "75.0", "50.0"]
