@@ -19,7 +19,7 @@ import numpy as np
 
 from checkpoint import load_checkpoint
 from config import BadInput, run_main
-from engine.decode import KVCache, left_pad
+from engine.decode import KVCache, in_batches, left_pad, read_shared
 from engine.memory import CACHED_TOKENS, DECODED_ROWS
 from engine.ops import blocked_reduction, exp
 from engine.parallel import map_rows
@@ -97,11 +97,9 @@ def sample(model: Llama, tokenizer: Tokenizer, prompts: list[list[int]],
         shape=((before + len(prompts) + after) * group, max_completion_tokens), key=key)
     uniforms = uniforms[before * group:(before + len(prompts)) * group]
     pick = lambda logits, u: choose(logits, u, temperature, top_k, top_p)
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     room = CACHED_TOKENS // (max(map(len, prompts)) + max_completion_tokens)
     per_batch, completions = max(1, min(DECODED_ROWS, room) // group), {}
-    for i in range(0, len(prompts), per_batch):
-        part = by_length[i:i + per_batch]
+    for part in in_batches(prompts, per_batch):
         rows = np.array([j * group + g for j in part for g in range(group)])
         drawn = sample_batch(model, [prompts[j] for j in part], group, pick,
                              uniforms[mx.array(rows)], stop_table, over if stops else None)
@@ -117,15 +115,17 @@ def sample(model: Llama, tokenizer: Tokenizer, prompts: list[list[int]],
     return [completions[row] for row in range(len(prompts) * group)]
 
 
-def prefill(model: Llama, tokens: mx.array, start: mx.array | None, group: int,
+def prefill(model: Llama, prompts: list[list[int]], group: int,
             room: int) -> tuple[mx.array, list[KVCache]]:
-    """Read P prompts (P, T) for `group` rows each: next token's logits (R, V), caches with room."""
-    T = tokens.shape[1]
+    """Read P prompts for `group` rows each: next token's logits (R, V), caches with room."""
+    shared, own = read_shared(model, prompts, one_length=True)      # such as worked examples
+    T, (tokens, start) = max(map(len, prompts)), left_pad(own)
 
     def read(part):
-        cache = model.make_cache(T, part["start"])
+        rows = part["tokens"]
+        cache = [c.repeat(len(rows), T) for c in shared] or model.make_cache(T, part["start"])
         # slice the residual stream, not the logits: the unembedding runs for one position only
-        logits = model.head(model.last_resid(part["tokens"], cache))
+        logits = model.head(model.last_resid(rows, cache))
         return logits, [(c.keys, c.values) for c in cache]
 
     parts = map_rows(read, {"tokens": tokens, "start": start}, model.parts)
@@ -146,7 +146,7 @@ def sample_batch(model: Llama, prompts: list[list[int]], group: int, pick, unifo
     What stands behind a row's stop is arbitrary. is_over  of a row's ids so far: has it ended?
     """
     R, C = uniforms.shape
-    logits, cache = prefill(model, *left_pad(prompts), group, room=C)
+    logits, cache = prefill(model, prompts, group, room=C)
     out = np.zeros((R, C), np.int32), np.zeros((R, C), np.float32), np.zeros((R, C), np.float32)
     alive, stopped, pending = np.arange(R), mx.zeros(R, mx.bool_), []
     for t in range(C):

@@ -24,7 +24,7 @@ import numpy as np
 
 from checkpoint import load_checkpoint
 from config import run_main
-from engine.decode import pad_prompts
+from engine.decode import KVCache, pad_prompts, read_shared
 from engine.memory import LENS_ROWS, LOGITS_PER_CALL, reduce_taps_in_turn
 from engine.ops import blocked_reduction, exp, logsumexp, top_tokens
 from engine.parallel import map_rows
@@ -89,13 +89,18 @@ def tap_statistics(logits: mx.array, targets: mx.array, last_probs: mx.array,
 # from tokens to a Reading
 
 
-def taps_at(model: Llama, tokens: mx.array, positions: mx.array) -> list[mx.array]:
-    """The residual stream at some positions (B, A) of tokens (B, T): L+1 arrays (B, A, D)."""
-    L = model.args.num_hidden_layers
+def taps_at(model: Llama, tokens: mx.array, positions: mx.array,
+            shared: list[KVCache] = ()) -> list[mx.array]:
+    """The residual stream at some positions (B, A) of tokens (B, T): L+1 arrays (B, A, D).
+
+    shared   caches of what stands in front of all rows, from engine.decode.read_shared
+    """
+    L, T = model.args.num_hidden_layers, tokens.shape[1]
 
     def read(part):
-        taps = []
-        for tap, resid in enumerate(model.stream(part["tokens"], positions=part["positions"])):
+        rows, taps = part["tokens"], []
+        cache = [c.repeat(len(rows), c.offset + T) for c in shared]
+        for tap, resid in enumerate(model.stream(rows, cache, positions=part["positions"])):
             # tap L comes at the positions alone: nobody reads the last block's other rows
             taps.append(resid if tap == L else gather_positions(resid, part["positions"]))
         return taps
@@ -142,11 +147,16 @@ def read_taps(model: Llama, tokens: mx.array, positions: mx.array, targets: mx.a
 def read_prompts(model: Llama, prompts: list[list[int]], targets: list[list[int]],
                  k: int = 1) -> Reading:
     """Read all taps at the last token of each prompt: A = 1. prompts: ids; targets: N ids each."""
+    return read_resids(model, last_taps(model, prompts), mx.array(targets)[:, None], k)
+
+
+def last_taps(model: Llama, prompts: list[list[int]]) -> list[mx.array]:
+    """The residual stream at the last token of each prompt: L+1 arrays (B, 1, D)."""
     batches = []
     for i in range(0, len(prompts), LENS_ROWS):
-        batches.append(taps_at(model, *pad_prompts(prompts[i:i + LENS_ROWS])))
-    resids = [mx.concatenate(taps) for taps in zip(*batches)]                           # (B, 1, D)
-    return read_resids(model, resids, mx.array(targets)[:, None], k)
+        shared, own = read_shared(model, prompts[i:i + LENS_ROWS])
+        batches.append(taps_at(model, *pad_prompts(own), shared))
+    return [mx.concatenate(taps) for taps in zip(*batches)]
 
 
 def view_prompt(model: Llama, tokenizer: Tokenizer, prompt: str, words: list[str],

@@ -1,8 +1,9 @@
 """Decoding fast: keys and values of what has been read are kept, and LoRA is in the weights.
 
 Without the cache each new token would read all earlier ones again; without the fusion each adapted
-matrix would be three products. Rows go through the model together, so they are padded to one
-length: prompts that are continued on the left, those that are only read on the right.
+matrix would be three products. What all prompts begin with, such as worked examples or a system's
+message, is read once. Rows go through the model together, so they are padded to one length: prompts
+that are continued on the left, those that are only read on the right.
 """
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+
+SHARED = 8      # tokens; fewer are not worth a pass of their own
 
 
 class KVCache:
@@ -87,6 +90,57 @@ def fused_for_decoding(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, weight in zip(layers, weights):
             layer.linear.weight, layer.enabled = weight, True
+
+
+# --------------------------------------------------------------------------------------------------
+# prompts that begin alike
+
+
+def shared_length(prompts: list[list[int]]) -> int:
+    """How many tokens all prompts begin with; at least one of each is left over.
+
+    The first and the last in alphabetical order share least.
+    example  [[5, 6, 7], [5, 6, 8, 9], [5, 6, 7, 1]] -> 2
+    """
+    first, last, n = min(prompts), max(prompts), 0
+    while n < min(map(len, prompts)) - 1 and first[n] == last[n]:
+        n += 1
+    return n
+
+
+def read_shared(model: nn.Module, prompts: list[list[int]],
+                one_length: bool = False) -> tuple[list[KVCache], list[list[int]]]:
+    """Caches, of one row, of what all prompts begin with, and the rest of each prompt.
+
+    Without caches, and the prompts as they are, where that is not worth it.
+    one_length   nor where lengths differ, since padding would be needed behind what is shared
+    """
+    n = shared_length(prompts) if len(prompts) > 1 else 0
+    if n < SHARED or one_length and len(set(map(len, prompts))) > 1:
+        return [], prompts
+    caches = model.make_cache(n)
+    model.last_resid(mx.array([prompts[0][:n]]), caches)
+    # the last block's output, which nobody reads, is never computed
+    mx.eval([(cache.keys, cache.values) for cache in caches])
+    return caches, [ids[n:] for ids in prompts]
+
+
+def in_batches(prompts: list[list[int]], most: int) -> list[list[int]]:
+    """Indices of prompts, the shortest first, at most so many at a time.
+
+    Padding stands in front of a row's first token, so only rows of one length can go on from what
+    they share: where that is half of them and lengths are few, each batch is of one length.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    lengths = {len(prompt) for prompt in prompts}
+    apart = 2 * shared_length(prompts) >= max(lengths) and 8 * len(lengths) <= len(prompts)
+    batches = []
+    for i in order:
+        other = apart and batches and len(prompts[batches[-1][0]]) != len(prompts[i])
+        if not batches or other or len(batches[-1]) == most:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
 
 
 # --------------------------------------------------------------------------------------------------

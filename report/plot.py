@@ -186,7 +186,7 @@ def forest(rows: list[dict], path: str | Path) -> None:
           asked for, bases: {name: (each run's value, mean, (low, high) or None)}}
     """
     heights = [len(row["bases"]) + 1.4 for row in rows]
-    figure, axes = plt.subplots(len(rows), 1, figsize=(8, 0.34 * sum(heights)), squeeze=False,
+    figure, axes = plt.subplots(len(rows), 1, figsize=(8, 0.29 * sum(heights)), squeeze=False,
                                 height_ratios=heights, layout="constrained")
     names = list(dict.fromkeys(name for row in rows for name in row["bases"]))
     for axis, row in zip(axes[:, 0], rows):
@@ -211,25 +211,26 @@ def forest(rows: list[dict], path: str | Path) -> None:
     save_figure(figure, path)
 
 
-def strips(panels: dict[str, tuple[list[int], list[list[float]]]], claims: list[str],
+def strips(panels: dict[tuple[str, str], tuple[list[int], list[list[float]]]], claims: list[str],
            path: str | Path) -> None:
-    """Where each claim holds: a panel each, a row a claim, a column a block, dark in all runs.
+    """Where each claim holds: in a panel a row a claim, a column a block, dark in all runs.
 
-    panels  {title: (blocks, a list of shares of runs for each claim)}
+    panels  {(row's title, column's title): (blocks, a list of shares of runs for each claim)}
     """
-    across = 4
-    down = -(-len(panels) // across)
-    figure, axes = plt.subplots(down, across, figsize=(3.1 * across, 1.15 * down), squeeze=False,
-                                layout="constrained")
-    for axis in axes.flat[len(panels):]:
+    rows, columns = (list(dict.fromkeys(names)) for names in zip(*panels))
+    figure, axes = plt.subplots(len(rows), len(columns), squeeze=False, layout="constrained",
+                                figsize=(1.4 + 3.1 * len(columns), 1.05 * len(rows) + 0.4))
+    for axis in axes.flat:
         axis.set_visible(False)
-    for i, (axis, (title, (blocks, shares))) in enumerate(zip(axes.flat, panels.items())):
+    for (row, column), (blocks, shares) in panels.items():
+        axis = axes[rows.index(row), columns.index(column)]
+        axis.set_visible(True)
         image = axis.imshow(shares, aspect="auto", cmap="Blues", vmin=0, vmax=1)
         step = -(-len(blocks) // 8)
         axis.set_xticks(range(0, len(blocks), step), blocks[::step], fontsize=6)
-        axis.set_yticks(range(len(claims)), claims if i % across == 0 else [], fontsize=7)
-        axis.set_title(title, fontsize=7, loc="left")
-    figure.colorbar(image, ax=axes, label="share of runs", shrink=0.6)
+        axis.set_yticks(range(len(claims)), [] if columns.index(column) else claims, fontsize=7)
+        axis.set_title(f"{row}, {column}", fontsize=7, loc="left", pad=2)
+    figure.colorbar(image, ax=axes, label="share of runs", shrink=0.3, aspect=40)
     figure.supxlabel("after block", fontsize=8)
     save_figure(figure, path)
 

@@ -12,10 +12,9 @@ import mlx.core as mx
 import numpy as np
 
 from engine.decode import pad_prompts
-from engine.memory import LENS_ROWS
 from files.keys import BadInput
 from generate import sample
-from lens import Reading, read_resids, taps_at
+from lens import Reading, last_taps, read_resids
 from model import Llama
 from text.tokenizer import Tokenizer
 
@@ -47,11 +46,7 @@ def own_texts(model: Llama, tokenizer: Tokenizer, count: int, seed: int = 0) -> 
 
 def last_token_stream(model: Llama, prompts: list[list[int]]) -> np.ndarray:
     """The stream at each prompt's last token: (L+1, N, D) float32."""
-    parts = []
-    for i in range(0, len(prompts), LENS_ROWS):
-        taps = taps_at(model, *pad_prompts(prompts[i:i + LENS_ROWS]))
-        parts.append(np.stack([np.array(tap[:, 0].astype(mx.float32)) for tap in taps]))
-    return np.concatenate(parts, axis=1)
+    return np.stack([np.array(tap[:, 0].astype(mx.float32)) for tap in last_taps(model, prompts)])
 
 
 def read_stream(model: Llama, stream: np.ndarray, targets: list[list[int]], k: int = 1) -> Reading:

@@ -25,6 +25,13 @@ ARM_COLUMNS = {
     "its strength before the last block, %": ("word.strength", 100, 1),
     "answer half risen at block": ("answer.half", 1, 2),
     "AUC of strength": ("auc", 1, 2)}
+VALUES = {  # as a reader is told them
+    "word.any": "operation's name on top before the last block",
+    "target.block": "trained word on top at its block",
+    "words_over_random.block": "turned by the words' part less by random, trained block",
+    "words_over_random.hand_over": "turned by the words' part less by random, hand-over block",
+    "answer.half": "block where the answer has half risen",
+    "auc": "AUC of the word's strength"}
 # of an arm, in the answers: {name: value}
 SAID = {"right": "accuracy", "named": "word.any", "top": "target.block"} | {
     edit: f"{edit}_n.hand_over" for edit in ("swap", "words", "inject", "random")}
@@ -63,16 +70,19 @@ def show_p(p: float | None) -> str:
 
 
 def unit_of(test: dict) -> tuple[float, str]:
-    """example  accuracy -> (100, "points"); answer.half -> (1, "blocks") """
+    """example  accuracy (100, "%"), less another's (100, "points"); answer.half (1, "blocks") """
     if test["value"] == "auc":
         return 1, ""
-    return (1, "blocks") if test["value"] == "answer.half" else (100, "points")
+    if test["value"] == "answer.half":
+        return 1, "blocks"
+    return 100, "points" if "less" in test else "%"
 
 
 def test_name(study: dict, test: dict) -> str:
+    """example  'accuracy: dual-reward, true words, less SFT' """
     label = study["arms"][test["arm"]]["label"]
     less = f", less {study['arms'][test['less']]['label']}" if "less" in test else ""
-    return f"{test['value']}: {label}{less}"
+    return f"{VALUES.get(test['value'], test['value'])}: {label}{less}"
 
 
 def effect_text(interval: dict, factor: float) -> str:
@@ -123,10 +133,10 @@ def facts(study: dict, asked: list[dict], measures: Measures) -> dict[str, str]:
         for group in dict.fromkeys(test["group"] for test in h["tests"]):
             tests = [test for test in h["tests"] if test["group"] == group]
             for k, test in enumerate(tests):
-                factor, over = unit_of(test)[0], test["pooled"] or [*test["bases"].values(), None][0]
-                if over and over["low"] is not None:
-                    found[f"{h['id']}_{k}_{group}"] = interval_text(
-                        over, factor, 1 if factor == 100 else 2)
+                factor = unit_of(test)[0]
+                over = test["pooled"] or next(iter(test["bases"].values()), None)
+                found[f"{h['id']}_{k}_{group}"] = "–" if over is None else interval_text(
+                    over, factor, 1 if factor == 100 else 2)
     for group in dict.fromkeys(base["group"] for base in study["bases"].values()):
         bases = [name for name, base in study["bases"].items() if base["group"] == group]
         for arm in study["arms"]:
@@ -177,11 +187,13 @@ def draw_forest(study: dict, asked: list[dict], path: Path) -> None:
 
 
 def draw_strips(study: dict, measures: Measures, path: Path) -> None:
-    """Which claim holds after which block: one strip a claim, one panel an arm and group."""
+    """Which claim holds after which block: a row an arm, a column a group of bases."""
+    groups = {}
+    for name, base in study["bases"].items():
+        groups.setdefault(base["group"], []).append(name)
     panels = {}
-    for group in dict.fromkeys(base["group"] for base in study["bases"].values()):
-        bases = [name for name, base in study["bases"].items() if base["group"] == group]
-        for arm, about in study["arms"].items():
+    for arm, about in study["arms"].items():
+        for group, bases in groups.items():
             runs = [run for base in bases for run in of_arm(measures, base, arm)]
             if runs:
                 taps = sorted({tap["tap"] for run in runs for tap in run["taps"]})
@@ -189,8 +201,8 @@ def draw_strips(study: dict, measures: Measures, path: Path) -> None:
                                   if tap["tap"] == t]) for t in taps] for claim in CLAIMS]
                 held.append([np.mean([run["curves"]["target.top1"][t] for run in runs])
                              for t in taps])
-                panels[f"{group}: {about['label']}"] = ([t - 1 for t in taps], held)
-    plot.strips(panels, [*CLAIMS, "trained token on top"], path)
+                panels[about["label"], group] = ([t - 1 for t in taps], held)
+    plot.strips(panels, [*CLAIMS, "trained word on top"], path)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -309,7 +309,8 @@ def write_markovian() -> None:
         main_table=chains_table(reports), chance=f"{100 * chance(runs[0]):.1f}",
         gains=gain_lines(runs), ablation=ablation_text(*(
             [r["chains"]["correct"]["value"] for r in reports[name]]
-            for name in ("markovian", "markovian_policy"))), samples="; ".join(f"`{r['prompts'][0]['chain']}`" for r in runs),
+            for name in ("markovian", "markovian_policy"))),
+        samples="; ".join(f"`{r['prompts'][0]['chain']}`" for r in runs),
         damage=damage_table(damage), judges=judge_table(damage), drill=drill)
     write_text(Path("docs/markovian.md"), text)
     print(text)

@@ -7,9 +7,10 @@ import pytest
 from conftest import TINY, assert_one_clear_line, run
 
 import generate
+from engine.decode import shared_length
 from generate import choose, sample
 from losses import token_logprobs
-from model import load
+from model import Llama, load
 from report.conversation import stream_text
 
 TEXTS = ["7 * 8 = ", "12 + 5 = ", "what is nine minus two = ", "add one and two = ", "3 - 1 = "]
@@ -66,6 +67,41 @@ def test_batching_and_dropping_change_no_token(model, tokenizer, prompts, monkey
     alone = [c.ids for i in range(len(prompts)) for c in sample(
         model, tokenizer, [prompts[i]], 12, temperature=0.0)]
     assert alone == [c.ids for c in sample(model, tokenizer, prompts, 12)]
+
+
+def few_shot(lengths):
+    """Prompts of these lengths behind 20 tokens that all share."""
+    rng = np.random.default_rng(0)
+    return [[*range(30, 50), *rng.integers(100, 900, n).tolist()] for n in lengths]
+
+
+@pytest.mark.parametrize("lengths", ([2] * 9 + [3] * 9, [1] * 8, [1, 2, 3, 4]), ids=str)
+def test_what_prompts_share_is_read_once(model, tokenizer, monkeypatch, lengths):
+    """The same tokens and log-probabilities as without; the shared tokens of one row alone read."""
+    prompts, seen, stream = few_shot(lengths), [], Llama.stream
+
+    def counted(self, tokens, *args, **kwargs):
+        seen.append(tokens.size)
+        return stream(self, tokens, *args, **kwargs)
+
+    monkeypatch.setattr(Llama, "stream", counted)
+    draw = lambda: sample(model, tokenizer, prompts, 3, group=2, temperature=1.0,
+                          key=mx.random.key(5))
+    once = draw()
+    read_once, batches = seen[0] == 20, len(set(lengths))
+    assert read_once == (len(lengths) > 4)      # too few of a length: padded, and all is read
+    if read_once:
+        prompt_tokens = 20 * batches + sum(lengths)
+        assert prompt_tokens <= sum(seen) <= prompt_tokens + 2 * 2 * len(prompts)   # and 2 steps
+    monkeypatch.setattr("engine.decode.SHARED", 10 ** 9)
+    for a, b in zip(once, draw(), strict=True):
+        assert a.ids == b.ids
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+
+
+def test_shared_length_leaves_a_token_of_each():
+    assert shared_length([[5, 6, 7], [5, 6, 8, 9], [5, 6, 7, 1]]) == 2
+    assert shared_length([[1, 2, 3], [1, 2, 3]]) == 2 and shared_length([[1], [1, 2]]) == 0
 
 
 def test_choose_draws_the_distribution():

@@ -204,6 +204,24 @@ def test_padding_changes_nothing(model, tokenizer):
         np.testing.assert_allclose(together.probs[:, i], alone.probs[:, 0], rtol=1e-4)
 
 
+def test_what_prompts_share_is_read_once(model, monkeypatch):
+    """Every field as without; three lengths behind twelve tokens that all begin with."""
+    prompts = [[*range(30, 42), *range(100, 101 + i % 3)] for i in range(8)]
+    once = read_prompts(model, prompts, [[5]] * 8, 2)
+    monkeypatch.setattr("engine.decode.SHARED", 10 ** 9)
+    plain = read_prompts(model, prompts, [[5]] * 8, 2)
+    for field in ("logprobs", "entropy", "kl", "top_probs"):
+        np.testing.assert_allclose(getattr(once, field), getattr(plain, field), atol=2e-5)
+    np.testing.assert_array_equal(once.top_ids, plain.top_ids)
+    # it was read once: what a row adds is all that the blocks see of it
+    seen, run_block = [], Llama.run_block
+    monkeypatch.setattr("engine.decode.SHARED", 8)
+    monkeypatch.setattr(Llama, "run_block", lambda self, block, resid, *rest: seen.append(
+        resid.shape[:2]) or run_block(self, block, resid, *rest))
+    read_prompts(model, prompts, [[5]] * 8)
+    assert seen[0] == (1, 12) and {T for _, T in seen[model.args.num_hidden_layers:]} == {3}
+
+
 def test_view_holds_what_the_pictures_show(model, tokenizer):
     view = view_prompt(model, tokenizer, "7 * 8 = ", ["multiply", "56"])
     assert view["tokens"] == ["<s>", "·7", "·*", "·8", "·="]
