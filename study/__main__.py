@@ -83,7 +83,8 @@ def run_all(runs: list[Run], arguments: list[str], workers: int) -> list[str]:
     """Do what is not done, `workers` at a time, each in a process; returns what failed and why."""
     left, failed, start = [r for r in runs if not r.is_done()], [], time.perf_counter()
     print(f"{len(runs)} runs, {len(runs) - len(left)} done, {workers} at a time")
-    env = {**os.environ, "OPENBLAS_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
+    env = {"MLX_ENABLE_TF32": "0",      # float32 is whole on a GPU too
+           **os.environ, "OPENBLAS_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
 
     def process(run: Run) -> tuple[Run, subprocess.CompletedProcess]:
         command = [sys.executable, "-m", "study", *arguments, "--job", run.name]

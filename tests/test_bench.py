@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, assert_one_clear_line, run
 
 from bench import __main__ as bench
-from bench import fullsize, growth, limit, ours
+from bench import fullsize, growth, limit, ours, whole
 from bench.__main__ import Peer, summarise
 from bench.limit import minimal_flops
 from bench.ours import llama_config, write_random_model
@@ -299,3 +299,12 @@ def test_fullsize_takes_every_work(tmp_path, monkeypatch, capsys):
                       "model-block1.safetensors"}
     with pytest.raises(BadInput, match="unknown work sleep; expected load, sft"):
         fullsize.main(["sleep"])
+
+
+def test_the_whole_wait_is_told_by_part():
+    """The parts make up the whole, and a run that fails says why."""
+    found = whole.time_whole("configs/sft.yaml", ["steps=2", "batch_size=4", "eval_prompts=8"])
+    assert sum(found[part] for part in whole.PARTS) == pytest.approx(found["whole"])
+    assert min(found.values()) > 0
+    with pytest.raises(BadInput, match="did not finish: .*steps"):
+        whole.time_whole("configs/sft.yaml", ["steps=-1"])
