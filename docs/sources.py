@@ -15,15 +15,15 @@ numbers.json holds a page's
     prose      [[source, [figure, ...]], ...] in the page's order, tables too if it has none above
 
 and a source is `PAGE` (a table of it has that number and unit, maybe with more digits, or prose of
-it that no page is the source of), `PAGE: ROW` (that row), or else
-what measured or set it: a command, a file, `once, DATE`, `published, WHERE`.
-docs/study.md and its appendix are left to tests/test_study.py, which writes them anew.
+it that no page is the source of), `PAGE: ROW` (that row), `set: FILE` (the file has the number), or
+else what measured it: a command, a test, `once, DATE`, `published, WHERE`. docs/study.md and its
+appendix are left to tests/test_study.py, which writes them anew.
 """
 import difflib
+import functools
 import json
 import re
 import sys
-from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -37,109 +37,88 @@ FENCE = re.compile(r"^```(.*)\n((?:.*\n)*?)```$", re.M)
 COMMAND = re.compile(r"^(?:\$ )?(?:\.venv/|python |make |git |\. )[^#\n]*", re.M)
 CODE = re.compile(r"(?<!`)`(?!`)[^`]*`(?!`)|\]\([^)]*\)|(?:Python|MLX|torch|arXiv) [\d.]+")
 INTERVAL = re.compile(r"\[[-+−\d][^]a-z]*\]")
+TABLE = re.compile(r"^#+ (.*)|^\|.*\n(?:\|.*(?:\n|$))+", re.M)
 PAGE = re.compile(r"((?:README|docs/\w+|models/[\w/]+)\.md)(?:: (.*))?")
+
+
+def blank(match: re.Match) -> str:
+    return re.sub(r"[^\n]", " ", match[0])
 
 
 def figures(text: str) -> list[tuple[int, str]]:
     """(line, "97.4 %") of each figure, in order."""
-    blank = lambda m: re.sub(r"[^\n]", " ", m[0])
     text = FENCE.sub(lambda m: blank(m) if re.match(r"python|text run", m[1]) else
                      COMMAND.sub(blank, m[0]), text)
     text = CODE.sub(blank, text)
     inside = {i for m in INTERVAL.finditer(text) for i in range(*m.span())}
-    found = []
-    for m in FIGURE.finditer(text):
-        unit = m[2] or m[3] or ""
-        if unit or re.search(r"[.e]", m[1]) or m.start() in inside:
-            found.append((text.count("\n", 0, m.start()) + 1, f"{m[1]} {unit}".strip()))
-    return found
-
-
-def numbered(names: list[str]) -> list[str]:
-    """Each once. example  [a, b, a] -> [a, b, a (2)]"""
-    count = [names[:i].count(name) + 1 for i, name in enumerate(names)]
-    return [name if n == 1 else f"{name} ({n})" for name, n in zip(names, count)]
+    return [(text.count("\n", 0, m.start()) + 1, f"{m[1]} {m[2] or m[3] or ''}".strip())
+            for m in FIGURE.finditer(text)
+            if m[2] or m[3] or re.search(r"[.e]", m[1]) or m.start() in inside]
 
 
 def tables(text: str) -> dict[tuple[str, str, str], tuple[int, str]]:
-    """{(section, row, column): (line, cell)}; a row's name is its first cell, or two where need be."""
-    found, section, before = {}, "", Counter()
-    for block in re.finditer(r"^#+ (.*)|^\|(?:.*\n)(?:\|.*\n?)+", text, re.M):
-        if block[1]:
-            section = block[1]
-            continue
-        before[section] += 1
-        name = f"{section} ({before[section]})" if before[section] > 1 else section
+    """{(section, row, column): (line, cell)}; a row is named by one cell, or two where need be."""
+    def once(names: list[str]) -> list[str]:     # [a, b, a] -> [a, b, a (2)]
+        nth = [names[:i].count(name) + 1 for i, name in enumerate(names)]
+        return [name if n == 1 else f"{name} ({n})" for name, n in zip(names, nth)]
+
+    found, heads, blocks = {}, [""], []
+    for match in TABLE.finditer(FENCE.sub(blank, text)):
+        if match[1]:
+            heads.append(match[1])
+        else:
+            blocks.append((heads[-1], match))
+    for section, (_, match) in zip(once([head for head, _ in blocks]), blocks):
         head, _, *rows = ([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-                          for line in block[0].splitlines())
-        wide = len({cells[0] for cells in rows}) < len(rows)
-        names = numbered([" | ".join(cells[:1 + wide]) for cells in rows])
-        for n, (row, cells) in enumerate(zip(names, rows), text.count("\n", 0, block.start()) + 3):
-            found |= {(name, row, column): (n, cell)
-                      for column, cell in zip(numbered(head), cells)}
+                          for line in match[0].splitlines())
+        two = len({cells[0] for cells in rows}) < len(rows)
+        names = once([" | ".join(cells[:1 + two]) for cells in rows])
+        first = text.count("\n", 0, match.start()) + 3
+        found |= {(section, name, column): (line, cell)
+                  for line, (name, cells) in enumerate(zip(names, rows), first)
+                  for column, cell in zip(once(head), cells)}
     return found
 
 
-def flat(nested: dict) -> dict[tuple[str, str, str], str]:
-    return {(section, row, column): cell for section, rows in nested.items()
+def taken(entry: dict) -> dict[tuple[str, str, str], str]:
+    return {(section, row, column): cell for section, rows in entry["tables"].items()
             for row, cells in rows.items() for column, cell in cells.items()}
 
 
+def prose_of(entry: dict, text: str) -> list[tuple[int, str]]:
+    """The figures for which the page's tables in numbers.json do not answer."""
+    return figures(re.sub(r"^\|.*", "", text, flags=re.M) if "tables" in entry else text)
+
+
 def agree(figure: str, other: str) -> bool:
-    """Is a figure another one, as it stands or rounded? A sign, or a unit left out, is no matter."""
+    """Is a figure another one, as it stands or rounded? Signs and units left out do not matter."""
     (a, unit), (b, its) = ((f.lstrip("+-−").replace(",", "").split(" ", 1) + [""])[:2]
                            for f in (figure, other))
-    kind = lambda u: {"s": "second", "tok/s": "tokens a second"}.get(u, u.rstrip("s"))
     digits = len(a.partition(".")[2])
-    return (not (unit and its) or kind(unit) == kind(its)) and (
-        a == b or "e" not in a + b and f"{float(b):.{digits}f}" == f"{float(a):.{digits}f}")
+    a, b = float(a), float(b)
+    same = a == b or "e" not in figure and f"{b:.{digits}f}" == f"{a:.{digits}f}"
+    return same and (not unit or not its or unit[0] == its[0])      # s, seconds
 
 
-def pool(numbers: dict, page: str, row: str = "") -> list[str]:
-    """The figures of a page's tables, in cells' or columns' units, and of its sourceless prose."""
-    entry, found = numbers.get(page, {}), []
-    cells = flat(entry["tables"]) if "tables" in entry else {
+def offered(numbers: dict, source: str) -> list[str] | None:
+    """The figures that a source has; None of a command or a date, which are only named."""
+    if file := re.fullmatch(r"set: ([\w/]+\.(?:py|yaml))", source):
+        held = [float(n.replace(",", "")) for n in re.findall(NUMBER, (ROOT / file[1]).read_text())]
+        return [f"{n:g}" for n in held] + [f"{100 * n:g} %" for n in held]
+    if not (named := PAGE.fullmatch(source)):
+        return None if source != "?" else []
+    page, row = named.groups()
+    entry = numbers.get(page, {})
+    cells = taken(entry) if "tables" in entry else {
         at: cell for at, (_, cell) in tables((ROOT / page).read_text()).items()}
+    found = [f for by, each in entry.get("prose", []) if not row and not PAGE.fullmatch(by)
+             for f in each]
     for (_, name, column), cell in cells.items():
         if not row or name == row or name.startswith(f"{row} |"):
             own, unit = [f for _, f in figures(cell)], re.search(rf"(?<!\w){UNIT}", column)
             found += own if any(" " in f for f in own) else [
                 f"{n} {unit[0] if unit else ''}".strip() for n in re.findall(NUMBER, cell)]
-    return found + [f for source, each in entry.get("prose", []) if not row
-                    and not PAGE.fullmatch(source) for f in each]
-
-
-def has(numbers: dict, source: str, figure: str) -> bool:
-    """Does what a source names have that figure? Of what is no page nobody here can tell."""
-    named = PAGE.fullmatch(source)
-    page, row = named.groups() if named else ("", "")
-    if not page:
-        return source not in ("", "?")
-    return any(agree(figure, other) for other in pool(numbers, page, row or ""))
-
-
-def check_page(numbers: dict, page: str, text: str) -> list[str]:
-    """What is wrong with a page, one line each: page:line, the number, what it should be."""
-    entry, wrong = numbers.get(page, {}), []
-    words = " ".join(text.split())
-    wrong += [f"{page}:1: no longer says {said!r} ({what}); mend numbers.json or the page"
-              for of in entry.get("measured", {}).values() for what, said in of.items()
-              if " ".join(said.split()) not in words]
-    if "tables" in entry:
-        shown, taken = tables(text), flat(entry["tables"])
-        for at in dict.fromkeys([*shown, *taken]):
-            line, cell = shown.get(at, (1, None))
-            if cell != taken.get(at):
-                wrong.append(f"{page}:{line}: {' / '.join(at)}: the page has {cell!r}, "
-                             f"numbers.json {taken.get(at)!r}")
-        text = re.sub(r"^\|.*$", "", text, flags=re.M)
-    for line, figure, source in paired(figures(text), entry.get("prose", [])):
-        if not line:
-            wrong.append(f"{page}:1: {figure} ({source}) is gone from the page")
-        elif not has(numbers, source, figure):
-            wrong.append(f"{page}:{line}: {figure} has no source" if source in ("", "?") else
-                         f"{page}:{line}: {figure} is not what {source} has")
-    return wrong
+    return found
 
 
 def paired(found: list, prose: list, keep: bool = False) -> list[tuple[int, str, str]]:
@@ -149,9 +128,31 @@ def paired(found: list, prose: list, keep: bool = False) -> list[tuple[int, str,
     pairs = []
     for kind, a, b, c, d in match.get_opcodes():
         same = kind == "equal" or keep and b - a == d - c
-        pairs += [(*found[j], known[a + j - c][1] if same else "") for j in range(c, d)]
+        pairs += [(*found[j], known[a + j - c][1] if same else "?") for j in range(c, d)]
         pairs += [(0, *known[i]) for i in range(a, b) if not same]
     return pairs
+
+
+def check_page(numbers: dict, page: str, text: str) -> list[str]:
+    """What is wrong with a page, one line each: page:line, the number, what it should be."""
+    entry, words, wrong = numbers.get(page, {}), " ".join(text.split()), []
+    wrong += [f"{page}:1: no longer says {said!r}, its {what} in numbers.json"
+              for of in entry.get("measured", {}).values() for what, said in of.items()
+              if said not in words]
+    if "tables" in entry:
+        shown, ours = tables(text), taken(entry)
+        wrong += [f"{page}:{shown.get(at, [1])[0]}: {' / '.join(at)}: the page has "
+                  f"{shown.get(at, [1, None])[1]!r}, numbers.json {ours.get(at)!r}"
+                  for at in dict.fromkeys([*shown, *ours])
+                  if shown.get(at, [1, None])[1] != ours.get(at)]
+    offer = functools.cache(functools.partial(offered, numbers))
+    for line, figure, source in paired(prose_of(entry, text), entry.get("prose", [])):
+        if not line:
+            wrong.append(f"{page}:1: {figure} ({source}) is gone from the page")
+        elif offer(source) is not None and not any(agree(figure, f) for f in offer(source)):
+            wrong.append(f"{page}:{line}: {figure} has no source" if source == "?" else
+                         f"{page}:{line}: {figure} is not what {source} has")
+    return wrong
 
 
 def take(numbers: dict, page: str, text: str) -> None:
@@ -161,20 +162,13 @@ def take(numbers: dict, page: str, text: str) -> None:
         entry["tables"] = {}
         for (section, row, column), (_, cell) in tables(text).items():
             entry["tables"].setdefault(section, {}).setdefault(row, {})[column] = cell
-        text = re.sub(r"^\|.*$", "", text, flags=re.M)
     prose = []
-    for line, figure, source in paired(figures(text), entry.get("prose", []), keep=True):
-        source = source or (page if "tables" in entry and has(numbers, page, figure) else "?")
+    for line, figure, source in paired(prose_of(entry, text), entry.get("prose", []), keep=True):
         if line and prose and prose[-1][0] == source:
             prose[-1][1].append(figure)
         elif line:
             prose.append([source, [figure]])
     entry["prose"] = prose
-
-
-def pages() -> list[str]:
-    return [str(path.relative_to(ROOT)) for path in (ROOT / "README.md", *sorted(ROOT.glob(
-        "docs/*.md")), *sorted(ROOT.glob("models/**/*.md"))) if not path.name.startswith("study")]
 
 
 def written(x, indent: str = "") -> str:
@@ -188,12 +182,19 @@ def written(x, indent: str = "") -> str:
     return json.dumps(x, ensure_ascii=False)
 
 
+def pages() -> dict[str, str]:
+    """{page: text} of all that is held here."""
+    paths = (ROOT / "README.md", *sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("models/**/*.md")]))
+    return {str(path.relative_to(ROOT)): path.read_text() for path in paths
+            if not path.name.startswith("study")}
+
+
 if __name__ == "__main__":
-    numbers = json.loads(FILE.read_text())
+    numbers, texts = json.loads(FILE.read_text()), pages()
     if sys.argv[1:2] == ["--take"]:
         for page in sys.argv[2:]:
-            take(numbers, page, (ROOT / page).read_text())
+            take(numbers, page, texts[page])
         FILE.write_text(written(numbers) + "\n")
-    wrong = [w for page in pages() for w in check_page(numbers, page, (ROOT / page).read_text())]
+    wrong = [line for page, text in texts.items() for line in check_page(numbers, page, text)]
     print("\n".join(wrong))
     sys.exit(bool(wrong))

@@ -96,6 +96,11 @@ def records_of(report: dict) -> list[dict]:
 # what both documents show
 
 
+def take_numbers(page: Path) -> None:
+    """Into docs/numbers.json; prints what other pages quote of a figure that has changed."""
+    subprocess.run([sys.executable, "docs/sources.py", "--take", str(page)])
+
+
 def share_text(share: dict) -> str:
     return interval_text(share, 100, 1)
 
@@ -198,6 +203,7 @@ def write_training() -> None:
     _, heading, speed = path.read_text().partition("\n## Speed")    # the benchmark's: it stays
     write_text(path, text + heading + speed)
     print(text)
+    take_numbers(path)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -322,8 +328,10 @@ def write_markovian() -> None:
             for name in ("markovian", "markovian_policy"))),
         samples="; ".join(f"`{r['prompts'][0]['chain']}`" for r in runs),
         damage=damage_table(damage), judges=judge_table(damage), drill=drill)
-    write_text(Path("docs/markovian.md"), text)
+    path = Path("docs/markovian.md")
+    write_text(path, text)
     print(text)
+    take_numbers(path)
 
 
 def main(argv: list[str]) -> None:
