@@ -71,12 +71,12 @@ def tables(text: str) -> dict[tuple[str, str, str], tuple[int, str]]:
     for section, (_, match) in zip(once([head for head, _ in blocks]), blocks):
         head, _, *rows = ([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
                           for line in match[0].splitlines())
-        two = len({cells[0] for cells in rows}) < len(rows)
-        names = once([" | ".join(cells[:1 + two]) for cells in rows])
-        first = text.count("\n", 0, match.start()) + 3
+        named = 1 + (len({cells[0] for cells in rows}) < len(rows))
+        names = once([" | ".join(cells[:named]) for cells in rows])
+        first = text.count("\n", 0, match.start()) + 3      # below the head and its rule
         found |= {(section, name, column): (line, cell)
                   for line, (name, cells) in enumerate(zip(names, rows), first)
-                  for column, cell in zip(once(head), cells)}
+                  for column, cell in zip(once(head)[named:], cells[named:])}
     return found
 
 
