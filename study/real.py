@@ -14,7 +14,7 @@ from config import run_main
 from files.disk import write_text
 from report.stats import interval_text, mcnemar, paired_bootstrap, wilson
 from study.document import fill, seeds_text, table
-from study.results import CHAINS, chains_table, finished_run, machine_text, run_script
+from study.results import CHAINS, chains_table, finished_run, machine_text, run_script, take_numbers
 
 DOCUMENT = Path("docs/real_models.md")
 HEADING = "\n## SmolLM2-135M"       # what stands below it is this file's
@@ -138,6 +138,7 @@ def main(argv: list[str]) -> None:
     write_part(fill("smollm2_chains", n=len(chains["markovian_frozen"][0]["prompts"]),
                     seeds=", ".join(map(str, CHAIN_SEEDS)), table=chains_table(chains),
                     gains=chain_gains(chains)))
+    take_numbers(DOCUMENT)
 
 
 if __name__ == "__main__":

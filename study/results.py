@@ -96,6 +96,11 @@ def records_of(report: dict) -> list[dict]:
 # what both documents show
 
 
+def take_numbers(page: Path) -> None:
+    """Into docs/numbers.json; prints what other pages quote of a figure that has changed."""
+    subprocess.run([sys.executable, "docs/sources.py", "--take", str(page)])
+
+
 def share_text(share: dict) -> str:
     return interval_text(share, 100, 1)
 
@@ -183,8 +188,13 @@ def write_training() -> None:
         "KL to the base | skipped updates | reverts", COLLAPSE, collapse, "accuracy_add_subtract",
         [("reward", "first", 2), ("reward", "last", 2), ("entropy", "last", 2),
          ("length", "last", 2), ("kl_k3", "last", 2)])
+    mean = lambda runs, value: statistics.mean(map(value, runs))
+    own = lambda r: r["accuracy_add_subtract"]["value"]
+    right = {"base": own(reports["sft"][0]["base"])} | {n: mean(r, own) for n, r in reports.items()}
     text = fill(
-        "training", machine=machine_text(reports["sft"][0]), seeds=", ".join(map(str, SEEDS)),
+        "training", right={name: f"{100 * value:.1f}" for name, value in right.items()},
+        seconds={n: f"{mean(r, lambda x: x['seconds']):.0f}" for n, r in reports.items()},
+        machine=machine_text(reports["sft"][0]), seeds=", ".join(map(str, SEEDS)),
         table=training_table(reports), paired=paired_tests(reports), drill=drill,
         cells=table(["test problems", "base right, %", "n"],
                     [[cell, share_text(share), str(share["n"])]
@@ -193,6 +203,7 @@ def write_training() -> None:
     _, heading, speed = path.read_text().partition("\n## Speed")    # the benchmark's: it stays
     write_text(path, text + heading + speed)
     print(text)
+    take_numbers(path)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -303,8 +314,13 @@ def write_markovian() -> None:
         [("reward", "first", 2), ("reward", "last", 2), ("frozen_reward", "last", 2),
          ("entropy", "first", 2), ("entropy", "last", 2), ("kl_k3", "last", 2),
          ("length", "last", 1)])
+    share = lambda runs, key="correct": (
+        f"{100 * statistics.mean(r['chains'][key]['value'] for r in runs):.1f}")
     text = fill(
-        "markovian", n=runs[0]["accuracy"]["n"],
+        "markovian", without=share(runs, "correct_empty"),
+        right={"base": share([runs[0]["base"]]), "base_shown": share(
+            [reports["markovian_shown"][0]["base"]]), **{n: share(r) for n, r in reports.items()}},
+        n=runs[0]["accuracy"]["n"],
         machine=machine_text(runs[0]), seeds=", ".join(map(str, SEEDS)),
         main_table=chains_table(reports), chance=f"{100 * chance(runs[0]):.1f}",
         gains=gain_lines(runs), ablation=ablation_text(*(
@@ -312,8 +328,10 @@ def write_markovian() -> None:
             for name in ("markovian", "markovian_policy"))),
         samples="; ".join(f"`{r['prompts'][0]['chain']}`" for r in runs),
         damage=damage_table(damage), judges=judge_table(damage), drill=drill)
-    write_text(Path("docs/markovian.md"), text)
+    path = Path("docs/markovian.md")
+    write_text(path, text)
     print(text)
+    take_numbers(path)
 
 
 def main(argv: list[str]) -> None:
