@@ -156,7 +156,9 @@ def try_on(study: dict, bases: list[str], test: dict, measures: Measures, family
 
 
 def describe(study: dict, bases: list[str], test: dict, measures: Measures, family: int) -> dict:
-    """A share of problems on each base, all folds together, with Wilson's interval; no test."""
+    """A share of problems on each base, all folds together, with Wilson's interval; no test.
+
+    It holds where the whole interval is below the bound on each base."""
     found = {}
     for name in bases:
         runs = [run["values"] for (b, arm, _), run in measures.items()
@@ -167,6 +169,7 @@ def describe(study: dict, bases: list[str], test: dict, measures: Measures, fami
             found[name] = {**wilson(round(hits), round(n)), "resolves": None,
                            "runs": [run[test["value"]] for run in runs]}
     complete = bool(bases) and all(is_complete(study, measures, b, test["arm"]) for b in bases)
-    below = all(entry["value"] < test["bound"] for entry in found.values())
-    return {"bases": found, "p": None, "adjusted": None, "pooled": None,
-            "outcome": "runs missing" if not complete else "holds" if below else "contradicted"}
+    below = lambda end: all(entry[end] < test["bound"] for entry in found.values())
+    outcome = ("runs missing" if not complete else "holds" if below("high") else
+               "undecided" if below("low") else "contradicted")
+    return {"bases": found, "p": None, "adjusted": None, "pooled": None, "outcome": outcome}

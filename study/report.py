@@ -34,7 +34,8 @@ VALUES = {  # as a reader is told them
     "auc": "AUC of the word's strength"}
 # of an arm, in the answers: {name: value}
 SAID = {"right": "accuracy", "named": "word.any", "top": "target.block"} | {
-    edit: f"{edit}_n.hand_over" for edit in ("swap", "words", "inject", "random")}
+    edit: f"{edit}_n.hand_over" for edit in ("swap", "words", "inject", "random")} | {
+    "whole": "swap.hand_over", "without": "rest.hand_over", "short": "short.hand_over"}
 SWAP_COLUMNS = {
     "whole swap": "swap", "its part along the words": "words", "the rest": "rest",
     "swap as long as the rest": "short",
