@@ -59,8 +59,8 @@ def next_steps(report: dict) -> list[str]:
         more = [f"ask more, a second look with limits of half the chance: limit={needed} "
                 f"replies={folder} out={folder}_more"]
     return [*more, f"read {folder}/gate.md, three conversations of each condition first",
-            "mend what the reasons name, and give another out: another look at the same "
-            "conversations, so name this one in replies, or draw others"]
+            "mend what the reasons name, and give another out beside this one: it is another look, "
+            "with limits of half the chance"]
 
 
 def main(argv: list[str]) -> None:
