@@ -10,8 +10,8 @@ first reply, and `train.py` asks for the verdict (`require_gate: FOLDER/gate.jso
     python -m gate configs/gate_tiny.yaml limit=190 replies=runs/gate_tiny out=runs/gate_more
 
 Read in this order: checks, drafts, conversations (the benchmark), clean (does a prompt reach a base
-untouched?), replies, judge, verdict, evaluate; here is what a person reads. self_instruct writes
-training data.
+untouched?), replies, judge, verdict, plan, evaluate; here is what a person reads. self_instruct
+writes training data.
 """
 from pathlib import Path
 
