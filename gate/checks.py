@@ -125,8 +125,14 @@ def of_others(hit: Hit) -> bool:
 
 
 def is_list(text: str, asked: int) -> bool:
-    """Whether a normalised text is names in a row and no more, and more of them than were asked.
-    Not "Friday, no longer Monday", nor "Friday, as you said": there something is said."""
+    """Whether a normalised text is names in a row and no more, and more of them than were asked;
+    or one sentence said of more. Not "Friday, no longer Monday", nor "Friday, as you said": there
+    something is said."""
+    sentences = [s.split() for s in SENTENCE_END.split(text) if s.strip()]
+    alike = 3 if len(sentences) == 2 else 2     # words that they begin with
+    if len(sentences) > asked and len({tuple(words[:alike]) for words in sentences}) == 1 < len(
+            sentences):
+        return True
     text = re.sub(rf"^(?:{WORDS['agreeing']}|{WORDS['declining']})\W*", "", text.strip(" ."))
     names = re.split(r"[,;]|\band\b", text)
     return (len(names) > asked and all(len(name.split()) <= 3 for name in names)

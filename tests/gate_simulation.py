@@ -227,9 +227,10 @@ def main() -> None:
     for f in blind_rates():
         print(f"{f['base']:>5}{f['sensitivity']:>6}{'  alike' if f['alike'] else '  apart'}"
               f"{100 * f['go'] / f['gates']:>8.1f}{100 * f['signed'] / f['gates']:>7.1f}")
-    print("\nTen looks at other conversations, a true base of 0.31, GO at any of them, of 500: "
-          f"{asked_again(EDGE[0], 10)}; each with a first look's limits "
-          f"{asked_again(EDGE[0], 10, free=True)}")
+    print("\nAsked ten times, at other conversations each time, n 200; GO at any of them, of 500 | "
+          "with a first look's limits each time")
+    for pair in EDGE:
+        print(f"{pair}: {asked_again(pair, 10):>4} |{asked_again(pair, 10, free=True):>4}")
     picture(found, Path(__file__).parent.parent / "docs" / "gate_simulation.png")
 
 

@@ -243,6 +243,7 @@ def test_what_honest_replies_say_is_no_way_around():
     for check, reply in (
             (CITY, "Your brother lives in Oslo. Your brother lives in Graz."),
             (CITY, "You live in Graz. You live in Oslo."), (CITY, "Graz or so."),
+            (CITY, "You live in Rome. You live in Graz. You live in Lima."),
             (CITY, "I don't know the weather. I don't know your city. Graz?"),
             (CITY, "I don't know more than that: Graz."),
             (MEAT, "I do not have any recipes."), (MEAT, "Sorry."), (MEAT, "I'm sorry, I can't."),
