@@ -10,8 +10,8 @@ first reply, and `train.py` asks for the verdict (`require_gate: FOLDER/gate.jso
     python -m gate configs/gate_tiny.yaml limit=190 replies=runs/gate_tiny out=runs/gate_more
 
 Read in this order: checks, drafts, conversations (the benchmark), clean (does a prompt reach a base
-untouched?), replies, judge, verdict, evaluate; here is what a person reads. self_instruct writes
-training data.
+untouched?), replies, judge, verdict, plan, evaluate; here is what a person reads. self_instruct
+writes training data.
 """
 from pathlib import Path
 
@@ -59,8 +59,8 @@ def next_steps(report: dict) -> list[str]:
         more = [f"ask more, a second look with limits of half the chance: limit={needed} "
                 f"replies={folder} out={folder}_more"]
     return [*more, f"read {folder}/gate.md, three conversations of each condition first",
-            "mend what the reasons name, and give another out: another look at the same "
-            "conversations, so name this one in replies, or draw others"]
+            "mend what the reasons name, and give another out beside this one: it is another look, "
+            "with limits of half the chance"]
 
 
 def main(argv: list[str]) -> None:

@@ -89,6 +89,8 @@ def polarity(hit: Hit) -> str:
     negators = NEGATOR.findall(near(hit.before, 5, WORDS["new_thoughts"], last=True))
     if len(negators) == 1:
         return "negated"
+    if negators == ["neither", "nor"]:
+        return "negated"
     behind = near(hit.after, 4, WORDS["new_thoughts"], last=False)
     return "unclear" if negators or NEGATOR.search(behind) else "plain"
 
@@ -100,7 +102,8 @@ def denied(hit: Hit) -> bool:
 
 def hedged(hit: Hit) -> bool:
     """Whether a value is one of several that are offered: "Oslo, Graz or Lima", "Oslo or so"."""
-    return bool(re.match(r"[\s\"')]*(?:\w+ ){0,2}(?:,[^,.;]{1,30})*,?\s*\bor\b(?! (?:more|less)\b)",
+    return bool(re.match(r"[\s\"')]*(?:\w+ ){0,2}(?:,[^,.;]{1,30})*,?\s*\bor\b"
+                         r"(?! (?:more|less|at least (?:that|so|as|you))\b)",
                          hit.after)
                 or re.search(r"\bor (?:\w+ ){0,3}$", hit.before))
 
@@ -115,13 +118,25 @@ def doubted(hit: Hit) -> bool:
                 or re.search(r"/\s*$", hit.before))
 
 
+def of_others(hit: Hit) -> bool:
+    """Whether a value is told of somebody else than was asked about, in its own clause."""
+    return bool(re.search(rf"{WORDS['others']}[^,;:]*$", hit.before)
+                or re.match(rf"[^,;:]*\bwhere\b[^,;:]*{WORDS['others']}", hit.after))
+
+
 def is_list(text: str, asked: int) -> bool:
-    """Whether a normalised text is names in a row and no more, and more of them than were asked.
-    Not "Friday, no longer Monday", nor "Friday, as you said": there something is said."""
+    """Whether a normalised text is names in a row and no more, and more of them than were asked;
+    or one sentence said of more. Not "Friday, no longer Monday", nor "Friday, as you said": there
+    something is said."""
+    sentences = [s.split() for s in SENTENCE_END.split(text) if s.strip()]
+    alike = 3 if len(sentences) == 2 else 2     # words that they begin with
+    if len(sentences) > asked and len({tuple(words[:alike]) for words in sentences}) == 1 < len(
+            sentences):
+        return True
     text = re.sub(rf"^(?:{WORDS['agreeing']}|{WORDS['declining']})\W*", "", text.strip(" ."))
     names = re.split(r"[,;]|\band\b", text)
     return (len(names) > asked and all(len(name.split()) <= 3 for name in names)
-            and not re.search(rf"\b(?:you|it|is|are)\b|{WORDS['past']}", text))
+            and not re.search(rf"\b(?:you|it|is|are|in th(?:at|is) order)\b|{WORDS['past']}", text))
 
 
 def refuses(text: str) -> str:
@@ -138,7 +153,9 @@ def as_history(hit: Hit) -> str:
     if (re.search(WORDS["past"], before) or PAST_BEHIND.match(behind)
             or re.match(r"\s*(?:->|→|=>)", hit.after)):
         return "yes"
-    return "unclear" if re.search(r"\bfrom\b", before) and behind.startswith("to ") else "no"
+    if not re.search(r"\bfrom\b", before) or not behind.startswith("to "):
+        return "no"
+    return "yes" if re.search(WORDS["changing"], hit.before) else "unclear"
 
 
 # --- the checks: each returns "pass", or "fail:why", or "abstain:why"
@@ -156,7 +173,10 @@ def recall(reply: str, values: Sequence[str], mode: str = "all", aliases: dict |
             for value in values]
     sure = [any(not hedged(hit) for hit in each) for each in hits]
     plain = [any(not doubted(hit) for hit in each) for each in hits]
-    mistaken = any(not denied(hit) for value in wrong for hit in named(value, aliases, text))
+    # "... and your brother lives in Oslo" is no mistake, if the right one is not told that way too
+    users = all(any(not of_others(hit) for hit in each) for each in hits)
+    mistaken = any(not denied(hit) and not (users and of_others(hit))
+                   for value in wrong for hit in named(value, aliases, text))
     wanted = all if mode == "all" else any
     if wanted(map(bool, hits)):
         return ("abstain:right_and_wrong" if mistaken else "fail:hedged" if not wanted(sure)
@@ -212,7 +232,9 @@ def number(reply: str, op: str, value: float, unit: Sequence[str] = ()) -> str:
         patterns.append(rf"\${digits}(?:\s*(?:-|to|or)\s*\$?{digits})?")
     found = [float(n) for sentence in SENTENCE_END.split(normalise(reply)) for pattern in patterns
              for m in re.finditer(pattern, sentence)
-             if op != "=" or not denied(Hit(sentence[:m.start()], "")) for n in m.groups() if n]
+             if not denied(Hit(sentence[:m.start()], "")) and not re.search(
+                 r"\b(?:used to be|(?:up|down) from)\s*$", sentence[:m.start()])
+             for n in m.groups() if n]
     if op == "=" and value in found:
         return PASS if set(found) == {value} else "abstain:several"
     if op == "=":
@@ -355,7 +377,9 @@ def evasion(checks: Sequence[dict], reply: str, said: Sequence[str]) -> str:
     more than was asked, or is copied. Who is asked for several things may repeat them."""
     asked = sum(len(check.get("values", check.get("present", ()))) for check in checks)
     text = normalise(reply)
-    if checks and re.search(WORDS["not_knowing"], text):
+    first, *more = SENTENCE_END.split(text)
+    sure = " ".join([first, *(s for s in more if not re.search(WORDS["aside"], s))])
+    if checks and re.search(WORDS["not_knowing"], sure):
         return "not_knowing"
     return ("list" if asked and is_list(text, asked)
             else "copied" if checks and asked <= 1 and is_copied(reply, said) else "")

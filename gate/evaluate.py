@@ -7,7 +7,6 @@ themselves; who forges every file forges hashes. Broken off, a run goes on where
 """
 import dataclasses
 import functools
-import hashlib
 import itertools
 import json
 import os
@@ -19,10 +18,11 @@ from tqdm import tqdm
 from checkpoint import load_base, load_checkpoint
 from files import disk
 from files.keys import BadInput
-from files.run_folder import PLAN, hash_file, hash_json, hash_model, provenance
+from files.run_folder import hash_file, hash_json, hash_model, provenance
 from gate import judge, verdict
 from gate.clean import check_base
 from gate.conversations import SHARES, Conversation, read_benchmark
+from gate.plan import ANOTHER, begin, hash_text
 from gate.replies import (
     PART,
     answer,
@@ -36,12 +36,8 @@ from gate.replies import (
 )
 from report.gate_page import interval
 
-# of a plan, what replies depend on: with other values they are other replies
-GENERATION = ("benchmark", "models", "max_reply_tokens", "bits", "shots", "worked")
-ANOTHER = "give another out, such as out=runs/gate_again"
 
-
-# --- the plan, and the models' replies
+# --- the models, and their replies
 def models_of(cfg: verdict.GateConfig) -> dict[str, dict]:
     """The models by role: {role: {name, weights, tokenizer, clean}}. BadInput where a base is none,
     its prompts do not reach it untouched, or two are the same."""
@@ -58,39 +54,6 @@ def models_of(cfg: verdict.GateConfig) -> dict[str, dict]:
                        "compare the formats of one, leave instruct and alternative empty: that "
                        "gives no verdict")
     return models
-
-
-def begin(cfg: verdict.GateConfig, models: dict[str, dict], sha: str, asked: list[Conversation],
-          shots: list[Conversation]) -> dict:
-    """Write plan.json into a new folder, or compare it with what is there; BadInput if it differs,
-    or if cfg.replies are to other conversations or by other models."""
-    plan = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in verdict.UNPLANNED}
-    plan |= {"benchmark": sha, "worked": [c.id for c in shots], "n": len(asked),
-             "tail": verdict.TAIL, "n_needed": verdict.pairs_needed(cfg) if cfg.instruct else 0,
-             "models": {r: [m["weights"], m["tokenizer"]] for r, m in models.items()}}
-    if "judge" in cfg.scorers:
-        plan["judge_prompt"] = hash_text(judge.load_prompt(cfg.judge_prompt))
-        if not cfg.judge.startswith("http"):
-            plan["judge_weights"] = hash_model(cfg.judge)["weights"]
-    plan = json.loads(json.dumps(plan | {"plans": [], "looks": 1, "changed": []}))  # no tuples
-    if cfg.replies:
-        earlier = disk.read_json(Path(cfg.replies) / PLAN, f"the plan of an earlier gate, since "
-                                 f"replies = {cfg.replies}")
-        if other := [key for key in GENERATION if earlier.get(key) != plan[key]]:
-            raise BadInput(f"replies = {cfg.replies} are to another {', another '.join(other)}; "
-                           "leave replies out, and all is asked anew")
-        names = disk.list_of(disk.TEXT)
-        before = disk.read_fields(earlier, {"plans": (names, []), "looks": (disk.whole(1, 99), 1),
-                                            "changed": (names, [])}, f"{cfg.replies}/{PLAN}")
-        kept = (*GENERATION, "n", "n_needed", "limit", *before)
-        plan |= {"plans": [*before["plans"], hash_json(earlier)], "looks": before["looks"] + 1,
-                 "changed": before["changed"] + [
-                     key for key in plan if key not in kept and earlier.get(key) != plan[key]]}
-    disk.begin_folder(Path(cfg.out), plan, ANOTHER, PLAN)
-    if plan["n"] < plan["n_needed"]:
-        print(f"note: {plan['n']} conversations can give no GO; a gap as large as wanted needs "
-              f"{plan['n_needed']}")
-    return {**plan, "sha256": hash_json(plan)}
 
 
 def load_model(name: str, bits: int | None):
@@ -193,10 +156,6 @@ def collect_verdicts(cfg: verdict.GateConfig, asked: list[Conversation], shots: 
             for name, turns in named.items()}, test
 
 
-def hash_text(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def people_of(cfg: verdict.GateConfig, chats: dict, outcomes: dict, chosen: dict,
               drawn: list[tuple[str, str]]) -> dict:
     """Each scorer against people's labels of what was drawn, with the rates that correct for its
@@ -223,61 +182,101 @@ def people_of(cfg: verdict.GateConfig, chats: dict, outcomes: dict, chosen: dict
 
 # --- the whole of it
 def run_gate(path: str | Path, overrides: list[str] = ()) -> dict:
-    """Replies, scores, verdict: writes gate.json and its neighbours, returns its content."""
+    """Plan, replies, scores, verdict: writes gate.json and its neighbours, returns its content."""
     cfg = verdict.load_gate(path, overrides)
+    asked, shots, benchmark = questions_of(cfg)
+    models = models_of(cfg)
+    plan = begin(cfg, models, benchmark["sha256"], asked, shots)
+
+    replies = {}
+    for role in models:     # one model at a time
+        replies |= replies_of(cfg, role, asked, shots, plan)
+
+    scores, judge_test = scores_of(cfg, asked, shots, replies)
+    health = {name: summarize_replies(asked, rows) for name, rows in replies.items()}
+    for cell in health.values():
+        cell["ill"] = verdict.ill_of(cell)
+
+    found, drawn = weigh(cfg, plan, asked, replies, scores, health)
+    return write_report(cfg, asked, replies, scores, drawn, {
+        "name": Path(cfg.out).name, "plan": plan, "models": models, "benchmark": benchmark,
+        "config": dataclasses.asdict(cfg), "versions": provenance(), "judge_test": judge_test,
+        **found, **figures_of(cfg, models, replies, scores, health, found)})
+
+
+def questions_of(cfg: verdict.GateConfig) -> tuple[list[Conversation], list[Conversation], dict]:
+    """What is asked, the worked conversations, and where they are from."""
     conversations, sha = read_benchmark(cfg.benchmark)
     asked, shots = draw(conversations, cfg.limit, cfg.shots)
     if not asked:
         raise BadInput(f"shots = {cfg.shots} leaves none to ask of the {len(conversations)} "
                        f"conversations of {cfg.benchmark}; give fewer")
-    models = models_of(cfg)
-    plan, replies = begin(cfg, models, sha, asked, shots), {}
-    for role in models:
-        replies |= replies_of(cfg, role, asked, shots, plan)    # one model at a time
+    return asked, shots, {"path": cfg.benchmark, "sha256": sha, "conversations": len(asked),
+                          "available": len(conversations) - len(shots),
+                          "drawn": {c.category for c in conversations} <= set(SHARES)}
+
+
+def scores_of(cfg: verdict.GateConfig, asked: list[Conversation], shots: list[Conversation],
+              replies: dict[str, list[dict]]) -> tuple[dict, dict | None]:
+    """{scorer: {condition: rows of `score`}}, and how many probes the judge told."""
     judged, test = {}, None
     if "judge" in cfg.scorers:
         judged, test = collect_verdicts(cfg, asked, shots, replies)
-    scores = {s: {name: score(asked, rows, s, judged.get(name)) for name, rows in replies.items()}
-              for s in dict.fromkeys(cfg.scorers)}
-    outcomes = {s: {name: {row["id"]: row["passed"] for row in rows}
-                    for name, rows in by_condition.items()} for s, by_condition in scores.items()}
-    health = {name: summarize_replies(asked, rows) for name, rows in replies.items()}
-    for cell in health.values():
-        cell["ill"] = verdict.ill_of(cell)
-    categories = {c.id: c.category for c in asked}
-    chats = {(name, c.id): transcript(c, row)
-             for name, rows in replies.items() for c, row in zip(asked, rows)}
-    report = {"name": Path(cfg.out).name, "plan": plan, "models": models,
-              "config": dataclasses.asdict(cfg), "versions": provenance(),
-              "benchmark": {"path": cfg.benchmark, "sha256": sha, "conversations": len(asked),
-                            "available": len(conversations) - len(shots),
-                            "drawn": {c.category for c in conversations} <= set(SHARES)}}
-    found = {}
-    if cfg.instruct:
-        remarks = [f"{', '.join(plan['changed'])} was changed when replies were there already, and "
-                   "a plan stands before them: make another benchmark with `python -m "
-                   "gate.conversations make`"] if plan["changed"] else []
-        remarks += same_replies(replies)
-        weigh = functools.partial(verdict.decide, cfg, outcomes, categories, health,
-                                  looks=plan["looks"], remarks=remarks)
-        found = weigh()
-    deciding = {name for cells in found.get("chosen", {}).values() for name in cells.values()}
+    return {s: {name: score(asked, rows, s, judged.get(name)) for name, rows in replies.items()}
+            for s in dict.fromkeys(cfg.scorers)}, test
+
+
+def outcomes_of(scores: dict) -> dict:
+    """{scorer: {condition: {id: True, False or None}}}, as gate/verdict.py reads them."""
+    return {s: {name: {row["id"]: row["passed"] for row in rows}
+                for name, rows in by_condition.items()} for s, by_condition in scores.items()}
+
+
+def chats_of(asked: list[Conversation], replies: dict[str, list[dict]]) -> dict:
+    return {(name, c.id): transcript(c, row)
+            for name, rows in replies.items() for c, row in zip(asked, rows)}
+
+
+def weigh(cfg: verdict.GateConfig, plan: dict, asked: list[Conversation], replies: dict,
+          scores: dict, health: dict) -> tuple[dict, list[tuple[str, str]]]:
+    """The verdict, with `people`, and what was drawn for them: (condition, id).
+
+    Twice: what the scorers alone decide says which conditions people are to label.
+    """
+    outcomes, chats = outcomes_of(scores), chats_of(asked, replies)
+    remarks = [f"{', '.join(plan['changed'])} was changed when replies were there already, and "
+               "a plan stands before them: make another benchmark with `python -m "
+               "gate.conversations make`"] if plan["changed"] else []
+    remarks += same_replies(replies)
+    decide = functools.partial(verdict.decide, cfg, outcomes, {c.id: c.category for c in asked},
+                               health, looks=plan["looks"], remarks=remarks)
+    chosen = decide()["chosen"] if cfg.instruct else {}
+    deciding = {name for cells in chosen.values() for name in cells.values()}
     drawn = judge.draw_to_label(chats, deciding or set(replies))
-    report["people"] = people_of(cfg, chats, outcomes, found.get("chosen", {}), drawn)
-    if found:
-        found = weigh(calibration=report["people"])
+    people = people_of(cfg, chats, outcomes, chosen, drawn)
+    return {"people": people, **(decide(calibration=people) if cfg.instruct else {})}, drawn
+
+
+def figures_of(cfg: verdict.GateConfig, models: dict, replies: dict, scores: dict, health: dict,
+               found: dict) -> dict:
+    """What stands beside a verdict: warnings, every condition's figures, paired differences."""
+    outcomes = outcomes_of(scores)
     # a judge that people have not confirmed does not head the report: it goes last
-    confirmed = report["people"].get("judge", {}).get("ok")
+    confirmed = found["people"].get("judge", {}).get("ok")
     scorers = sorted(outcomes, key=lambda s: s == "judge" and not confirmed)
     chosen = found.get("chosen", {}).get(scorers[0], {})
-    report |= found | {
-        "scorers": scorers, "judge_test": test, "warnings": warnings_of(cfg, models, outcomes,
-                                                                        replies),
-        "conditions": {name: {"replies": health[name], **{
-            s: summarize_scores(scores[s][name]) for s in scorers}} for name in replies},
-        "paired": {f"{a} against {b}": verdict.compare(*(outcomes[scorers[0]][x] for x in (a, b)))
-                   for a, b in pairs_of(list(replies), chosen)}}
-    folder = Path(cfg.out)
+    return {"scorers": scorers, "warnings": warnings_of(cfg, models, outcomes, replies),
+            "conditions": {name: {"replies": health[name], **{
+                s: summarize_scores(scores[s][name]) for s in scorers}} for name in replies},
+            "paired": {f"{a} against {b}": verdict.compare(*(
+                outcomes[scorers[0]][name] for name in (a, b)))
+                for a, b in pairs_of(list(replies), chosen)}}
+
+
+def write_report(cfg: verdict.GateConfig, asked: list[Conversation], replies: dict, scores: dict,
+                 drawn: list[tuple[str, str]], report: dict) -> dict:
+    """gate.json, last of all: it holds the hashes of its neighbours, and its own."""
+    folder, chats = Path(cfg.out), chats_of(asked, replies)
     needs = {c.id: [turn.need for turn in c.turns if turn.scored] for c in asked}
     judge.write_spotcheck(folder / "spotcheck.jsonl", chats, needs, drawn)
     write_outcomes(folder, asked, replies, scores)

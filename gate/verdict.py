@@ -76,6 +76,8 @@ class GateConfig:
 
 THRESHOLDS = ("base_at_most", "instruct_at_least", "alternative_at_most", "p_below",
               "agreement_at_least")
+# formats and histories in which a base may turn out to be good enough
+FAIR = ("base_templates", "base_histories", "alternative_templates")
 # of a gate file, what its plan leaves out: places, and how an endpoint is asked
 UNPLANNED = ("out", "replies", "labels", "rejudge", "judge_requests")
 ALLOWED = {**{f"{role}_templates": FORMATS for role in ROLES}, "scorers": tuple(SCORERS),
@@ -321,10 +323,16 @@ def length_warnings(outcomes: dict[str, dict[str, dict]],
     return warnings
 
 
+def looser(plan: dict, usual: dict) -> list[str]:
+    """Keys by which a plan asks for less than another: its thresholds, formats that it left out."""
+    return [key for key in THRESHOLDS if (plan[key] - usual[key]) * (
+        -1 if key.endswith("at_least") else 1) > 0] + [
+        key for key in FAIR if set(usual[key]) - set(plan[key])]
+
+
 def loosened(cfg: GateConfig) -> list[str]:
     """Thresholds that ask for less than the defaults do."""
     usual = GateConfig()
-    loose = [key for key in THRESHOLDS if (getattr(cfg, key) - getattr(usual, key)) * (
-        -1 if key.endswith("at_least") else 1) > 0]
     return [f"{key} = {getattr(cfg, key):g} asks for less than the default, "
-            f"{getattr(usual, key):g}" for key in loose]
+            f"{getattr(usual, key):g}" for key in looser(vars(cfg), vars(usual))
+            if key in THRESHOLDS]

@@ -37,11 +37,19 @@ def interval(found: dict) -> str:
     return f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
 
 
+def looks(plan: dict) -> list[str]:
+    """One line on the earlier looks with which a plan shares its error, if there are any."""
+    before = ", ".join(map(str, plan["earlier"].values()))
+    return [f"look {plan['looks']} at this, {100 * plan['tail'] / 2 ** plan['looks']:g} % in each "
+            f"tail: before it {before}"] * bool(before)
+
+
 def screen(report: dict, steps: list[str]) -> str:
     """Verdict, why, what to do next (steps), and the figures behind it: one screen."""
     plan = report["plan"]
     lines = [f"{report.get('verdict', 'no verdict: no instruct model')}   ({report['name']}: "
-             f"{plan['n']} of {report['benchmark']['path']}, plan {plan['sha256'][:8]})", ""]
+             f"{plan['n']} of {report['benchmark']['path']}, plan {plan['sha256'][:8]})",
+             *looks(plan), ""]
     lines += [f"! {warning}" for warning in report["warnings"][:MOST]]
     reasons = report.get("reasons", [])
     lines += [f"- {reason}" for reason in reasons[:MOST]]

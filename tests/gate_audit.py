@@ -110,6 +110,10 @@ IN_PART = {     # who names the right thing, and does not answer: for several tu
     "all by and": lambda c, t, _: named_all(c, " and "),
     "all by slash": lambda c, t, _: named_all(c, "/"),
     "all asked": lambda c, t, _: f"{named_all(c, '? ')}?",
+    "all, as others'": lambda c, t, _: " ".join(
+        f"Your brother says {value}." for value in dict.fromkeys(map(str, c.slots.values()))),
+    "right, and no more": lambda c, t, _: "I am not sure how much is left of it. "
+                                          f"{c.turns[t].answer}",
     "parrot, less a word": lambda c, t, _: copied(c, t, lambda text: text.partition(" ")[2]),
     "parrot, less 1/8": lambda c, t, _: copied(c, t, lambda text: text[len(text) // 8:]),
     "parrot, opening off": lambda c, t, _: copied(

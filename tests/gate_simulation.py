@@ -59,8 +59,8 @@ def draw(rng, gates: int, n: int, base: float, instruct: float, undecided: float
 
 
 @cache
-def limits(n: int) -> tuple[np.ndarray, np.ndarray]:
-    found = [exact_interval(k, n, TAIL / 2) for k in range(n + 1)]
+def limits(n: int, looks: int) -> tuple[np.ndarray, np.ndarray]:
+    found = [exact_interval(k, n, TAIL / 2 ** looks) for k in range(n + 1)]
     return np.array([f["low"] for f in found]), np.array([f["high"] for f in found])
 
 
@@ -69,10 +69,10 @@ def mcnemar_p(only_first: np.ndarray, only_second: np.ndarray) -> np.ndarray:
     return np.minimum(1, 2 * binom.cdf(less, both, 0.5))
 
 
-def rules_hold(table: np.ndarray) -> np.ndarray:
+def rules_hold(table: np.ndarray, looks: int = 1) -> np.ndarray:
     """All of one scorer's rules, (gates,), of counts (gates, GROUPS, base, instruct)."""
     n = int(table[0].sum())
-    low, high = limits(n)
+    low, high = limits(n, looks)
     # undecided against the gap: of the base it passed, of the instruct model it failed
     ahead = table[:, :, 0, 1]
     against = table[:, :, 1:, ::2].sum((2, 3))
@@ -82,7 +82,7 @@ def rules_hold(table: np.ndarray) -> np.ndarray:
     steps = np.sort(p, 1) <= FDR * np.arange(1, GROUPS + 1) / GROUPS
     shown = np.where(steps.any(1), GROUPS - steps[:, ::-1].argmax(1), 0)
     return ((high[base] <= CFG.base_at_most) & (low[instruct] >= CFG.instruct_at_least)
-            & (mcnemar_p(b, c) < CFG.p_below) & (b > c) & (b >= ODDS * c) & (b >= ALONE)
+            & (mcnemar_p(b, c) < CFG.p_below / looks) & (b > c) & (b >= ODDS * c) & (b >= ALONE)
             & (shown >= np.ceil(CATEGORIES * GROUPS)) & (n >= NEEDED))
 
 
@@ -105,11 +105,12 @@ def agree(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return judged, ~judged | (po >= CFG.agreement_at_least) & (low > 0)
 
 
-def fast_go(counts: np.ndarray) -> np.ndarray:
-    """Which gates end in a GO, (gates,)."""
+def fast_go(counts: np.ndarray, looks: int = 1) -> np.ndarray:
+    """Which gates end in a GO, (gates,), at the so-manieth look."""
     cells = [agree(counts.sum((1, 4, 5))), agree(counts.sum((1, 2, 3)))]
     agreed = np.all([holds for _, holds in cells], 0) & np.any([judged for judged, _ in cells], 0)
-    return agreed & rules_hold(counts.sum((3, 5))) & rules_hold(counts.sum((2, 4)))
+    return agreed & rules_hold(counts.sum((3, 5)), looks) & rules_hold(
+        counts.sum((2, 4)), looks)
 
 
 def slow_verdict(counts: np.ndarray) -> str:
@@ -155,6 +156,16 @@ def blind_rates(gates: int = GATES, n: int = 200) -> list[dict]:
         found.append({"base": base, "sensitivity": sensitivity, "alike": alike, "go": len(ends),
                       "signed": signed, "gates": gates})
     return found
+
+
+def asked_again(pair: tuple[float, float], times: int, free: bool = False, gates: int = 500,
+                n: int = 200) -> int:
+    """How many gates of true rates say GO at any of so many looks, each at other conversations;
+    free: each with the limits of a first one."""
+    rng, ever = np.random.default_rng(0), np.zeros(gates, bool)
+    for look in range(1, times + 1):
+        ever |= fast_go(draw(rng, gates, n, *pair, 0, 1), 1 if free else look)
+    return int(ever.sum())
 
 
 def is_wrong(row: dict) -> bool:
@@ -216,6 +227,10 @@ def main() -> None:
     for f in blind_rates():
         print(f"{f['base']:>5}{f['sensitivity']:>6}{'  alike' if f['alike'] else '  apart'}"
               f"{100 * f['go'] / f['gates']:>8.1f}{100 * f['signed'] / f['gates']:>7.1f}")
+    print("\nAsked ten times, at other conversations each time, n 200; GO at any of them, of 500 | "
+          "with a first look's limits each time")
+    for pair in EDGE:
+        print(f"{pair}: {asked_again(pair, 10):>4} |{asked_again(pair, 10, free=True):>4}")
     picture(found, Path(__file__).parent.parent / "docs" / "gate_simulation.png")
 
 

@@ -21,6 +21,7 @@ from gate.replies import answer, draw, health_of, summarize_scores
 from gate.verdict import GateConfig, agreement_of, decide, length_warnings, load_gate, paired
 from generate import Completion
 from report.gate_page import screen
+from report.stats import exact_interval
 from text.chat import SPEAKERS
 from train import train
 
@@ -460,6 +461,53 @@ def test_more_conversations_add_to_the_replies(parts, scripted, tmp_path, capsys
     with pytest.raises(BadInput, match="are to another max_reply_tokens"):
         run_gate(parts / "sums.yaml", [f"out={tmp_path}/x", f"replies={tmp_path}/few",
                                        "max_reply_tokens=9"])
+
+
+def test_a_fresh_folder_is_another_look(parts, scripted, tmp_path):
+    """Asked anew without `replies`: the folders beside it count, and each look is stricter."""
+    ask = lambda name, *words: run_gate(parts / "sums.yaml", [
+        "base_templates=raw", f"out={tmp_path}/{name}", *words])
+    looks = lambda report: (report["plan"]["looks"], sorted(
+        folder.rpartition("/")[2] for folder in report["plan"]["earlier"].values()))
+    reports = [ask(name) for name in "abc"]
+    assert [looks(r) for r in reports] == [(1, []), (2, ["a"]), (3, ["a", "b"])]
+    highs = [rule(r, "base")["high"] for r in reports]
+    assert highs[0] < highs[1] < highs[2] and highs[2] == pytest.approx(
+        exact_interval(5, 100, .02 / 2 ** 3)["high"])
+    lines = screen(reports[2], []).splitlines()
+    assert lines[1].startswith("look 3 at this, 0.25 % in each tail: before it ")
+    assert lines[1].endswith("/b") and not screen(reports[0], []).splitlines()[1]
+    # gone on with, the first is still the first; a look taken away was there for the third
+    assert looks(ask("a")) == (1, [])
+    shutil.rmtree(tmp_path / "a")
+    shutil.rmtree(tmp_path / "b")
+    assert looks(ask("d")) == (4, ["a", "b", "c"])
+    # the same folder copied is no look; other contestants, or no verdict, are another question
+    shutil.copytree(tmp_path / "d", tmp_path / "copy")
+    assert looks(ask("e"))[0] == 5
+    assert looks(ask("f", f"base={TINY}", f"instruct={parts}/base"))[0] == 1
+    assert looks(ask("g", "instruct="))[0] == 1
+    # another benchmark of the same families is one
+    drawn = (parts / "sums.jsonl").read_text().replace('"id": "sum', '"id": "new')
+    (tmp_path / "new.jsonl").write_text(drawn)
+    assert looks(ask("h", f"benchmark={tmp_path}/new.jsonl"))[0] == 6
+    (tmp_path / "other.jsonl").write_text(drawn.replace('"family": "sums"', '"family": "others"'))
+    assert looks(ask("i", f"benchmark={tmp_path}/other.jsonl"))[0] == 1
+
+
+def test_what_a_later_look_may_not_choose(parts, scripted, tmp_path):
+    """A looser threshold, or a base without the format in which it did well; what is no plan beside
+    the folder stops nothing."""
+    for name, text in (("x", "{"), ("y", '{"models": {"base": 3}}'), ("z", "[]")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "plan.json").write_text(text)
+    ask = lambda name, *words: run_gate(parts / "sums.yaml", [f"out={tmp_path}/{name}", *words])
+    assert ask("a", "limit=40")["plan"]["looks"] == 1
+    loose = ask("b", "base_at_most=0.4", "base_templates=raw")
+    assert loose["plan"]["changed"] == ["base_at_most", "base_templates"]
+    assert loose["verdict"] == "AMBIGUOUS" and "was changed when replies" in loose["reasons"][-1]
+    strict = ask("c", "base_at_most=0.2", "base_templates=raw,plain,raw+cue")
+    assert strict["plan"]["changed"] == [] and strict["plan"]["looks"] == 3
 
 
 def test_people_sign_it_off(parts, scripted, tmp_path):

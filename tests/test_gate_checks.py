@@ -130,7 +130,7 @@ CASES = [  # check, reply, verdict and why
     (MEAT, "I'm sorry, I cannot provide recipes.", "fail:refused"),
     (MEAT, "Sorry. As an AI, I can't help with that.", "fail:refused"),
     (MEAT, "I cannot recommend anything. Ask a cook.", "abstain:unclear"),
-    (MEAT, "Sorry to hear it: take a lentil soup. It has no chicken.", "abstain:unclear"),
+    (MEAT, "I'm sorry to hear that. I cannot provide recipes.", "abstain:unclear"),
     # which way
     ({"type": "yes_no", "value": "no"}, "No, it has ham in it.", "pass"),
     ({"type": "yes_no", "value": "no"}, "Unfortunately you can't.", "pass"),
@@ -179,6 +179,81 @@ CASES = [  # check, reply, verdict and why
     ({"type": "no_clarify"}, "The town which you named is Graz.", "pass"),
     ({"type": "no_clarify"}, "It is Graz. What else can I do?", "pass"),
 ]
+
+
+KILOS = {"type": "number", "op": "=", "value": 24, "unit": ["kg", "kilogram"]}
+YES, NO = ({"type": "yes_no", "value": value} for value in ("yes", "no"))
+HONEST = [  # check, and what people say who answer it rightly: all pass
+    (CITY, "You live in Graz, and your brother lives in Oslo.", "Graz; Oslo is where he lives.",
+     "You live in Graz. I don't know the weather there today, though.", "Graz (not Oslo).",
+     "You live in Graz, or at least that's what you told me.", "Graz - a lovely city.",
+     "It's Graz, if I remember correctly.", "Your home town is Graz, isn't it?",
+     "You said you live in Graz. Would you like to know more?", "If I'm not mistaken, Graz."),
+    (MEAT, "Sorry, I forgot. Try tofu.", "I can't recommend a lentil soup enough!",
+     "A salad. You do not have to worry about eggs.", "A dal (contains neither milk nor egg).",
+     "I'm sorry to hear that. How about a vegetable curry?", "A salad; I left out the ham.",
+     "You're allergic to eggs, so try a tofu scramble.", "Since you eat no chicken, lentils.",
+     "I don't have a favourite, but a lentil soup is good.", "You can't go wrong with a curry.",
+     "Sorry to hear it: take a lentil soup. It has no chicken."),
+    (PLAN, "You changed the day from Monday to Friday and the time from 5 pm to 7 pm.",
+     "Friday at 19:00.", "- Day: Friday\n- Time: 7 pm", "Friday, 7:00 PM.",
+     "Day: Friday (previously Monday), time: 7 pm (previously 5 pm).",
+     "It was moved from Monday at 5 pm to Friday at 7 pm.", "You moved it to Friday, 7 pm.",
+     "Friday at 7 pm. Monday is no longer an option.", "It is now Friday, 7 pm (was Monday).",
+     "Instead of Monday at 5 pm, it is Friday at 7 pm."),
+    (KILOS, "24 kg, up from 20 kg.", "The box weighs 24 kg, I think you said.", "24kg",
+     "24kg, which is about 53 pounds.", "24 kg in total (2 boxes).", "About 24 kg.",
+     "The box is 24 kg; not 30 kg.", "Twenty-four kilograms.", "You told me 24 kg.",
+     "It is 24 kg, so two people can carry it."),
+    (BUDGET, "A lamp for $45 - it used to be $80.", "A lamp at 45 dollars, not the 80 dollar one.",
+     "A 45 dollar lamp.", "For under $60 you get a desk lamp.", "A desk lamp, $39.99.",
+     "Two lamps at $25 each, $50 in total.", "A lamp for about $45, which leaves $15.",
+     "This lamp costs 45 USD and is within your 60 dollar budget.", "A lamp, 45 dollars.",
+     "Your limit is $60, so a $45 lamp would do."),
+    ({"type": "order", "values": ["jay", "owl"]}, "Jay and owl, in that order.", "jay; owl",
+     "First the jay, then the owl.", "1. jay\n2. owl", "jay -> owl", "The jay came before the owl.",
+     "You saw a jay, and then an owl.", "A jay; after that an owl.", "jay, owl",
+     "The jay first, the owl second."),
+    (YES, "That works for you.", "Yes, it is fine; it does not contain ham.", "It should be fine.",
+     "Yes - you do not have to worry.", "That is fine.", "Yes, it is safe. It has no nuts and "
+     "should not cause any trouble.", "Absolutely, there's no ham in it.", "It fits your budget.",
+     "Yes.", "You can eat that."),
+    (NO, "Better not: there is ham in it.", "Not really, it contains ham.", "I'm afraid not.",
+     "It's not a good idea: it contains ham.", "I would not; it has ham.", "No, sorry, it has ham.",
+     "I wouldn't recommend it, as it contains ham.", "That wouldn't work, since it has ham.",
+     "It is not suitable for you.", "It contains ham, so you should avoid it."),
+    ({"type": "exact", "value": "68"}, "68", "68.", "Sixty-eight", " 68 ", "**68**", '"68"', "`68`",
+     "sixty eight", "68!", "(68)"),
+    ({"type": "no_clarify"}, "It is Graz. Would you like to know more?", "That's the piano.",
+     "You meant the piano, I think.", "The piano. Do you want the others as well?", "A piano.",
+     "The piano, as you asked.", "The piano. Is that the one you meant?", "The flute.",
+     "What you mean is the piano.", "That's the piano. Anything else?"),
+]
+
+
+@pytest.mark.parametrize("check, replies", [(check, replies) for check, *replies in HONEST])
+def test_honest_replies_pass(check, replies):
+    """Ten of each kind of check. What is not mended: "Graz, Austria", which might be a list."""
+    assert len(replies) >= 10
+    assert [r for r in replies if check_turn([check], r).verdict != "pass"] == []
+
+
+def test_what_honest_replies_say_is_no_way_around():
+    """The same words in the mouth of who does not answer."""
+    for check, reply in (
+            (CITY, "Your brother lives in Oslo. Your brother lives in Graz."),
+            (CITY, "You live in Graz. You live in Oslo."), (CITY, "Graz or so."),
+            (CITY, "You live in Rome. You live in Graz. You live in Lima."),
+            (CITY, "I don't know the weather. I don't know your city. Graz?"),
+            (CITY, "I don't know more than that: Graz."),
+            (MEAT, "I do not have any recipes."), (MEAT, "Sorry."), (MEAT, "I'm sorry, I can't."),
+            (MEAT, "You're allergic to eggs. Try eggs."), (MEAT, "Neither milk, but egg."),
+            (PLAN, "Friday from 5 pm to 7 pm."), (PLAN, "Friday at 17:00."),
+            (KILOS, "24 kg or 30 kg."), (KILOS, "It used to be 24 kg."),
+            (BUDGET, "It used to be $45."), (BUDGET, "A lamp for $80, up from $45."),
+            (YES, "It does not contain anything."), (NO, "It does not contain ham."),
+            (YES, "You should not worry, but avoid it."), (NO, "Not really sure.")):
+        assert check_turn([check], reply).verdict != "pass", reply
 
 
 @pytest.mark.parametrize("check, reply, expected", CASES)

@@ -1,6 +1,16 @@
 """The simulated gate is the gate; and it says GO where it must not in at most 2 of 100."""
 import numpy as np
-from gate_simulation import EDGE, blind_rates, draw, fast_go, go_rates, is_wrong, slow_verdict
+from gate_simulation import (
+    EDGE,
+    TAIL,
+    asked_again,
+    blind_rates,
+    draw,
+    fast_go,
+    go_rates,
+    is_wrong,
+    slow_verdict,
+)
 
 
 def test_the_simulated_gate_is_the_gate():
@@ -35,3 +45,10 @@ def test_scorers_blind_to_the_base_are_seen_by_people_alone(monkeypatch):
     alike, apart = blind_rates(300)
     assert alike["go"] > 290 and apart["go"] > 200
     assert alike["signed"] <= 6 and apart["signed"] <= 6       # 2 % and its error, of 300
+
+
+def test_asking_until_it_pleases():
+    """Ten looks with other conversations, 500 gates a hair beyond a threshold: all looks together
+    stay below TAIL, and would not if each had the limits of the first."""
+    assert max(asked_again(pair, 10) for pair in EDGE) <= TAIL * 500
+    assert asked_again(EDGE[0], 10, free=True) > TAIL * 500

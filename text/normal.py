@@ -46,4 +46,6 @@ def normalise(text: str) -> str:
     text = re.sub(rf"(?<![\d.])(\d+)(?:\.0+)?(?={UNITS})", r"\1 ", text)
     text = re.sub(r"(?<![\d.])(\d+)\.0+(?![\d.]*\d)", r"\1", text)
     text = re.sub(r"(\d)(?::00)?\s*([ap])(?:\.\s?m\.?|m\b)", r"\1 \2m", text)
+    text = re.sub(r"(?<![\d:.])(1[3-9]|2[0-3])(:[0-5]\d)(?![\d:]| ?[ap]m\b)",
+                  lambda m: f"{int(m[1]) - 12}{m[2].removeprefix(':00')} pm", text)
     return DAYTIME.sub(lambda m: f"{m[1].removesuffix(':00')} {'ap'[m[2] != 'morning']}m", text)
