@@ -292,7 +292,10 @@ def answers(study: dict, asked: list[dict], measures: Measures, complete: bool) 
     """The plan's template of sentences and claims; before its last run, and where it names none,
     each hypothesis and what came of it."""
     if complete and "answers" in study:
-        return fill(study["answers"], **facts(study, asked, measures))
+        try:
+            return fill(study["answers"], **facts(study, asked, measures))
+        except KeyError:    # a plan of one's own has not all of its arms
+            pass
     return "\n".join(f"- **{h['id']}. {h['claim']}**: {outcome_text(h)}." for h in asked)
 
 

@@ -1,9 +1,11 @@
 """The study: its plan, its judging on made-up runs, its measures, and the whole path on a model."""
 import json
+import statistics
 
 import numpy as np
 import pandas
 import pytest
+import scipy
 import statsmodels.formula.api as formula
 import yaml
 from conftest import (
@@ -427,6 +429,35 @@ def test_whole_path_on_a_golden_model(golden_with_words, tmp_path):
     written = (out / "study.md").read_bytes()
     run("-m", "study", path, "--out", out, "--report", check=0)
     assert (out / "study.md").read_bytes() == written
+
+
+def test_answers_are_the_numbers_of_the_measures():
+    """Six numbers of docs/study.md, from the files by another way: sentence by sentence."""
+    runs = [json.loads(file.read_text()) for file in (ROOT / "study" / "measures").glob("*.json")]
+    untaught = ["untaught_1", "untaught_2", "untaught_3"]
+
+    def over_bases(arm, number):
+        return [statistics.mean(number(run) for run in runs if (run["base"], run["arm"]) ==
+                                (base, arm)) for base in untaught]
+
+    def interval(values, digits):
+        low, high = scipy.stats.t.interval(.95, 2, statistics.mean(values), scipy.stats.sem(values))
+        return f"{statistics.mean(values):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+    right = lambda run: 100 * run["right"].count("1") / len(run["right"])
+    top = lambda run: 100 * run["curves"]["target.top1"][run["block"] + 1]
+    sentences = (ROOT / "docs" / "study.md").read_text().split("## Answers")[1].split("**")[1:11]
+    said = [" ".join(text.split()) for text in sentences[1::2]]
+    assert f"trains, on {statistics.mean(over_bases('dual', top)):.1f} and" in said[0]
+    assert f"installed on {statistics.mean(over_bases('permuted', top)):.1f} and" in said[1]
+    for arm, less in (("dual", "sft"), ("w07", "sft_500")):
+        cost = np.subtract(over_bases(arm, right), over_bases(less, right))
+        assert interval(cost, 1) in said[2], arm
+    turned = [tap["swaps"]["words_n"][0] for run in runs for tap in run["taps"]
+              if (run["base"], run["arm"]) == ("smollm2", "hand_over")
+              and tap["tap"] == run["hand_over"] + 1]
+    assert f"along the words {100 * statistics.mean(turned):.1f} %" in said[3]
+    assert interval(over_bases("dual", lambda run: run["values"]["auc"]), 2) in said[4]
 
 
 def test_report_is_what_the_measures_say(tmp_path):
