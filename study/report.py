@@ -32,6 +32,8 @@ VALUES = {  # as a reader is told them
     "words_over_random.hand_over": "turned by the words' part less by random, hand-over block",
     "answer.half": "block where the answer has half risen",
     "auc": "AUC of the word's strength"}
+SHORT = {"target.block": "installing", "words_over_random.block": "trained block",
+         "words_over_random.hand_over": "hand-over block"}
 # of an arm, in the answers: {name: value}
 SAID = {"right": "accuracy", "named": "word.any", "top": "target.block"} | {
     edit: f"{edit}_n.hand_over" for edit in ("swap", "words", "inject", "random")} | {
@@ -121,9 +123,14 @@ def outcome_text(h: dict) -> str:
     """What came of a hypothesis's tests. example  'holds on untaught, undecided on smollm2' """
     said = {}
     for test in h["tests"]:
-        said.setdefault(test["outcome"], []).append(test["group"])
-    return ", ".join(f"{outcome} on {' and '.join(dict.fromkeys(groups))}"
-                     for outcome, groups in said.items())
+        several = len({t["value"] for t in h["tests"]}) > 1
+        what = SHORT.get(test["value"], test["value"]) if several else test["arm"].upper()
+        outcomes = said.setdefault(what, {})
+        outcomes.setdefault(test["outcome"], []).append(test["group"])
+    parts = [(what, ", ".join(f"{outcome} on {' and '.join(groups)}"
+                              for outcome, groups in outcomes.items()))
+             for what, outcomes in said.items()]
+    return "; ".join(f"{what} {text}" if len(parts) > 1 else text for what, text in parts)
 
 
 def facts(study: dict, asked: list[dict], measures: Measures) -> dict[str, str]:
@@ -151,9 +158,14 @@ def facts(study: dict, asked: list[dict], measures: Measures) -> dict[str, str]:
                 taps = [tap for base in bases for run in of_arm(measures, base, arm)
                         for tap in run["taps"] if tap["tap"] == run["block"] + 1]
                 found[f"{name}_{arm}_{group}"] = mean_text([tap[name] for tap in taps])
+        blocks = {run["hand_over"] for (base, arm, _), run in measures.items()
+                  if base in bases and arm == "hand_over"}
+        found[f"block_{group}"] = " and ".join(map(str, sorted(blocks)))
         right = [float(found[f"right_{arm}_{group}"]) for arm in ("dual", "sft")]
         found[f"gap_{group}"] = f"{right[0] - right[1]:+.1f}"
-    return found
+    named = [value_of(run, "word.any") for (_, arm, _), run in measures.items()
+             if arm in ("base", "sft", "sft_500", "grpo")]
+    return found | {"named_most": f"{100 * max(named):.1f}"}
 
 
 def design_table(study: dict, planned: list[Run], measures: Measures) -> str:
