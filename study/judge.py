@@ -33,18 +33,19 @@ def value_of(run: dict, name: str) -> float | None:
                                 by a random direction, both as long as the base's swap there; None
                                 where the whole swap of that length turns hardly more than random
     words_over_random.hand_over, swap_n.hand_over, ...  the same at the base's block of hand-over
+    kept.words.hand_over, ...   answers that are still right after an edit there
     Others are names of the run's values.
     """
-    kind, _, where = name.partition(".")
+    *names, where = name.split(".")
     if where not in ("block", "hand_over"):
         return run["values"][name]
-    block = run[where]
+    block, kind = run[where], names[-1]
     if kind in ("target", "word"):
         return run["curves"][f"{kind}.top1"][block + 1]
     swaps = next(tap["swaps"] for tap in run["taps"] if tap["tap"] == block + 1)
     turned = lambda edit: swaps[edit][0]
     if kind != "words_over_random":
-        return turned(kind)
+        return swaps[kind][1] if names[0] == "kept" else turned(kind)
     if turned("swap_n") is None or turned("swap_n") - turned("random_n") < WORKS:
         return None
     return turned("words_n") - turned("random_n")

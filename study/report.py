@@ -11,7 +11,7 @@ from files.disk import read_json, write_text
 from report import plot
 from report.stats import interval_text, mean_interval
 from study.document import fill, table
-from study.judge import Measures, judge, value_of
+from study.judge import Measures, judge, numbers, value_of
 from study.lens_quality import quality_table
 from study.measure import hand_over
 from study.plan import Run, plan
@@ -34,10 +34,15 @@ VALUES = {  # as a reader is told them
     "auc": "AUC of the word's strength"}
 SHORT = {"target.block": "installing", "words_over_random.block": "trained block",
          "words_over_random.hand_over": "hand-over block"}
-# of an arm, in the answers: {name: value}
-SAID = {"right": "accuracy", "named": "word.any", "top": "target.block"} | {
-    edit: f"{edit}_n.hand_over" for edit in ("swap", "words", "inject", "random")} | {
-    "whole": "swap.hand_over", "without": "rest.hand_over", "short": "short.hand_over"}
+# what the answers say of an arm, by the value's name; all but the AUC in %
+SAID = {"right": "accuracy", "named": "word.any", "top": "target.block", "auc": "auc"} | {
+    f"{kind}_n": f"{kind}_n.hand_over" for kind in ("swap", "words", "inject", "random")} | {
+    kind: f"{kind}.hand_over" for kind in ("swap", "words", "rest", "short")} | {
+    "swap_there": "swap.block", "words_there": "words.block"} | {
+    f"kept_{kind}": f"kept.{kind}.hand_over" for kind in ("words", "words_n", "random_n")}
+GAPS = [("accuracy", "dual", "sft"), ("accuracy", "w07", "sft_500"), ("accuracy", "dual", "base"),
+        ("accuracy", "w07", "base"), ("accuracy", "neutral", "dual"),
+        ("accuracy", "permuted", "dual"), ("answer.half", "hand_over", "base")]
 SWAP_COLUMNS = {
     "whole swap": "swap", "its part along the words": "words", "the rest": "rest",
     "swap as long as the rest": "short",
@@ -55,11 +60,11 @@ def of_arm(measures: Measures, base: str, arm: str) -> list[dict]:
 
 def cell(runs: list[dict], value: str, factor: float, digits: int) -> str:
     """The mean over runs and Student's interval across them. example  '97.6 [97.2, 98.1]' """
-    numbers = [v for v in (value_of(run, value) for run in runs) if v is not None]
-    if not numbers:
+    known = [v for v in (value_of(run, value) for run in runs) if v is not None]
+    if not known:
         return "–"
-    found = mean_interval(numbers)
-    if found["low"] is None or np.ptp(numbers) == 0:
+    found = mean_interval(known)
+    if found["low"] is None or np.ptp(known) == 0:
         return f"{factor * found['value']:.{digits}f}"
     return interval_text(found, factor, digits)
 
@@ -134,38 +139,57 @@ def outcome_text(h: dict) -> str:
 
 
 def facts(study: dict, asked: list[dict], measures: Measures) -> dict[str, str]:
-    """What templates/study_answers.md says, by name: H4 (its outcome), H4_0_untaught (an effect),
-    right_dual_untaught (the mean over bases of the mean over runs, %), and so on for all."""
+    """What templates/study_answers.md says, by name: H4 (its outcome), H4_0_untaught (an effect);
+    right_dual_untaught, of a group or of one base (the mean over bases of the mean over runs);
+    right_dual_taught_ci (of one base, with Student's interval across runs); gap_dual_sft_taught."""
     found = {h["id"]: outcome_text(h) for h in asked}
     for h in asked:
         for group in dict.fromkeys(test["group"] for test in h["tests"]):
             tests = [test for test in h["tests"] if test["group"] == group]
             for k, test in enumerate(tests):
-                factor = unit_of(test)[0]
                 over = test["pooled"] or next(iter(test["bases"].values()), None)
-                found[f"{h['id']}_{k}_{group}"] = "–" if over is None else interval_text(
-                    over, factor, 1 if factor == 100 else 2)
-    for group in dict.fromkeys(base["group"] for base in study["bases"].values()):
-        bases = [name for name, base in study["bases"].items() if base["group"] == group]
+                found[f"{h['id']}_{k}_{group}"] = "–" if over is None else number_text(
+                    over, unit_of(test)[0])
+    groups = {name: [name] for name in study["bases"]}
+    for name, base in study["bases"].items():
+        groups.setdefault(base["group"], []).append(name)
+    for group, bases in groups.items():
+        bases = list(dict.fromkeys(bases))      # a group of one base has its name
         for arm in study["arms"]:
             for name, value in SAID.items():
-                runs = [[value_of(run, value) for run in of_arm(measures, base, arm)]
-                        for base in bases]
-                found[f"{name}_{arm}_{group}"] = mean_text(
-                    [np.mean(known) for known in ([v for v in r if v is not None] for r in runs)
-                     if known])
-            for name in ("probe", "control"):
-                taps = [tap for base in bases for run in of_arm(measures, base, arm)
-                        for tap in run["taps"] if tap["tap"] == run["block"] + 1]
-                found[f"{name}_{arm}_{group}"] = mean_text([tap[name] for tap in taps])
-        blocks = {run["hand_over"] for (base, arm, _), run in measures.items()
-                  if base in bases and arm == "hand_over"}
-        found[f"block_{group}"] = " and ".join(map(str, sorted(blocks)))
-        right = [float(found[f"right_{arm}_{group}"]) for arm in ("dual", "sft")]
-        found[f"gap_{group}"] = f"{right[0] - right[1]:+.1f}"
+                say(found, f"{name}_{arm}_{group}", "" if value == "auc" else "%",
+                    [[value_of(run, value) for run in of_arm(measures, base, arm)]
+                     for base in bases])
+            for name, at in (("probe", "block"), ("control", "block"), ("jacobian", "block"),
+                             ("aligned", None)):
+                say(found, f"{name}_{arm}_{group}", "%", [
+                    [tap.get(name) for run in of_arm(measures, base, arm) for tap in run["taps"]
+                     if tap["tap"] == (run[at] if at else 0) + 1] for base in bases])
+        for value, arm, less in GAPS:
+            of = {"value": value, "arm": arm, "less": less}
+            say(found, f"gap_{arm}_{less}_{group}", unit_of(of)[1],
+                [numbers(measures, base, of) for base in bases])
+    for name in study["bases"]:
+        found[f"where_{name}"] = str(of_arm(measures, name, "hand_over")[0]["hand_over"])
     named = [value_of(run, "word.any") for (_, arm, _), run in measures.items()
              if arm in ("base", "sft", "sft_500", "grpo")]
     return found | {"named_most": f"{100 * max(named):.1f}"}
+
+
+def say(found: dict[str, str], name: str, unit: str, of_bases: list[list[float | None]]) -> None:
+    """Add the mean over bases of the mean over runs as `name`, and for one base its interval."""
+    known = [[v for v in runs if v is not None] for runs in of_bases]
+    known = [runs for runs in known if runs]
+    factor = 100 if unit in ("%", "points") else 1
+    digits = 1 if factor == 100 else 2
+    found[name] = mean_text([np.mean(runs) for runs in known], factor, digits)
+    if len(known) == 1 and len(known[0]) > 1:
+        found[f"{name}_ci"] = number_text(mean_interval(known[0]), factor)
+
+
+def number_text(interval: dict, factor: float) -> str:
+    """example  '-8.7 [-9.3, -8.2]' """
+    return interval_text(interval, factor, 2 if factor == 1 else 1)
 
 
 def design_table(study: dict, planned: list[Run], measures: Measures) -> str:
@@ -179,6 +203,17 @@ def design_table(study: dict, planned: list[Run], measures: Measures) -> str:
             counts.append(str(done) if done == len(wanted) else f"{done} of {len(wanted)}")
         rows.append([arm["label"], *counts])
     return table(["arm", *bases], rows)
+
+
+def peaks_text(study: dict, measures: Measures) -> str:
+    """The most answers that a base's swap turns. example  'taught 59 %, smollm2 16 to 44 %' """
+    found = []
+    for name in study["bases"]:
+        peaks = [100 * max(run["turned_by_block"]) for run in of_arm(measures, name, "base")]
+        if peaks:
+            ends = dict.fromkeys(f"{peak:.0f}" for peak in (min(peaks), max(peaks)))
+            found.append(f"{name} {' to '.join(ends)} %")
+    return ", ".join(found)
 
 
 def draw_forest(study: dict, asked: list[dict], path: Path) -> None:
@@ -232,12 +267,13 @@ def arms_table(study: dict, measures: Measures, base: str) -> str:
 
 
 def swaps_table(measures: Measures, base: str, arm: str) -> str:
-    """Right answers turned into the other operation's, %, by what is added after which block."""
+    """Right answers turned into the other operation's, and still right, %, by what is added."""
     runs, rows = of_arm(measures, base, arm), []
     for t in sorted({tap["tap"] for run in runs for tap in run["taps"]}):
         here = [tap["swaps"] for run in runs for tap in run["taps"] if tap["tap"] == t]
         rows.append([f"L{t - 1}", str(len(here)),
-                     *(mean_text([swaps[kind][0] for swaps in here])
+                     *(f"{mean_text([swaps[kind][0] for swaps in here])} "
+                       f"({mean_text([swaps[kind][1] for swaps in here], digits=0)})"
                        for kind in SWAP_COLUMNS.values())])
     return table(["after", "runs", *SWAP_COLUMNS], rows)
 
@@ -292,8 +328,8 @@ def appendix(study: dict, measures: Measures) -> str:
                      f"{where}\n\n{arms_table(study, measures, base)}")
         for arm in ("base", "sft", "dual", "hand_over"):
             if of_arm(measures, base, arm):
-                parts.append(f"### {base}, {study['arms'][arm]['label']}: right answers turned, "
-                             f"%\n\n{swaps_table(measures, base, arm)}")
+                parts.append(f"### {base}, {study['arms'][arm]['label']}: right answers turned "
+                             f"(still right), %\n\n{swaps_table(measures, base, arm)}")
         parts.append(f"### {base}: the best subspace\n\n"
                      f"{directions_table(study, measures, base)}")
         parts.append(f"### {base}: by the Jacobian lens\n\n{jacobian_table(study, measures, base)}")
@@ -323,7 +359,7 @@ def write_report(study: dict, runs: list[dict], out: Path) -> list[dict]:
     text = fill(
         "study", n_runs=len(runs), n_planned=len(planned), hours=hours, on_gpu=on_gpu,
         answers=answers(study, asked, measures, len(runs) == len(planned)),
-        design=design_table(study, planned, measures),
+        peaks=peaks_text(study, measures), design=design_table(study, planned, measures),
         forest=picture(any(test["bases"] for test in tests), "effects beside what was expected",
                        "study_forest.png"),
         strips=picture(runs, "block by claim", "study_claims.png"))
