@@ -184,7 +184,9 @@ def written(x, indent: str = "") -> str:
 
 def pages() -> dict[str, str]:
     """{page: text} of all that is held here."""
-    paths = (ROOT / "README.md", *sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("models/**/*.md")]))
+    fetched = ROOT / "models" / "smollm2"       # not ours
+    paths = (ROOT / "README.md", *sorted([*ROOT.glob("docs/*.md"), *(
+        path for path in ROOT.glob("models/**/*.md") if fetched not in path.parents)]))
     return {str(path.relative_to(ROOT)): path.read_text() for path in paths
             if not path.name.startswith("study")}
 
