@@ -342,7 +342,7 @@ def answers(study: dict, asked: list[dict], measures: Measures, complete: bool) 
     if complete and "answers" in study:
         try:
             return fill(study["answers"], **facts(study, asked, measures))
-        except KeyError:    # a plan of one's own has not all of its arms
+        except (KeyError, IndexError):  # a plan of one's own has not all of its arms
             pass
     return "\n".join(f"- **{h['id']}. {h['claim']}**: {outcome_text(h)}." for h in asked)
 
