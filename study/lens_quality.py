@@ -155,6 +155,16 @@ def quality_table(figures: dict) -> str:
                   *(f"pass@{k}, %" for k in KS)], rows)
 
 
+def gains_text(figures: dict, k: int = 10) -> str:
+    """pass@k of the Jacobian lens less the logit lens's, points, set by set."""
+    found = []
+    for name in SETS:
+        logit, other = ([np.mean([r <= k for r in item]) for item in
+                         figures[f"{name} {lens}"]["ranks"]] for lens in ("logit", "Jacobian"))
+        found.append(f"{name} {share_text(np.subtract(other, logit))}")
+    return ", ".join(found)
+
+
 def share_text(values: list[float]) -> str:
     """A mean with its bootstrap interval; without one where all items are alike."""
     found = bootstrap_mean(values)

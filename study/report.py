@@ -12,7 +12,7 @@ from report import plot
 from report.stats import interval_text, mean_interval
 from study.document import fill, table
 from study.judge import Measures, judge, numbers, value_of
-from study.lens_quality import quality_table
+from study.lens_quality import gains_text, quality_table
 from study.measure import hand_over
 from study.plan import Run, plan
 
@@ -356,17 +356,18 @@ def write_report(study: dict, runs: list[dict], out: Path) -> list[dict]:
     on_gpu = sum("gpu" in run["versions"]["device"] for run in runs)
     tests = [test for h in asked for test in h["tests"]]
     picture = lambda drawn, about, name: f"![{about}]({name})" if drawn else ""
+    quality = read_json(QUALITY)
     text = fill(
         "study", n_runs=len(runs), n_planned=len(planned), hours=hours, on_gpu=on_gpu,
         answers=answers(study, asked, measures, len(runs) == len(planned)),
-        peaks=peaks_text(study, measures), design=design_table(study, planned, measures),
+        peaks=peaks_text(study, measures), gains=gains_text(quality),
+        design=design_table(study, planned, measures),
         forest=picture(any(test["bases"] for test in tests), "effects beside what was expected",
                        "study_forest.png"),
         strips=picture(runs, "block by claim", "study_claims.png"))
     write_text(out / "study.md", text)
-    quality = quality_table(read_json(QUALITY)) if QUALITY.exists() else "not measured"
     write_text(out / "study_appendix.md", fill(
-        "study_appendix", tables=appendix(study, measures), quality=quality,
+        "study_appendix", tables=appendix(study, measures), quality=quality_table(quality),
         hypotheses=hypothesis_table(asked, study),
         n_tests=sum(test["expect"] != "described" for test in tests)))
     if runs:

@@ -486,6 +486,6 @@ def test_what_is_said_of_the_base_s_text_is_so():
     is_top = reading.top_ids[:, :, 0, 0] == word                                    # (L+1, 2)
     assert is_top[2:, 0].all() and not is_top[:2, 0].any() and not is_top[:, 1].any()
     assert f"{reading.probs[5, 0, 0, 0]:.0%}" == "74%"      # after block 4
-    for page in ("README.md", "docs/methods.md", "docs/first_study.md", "models/tiny/README.md"):
+    for page in ("docs/log.md", "docs/first_study.md", "models/tiny/README.md"):
         text = (ROOT / page).read_text()
         assert "which operation is 7 * 8 ?" in text and "8.0 %" in text and "74 %" in text, page
