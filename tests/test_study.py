@@ -448,15 +448,15 @@ def test_answers_are_the_numbers_of_the_measures():
     top = lambda run: 100 * run["curves"]["target.top1"][run["block"] + 1]
     sentences = (ROOT / "docs" / "study.md").read_text().split("## Answers")[1].split("**")[1:11]
     said = [" ".join(text.split()) for text in sentences[1::2]]
-    assert f"trains, on {statistics.mean(over_bases('dual', top)):.1f} % (unt" in said[0]
-    assert f"installed on {statistics.mean(over_bases('permuted', top)):.1f} and" in said[1]
+    assert f"its block on {statistics.mean(over_bases('dual', top)):.1f} % (unt" in said[0]
+    assert f"stand there on {statistics.mean(over_bases('permuted', top)):.1f} and" in said[1]
     for arm, less in (("dual", "sft"), ("w07", "sft_500")):
         cost = np.subtract(over_bases(arm, right), over_bases(less, right))
         assert interval(cost, 1) in said[2], arm
     turned = [tap["swaps"]["words_n"][0] for run in runs for tap in run["taps"]
               if (run["base"], run["arm"]) == ("smollm2", "hand_over")
               and tap["tap"] == run["hand_over"] + 1]
-    assert f"along the words {100 * statistics.mean(turned):.1f} %" in said[3]
+    assert f"along the words {100 * statistics.mean(turned):.1f} [" in said[3]
     assert interval(over_bases("dual", lambda run: run["values"]["auc"]), 2) in said[4]
 
 
