@@ -120,7 +120,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("words", nargs="*", metavar="key=value",
                         help="bases=A,B run_dir=FOLDER measures=FOLDER, or another plan's file")
     parser.add_argument("--report", action="store_true", help="no runs: from the measures alone")
-    parser.add_argument("--out", type=Path, default=Path("docs"), help="where the report goes")
+    parser.add_argument("--out", type=Path, help="where the report goes; default: docs, of some "
+                        "bases alone run_dir")
     parser.add_argument("--workers", type=int, help="runs at a time; default: one a core, or 1 "
                         "on a GPU")
     parser.add_argument("--job", help=argparse.SUPPRESS)
@@ -141,7 +142,9 @@ def main(argv: list[str]) -> None:
         on_gpu = mx.default_device() != mx.Device(mx.cpu)
         workers = args.workers or (1 if on_gpu else os.cpu_count() or 1)
         failed = run_all(runs, args.words, workers)
-    write_report(study, [read_json(r.measures) for r in runs if r.is_done()], args.out)
+    some = any(word.startswith("bases=") for word in args.words)
+    out = args.out or Path(study["run_dir"] if some else "docs")
+    write_report(study, [read_json(r.measures) for r in runs if r.is_done()], out)
     if failed:
         raise BadInput(f"{len(failed)} of {len(runs)} runs failed: {failed[0]}; the same command "
                        "tries them again")
