@@ -9,7 +9,7 @@ A head has d features. Feature i is paired with feature i + d/2 (the paper pairs
 
     a cos(w) - b sin(w),   a sin(w) + b cos(w)     with  w = p / periods[i]
 
-so that periods[i] positions turn it by one radian.
+so that periods[i] positions turn it by one radian (a full turn takes 2 pi periods[i] positions).
 
 The T tokens stand at positions offset, offset + 1, ..., offset + T - 1.
 

@@ -16,11 +16,12 @@ from exercises.checking import FILES, check_file
 def show_list() -> None:
     """One line an exercise: its number, its state, its title."""
     for number, path in enumerate(FILES, 1):
-        title = ast.get_docstring(ast.parse(path.read_text())).splitlines()[0]
+        title = f"Exercise {number}"
         try:
+            title = (ast.get_docstring(ast.parse(path.read_text())) or title).splitlines()[0]
             right, lines = check_file(number)
             state = "right" if right else "to do" if "not written" in lines[-1] else "wrong"
-        except BadInput:
+        except (BadInput, SyntaxError):     # a file that is half written, or empty
             state = "wrong"
         print(f"{state}  {title}  ({path.parent.name}/{path.name})")
 

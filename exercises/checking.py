@@ -89,10 +89,11 @@ def general_hint(got: list, expected: list[np.ndarray]) -> str:
     """What can be said of wrong results, case by case, that no typical mistake gives."""
     first = got[0]
     if not isinstance(first, Exception) and first.shape != expected[0].shape:
-        return "the numbers are not looked at before the shape is right"
+        return ("the numbers are not looked at before the shape is right: which axis is too many, "
+                "or summed or picked that should stay?")
     raised = [value for value in got if isinstance(value, Exception)]
     if any(isinstance(error, (NameError, AttributeError, TypeError)) for error in raised):
-        return "the message above says what is missing"
+        return "a name, or an argument's name or type, is not what the called function knows"
     if raised:
         return ("print the shapes and compare them with those of the statement. A sum or mean "
                 "drops its axis without keepdims=True")

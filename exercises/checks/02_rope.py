@@ -45,12 +45,12 @@ INDEPENDENT = {
 
 
 def turned(x, offset, periods, use_offset=True, start=0, sign=1, multiply=False, neighbours=False,
-           second=True, by_head=False, reused=False, mixed=False, alone=False):
+           second=True, by_head=False, reused=False, mixed=False, alone=False, unit=1, back=False):
     """RoPE with one thing changed."""
     n = x.shape[1] if by_head else x.shape[2]
     positions = start + (offset if use_offset else 0) + mx.arange(n)[:, None]
     positions = 0 * positions + offset if alone else positions
-    angles = sign * (positions * periods if multiply else positions / periods)
+    angles = unit * sign * (positions * periods if multiply else positions / periods)
     angles = angles[:, None] if by_head else angles
     cos, sin = mx.cos(angles), mx.sin(angles)
     half = x.shape[-1] // 2
@@ -59,7 +59,7 @@ def turned(x, offset, periods, use_offset=True, start=0, sign=1, multiply=False,
     last = (first if reused else a) * sin + b * cos if second else b
     if neighbours or mixed:
         return mx.stack([first, last], axis=-1).reshape(x.shape)
-    return mx.concatenate([first, last], axis=-1)
+    return mx.concatenate([last, first] if back else [first, last], axis=-1)
 
 
 def wrong(**change):
@@ -74,6 +74,8 @@ MISTAKES = {
     "with positions counted from 1: the first is at offset": wrong(start=1),
     "when each pair is turned the other way: a cos - b sin, and a sin + b cos": wrong(sign=-1),
     "with position * period: a period is divided by": wrong(multiply=True),
+    "with 2 pi: periods[i] positions turn by one radian, not a full turn": wrong(unit=2 * np.pi),
+    "when the turned halves change places": wrong(back=True),
     "with only the first half of the features turned: b becomes a sin + b cos": wrong(second=False),
     "when a is overwritten before b is turned: both lines need the old a and b": wrong(reused=True),
     "with the turned halves interleaved: they are put one behind the other": wrong(mixed=True),

@@ -75,6 +75,8 @@ MISTAKES = {
         wrong(mask=lambda key, query, cached: key <= query),
     "when a token does not see itself: <= and not <":
         wrong(mask=lambda key, query, cached: key < query + cached),
+    "with the mask the wrong way round: mx.where(mask, scores, -inf) keeps where mask is true":
+        wrong(mask=lambda key, query, cached: key > query + cached),
     "when the past is hidden in place of the future":
         wrong(mask=lambda key, query, cached: key >= query + cached),
     "without the division by sqrt(d)": wrong(power=0),

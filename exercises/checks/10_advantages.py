@@ -61,6 +61,12 @@ MISTAKES = {
         wrong(lambda r: deviation(r) / (r.std(1, keepdims=True) + 1e-8)),
     "when the leave-one-out difference is divided by the group's standard deviation":
         wrong(lambda r: (r - others_mean(r)) / (r.std(1, keepdims=True) + 1e-8)),
+    "when it is divided by the standard deviation of the others, or of G - 1 (ddof 1)":
+        wrong(lambda r: (r - others_mean(r)) / (r.std(1, keepdims=True, ddof=1) + 1e-8)),
+    "with the others of all groups in the mean: groups do not mix":
+        wrong(lambda r: r - (r.sum() - r) / (r.size - 1)),
+    "with (G - 1) / G: R minus the group's mean is to be multiplied with G / (G - 1)":
+        wrong(lambda r: deviation(r) * (r.shape[1] - 1) / r.shape[1]),
     "with the mean of all groups: completions of other prompts are no measure":
         wrong(lambda r: r - r.mean()),
     "with the groups along the wrong axis: a row is a group":
@@ -71,7 +77,7 @@ MISTAKES = {
         wrong(lambda r: r - (r.sum(1, keepdims=True) - r) / r.shape[1]),
     "with the sign turned round: better than the others is positive":
         wrong(lambda r: others_mean(r) - r),
-    "without the rule for equal rewards: what rounding leaves is not exactly 0":
+    "without the rule for equal rewards, or with == 0 in it: what rounding leaves is not exactly 0":
         wrong(lambda r: r - others_mean(r), rule=False),
     "with the best of the others in place of their mean":
         wrong(lambda r: r - np.array([[np.delete(row, i).max() for i in range(len(row))]

@@ -65,6 +65,10 @@ MISTAKES = {
         wrong(lambda a, b, c, d: 2 * tail(min(b, c), b + c)),
     "with all problems counted: those that both or neither solve do not tell the runs apart":
         wrong(lambda a, b, c, d: min(1.0, 2 * tail(a + min(b, c), a + b + c + d))),
+    "with n all problems: only those that just one run solves are tossed":
+        wrong(lambda a, b, c, d: min(1.0, 2 * tail(min(b, c), a + b + c + d))),
+    "when agreements are counted: only problems that one run solves and the other does not":
+        wrong(lambda a, b, c, d: min(1.0, 2 * tail(min(a, d), a + d))),
     "with 2^(all problems) below: only the n that just one run solves are tossed":
         wrong(lambda a, b, c, d: min(1.0, 2 * sum(
             comb(b + c, i) for i in range(min(b, c) + 1)) / 2 ** (a + b + c + d))),
