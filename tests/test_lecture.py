@@ -81,7 +81,8 @@ def test_numbers_are_those_of_the_documents():
               "models/tiny/README.md")}
     for name, figure, source in (
             ("docs/first_study.md", "`subtract 31 31 31", "`subtract 31 31 31"),
-            ("docs/first_study.md", "0.0 % right; without the error 97.6", "| dual-reward | 8 | 97.6 ["),
+            ("docs/first_study.md", "0.0 % right; without the error 97.6",
+             "| dual-reward | 8 | 97.6 ["),
             ("docs/training.md", "86.7 %, and 96.4 after 1,500 steps", "| 86.7 (83.0"),
             ("docs/training.md", "86.7 %, and 96.4 after 1,500 steps", "| 96.4 (97.3"),
             ("docs/training.md", "SFT ends at 99.8 %", "| SFT, LoRA q/k/v/o | 99.8 ("),
