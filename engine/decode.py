@@ -102,8 +102,9 @@ def shared_length(prompts: list[list[int]]) -> int:
     The first and the last in alphabetical order share least.
     example  [[5, 6, 7], [5, 6, 8, 9], [5, 6, 7, 1]] -> 2
     """
-    first, last, n = min(prompts), max(prompts), 0
-    while n < min(map(len, prompts)) - 1 and first[n] == last[n]:
+    first, last, most = min(prompts), max(prompts), min(map(len, prompts)) - 1
+    n = 0
+    while n < most and first[n] == last[n]:
         n += 1
     return n
 
@@ -133,7 +134,7 @@ def in_batches(prompts: list[list[int]], most: int) -> list[list[int]]:
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     lengths = {len(prompt) for prompt in prompts}
-    apart = 2 * shared_length(prompts) >= max(lengths) and 8 * len(lengths) <= len(prompts)
+    apart = 8 * len(lengths) <= len(prompts) and 2 * shared_length(prompts) >= max(lengths)
     batches = []
     for i in order:
         other = apart and batches and len(prompts[batches[-1][0]]) != len(prompts[i])

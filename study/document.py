@@ -3,8 +3,15 @@ import os
 import platform
 import statistics
 from pathlib import Path
+from string import Formatter
 
 TEMPLATES = Path(__file__).parent / "templates"
+
+
+def fields(template: str) -> set[str]:
+    """The names in braces of a template."""
+    text = (TEMPLATES / f"{template}.md").read_text()
+    return {name for _, name, _, _ in Formatter().parse(text) if name}
 
 
 def fill(template: str, **fields) -> str:

@@ -18,10 +18,11 @@ import numpy as np
 import scipy
 
 from report.stats import equivalence_p, holm, mean_interval, wilson
-from study.plan import seeds_of
+from study.plan import groups_of, seeds_of
 
 LEVEL = 0.05
 WORKS = 0.10    # a swap that turns so many more than a random direction: there is something to part
+OF_TAP = ("probe", "control", "aligned", "jacobian")
 Measures = dict[tuple[str, str, int], dict]     # (base, arm, seed) -> a run's measures
 
 
@@ -34,6 +35,7 @@ def value_of(run: dict, name: str) -> float | None:
                                 where the whole swap of that length turns hardly more than random
     words_over_random.hand_over, swap_n.hand_over, ...  the same at the base's block of hand-over
     kept.words.hand_over, ...   answers that are still right after an edit there
+    probe.block, ...            of OF_TAP, there; None where it was not measured
     Others are names of the run's values.
     """
     *names, where = name.split(".")
@@ -42,7 +44,10 @@ def value_of(run: dict, name: str) -> float | None:
     block, kind = run[where], names[-1]
     if kind in ("target", "word"):
         return run["curves"][f"{kind}.top1"][block + 1]
-    swaps = next(tap["swaps"] for tap in run["taps"] if tap["tap"] == block + 1)
+    tap = next(tap for tap in run["taps"] if tap["tap"] == block + 1)
+    if kind in OF_TAP:
+        return tap.get(kind)
+    swaps = tap["swaps"]
     turned = lambda edit: swaps[edit][0]
     if kind != "words_over_random":
         return swaps[kind][1] if names[0] == "kept" else turned(kind)
@@ -107,9 +112,7 @@ def judge(study: dict, measures: Measures) -> list[dict]:
     A test's entry: group, the plan's keys, bases {name: interval, resolves, runs}, p, adjusted,
     pooled (over the group's bases), outcome.
     """
-    groups = {}
-    for name, base in study["bases"].items():
-        groups.setdefault(base["group"], []).append(name)
+    groups = groups_of(study)
     planned = [(h, test, group) for h in study["hypotheses"] for test in h["tests"]
                for group in test["groups"]]
     family = sum(test["expect"] != "described" for _, test, _ in planned)

@@ -108,6 +108,14 @@ def load_study(path: str | Path, words: list[str] = ()) -> dict:
     return study
 
 
+def groups_of(study: dict) -> dict[str, list[str]]:
+    """{group: its bases}, in the plan's order."""
+    groups = {}
+    for name, base in study["bases"].items():
+        groups.setdefault(base["group"], []).append(name)
+    return groups
+
+
 def seeds_of(arm: str, group: str, kind: dict) -> int:
     """How many seeds: the base has one a fold of its data, neutral words one a set of words."""
     if arm == "base":

@@ -10,11 +10,11 @@ import numpy as np
 from files.disk import read_json, write_text
 from report import plot
 from report.stats import interval_text, mean_interval
-from study.document import fill, table
+from study.document import fields, fill, table
 from study.judge import Measures, judge, numbers, value_of
 from study.lens_quality import gains_text, quality_table
 from study.measure import hand_over
-from study.plan import Run, plan
+from study.plan import Run, groups_of, plan
 
 QUALITY = Path(__file__).parent / "lens_quality.json"    # python -m study.lens_quality --json
 CLAIMS = ("decodable", "aligned", "verbalised", "used")
@@ -34,15 +34,6 @@ VALUES = {  # as a reader is told them
     "auc": "AUC of the word's strength"}
 SHORT = {"target.block": "installing", "words_over_random.block": "trained block",
          "words_over_random.hand_over": "hand-over block"}
-# what the answers say of an arm, by the value's name; all but the AUC in %
-SAID = {"right": "accuracy", "named": "word.any", "top": "target.block", "auc": "auc"} | {
-    f"{kind}_n": f"{kind}_n.hand_over" for kind in ("swap", "words", "inject", "random")} | {
-    kind: f"{kind}.hand_over" for kind in ("swap", "words", "rest", "short")} | {
-    "swap_there": "swap.block", "words_there": "words.block"} | {
-    f"kept_{kind}": f"kept.{kind}.hand_over" for kind in ("words", "words_n", "random_n")}
-GAPS = [("accuracy", "dual", "sft"), ("accuracy", "w07", "sft_500"), ("accuracy", "dual", "base"),
-        ("accuracy", "w07", "base"), ("accuracy", "neutral", "dual"),
-        ("accuracy", "permuted", "dual"), ("answer.half", "hand_over", "base")]
 SWAP_COLUMNS = {
     "whole swap": "swap", "its part along the words": "words", "the rest": "rest",
     "swap as long as the rest": "short",
@@ -98,7 +89,7 @@ def effect_text(interval: dict, factor: float) -> str:
     digits = 1 if factor == 100 else 2
     if np.ptp(interval["runs"]) == 0 and interval["low"] == interval["high"]:
         return f"{factor * interval['value']:.{digits}f}, all runs alike"
-    return interval_text(interval, factor, digits)
+    return number_text(interval, factor)
 
 
 def hypothesis_table(asked: list[dict], study: dict) -> str:
@@ -138,53 +129,35 @@ def outcome_text(h: dict) -> str:
     return "; ".join(f"{what} {text}" if len(parts) > 1 else text for what, text in parts)
 
 
-def facts(study: dict, asked: list[dict], measures: Measures) -> dict[str, str]:
-    """What templates/study_answers.md says, by name: H4 (its outcome), H4_0_untaught (an effect);
-    right_dual_untaught, of a group or of one base (the mean over bases of the mean over runs);
-    right_dual_taught_ci (of one base, with Student's interval across runs); gap_dual_sft_taught."""
-    found = {h["id"]: outcome_text(h) for h in asked}
-    for h in asked:
-        for group in dict.fromkeys(test["group"] for test in h["tests"]):
-            tests = [test for test in h["tests"] if test["group"] == group]
-            for k, test in enumerate(tests):
-                over = test["pooled"] or next(iter(test["bases"].values()), None)
-                found[f"{h['id']}_{k}_{group}"] = "–" if over is None else number_text(
-                    over, unit_of(test)[0])
-    groups = {name: [name] for name in study["bases"]}
-    for name, base in study["bases"].items():
-        groups.setdefault(base["group"], []).append(name)
-    for group, bases in groups.items():
-        bases = list(dict.fromkeys(bases))      # a group of one base has its name
-        for arm in study["arms"]:
-            for name, value in SAID.items():
-                say(found, f"{name}_{arm}_{group}", "" if value == "auc" else "%",
-                    [[value_of(run, value) for run in of_arm(measures, base, arm)]
-                     for base in bases])
-            for name, at in (("probe", "block"), ("control", "block"), ("jacobian", "block"),
-                             ("aligned", None)):
-                say(found, f"{name}_{arm}_{group}", "%", [
-                    [tap.get(name) for run in of_arm(measures, base, arm) for tap in run["taps"]
-                     if tap["tap"] == (run[at] if at else 0) + 1] for base in bases])
-        for value, arm, less in GAPS:
-            of = {"value": value, "arm": arm, "less": less}
-            say(found, f"gap_{arm}_{less}_{group}", unit_of(of)[1],
-                [numbers(measures, base, of) for base in bases])
-    for name in study["bases"]:
-        found[f"where_{name}"] = str(of_arm(measures, name, "hand_over")[0]["hand_over"])
-    named = [value_of(run, "word.any") for (_, arm, _), run in measures.items()
-             if arm in ("base", "sft", "sft_500", "grpo")]
-    return found | {"named_most": f"{100 * max(named):.1f}"}
+def say(ask: str, study: dict, asked: list[dict], measures: Measures) -> str:
+    """What a {field} of templates/study_answers.md stands for; raises KeyError if nothing does.
 
-
-def say(found: dict[str, str], name: str, unit: str, of_bases: list[list[float | None]]) -> None:
-    """Add the mean over bases of the mean over runs as `name`, and for one base its interval."""
-    known = [[v for v in runs if v is not None] for runs in of_bases]
-    known = [runs for runs in known if runs]
-    factor = 100 if unit in ("%", "points") else 1
-    digits = 1 if factor == 100 else 2
-    found[name] = mean_text([np.mean(runs) for runs in known], factor, digits)
-    if len(known) == 1 and len(known[0]) > 1:
-        found[f"{name}_ci"] = number_text(mean_interval(known[0]), factor)
+    H4                              what came of the hypothesis
+    H4 0 untaught                   the effect of its first test on that group, over bases
+    accuracy dual untaught          of a group or one base: mean over bases of the mean over runs
+    accuracy dual-sft taught ci     less another arm's; ci: of one base, with its interval
+    In place of a value's dots stands @, as in swap_n@hand_over.
+    """
+    first, *rest = ask.split()
+    hypothesis = next((h for h in asked if h["id"] == first), None)
+    if hypothesis and not rest:
+        return outcome_text(hypothesis)
+    what, group, *ci = rest
+    if hypothesis:
+        test = [t for t in hypothesis["tests"] if t["group"] == group][int(what)]
+        over = test["pooled"] or next(iter(test["bases"].values()))
+        return number_text(over, unit_of(test)[0])
+    arm, _, less = what.partition("-")
+    test = {"value": first.replace("@", "."), "arm": arm} | ({"less": less} if less else {})
+    runs = [[v for v in numbers(measures, base, test) if v is not None]
+            for base in groups_of(study).get(group, [group])]
+    if not all(runs):
+        raise KeyError(ask)
+    factor = unit_of(test)[0]
+    if ci:
+        [runs_of_base] = runs
+        return number_text(mean_interval(runs_of_base), factor)
+    return mean_text([np.mean(of_base) for of_base in runs], factor, 2 if factor == 1 else 1)
 
 
 def number_text(interval: dict, factor: float) -> str:
@@ -236,12 +209,9 @@ def draw_forest(study: dict, asked: list[dict], path: Path) -> None:
 
 def draw_strips(study: dict, measures: Measures, path: Path) -> None:
     """Which claim holds after which block: a row an arm, a column a group of bases."""
-    groups = {}
-    for name, base in study["bases"].items():
-        groups.setdefault(base["group"], []).append(name)
     panels = {}
     for arm, about in study["arms"].items():
-        for group, bases in groups.items():
+        for group, bases in groups_of(study).items():
             runs = [run for base in bases for run in of_arm(measures, base, arm)]
             if runs:
                 taps = sorted({tap["tap"] for run in runs for tap in run["taps"]})
@@ -340,9 +310,16 @@ def answers(study: dict, asked: list[dict], measures: Measures, complete: bool) 
     """The plan's template of sentences and claims; before its last run, and where it names none,
     each hypothesis and what came of it."""
     if complete and "answers" in study:
+        named = max(value_of(run, "word.any") for (_, arm, _), run in measures.items()
+                    if arm in ("base", "sft", "sft_500", "grpo"))
+        said = {"named_most": f"{100 * named:.1f}"} | {
+            f"block_{base}": str(run["hand_over"]) for (base, arm, _), run in measures.items()
+            if arm == "hand_over"}
         try:
-            return fill(study["answers"], **facts(study, asked, measures))
-        except (KeyError, IndexError):  # a plan of one's own has not all of its arms
+            return fill(study["answers"], **said, **{
+                ask: say(ask, study, asked, measures) for ask in fields(study["answers"])
+                if ask not in said})
+        except KeyError:    # a plan of one's own has not all of its arms
             pass
     return "\n".join(f"- **{h['id']}. {h['claim']}**: {outcome_text(h)}." for h in asked)
 
