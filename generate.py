@@ -99,7 +99,7 @@ def sample(model: Llama, tokenizer: Tokenizer, prompts: list[list[int]],
     pick = lambda logits, u: choose(logits, u, temperature, top_k, top_p)
     room = CACHED_TOKENS // (max(map(len, prompts)) + max_completion_tokens)
     per_batch, completions = max(1, min(DECODED_ROWS, room) // group), {}
-    for part in in_batches(prompts, per_batch):
+    for part in in_batches(prompts, per_batch, max_completion_tokens):
         rows = np.array([j * group + g for j in part for g in range(group)])
         drawn = sample_batch(model, [prompts[j] for j in part], group, pick,
                              uniforms[mx.array(rows)], stop_table, over if stops else None)

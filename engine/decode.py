@@ -14,6 +14,7 @@ import mlx.nn as nn
 import numpy as np
 
 SHARED = 8      # tokens; fewer are not worth a pass of their own
+STEP_COST = 32  # a step of few rows reads all weights, as a pass over so many tokens does
 
 
 class KVCache:
@@ -99,7 +100,7 @@ def fused_for_decoding(model: nn.Module) -> Iterator[None]:
 def shared_length(prompts: list[list[int]]) -> int:
     """How many tokens all prompts begin with; at least one of each is left over.
 
-    The first and the last in alphabetical order share least.
+    The first and the last in sorted order share least.
     example  [[5, 6, 7], [5, 6, 8, 9], [5, 6, 7, 1]] -> 2
     """
     first, last, most = min(prompts), max(prompts), min(map(len, prompts)) - 1
@@ -126,15 +127,16 @@ def read_shared(model: nn.Module, prompts: list[list[int]],
     return caches, [ids[n:] for ids in prompts]
 
 
-def in_batches(prompts: list[list[int]], most: int) -> list[list[int]]:
-    """Indices of prompts, the shortest first, at most so many at a time.
+def in_batches(prompts: list[list[int]], most: int, steps: int) -> list[list[int]]:
+    """Indices of prompts, the shortest first, at most so many at a time, to be continued.
 
     Padding stands in front of a row's first token, so only rows of one length can go on from what
-    they share: where that is half of them and lengths are few, each batch is of one length.
+    they share. Batches of one length are made where that spares more tokens than the steps of
+    decoding that each further batch takes, of which one costs as much as STEP_COST tokens.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    lengths = {len(prompt) for prompt in prompts}
-    apart = 8 * len(lengths) <= len(prompts) and 2 * shared_length(prompts) >= max(lengths)
+    further, shared = len({len(prompt) for prompt in prompts}) - 1, shared_length(prompts)
+    apart = shared >= SHARED and shared * len(prompts) > further * steps * STEP_COST
     batches = []
     for i in order:
         other = apart and batches and len(prompts[batches[-1][0]]) != len(prompts[i])

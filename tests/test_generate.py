@@ -7,7 +7,7 @@ import pytest
 from conftest import TINY, assert_one_clear_line, run
 
 import generate
-from engine.decode import shared_length
+from engine.decode import in_batches, shared_length
 from generate import choose, sample
 from losses import token_logprobs
 from model import Llama, load
@@ -102,6 +102,15 @@ def test_what_prompts_share_is_read_once(model, tokenizer, monkeypatch, lengths)
 def test_shared_length_leaves_a_token_of_each():
     assert shared_length([[5, 6, 7], [5, 6, 8, 9], [5, 6, 7, 1]]) == 2
     assert shared_length([[1, 2, 3], [1, 2, 3]]) == 2 and shared_length([[1], [1, 2]]) == 0
+
+
+def test_batches_of_one_length_only_where_they_spare_more_than_they_cost():
+    """By hand: 64 prompts of 8 lengths share 20 tokens; 7 further batches of 1 or of 16 steps."""
+    prompts = few_shot([n % 8 + 1 for n in range(64)])
+    assert [len(part) for part in in_batches(prompts, 512, 1)] == [8] * 8       # 1280 > 7 * 32
+    assert [len(part) for part in in_batches(prompts, 512, 16)] == [64]         # 1280 < 7 * 512
+    short = [[1, 2, 3, 4, 10 + i] + [9] * (i % 2) for i in range(16)]   # 4 are not worth a pass
+    assert len(in_batches(short, 512, 1)) == 1
 
 
 def test_choose_draws_the_distribution():
