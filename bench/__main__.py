@@ -8,7 +8,8 @@ Machines are shared and noisy: read the ratios, not the seconds. In every round 
 turn, each in a process of its own (a BLAS cannot be exchanged in a running one), and so does a
 matrix product, which says what the machine gives at that moment. The limit of a work is the
 operations that it cannot do without (limit.py) over the rate of that product; where tokens are
-decoded, the bytes that must be read count too, if they take longer. Peers live in bench/peers and
+decoded, the bytes that must be read count too, if they take longer. A second limit grants decoding
+only the rate that a product of so few rows has. Peers live in bench/peers and
 run in an environment of their own (`make bench-peers`); a missing one is skipped. Training starts
 from ids on every side: no text is tokenised and no file written. Quote nothing from a busy machine,
 of which a note tells: torch's threads then wait for each other, ours hardly.
@@ -31,7 +32,7 @@ from pathlib import Path
 import engine.blas
 
 from bench import fullsize
-from bench.limit import limit_seconds, minimal_flops, parameters
+from bench.limit import DECODING, limit_seconds, minimal_flops, parameters
 from bench.ours import ROOT, llama_config, own_command, run_other, write_random_model
 from config import run_main
 from files.disk import read_json, read_json_lines, write_text
@@ -45,6 +46,7 @@ SIZES = {   # what one call of each work is given
     "sft": fullsize.ROWS, "dual_reward": fullsize.ROWS,
     "grpo": {"rows": 4, "group": 8, "tokens": 32, "completion": 16},
     "generate": {"rows": 32, "group": 1, "tokens": 32, "completion": 16},
+    "chat": {"rows": 1, "group": 1, "tokens": 32, "completion": 64},
     "lens": {"rows": 256, "tokens": 16},
     "load": {}, "start": {},
 }
@@ -147,7 +149,8 @@ def measure(work: str, folder: str, sizes: dict, python: str, packages: dict[str
     for turn in range(rounds):      # in turn, so that a slow minute of the machine hits all
         taken[""].append(time_start() if work == "start" else own(work, folder, sizes, count, keys))
         if minimal_flops(work, args, sizes):
-            taken["machine"].append(own("machine", folder, {}, 1))
+            decoded = sizes["rows"] * sizes["group"] if work in DECODING else 0
+            taken["machine"].append(own("machine", folder, {"rows": decoded}, 1))
         for name, peer in list(peers.items()):
             try:
                 if not (peer.once and turn):
@@ -182,12 +185,14 @@ def summarise(work: str, args: ModelArgs, sizes: dict, taken: dict[str, list[dic
     ends = lambda values: [min(values), max(values)]
     tokens = sizes.get("rows", 0) * sizes.get("group", 1) * (
         sizes.get("completion") or sizes.get("tokens", 0))
-    shares = [limit_seconds(work, args, sizes, m) / r["seconds"] for r, m in zip(ours, machine)]
+    share_of = lambda *rate: statistics.median(
+        limit_seconds(work, args, sizes, m, *rate) / r["seconds"] for r, m in zip(ours, machine))
     result = {"work": work, "seconds": middle(ours, "seconds"),
               "spread": ends([r["seconds"] for r in ours]), "rounds": len(ours),
               "tokens_per_s": tokens / middle(ours, "seconds") if tokens else None,
               "peak_gib": middle(ours, "peak_gib"),
-              "limit_share": statistics.median(shares) if shares else None,
+              "limit_share": share_of() if machine else None,
+              "few_rows_share": share_of("few_rows_flops_per_s") if work in DECODING else None,
               "minimal_flops": minimal_flops(work, args, sizes), "sizes": sizes, "peers": {}}
     if machine:
         result["machine"] = {key: middle(machine, key) for key in machine[0]}
@@ -206,13 +211,14 @@ def summarise(work: str, args: ModelArgs, sizes: dict, taken: dict[str, list[dic
 def table(results: list[dict]) -> str:
     """Lines of one width: ours first, then each peer with how many times as fast ours is."""
     lines = [f"{'':34}{'ms':>9}  {'low - high':>19}{'tokens/s':>10}{'GiB':>7}{'of limit':>10}"
-             f"{'ours is':>9}"]
+             f"{'few rows':>10}{'ours is':>9}"]
+    percent = lambda share: f"{100 * share:.0f} %" if share else ""
     for result in results:
-        speed, share = result["tokens_per_s"], result["limit_share"]
+        speed = result["tokens_per_s"]
         lines.append(f"{result['work'] + ', ' + result['shape']:34}{times(result)}"
                      f"{f'{speed:,.0f}' if speed else '':>10}{result['peak_gib']:7.2f}"
-                     f"{f'{100 * share:.0f} %' if share else '':>10}")
-        lines += [f"{'  ' + name:34}{times(peer)}{'':10}{peer['peak_gib']:7.2f}{'':10}"
+                     f"{percent(result['limit_share']):>10}{percent(result['few_rows_share']):>10}")
+        lines += [f"{'  ' + name:34}{times(peer)}{'':10}{peer['peak_gib']:7.2f}{'':20}"
                   f"{peer['ratio']:8.2f}x" for name, peer in result["peers"].items()]
     return "\n".join(lines)
 

@@ -1,8 +1,8 @@
 """The limit of a work: operations that no way of doing it can spare, over this machine's own rate.
 
 Counted by hand from the model's shape (`minimal_flops`), and checked in the tests against a loop
-that does and counts every product. The machine's rate is measured: a matrix product, and a copy for
-what decoding must read.
+that does and counts every product. The machine's rates are measured: a product of many rows, one of
+as many as are decoded together, and reading for what decoding must read.
 """
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +17,7 @@ from engine.memory import matrix_shapes
 from files.model_folder import ModelArgs
 
 RANK = 16   # of the adapters, ours and the peers'
+DECODING = ("generate", "chat", "grpo")
 
 
 def block_weights(args: ModelArgs) -> int:
@@ -125,7 +126,7 @@ def minimal_flops(work: str, args: ModelArgs, sizes: dict) -> int:
 
     sft, dual_reward   one step: all but each row's last token, which is only a target, through the
                        blocks; logits at the answers, and at the last prompt token for the class
-    generate           each prompt once, logits at its last token; then `decode_flops`
+    generate, chat     each prompt once, logits at its last token; then `decode_flops`
     grpo               rollouts as in generate, adapters fused; the same tokens once more for the
                        reference, adapters off, and in a training step. A prompt passes once for its
                        group, its last token's logits too
@@ -137,6 +138,8 @@ def minimal_flops(work: str, args: ModelArgs, sizes: dict) -> int:
     """
     if work in ("load", "start"):
         return 0
+    if work == "chat":
+        work = "generate"
     rows, T = sizes["rows"], sizes["tokens"]
     if work in ("sft", "dual_reward"):
         answers = sizes["answer"]   # the class is read where the first answer token is predicted
@@ -153,32 +156,40 @@ def minimal_flops(work: str, args: ModelArgs, sizes: dict) -> int:
             + training_flops(args, one_pass(R, steps, steps, T), R * steps))
 
 
-def limit_seconds(work: str, args: ModelArgs, sizes: dict, machine: dict) -> float:
-    """The least time that this machine could need. Decoding: operations or bytes, the slower."""
+def limit_seconds(work: str, args: ModelArgs, sizes: dict, machine: dict,
+                  decode_rate: str = "flops_per_s") -> float:
+    """The least time that this machine could need. Decoding: operations or bytes, the slower.
+
+    decode_rate   which of the machine's rates decoding has
+    """
     flops, rate = minimal_flops(work, args, sizes), machine["flops_per_s"]
-    if work not in ("generate", "grpo"):
+    if work not in DECODING:
         return flops / rate
     decoding = decode_flops(args, sizes)
     return (flops - decoding) / rate + max(
-        decoding / rate, decode_bytes(args, sizes) / machine["bytes_per_s"])
+        decoding / machine[decode_rate], decode_bytes(args, sizes) / machine["bytes_per_s"])
 
 
-def measure_machine(D: int, F: int) -> dict:
-    """flops_per_s of a float32 product (512, D) x (D, F), bytes_per_s of a copy; best of several.
+def measure_machine(D: int, F: int, rows: int = 0) -> dict:
+    """What it gives, the best of several: flops_per_s of a float32 product (512, D) x (D, F).
 
-    The copy counts what is read and what is written, and takes all cores.
+    few_rows_flops_per_s   of (rows, D) x (D, F), each time other weights, from memory
+    bytes_per_s            read, by all cores
     """
+    size, parts = 2 ** 28, os.cpu_count()
     x, w = mx.random.normal((512, D)), mx.random.normal((F, D))
     mx.eval(x, w)
-    product = min(clock(lambda: mx.eval(x @ w.T), 20))
-    size, parts = 2 ** 28, os.cpu_count()
+    found = {"flops_per_s": 2 * 512 * D * F / min(clock(lambda: mx.eval(x @ w.T), 20))}
+    if rows:
+        others = [w + i for i in range(-(-size // w.nbytes))]
+        mx.eval(others)
+        products = lambda: mx.eval([x[:rows] @ other.T for other in others])
+        found["few_rows_flops_per_s"] = 2 * rows * D * F * len(others) / min(clock(products, 5))
     if engine.blas.CPU_WHEEL:
-        source, target = np.ones(size, np.uint8), np.zeros(size, np.uint8)
-        pieces = np.array_split(target, parts), np.array_split(source, parts)
-        pool = ThreadPoolExecutor(parts)
-        copy = lambda: list(pool.map(np.copyto, *pieces))
+        pieces, pool = np.array_split(np.ones(size // 4, np.float32), parts), ThreadPoolExecutor()
+        read = lambda: list(pool.map(np.max, pieces))
     else:
         source = mx.ones((size // 4,))
         mx.eval(source)
-        copy = lambda: mx.eval(source + 1)
-    return {"flops_per_s": 2 * 512 * D * F / product, "bytes_per_s": 2 * size / min(clock(copy, 5))}
+        read = lambda: mx.eval(source.max())
+    return found | {"bytes_per_s": size / min(clock(read, 5))}

@@ -25,11 +25,12 @@ from engine import memory
 from files.disk import read_json, write_bytes, write_text
 from files.keys import BadInput
 from files.model_folder import parse_args, save_safetensors
-from generate import sample
+from generate import choose, sample
 from grpo import Answers, Rollouts, rollout_loss
 from lens import read_prompts
 from losses import dual_loss, sft_loss
 from model import Llama, load
+from report.conversation import stream_text
 from text.arithmetic import Problem
 from text.rows import Row
 from train import accumulate, compile_step, make_optimizer, prepare_model
@@ -150,17 +151,20 @@ def make_call(work: str, folder: str, sizes: dict, keys: list[str], about: dict)
         targets = [ids[:1] for ids in prompts]
         return lambda: read_prompts(model, prompts, targets, TOP)
     tokenizer.stop_ids = set()
+    if work == "chat":      # what generate.py --chat prints, a piece a token
+        greedy = partial(choose, temperature=0)
+        return lambda: list(stream_text(model, tokenizer, *prompts, sizes["completion"], greedy))
     return lambda: sample(model, tokenizer, prompts, sizes["completion"])
 
 
 def time_here(work: str, folder: str, sizes: dict, count: int, keys: list[str] = ()) -> dict:
     """Our side of a work in this process: median seconds, peak GiB, and GiB before the model.
 
-    Work "machine": what the machine gives, {flops_per_s, bytes_per_s}.
+    Work "machine": what the machine gives, limit.measure_machine's.
     """
     if work == "machine":
         shape = read_json(Path(folder) / "config.json")
-        return measure_machine(shape["hidden_size"], shape["intermediate_size"])
+        return measure_machine(shape["hidden_size"], shape["intermediate_size"], sizes["rows"])
     about, before = {}, memory.peak_gib()
     seconds = clock(make_call(work, folder, sizes, keys, about), count)
     return {"seconds": statistics.median(seconds), "peak_gib": memory.peak_gib(),

@@ -1,6 +1,6 @@
 """Make MLX's Linux CPU backend fast; `import engine.blas` goes before `import mlx.core`.
 
-Five repairs. (1) The Linux wheel of MLX calls `cblas_sgemm` and bundles the reference BLAS, about
+Six repairs. (1) The Linux wheel of MLX calls `cblas_sgemm` and bundles the reference BLAS, about
 thirty times slower than OpenBLAS. The dynamic loader binds the symbol once, when libmlx is loaded:
 an OpenBLAS that is already in the process with RTLD_GLOBAL wins, one loaded afterwards does
 nothing. Hence the order, and hence this is the one file of the project whose import has an effect.
@@ -35,6 +35,7 @@ ORDER, IN_TURN = "MLX_BFS_MAX_WIDTH", "1000"
 KERNELS = "OPENBLAS_CORETYPE"
 CPU_INFO = Path("/proc/cpuinfo")
 LEAST_ADDRESSES = 2 ** 31   # bytes: libraries, threads' stacks and malloc's arenas take most of it
+ONE_ROW = Path(sys.prefix, "lib/libone_row.so")     # gemv.c, compiled
 OLDEST = b"Prescott"    # what an OpenBLAS takes an x86-64 processor for that it does not know
 REMEDY = "run `apt-get install libopenblas0`, or set NANOLENS_BLAS=/path/to/libopenblas.so.0"
 
@@ -49,24 +50,35 @@ def load_openblas() -> str:
                                                lambda: ctypes.util.find_library("openblas")]:
         try:
             path = find()
-            # without RTLD_GLOBAL the symbols stay private and MLX keeps its bundled BLAS
-            library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL) if path else None
+            library = ctypes.CDLL(path) if path else None
         except OSError:
             continue
         # some builds rename their symbols; such a library would load and change nothing
         if library is not None and hasattr(library, "cblas_sgemm"):
-            best_kernels(path, library)
+            best_kernels(library)
+            publish(path)
             return path
     tried = f"NANOLENS_BLAS={named} does not load as an OpenBLAS" if named else "no OpenBLAS found"
     print(f"note: {tried}: MLX runs 8 to 12 times slower on this CPU; {REMEDY}", file=sys.stderr)
     return ""
 
 
-def best_kernels(path: str, library: ctypes.CDLL) -> None:
+def publish(path: str) -> None:
+    """Let MLX find an OpenBLAS: its cblas_sgemm, or in front of that the one of gemv.c."""
+    front = None
+    if ONE_ROW.exists():    # MLX gets the first of two functions of one name
+        front = ctypes.CDLL(str(ONE_ROW), mode=ctypes.RTLD_GLOBAL)
+    # without RTLD_GLOBAL the symbols stay private and MLX keeps its bundled BLAS
+    library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+    if front:
+        front.use_functions(library.cblas_sgemm, library.cblas_sgemv)
+
+
+def best_kernels(library: ctypes.CDLL) -> None:
     """Have an OpenBLAS that does not know this processor use the vectors that it has.
 
     Debian 12's (0.3.21) takes Intel's of 2023 and AMD's of 2024 for the oldest. The kernels are
-    chosen while the library is loaded, by KERNELS before its own guess: so it is loaded once more.
+    chosen while the library is loaded, by KERNELS before its own guess: so it is unloaded again.
     """
     name = getattr(library, "openblas_get_corename", None)
     if name is None or KERNELS in os.environ:
@@ -79,7 +91,6 @@ def best_kernels(path: str, library: ctypes.CDLL) -> None:
         return
     os.environ[KERNELS] = "SkylakeX" if {"avx512bw", "avx512dq", "avx512vl"} <= flags else "Haswell"
     _ctypes.dlclose(library._handle)
-    ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
 
 
 def count_cores() -> int:

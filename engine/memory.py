@@ -39,7 +39,7 @@ LENS_ROWS, LENS_PROMPTS = 128, 64      # LENS_PROMPTS: of those that an inspecti
 # of so many logits a call of the head is made: fewer, and its matrix product runs slowly
 LOGITS_PER_CALL = 2 ** 24
 # so many logits are reduced at once on a CPU: with what is computed of them they fit its L2 cache
-LOGITS_IN_CACHE = 2 ** 18
+LOGITS_IN_CACHE = 2 ** 19
 # arrays of the logits' size that are there at once. An exp written out is six of them (ops.exp)
 DRAWN = 9           # to draw a token: logits, shifted, exp, sum so far, ... (generate.choose)
 FINAL = 14          # two exps and what is between (lens.final_distribution)
@@ -460,9 +460,8 @@ def recompute_behind_cache(block: nn.Module, resid: mx.array, cache) -> mx.array
 def logit_rows(args, recompute: str) -> int:
     """For how many rows logits exist at once in training; more where memory is not scarce."""
     at_once = LOGITS_AT_ONCE * (1 if blas.linux_cpu() or recompute != "none" else 32)
-    # BLAS packs the whole table for each product, which a large one's few rows would not repay
-    least = 32 if args.vocab_size * args.hidden_size > 2 ** 26 else 16
-    return max(least, at_once // args.vocab_size)
+    # BLAS packs the whole table for each product: with 16 rows a row takes a third longer
+    return max(32, at_once // args.vocab_size)
 
 
 def read_logits(model: nn.Module, rows: int, recompute: bool, read, resid: mx.array,

@@ -22,6 +22,7 @@ MAGIC = 12582912.0      # 1.5 * 2^23: added to x, the sum's last bits are x roun
 COEFFICIENTS = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2,
                 1.6666665459e-1, 5.0000001201e-1)
 GROUP = 128     # tokens; see top_tokens
+FEW = 2 ** 15   # weights of one token's attention
 
 
 def rms_norm(x: mx.array, gain: mx.array, eps: float) -> mx.array:
@@ -127,8 +128,10 @@ def rope(x: mx.array, offset: int, periods: mx.array) -> mx.array:
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | str | None) -> mx.array:
-    scale = q.shape[-1] ** -0.5
-    if LINUX_CPU and q.dtype == mx.float32:
+    (B, H, T, d), S = q.shape, k.shape[2]
+    scale = d ** -0.5
+    # of few numbers each operation costs more than its arithmetic, and MLX's own has fewer
+    if LINUX_CPU and q.dtype == mx.float32 and (T > 1 or B * H * S > FEW):
         return attention_by_exp(q, k, v, scale, mask)
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
 

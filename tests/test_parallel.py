@@ -232,21 +232,20 @@ INTEL, AMD = "avx2 fma avx512f avx512bw avx512dq avx512vl", "sse2 avx avx2 fma"
     (b"Prescott", INTEL, "SkylakeX"), (b"Prescott", AMD, "Haswell"), (b"Prescott", "avx", None),
     (b"SkylakeX", INTEL, None), (b"Zen", AMD, None)])
 def test_kernels_of_an_unknown_processor(name, flags, told, monkeypatch, tmp_path):
-    """A library that takes the processor for the oldest is loaded again, told what to use."""
+    """A library that takes the processor for the oldest is unloaded, to be told what to use."""
     (tmp_path / "cpuinfo").write_text(f"model name\t: X\nflags\t\t: fpu {flags}\nbugs\t\t:\n")
     monkeypatch.setattr(engine.blas, "CPU_INFO", tmp_path / "cpuinfo")
     monkeypatch.setenv(engine.blas.KERNELS, "")
     monkeypatch.delenv(engine.blas.KERNELS)
     calls = []
     monkeypatch.setattr(engine.blas._ctypes, "dlclose", calls.append)
-    monkeypatch.setattr(engine.blas.ctypes, "CDLL", lambda path, mode: calls.append(path))
     library = SimpleNamespace(openblas_get_corename=lambda: name, _handle=7)
-    engine.blas.best_kernels("lib.so", library)
+    engine.blas.best_kernels(library)
     assert engine.blas.os.environ.get(engine.blas.KERNELS) == told
-    assert calls == ([7, "lib.so"] if told else [])
+    assert calls == ([7] if told else [])
     monkeypatch.setenv(engine.blas.KERNELS, "Prescott")     # the user has chosen
-    engine.blas.best_kernels("lib.so", library)
-    assert len(calls) == (2 if told else 0)
+    engine.blas.best_kernels(library)
+    assert len(calls) == (1 if told else 0)
 
 
 @pytest.mark.skipif(not OPENBLAS, reason="no OpenBLAS to load")
@@ -257,6 +256,33 @@ def test_this_processor_has_its_kernels():
     vectors = "avx2" in engine.blas.CPU_INFO.read_text()
     name = run("-c", code, check=0).stdout.strip()
     assert name and (name != "Prescott" or not vectors)
+
+
+@pytest.mark.skipif(not OPENBLAS, reason="no OpenBLAS to load")
+def test_a_product_of_one_row_goes_to_gemv():
+    """gemv.c in front of OpenBLAS: one row of each layout to gemv, others to gemm, all as numpy."""
+    assert engine.blas.ONE_ROW.exists(), "setup.sh compiles it"
+    rng = np.random.default_rng(0)
+    for m, n, k in [(1, 5, 7), (1, 1, 3), (1, 300, 64), (1, 64, 300), (2, 5, 7), (3, 1, 4)]:
+        x, w = rng.random((m, k), np.float32), rng.random((n, k), np.float32)
+        a, b = mx.array(x), mx.array(w)
+        column = mx.array(np.ascontiguousarray(x.T)).T        # the row, stored as a column
+        every_other = mx.array(np.repeat(x, 2, axis=1))[:, ::2]
+        for left in (a, column, every_other):
+            np.testing.assert_allclose(left @ b.T, x @ w.T, rtol=1e-5)
+            np.testing.assert_allclose(left @ mx.contiguous(b.T), x @ w.T, rtol=1e-5)
+            np.testing.assert_allclose(mx.addmm(mx.ones((m, n)), left, b.T), 1 + x @ w.T, rtol=1e-5)
+    code = ("import engine.blas, ctypes, mlx.core as mx; calls = []; "
+            "front = ctypes.CDLL(str(engine.blas.ONE_ROW)); "
+            "kept = [ctypes.CFUNCTYPE(None)(lambda name=name: calls.append(name)) for name in "
+            "('gemm', 'gemv')]; front.use_functions(*kept); "
+            "mx.eval(mx.ones((1, 4)) @ mx.ones((4, 4))); mx.eval(mx.ones((2, 4)) @ mx.ones((4, 4)))"
+            "; print(calls)")
+    assert run("-c", code, check=0).stdout.strip() == "['gemv', 'gemm']"
+    # without the compiled file all is as before
+    code = ("import sys; sys.prefix = '/nowhere'; import engine.blas as b, mlx.core as mx; "
+            "print(b.LOADED, (mx.ones((1, 4)) @ mx.ones((4, 4))).sum().item())")
+    assert run("-c", code, check=0).stdout.split() == [engine.blas.LOADED, "16.0"]
 
 
 # --- numbers below 1e-38

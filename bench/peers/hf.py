@@ -1,7 +1,7 @@
 """transformers and peft, float32, timed: load, greedy generation, a LoRA step of rank 16.
 
     PYTHON bench/peers/hf.py load MODEL COUNT
-    PYTHON bench/peers/hf.py generate MODEL COUNT ROWS PROMPT_TOKENS COMPLETION_TOKENS
+    PYTHON bench/peers/hf.py generate|chat MODEL COUNT ROWS PROMPT_TOKENS COMPLETION_TOKENS
     PYTHON bench/peers/hf.py sft MODEL COUNT ROWS TOKENS ANSWER_TOKENS
 
 Loading reads every weight at the end: a file that is only mapped would otherwise be read in the
@@ -58,5 +58,5 @@ def training(rows, tokens, answer):
     return step
 
 
-call = {"generate": generation, "sft": training}[work](*sizes) if sizes else load_and_read
-report(clock(call, count))
+works = {"generate": generation, "chat": generation, "sft": training}
+report(clock(works[work](*sizes) if sizes else load_and_read, count))

@@ -1,7 +1,7 @@
 """mlx-lm, float32, timed: load, batched greedy generation, a LoRA step of rank 16 by its own loss.
 
     PYTHON bench/peers/mlxlm.py load MODEL COUNT
-    PYTHON bench/peers/mlxlm.py generate MODEL COUNT ROWS PROMPT_TOKENS COMPLETION_TOKENS
+    PYTHON bench/peers/mlxlm.py generate|chat MODEL COUNT ROWS PROMPT_TOKENS COMPLETION_TOKENS
     PYTHON bench/peers/mlxlm.py sft MODEL COUNT ROWS TOKENS ANSWER_TOKENS
 
 A step is forward, backward, clipping, AdamW, compiled as in its trainer, on rows that are there as
@@ -19,7 +19,7 @@ import mlx.nn as nn  # noqa: E402
 import mlx.optimizers as optim  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 from mlx_lm import load  # noqa: E402
-from mlx_lm.generate import batch_generate  # noqa: E402
+from mlx_lm.generate import batch_generate, stream_generate  # noqa: E402
 from mlx_lm.tuner.trainer import default_loss  # noqa: E402
 from mlx_lm.tuner.utils import linear_to_lora_layers  # noqa: E402
 
@@ -64,5 +64,12 @@ def training(rows, tokens, answer):
     return lambda: mx.eval(update(ids, spans), state)
 
 
-call = {"generate": generation, "sft": training}[work](*sizes) if sizes else load_and_read
-report(clock(call, count))
+def chat(N, T, C):
+    model, tokenizer = load_float32()
+    prompt, = random_prompts(folder, N, T)
+    tokenizer._eos_token_ids = set()
+    return lambda: list(stream_generate(model, tokenizer, prompt, max_tokens=C))
+
+
+works = {"generate": generation, "chat": chat, "sft": training}
+report(clock(works[work](*sizes) if sizes else load_and_read, count))
