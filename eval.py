@@ -28,7 +28,7 @@ from engine.parallel import map_rows
 from files.disk import write_text
 from files.run_folder import Run, provenance
 from generate import Completion, sample
-from lens import Reading, read_prompts, read_taps
+from lens import Reading, read_prompts, read_resids, read_taps
 from losses import token_logprobs
 from model import Llama
 from report import stats
@@ -51,25 +51,34 @@ LOSS_TOKENS = 4096      # of padded rows in one forward pass
 REPLIES = 10            # to be read, where answers are too long to be matched
 
 
-def read_series(model: Llama, tokenizer: Tokenizer, problems: list[Problem],
-                template: str) -> tuple[Reading, np.ndarray]:
-    """The lens at each prompt's last token: a Reading (A = 1, N = 3) of SERIES, and series_ids."""
+def read_series(model: Llama, tokenizer: Tokenizer, problems: list[Problem], template: str,
+                done: list[Completion] | None = None) -> tuple[Reading, np.ndarray]:
+    """The lens at each prompt's last token: a Reading (A = 1, N = 3) of SERIES, and series_ids.
+
+    done   the problems' completions with their taps: then no prompt is read again
+    """
     prompts, ids = series_ids(tokenizer, problems, template)
+    if done:
+        taps = mx.stack([completion.taps for completion in done], axis=1)           # (L+1, B, D)
+        return read_resids(model, list(taps[:, :, None]), mx.array(ids)[:, None]), ids
     return read_prompts(model, prompts, ids.tolist()), ids
 
 
 def complete(model: Llama, tokenizer: Tokenizer, problems: list[Problem],
-             max_completion_tokens: int, template: str) -> list[Completion]:
+             max_completion_tokens: int, template: str, taps: bool = False) -> list[Completion]:
     """One greedy reply each, of a conversation the last one, given the earlier turns."""
     prompts = [encode_prompt_of(p, tokenizer, template) for p in problems]
-    return sample(model, tokenizer, prompts, max_completion_tokens,
+    return sample(model, tokenizer, prompts, max_completion_tokens, keep_taps=taps,
                   **ends_of_reply(problems, tokenizer, template))
 
 
 def measure_accuracy(model: Llama, tokenizer: Tokenizer, problems: list[Problem],
                      max_completion_tokens: int, template: str = "none") -> list[dict]:
     """Complete and grade problems: [{prompt, expected, generated, correct, operation, wording}]."""
-    done = complete(model, tokenizer, problems, max_completion_tokens, template)
+    return grade(problems, complete(model, tokenizer, problems, max_completion_tokens, template))
+
+
+def grade(problems: list[Problem], done: list[Completion]) -> list[dict]:
     return [{"prompt": p.prompt, "expected": p.answer, "generated": c.text.strip(),
              **grade_reply(p, c.text, c.finished),
              "operation": p.operation, "wording": p.wording} for p, c in zip(problems, done)]
@@ -180,10 +189,12 @@ def evaluate(model: Llama, tokenizer: Tokenizer, cfg: Config) -> dict:
     named = {name: named_problems(name) for name in NAMED_PROMPTS if cfg.data == "arithmetic"}
     problems = test + [p for group in named.values() for p in group]
     sets = ["test"] * len(test) + [name for name, group in named.items() for _ in group]
-    reading, ids = read_series(model, tokenizer, problems, cfg.template)
     short = is_short(test, tokenizer, cfg)
     asked = evenly(range(len(problems)), len(problems) if short else REPLIES)
-    rows = measure_accuracy(model, tokenizer, [problems[i] for i in asked], limit, cfg.template)
+    some = [problems[i] for i in asked]     # all, where answers can be matched
+    done = complete(model, tokenizer, some, limit, cfg.template, taps=short)
+    reading, ids = read_series(model, tokenizer, problems, cfg.template, done if short else None)
+    rows = grade(some, done)
     for i, row in zip(asked, rows):
         row |= {"set": sets[i], **stats.peak_of_prompt(reading.probs[:, i, 0])}
     lengths, block = answer_lengths(tokenizer, test, cfg.template), cfg.class_block(model.args)

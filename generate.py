@@ -36,6 +36,7 @@ class Completion:
     logprobs: np.ndarray    # (len(ids),) float32 at the temperature used; empty for greedy
     entropies: np.ndarray   # (len(ids),) float32 nats of the distribution drawn from; the same
     stop: str = ""          # which of `stops` ended it; "": a stop token did, or nothing
+    taps: mx.array | None = None    # (L+1, D): the stream at the prompt's last token, if asked for
 
 
 def choose(logits: mx.array, uniform: mx.array | None, temperature: float, top_k: int = 0,
@@ -72,7 +73,7 @@ def sample(model: Llama, tokenizer: Tokenizer, prompts: list[list[int]],
            max_completion_tokens: int, group: int = 1, temperature: float = 0.0, top_k: int = 0,
            top_p: float = 1.0, key: mx.array | None = None, many_lines: bool = False,
            before: int = 0, after: int = 0, stops: tuple[str, ...] = (),
-           ends: Collection[int] = ()) -> list[Completion]:
+           ends: Collection[int] = (), keep_taps: bool = False) -> list[Completion]:
     """Complete every prompt `group` times, until EOS, a line break or the limit.
 
     many_lines   only EOS ends a completion
@@ -82,6 +83,7 @@ def sample(model: Llama, tokenizer: Tokenizer, prompts: list[list[int]],
     ends         tokens that end one too, such as the <|im_end|> of a chat template
     key      MLX random key; the same key gives the same completions, however rows are batched
     before   prompts that other processes complete with this key, in front of these; after: behind
+    keep_taps   for the lens as well, which then need not read the prompts again
     returns  len(prompts) * group completions, a prompt's in a row, in the prompts' order
     raises   BadInput if a prompt does not fit the context
     """
@@ -102,8 +104,9 @@ def sample(model: Llama, tokenizer: Tokenizer, prompts: list[list[int]],
     for part in in_batches(prompts, per_batch, max_completion_tokens):
         rows = np.array([j * group + g for j in part for g in range(group)])
         drawn = sample_batch(model, [prompts[j] for j in part], group, pick,
-                             uniforms[mx.array(rows)], stop_table, over if stops else None)
-        for row, (ids, logprobs, entropies) in zip(rows.tolist(), zip(*drawn)):
+                             uniforms[mx.array(rows)], stop_table, over if stops else None,
+                             keep_taps)
+        for row, (ids, logprobs, entropies, taps) in zip(rows.tolist(), zip(*drawn)):
             ended = np.flatnonzero(is_stop[ids])
             n = ended[0] + 1 if len(ended) else len(ids)
             text, stop = tokenizer.decode_until(ids[:n], many_lines, stops)
@@ -111,42 +114,51 @@ def sample(model: Llama, tokenizer: Tokenizer, prompts: list[list[int]],
                 n = tokens_until_stop(tokenizer, ids[:n], stops)
             kept = n if temperature else 0
             completions[row] = Completion(ids[:n].tolist(), text, len(ended) > 0 or stop != "",
-                                          logprobs[:kept], entropies[:kept], stop)
+                                          logprobs[:kept], entropies[:kept], stop, taps)
     return [completions[row] for row in range(len(prompts) * group)]
 
 
-def prefill(model: Llama, prompts: list[list[int]], group: int,
-            room: int) -> tuple[mx.array, list[KVCache]]:
-    """Read P prompts for `group` rows each: next token's logits (R, V), caches with room."""
+def prefill(model: Llama, prompts: list[list[int]], group: int, room: int,
+            keep_taps: bool = False) -> tuple[mx.array, list[KVCache], list[mx.array]]:
+    """Read P prompts for `group` rows each: next token's logits (R, V), caches with room, taps.
+
+    Of taps, where they are asked for, each prompt's last position: L+1 arrays (P, D).
+    """
     shared, own = read_shared(model, prompts, one_length=True)      # such as worked examples
     T, (tokens, start) = max(map(len, prompts)), left_pad(own)
 
     def read(part):
         rows = part["tokens"]
         cache = [c.repeat(len(rows), T) for c in shared] or model.make_cache(T, part["start"])
+        last = mx.full((len(rows), 1), rows.shape[1] - 1)
+        taps = [resid[:, -1] for resid in model.stream(rows, cache, positions=last)]
         # slice the residual stream, not the logits: the unembedding runs for one position only
-        logits = model.head(model.last_resid(rows, cache))
-        return logits, [(c.keys, c.values) for c in cache]
+        logits = model.head(taps[-1])
+        return logits, [(c.keys, c.values) for c in cache], taps if keep_taps else []
 
     parts = map_rows(read, {"tokens": tokens, "start": start}, model.parts)
     caches = model.make_cache(T, start)
     for block, cache in enumerate(caches):
-        cache.update(mx.concatenate([kv[block][0] for _, kv in parts]),
-                     mx.concatenate([kv[block][1] for _, kv in parts]))
-    logits = mx.concatenate([logits for logits, _ in parts])
+        cache.update(mx.concatenate([kv[block][0] for _, kv, _ in parts]),
+                     mx.concatenate([kv[block][1] for _, kv, _ in parts]))
+    logits = mx.concatenate([logits for logits, _, _ in parts])
     if group > 1:       # or they would be copied for nothing
         logits = mx.repeat(logits, group, axis=0)
-    return logits, [cache.repeat(group, T + room) for cache in caches]
+    taps = [mx.concatenate(tap) for tap in zip(*(taps for _, _, taps in parts))]
+    return logits, [cache.repeat(group, T + room) for cache in caches], taps
 
 
 def sample_batch(model: Llama, prompts: list[list[int]], group: int, pick, uniforms: mx.array,
-                 is_stop: mx.array, is_over=None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+                 is_stop: mx.array, is_over=None, keep_taps: bool = False) -> tuple:
     """Decode one batch of R = P * group rows; returns ids, log-probabilities, entropies, (R, C).
+
+    And R times the taps (L+1, D), or None.
 
     What stands behind a row's stop is arbitrary. is_over  of a row's ids so far: has it ended?
     """
     R, C = uniforms.shape
-    logits, cache = prefill(model, prompts, group, room=C)
+    logits, cache, taps = prefill(model, prompts, group, C, keep_taps)
+    of_prompt = list(mx.stack(taps, axis=1)) if taps else [None] * len(prompts)
     out = np.zeros((R, C), np.int32), np.zeros((R, C), np.float32), np.zeros((R, C), np.float32)
     alive, stopped, pending = np.arange(R), mx.zeros(R, mx.bool_), []
     for t in range(C):
@@ -170,7 +182,7 @@ def sample_batch(model: Llama, prompts: list[list[int]], group: int, pick, unifo
                 stopped, uniforms = stopped[rows], uniforms[rows]
                 cache = [c.take(rows) for c in cache]
         logits = model.head(model.last_resid(drawn[0][:, None], cache))
-    return out
+    return *out, [taps for taps in of_prompt for _ in range(group)]
 
 
 def main(argv: list[str]) -> None:

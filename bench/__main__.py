@@ -14,8 +14,8 @@ run in an environment of their own (`make bench-peers`); a missing one is skippe
 from ids on every side: no text is tokenised and no file written. Quote nothing from a busy machine,
 of which a note tells: torch's threads then wait for each other, ours hardly.
 
-Further here: `python -m bench.growth` (does anything grow faster than its work?) and
-`python -m bench.fullsize` (the shapes of published models).
+Further here: `python -m bench.whole` (a user's whole wait), `python -m bench.fullsize` (the shapes
+of published models) and `python -m bench.page`, which writes docs/speed.md's tables.
 """
 import argparse
 import json
@@ -99,7 +99,7 @@ def peers_of(work: str, folder: str, args: ModelArgs, sizes: dict, count: int) -
     found = {"mlx-lm": Peer(("mlx_lm",), [lm, work, folder, count, *n])}
     if work != "sft":
         return {"transformers": Peer(hf, theirs)} | found
-    if engine.blas.LOADED and parameters(args) < 2e8:
+    if engine.blas.LOADED and parameters(args) < 1e8:
         found["mlx-lm as installed"] = Peer(("mlx_lm",), [lm, work, folder, 1, *n],
                                             {"NANOLENS_BLAS": "none"}, once=True)
     return {"transformers + peft": Peer((*hf, "peft"), theirs)} | found
@@ -132,7 +132,7 @@ def measure(work: str, folder: str, sizes: dict, python: str, packages: dict[str
             rounds: int, keys: list[str]) -> dict:
     """One work beside its peers: {work, seconds, tokens_per_s, peak_gib, limit_share, peers}."""
     args = parse_args(read_json(Path(folder) / "config.json"), folder)
-    count = 20 if parameters(args) < 1e7 else 7 if parameters(args) < 2e8 else 2
+    count = 20 if parameters(args) < 1e7 else 7 if parameters(args) < 1e8 else 3
 
     def last_line(*words, **env):
         return json.loads(run_other(words, **env).splitlines()[-1])

@@ -42,7 +42,7 @@ LOGITS_PER_CALL = 2 ** 24
 LOGITS_IN_CACHE = 2 ** 19
 # arrays of the logits' size that are there at once. An exp written out is six of them (ops.exp)
 DRAWN = 9           # to draw a token: logits, shifted, exp, sum so far, ... (generate.choose)
-FINAL = 14          # two exps and what is between (lens.final_distribution)
+FINAL = 22          # of two pieces, one read ahead, each two exps (lens.final_distribution)
 # pieces and products that wait in line where weights are packed (quant.PIECE)
 UNPACKED = 36 * 2 ** 21 * 4
 LOGITS_AT_ONCE = 2 ** 19    # in training: 2 MiB; some ten such arrays wait in line
@@ -208,7 +208,7 @@ def inspection_bytes(args, cfg: Config, load: Load, width: int = 4) -> int:
         taps = min(L + 1, max(1, parts * LOGITS_PER_CALL // max(at_tap, 1)))
         few = at_tap
         if default_dtype():
-            few = min(at_tap, parts * max(1, LOGITS_IN_CACHE // args.vocab_size) * args.vocab_size)
+            few = min(at_tap, max(1, LOGITS_IN_CACHE // args.vocab_size) * args.vocab_size)
         lens = max(4 * ((taps + 1) * at_tap + FINAL * few), rows * T * block * width)
     return max(decode, lens)
 
