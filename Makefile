@@ -82,8 +82,10 @@ bench-peers: .venv-bench/ready  ## the peers' own environment, which `make bench
 	.venv-bench/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c requirements.lock -r requirements-bench.txt
 	touch $@
 
-growth: .venv/ready  ## time and memory against length, batch, blocks, vocabulary, group and prompts (ten minutes on two cores)
-	$(PY) -m bench.growth --json growth.json
+speed: smollm2 .venv-bench/ready  ## docs/speed.md's tables anew, both models (an hour of two quiet cores)
+	$(PY) -m bench --json docs/speed_40m.json
+	$(PY) -m bench --model models/smollm2 --json docs/speed_smollm2.json
+	$(PY) -m bench.page
 
 tiny: .venv/ready  ## train the bundled base model from scratch again (40 minutes on two cores)
 	$(PY) -m tasks tiny runs/tiny_data --tokenizer models/tiny
@@ -105,4 +107,4 @@ tiny_cot: .venv/ready  ## the same for the one that can write chains (20 minutes
 clean:  ## remove the virtual environment and all runs
 	rm -rf .venv .venv-bench runs
 
-.PHONY: help setup run real smollm2 test test-plain exercise tour gate gate-real gate-simulation kill hostile lint lecture table study study-report results markovian fullsize bench bench-peers growth tiny untaught tiny_cot clean
+.PHONY: help setup run real smollm2 test test-plain exercise tour gate gate-real gate-simulation kill hostile lint lecture table study study-report results markovian fullsize bench bench-peers speed tiny untaught tiny_cot clean

@@ -13,6 +13,8 @@ there to be read.
     python eval.py --ckpt models/tiny data_wordings=symbolic,worded  # any model; any config key
 """
 import json
+import sys
+from functools import partial
 from pathlib import Path
 
 import engine.blas  # noqa: F401  (before mlx)
@@ -24,12 +26,10 @@ from config import BadInput, Config, load_config, load_overrides, resolved, run_
 from data import make_batch
 from engine import memory
 from engine.memory import LENS_PROMPTS
-from engine.parallel import map_rows
 from files.disk import write_text
 from files.run_folder import Run, provenance
 from generate import Completion, sample
 from lens import Reading, read_prompts, read_resids, read_taps
-from losses import token_logprobs
 from model import Llama
 from report import stats
 from report.terminal import publish, report_text
@@ -42,23 +42,19 @@ from text.rows import (
     load_split,
     name_targets,
     series_ids,
-    tokenize,
     with_template,
 )
 from text.tokenizer import Tokenizer
 
-LOSS_TOKENS = 4096      # of padded rows in one forward pass
 REPLIES = 10            # to be read, where answers are too long to be matched
 
 
 def read_series(model: Llama, tokenizer: Tokenizer, problems: list[Problem], template: str,
                 done: list[Completion] | None = None) -> tuple[Reading, np.ndarray]:
-    """The lens at each prompt's last token: a Reading (A = 1, N = 3) of SERIES, and series_ids.
-
-    done   the problems' completions with their taps: then no prompt is read again
-    """
+    """The lens at each prompt's last token: a Reading (A = 1, N = 3) of SERIES, and series_ids."""
     prompts, ids = series_ids(tokenizer, problems, template)
-    if done:
+    # a template may begin a reply otherwise where it is still to come
+    if done and prompts == [encode_prompt_of(p, tokenizer, template) for p in problems]:
         taps = mx.stack([completion.taps for completion in done], axis=1)           # (L+1, B, D)
         return read_resids(model, list(taps[:, :, None]), mx.array(ids)[:, None]), ids
     return read_prompts(model, prompts, ids.tolist()), ids
@@ -82,27 +78,6 @@ def grade(problems: list[Problem], done: list[Completion]) -> list[dict]:
     return [{"prompt": p.prompt, "expected": p.answer, "generated": c.text.strip(),
              **grade_reply(p, c.text, c.finished),
              "operation": p.operation, "wording": p.wording} for p, c in zip(problems, done)]
-
-
-def measure_loss(model: Llama, tokenizer: Tokenizer, problems: list[Problem],
-                 cfg: Config) -> list[tuple[float, int]]:
-    """Each row's -log p of training's targets in nats, summed, and how many targets these are."""
-    rows = tokenize(problems, tokenizer, model.args.max_position_embeddings, template=cfg.template)
-    counts = [sum(stop - start for start, stop in row.targets(cfg)) for row in rows]
-    waiting, nats = sorted(range(len(rows)), key=lambda i: len(rows[i].ids)), {}
-    while waiting:      # the longest first; no more at a time than training has
-        T = len(rows[waiting[-1]].ids)
-        n = max(1, min(cfg.batch_size // cfg.grad_accum_steps, LOSS_TOKENS // T))
-        part, waiting = waiting[-n:], waiting[:-n]
-        batch = make_batch(rows, part, T, max(counts[i] for i in part), cfg)
-        arrays = {name: mx.array(batch[name]) for name in ("tokens", "target_positions", "targets")}
-        # rows are independent, so a Linux CPU reads parts of them side by side
-        resids = map_rows(lambda b: model.final_resid(
-            b["tokens"][:, :-1], positions=b["target_positions"]), arrays, model.parts)
-        resid = mx.concatenate(resids)                                              # (n, A, D)
-        logprobs = memory.read_in_turn(model, token_logprobs, resid, arrays["targets"])     # (n, A)
-        nats |= zip(part, -(np.array(logprobs) * batch["target_mask"]).sum(1))
-    return [(float(nats[i]), counts[i]) for i in range(len(rows))]
 
 
 def measure_reward(model: Llama, tokenizer: Tokenizer, problems: list[Problem],
@@ -153,7 +128,8 @@ def look_inside(cfg: Config, run: Run, model: Llama, tokenizer: Tokenizer, valid
                                     cfg.template)
             record["valid_accuracy"] = float(np.mean([r["correct"] for r in rows]))
         if cfg.has_loss:
-            found = stats.summarize_loss(measure_loss(model, tokenizer, chosen, cfg))
+            from report.loss import measure_loss  # made problems have no use for it
+            found = stats.summarize_loss(measure_loss(model, tokenizer, chosen, cfg, make_batch))
             record |= {f"valid_{key}": found[key]["value"] for key in ("loss", "perplexity")}
     if is_due(cfg.lens_every_steps) and cfg.method != "markovian" and has_answers:
         chosen = evenly(valid, min(cfg.eval_prompts, LENS_PROMPTS))
@@ -167,8 +143,9 @@ def look_inside(cfg: Config, run: Run, model: Llama, tokenizer: Tokenizer, valid
     return seen
 
 
-def evaluate(model: Llama, tokenizer: Tokenizer, cfg: Config) -> dict:
+def evaluate(model: Llama, tokenizer: Tokenizer, cfg: Config, called: str = "") -> dict:
     """Everything report.json says about one model, over test problems and named prompts."""
+    say = partial(print, file=sys.stderr, flush=True) if called else lambda line: None
     test = load_split(cfg, "test")
     if cfg.method == "markovian":
         return evaluate_on_chains(model, tokenizer, test, cfg)
@@ -185,13 +162,15 @@ def evaluate(model: Llama, tokenizer: Tokenizer, cfg: Config) -> dict:
         return {**own, "reward": stats.bootstrap_mean([r["reward"] for r in rows]), "layers": [],
                 "prompts": rows}
     if cfg.has_loss and not to_reason:
-        own |= stats.summarize_loss(measure_loss(model, tokenizer, test, cfg))
+        from report.loss import measure_loss  # as above
+        own |= stats.summarize_loss(measure_loss(model, tokenizer, test, cfg, make_batch))
     named = {name: named_problems(name) for name in NAMED_PROMPTS if cfg.data == "arithmetic"}
     problems = test + [p for group in named.values() for p in group]
     sets = ["test"] * len(test) + [name for name, group in named.items() for _ in group]
     short = is_short(test, tokenizer, cfg)
     asked = evenly(range(len(problems)), len(problems) if short else REPLIES)
     some = [problems[i] for i in asked]     # all, where answers can be matched
+    say(f"{called}: {len(some)} answers, the lens on {len(problems)} prompts ...")
     done = complete(model, tokenizer, some, limit, cfg.template, taps=short)
     reading, ids = read_series(model, tokenizer, problems, cfg.template, done if short else None)
     rows = grade(some, done)
@@ -241,20 +220,20 @@ def make_report(ckpt: str | Path, with_base: bool, compare: str | None = None,
     cfg = with_template(cfg, tokenizer, load_split(cfg, "test"))
     report = {"ckpt": f"{ckpt} + {adapter}" if adapter else str(ckpt),
               "method": cfg.method if (Path(ckpt) / "config.yaml").exists() else "none",
-              "seed": cfg.seed, **evaluate(model, tokenizer, cfg),
+              "seed": cfg.seed, **evaluate(model, tokenizer, cfg, str(ckpt)),
               "config": resolved(cfg), "versions": provenance()}
     if with_base and adapter:
         base_model, base_tokenizer, _ = load_checkpoint(ckpt)
-        report["base"] = {"ckpt": str(ckpt), **evaluate(base_model, base_tokenizer, cfg)}
+        report["base"] = {"ckpt": str(ckpt), **evaluate(base_model, base_tokenizer, cfg, "base")}
     elif with_base and report["method"] != "none" and not cfg.from_scratch:
         base_model, base_tokenizer = load_base(cfg.model, cfg.dtype, cfg.bits)
-        report["base"] = {"ckpt": cfg.model, **evaluate(base_model, base_tokenizer, cfg)}
+        report["base"] = {"ckpt": cfg.model, **evaluate(base_model, base_tokenizer, cfg, "base")}
     if compare:
         other_model, other_tokenizer, other_cfg = load_checkpoint(compare)
         if other_cfg and (other_cfg.method == "markovian") != (cfg.method == "markovian"):
             raise BadInput(f"--compare {compare} has method {other_cfg.method}, {ckpt} has "
                            f"{cfg.method}; expected both with chains of thought, or both without")
-        other = {"ckpt": str(compare), **evaluate(other_model, other_tokenizer, cfg)}
+        other = {"ckpt": str(compare), **evaluate(other_model, other_tokenizer, cfg, compare)}
         report["compare"] = {**other, **stats.compare_rows(report, other)}
     return report
 

@@ -1,10 +1,10 @@
 """Sample completions of many prompts at once, and keep the log-probability of every token.
 
-Prompts are left-padded into one batch, so that all rows decode in step; each prompt is prefilled
-once and its keys and values repeated for the G completions of its group. Rows that have stopped
-leave the batch. Every token is drawn by inverting the cumulative distribution at one uniform number
-fixed beforehand for its row and position: which rows share a batch, and when they leave it, changes
-no draw.
+Prompts are left-padded into one batch, so that one pass gives the next token of every row. Each
+prompt is prefilled once, its keys and values repeated for the G completions of its group. Rows that
+have stopped leave the batch. Every token is drawn by inverting the cumulative distribution at one
+uniform number fixed beforehand for its row and position: which rows share a batch, and when they
+leave it, changes no draw.
 
     python generate.py --ckpt runs/sft --prompt "7 * 8 = " --temperature 0.8 --top-p 0.95 --seed 1
     python generate.py --ckpt MODEL --chat --system "Be brief."
@@ -23,7 +23,7 @@ from engine.decode import KVCache, in_batches, left_pad, read_shared
 from engine.memory import CACHED_TOKENS, DECODED_ROWS
 from engine.ops import blocked_reduction, exp
 from engine.parallel import map_rows
-from model import Llama
+from model import Llama, gather_positions
 from text.rows import check_context, choose_template
 from text.tokenizer import Tokenizer, first_stop, tokens_until_stop
 
@@ -81,9 +81,9 @@ def sample(model: Llama, tokenizer: Tokenizer, prompts: list[list[int]],
                  the ids go up to the token that completes it. They are looked for in the decoded
                  text: one text has many tokenisations, and the last token of each stands elsewhere
     ends         tokens that end one too, such as the <|im_end|> of a chat template
-    key      MLX random key; the same key gives the same completions, however rows are batched
+    key      MLX random key; the same key gives the same completions in batches of any size
     before   prompts that other processes complete with this key, in front of these; after: behind
-    keep_taps   for the lens as well, which then need not read the prompts again
+    keep_taps   for the lens, which then need not read the prompts again
     returns  len(prompts) * group completions, a prompt's in a row, in the prompts' order
     raises   BadInput if a prompt does not fit the context
     """
@@ -103,10 +103,9 @@ def sample(model: Llama, tokenizer: Tokenizer, prompts: list[list[int]],
     per_batch, completions = max(1, min(DECODED_ROWS, room) // group), {}
     for part in in_batches(prompts, per_batch, max_completion_tokens):
         rows = np.array([j * group + g for j in part for g in range(group)])
-        drawn = sample_batch(model, [prompts[j] for j in part], group, pick,
-                             uniforms[mx.array(rows)], stop_table, over if stops else None,
-                             keep_taps)
-        for row, (ids, logprobs, entropies, taps) in zip(rows.tolist(), zip(*drawn)):
+        out = sample_batch(model, [prompts[j] for j in part], group, pick, uniforms[mx.array(rows)],
+                           stop_table, over if stops else None, keep_taps)
+        for row, (ids, logprobs, entropies, taps) in zip(rows.tolist(), zip(*out)):
             ended = np.flatnonzero(is_stop[ids])
             n = ended[0] + 1 if len(ended) else len(ids)
             text, stop = tokenizer.decode_until(ids[:n], many_lines, stops)
@@ -120,18 +119,18 @@ def sample(model: Llama, tokenizer: Tokenizer, prompts: list[list[int]],
 
 def prefill(model: Llama, prompts: list[list[int]], group: int, room: int,
             keep_taps: bool = False) -> tuple[mx.array, list[KVCache], list[mx.array]]:
-    """Read P prompts for `group` rows each: next token's logits (R, V), caches with room, taps.
-
-    Of taps, where they are asked for, each prompt's last position: L+1 arrays (P, D).
-    """
+    """Read P prompts for `group` rows each: next token's logits (R, V), caches, L+1 taps (P, D)."""
     shared, own = read_shared(model, prompts, one_length=True)      # such as worked examples
-    T, (tokens, start) = max(map(len, prompts)), left_pad(own)
+    T = max(map(len, prompts))
+    tokens, start = left_pad(own)
 
     def read(part):
         rows = part["tokens"]
         cache = [c.repeat(len(rows), T) for c in shared] or model.make_cache(T, part["start"])
         last = mx.full((len(rows), 1), rows.shape[1] - 1)
-        taps = [resid[:, -1] for resid in model.stream(rows, cache, positions=last)]
+        *below, final = model.stream(rows, cache, positions=last)
+        # gathered: a slice would keep all positions of its tap in memory
+        taps = [gather_positions(resid, last)[:, 0] for resid in below] + [final[:, 0]]
         # slice the residual stream, not the logits: the unembedding runs for one position only
         logits = model.head(taps[-1])
         return logits, [(c.keys, c.values) for c in cache], taps if keep_taps else []
@@ -150,15 +149,14 @@ def prefill(model: Llama, prompts: list[list[int]], group: int, room: int,
 
 def sample_batch(model: Llama, prompts: list[list[int]], group: int, pick, uniforms: mx.array,
                  is_stop: mx.array, is_over=None, keep_taps: bool = False) -> tuple:
-    """Decode one batch of R = P * group rows; returns ids, log-probabilities, entropies, (R, C).
-
-    And R times the taps (L+1, D), or None.
+    """Decode R = P * group rows: ids, log-probabilities, entropies, (R, C), and R times the taps.
 
     What stands behind a row's stop is arbitrary. is_over  of a row's ids so far: has it ended?
     """
     R, C = uniforms.shape
     logits, cache, taps = prefill(model, prompts, group, C, keep_taps)
-    of_prompt = list(mx.stack(taps, axis=1)) if taps else [None] * len(prompts)
+    of_prompt = list(mx.stack(taps, axis=1)) if taps else [None] * len(prompts)     # (L+1, D)
+    mx.eval(of_prompt)
     out = np.zeros((R, C), np.int32), np.zeros((R, C), np.float32), np.zeros((R, C), np.float32)
     alive, stopped, pending = np.arange(R), mx.zeros(R, mx.bool_), []
     for t in range(C):

@@ -93,7 +93,7 @@ def taps_at(model: Llama, tokens: mx.array, positions: mx.array,
             shared: list[KVCache] = ()) -> list[mx.array]:
     """The residual stream at some positions (B, A) of tokens (B, T): L+1 arrays (B, A, D).
 
-    shared   caches of what stands in front of all rows, from engine.decode.read_shared
+    shared   caches of what all rows begin with (read_shared); tokens and positions begin behind it
     """
     L, T = model.args.num_hidden_layers, tokens.shape[1]
 

@@ -8,11 +8,11 @@ Machines are shared and noisy: read the ratios, not the seconds. In every round 
 turn, each in a process of its own (a BLAS cannot be exchanged in a running one), and so does a
 matrix product, which says what the machine gives at that moment. The limit of a work is the
 operations that it cannot do without (limit.py) over the rate of that product; where tokens are
-decoded, the bytes that must be read count too, if they take longer. A second limit grants decoding
-only the rate that a product of so few rows has. Peers live in bench/peers and
-run in an environment of their own (`make bench-peers`); a missing one is skipped. Training starts
-from ids on every side: no text is tokenised and no file written. Quote nothing from a busy machine,
-of which a note tells: torch's threads then wait for each other, ours hardly.
+decoded, the bytes that must be read count too, if they take longer. "Few rows" is what the share
+would be if decoding had only the rate that this BLAS reaches with so few rows. Peers live in
+bench/peers and run in an environment of their own (`make bench-peers`); a missing one is skipped.
+Training starts from ids on every side: no text is tokenised and no file written. Quote nothing from
+a busy machine, of which a note tells: torch's threads then wait for each other, ours hardly.
 
 Further here: `python -m bench.whole` (a user's whole wait), `python -m bench.fullsize` (the shapes
 of published models) and `python -m bench.page`, which writes docs/speed.md's tables.
@@ -21,11 +21,9 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,7 +33,7 @@ from bench import fullsize
 from bench.limit import DECODING, limit_seconds, minimal_flops, parameters
 from bench.ours import ROOT, llama_config, own_command, run_other, write_random_model
 from config import run_main
-from files.disk import read_json, read_json_lines, write_text
+from files.disk import read_json, write_text
 from files.keys import BadInput
 from files.model_folder import ModelArgs, find_folder, parse_args
 from files.options import Parser
@@ -48,28 +46,11 @@ SIZES = {   # what one call of each work is given
     "generate": {"rows": 32, "group": 1, "tokens": 32, "completion": 16},
     "chat": {"rows": 1, "group": 1, "tokens": 32, "completion": 64},
     "lens": {"rows": 256, "tokens": 16},
-    "load": {}, "start": {},
+    "load": {},
 }
 SHAPES = {  # config.json of the random weights
     "40m": llama_config(512, 8, 8, 4, 1408, 32000), "tiny": llama_config(128, 8, 4, 4, 256, 1394),
     "1b": fullsize.SHAPES["Llama-3.2-1B"]}
-
-
-def time_start(command: Sequence[str] = ("train.py", "configs/dual_reward.yaml")) -> dict:
-    """From the command to the record of the first step: imports, model, data, look inside, step."""
-    with tempfile.TemporaryDirectory() as folder:
-        path, found, start = Path(folder, "run", "metrics.jsonl"), None, time.perf_counter()
-        process = subprocess.Popen([sys.executable, *command, f"run_dir={folder}/run"], cwd=ROOT,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        while not found and process.poll() is None:
-            time.sleep(0.005)
-            found = next((row for row in read_json_lines(path) if "grad_norm" in row), None)
-        seconds = time.perf_counter() - start
-        process.terminate()     # a clean save, then the folder goes
-        why = (process.communicate()[1].strip().splitlines() or ["no message"])[-1]
-    if not found:
-        raise BadInput(f"{' '.join(command)} ended before its first step: {why}")
-    return {"seconds": seconds, "peak_gib": found["peak_gib"]}
 
 
 # --- peers
@@ -79,13 +60,12 @@ class Peer:
     packages: tuple[str, ...]
     command: list
     env: dict = field(default_factory=lambda: {"NANOLENS_BLAS": engine.blas.LOADED or "none"})
-    once: bool = False      # too slow for more than one call in one round
 
 
 def peers_of(work: str, folder: str, args: ModelArgs, sizes: dict, count: int) -> dict[str, Peer]:
-    """The peers of a work by name; one on MLX's bundled BLAS only where a step ends in time."""
+    """The peers of a work by name."""
     hf, n = ("torch", "transformers"), list(sizes.values())
-    if work in ("start", "dual_reward"):    # nobody else has them
+    if work == "dual_reward":   # nobody else has it
         return {}
     if work == "lens":
         lens = lambda which: ["bench/peers/lens.py", which, folder, *n, LENS_PEER_BATCH, count]
@@ -99,9 +79,6 @@ def peers_of(work: str, folder: str, args: ModelArgs, sizes: dict, count: int) -
     found = {"mlx-lm": Peer(("mlx_lm",), [lm, work, folder, count, *n])}
     if work != "sft":
         return {"transformers": Peer(hf, theirs)} | found
-    if engine.blas.LOADED and parameters(args) < 1e8:
-        found["mlx-lm as installed"] = Peer(("mlx_lm",), [lm, work, folder, 1, *n],
-                                            {"NANOLENS_BLAS": "none"}, once=True)
     return {"transformers + peft": Peer((*hf, "peft"), theirs)} | found
 
 
@@ -146,15 +123,14 @@ def measure(work: str, folder: str, sizes: dict, python: str, packages: dict[str
         del peers[name]
     taken = {"": [], "machine": [], **{name: [] for name in peers}}
     start, others = time.perf_counter(), busy_elsewhere()
-    for turn in range(rounds):      # in turn, so that a slow minute of the machine hits all
-        taken[""].append(time_start() if work == "start" else own(work, folder, sizes, count, keys))
+    for _ in range(rounds):     # in turn, so that a slow minute of the machine hits all
+        taken[""].append(own(work, folder, sizes, count, keys))
         if minimal_flops(work, args, sizes):
             decoded = sizes["rows"] * sizes["group"] if work in DECODING else 0
             taken["machine"].append(own("machine", folder, {"rows": decoded}, 1))
         for name, peer in list(peers.items()):
             try:
-                if not (peer.once and turn):
-                    taken[name].append(last_line(python, *peer.command, **peer.env))
+                taken[name].append(last_line(python, *peer.command, **peer.env))
             except BadInput as error:   # a peer's own trouble does not end the run
                 print(f"{name}: {error}; skipped", flush=True)
                 del peers[name], taken[name]
@@ -183,6 +159,8 @@ def summarise(work: str, args: ModelArgs, sizes: dict, taken: dict[str, list[dic
     ours, machine = taken[""], taken["machine"]
     middle = lambda runs, key: statistics.median(r[key] for r in runs)
     ends = lambda values: [min(values), max(values)]
+    # one row waits for bytes, which the first limit counts
+    few_rows = work in DECODING and sizes["rows"] * sizes["group"] > 1
     tokens = sizes.get("rows", 0) * sizes.get("group", 1) * (
         sizes.get("completion") or sizes.get("tokens", 0))
     share_of = lambda *rate: statistics.median(
@@ -192,7 +170,7 @@ def summarise(work: str, args: ModelArgs, sizes: dict, taken: dict[str, list[dic
               "tokens_per_s": tokens / middle(ours, "seconds") if tokens else None,
               "peak_gib": middle(ours, "peak_gib"),
               "limit_share": share_of() if machine else None,
-              "few_rows_share": share_of("few_rows_flops_per_s") if work in DECODING else None,
+              "few_rows_share": share_of("few_rows_flops_per_s") if few_rows else None,
               "minimal_flops": minimal_flops(work, args, sizes), "sizes": sizes, "peers": {}}
     if machine:
         result["machine"] = {key: middle(machine, key) for key in machine[0]}
@@ -259,10 +237,10 @@ def main(argv: list[str]) -> None:
         folder = find_folder(args.model) if args.model else write_random_model(
             own, SHAPES[args.shape])
         for work in dict.fromkeys(args.only or SIZES):
-            shape = "bundled" if work == "start" else args.model or args.shape
             found = measure(work, str(folder.resolve()), SIZES[work], python, packages,
                             args.rounds, args.keys)
-            results.append(found | {"shape": shape, "device": device, "versions": versions})
+            results.append(found | {"shape": args.model or args.shape, "device": device,
+                                    "versions": versions})
             print(table(results[-1:]), flush=True)
     if len(results) > 1:
         print(f"\n{table(results)}")

@@ -122,7 +122,7 @@ def parameters(args: ModelArgs) -> int:
 
 
 def minimal_flops(work: str, args: ModelArgs, sizes: dict) -> int:
-    """Floating-point operations that no way of doing a work can spare; 0 for load and start.
+    """Floating-point operations that no way of doing a work can spare; 0 for load.
 
     sft, dual_reward   one step: all but each row's last token, which is only a target, through the
                        blocks; logits at the answers, and at the last prompt token for the class
@@ -136,7 +136,7 @@ def minimal_flops(work: str, args: ModelArgs, sizes: dict) -> int:
              416 in all; adapters 2 * 16 * 8 * (2 + 2 + 1 + 1) = 1536; backward 416 + 32 + 3072 less
              2 * (2 + 2 + 1) * 4 * (4 + 16) = 800; logits 2 * 80 -> 4832
     """
-    if work in ("load", "start"):
+    if work == "load":
         return 0
     if work == "chat":
         work = "generate"
@@ -158,10 +158,7 @@ def minimal_flops(work: str, args: ModelArgs, sizes: dict) -> int:
 
 def limit_seconds(work: str, args: ModelArgs, sizes: dict, machine: dict,
                   decode_rate: str = "flops_per_s") -> float:
-    """The least time that this machine could need. Decoding: operations or bytes, the slower.
-
-    decode_rate   which of the machine's rates decoding has
-    """
+    """The least time that this machine could need. Decoding: operations or bytes, the slower."""
     flops, rate = minimal_flops(work, args, sizes), machine["flops_per_s"]
     if work not in DECODING:
         return flops / rate

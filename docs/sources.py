@@ -6,7 +6,7 @@
 A *figure* is a number in digits that has a unit (%, points, nats, GiB, seconds, times, ...), a
 decimal point or an exponent, or stands in an interval's brackets. Numbers joined by a comma, "and",
 "to" or "against" share the unit behind the last. Settings count too (a weight of 0.2): their source
-says where they are set. Not read: code quotes, command lines, what include.py runs, versions.
+says where. Not read: code quotes, command lines, versions, what include.py and bench.page write.
 
 numbers.json holds a page's
 
@@ -47,7 +47,7 @@ def blank(match: re.Match) -> str:
 
 def figures(text: str) -> list[tuple[int, str]]:
     """(line, "97.4 %") of each figure, in order."""
-    text = FENCE.sub(lambda m: blank(m) if re.match(r"python|text run", m[1]) else
+    text = FENCE.sub(lambda m: blank(m) if re.match(r"python|text run|text bench", m[1]) else
                      COMMAND.sub(blank, m[0]), text)
     text = CODE.sub(blank, text)
     inside = {i for m in INTERVAL.finditer(text) for i in range(*m.span())}

@@ -12,7 +12,9 @@ anew, page by page, which costs an operation on a large array ten times its arit
 `keep_freed_memory` tells glibc to keep them. (4) That backend uses one core for everything but
 BLAS: PARTS says in how many parts parallel.py may cut a batch. (5) A trained model's attention is
 full of numbers below 1e-38, over which a processor takes a hundred times as long: its threads take
-them for 0 (`subnormals_as_zero`). macOS (Accelerate, Metal) and CUDA need none of it.
+them for 0 (`subnormals_as_zero`). (6) OpenBLAS copies the whole matrix for a product of one row, a
+chat's: gemv.c has it done by gemv, in half of the time. macOS (Accelerate, Metal) and CUDA need
+none of it.
 
 NANOLENS_PLAIN=1 gives a Linux CPU the arithmetic of Metal and CUDA, for tests: MLX's own functions
 (`linux_cpu` is false), batches in one part. A process that imports this file and forks can use MLX
@@ -66,9 +68,15 @@ def load_openblas() -> str:
 def publish(path: str) -> None:
     """Let MLX find an OpenBLAS: its cblas_sgemm, or in front of that the one of gemv.c."""
     front = None
-    if ONE_ROW.exists():    # MLX gets the first of two functions of one name
-        front = ctypes.CDLL(str(ONE_ROW), mode=ctypes.RTLD_GLOBAL)
-    # without RTLD_GLOBAL the symbols stay private and MLX keeps its bundled BLAS
+    if ONE_ROW.exists():
+        try:    # as a private library first: once it is public, MLX calls it
+            for file, function in (ONE_ROW, "use_functions"), (path, "cblas_sgemv"):
+                getattr(ctypes.CDLL(str(file)), function)
+            front = ctypes.CDLL(str(ONE_ROW), mode=ctypes.RTLD_GLOBAL)
+        except (OSError, AttributeError) as error:
+            print(f"note: {error}; a chat takes longer; run `make setup`", file=sys.stderr)
+    # without RTLD_GLOBAL the symbols stay private and MLX keeps its bundled BLAS. Behind the front:
+    # of two functions of one name MLX gets the first
     library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
     if front:
         front.use_functions(library.cblas_sgemm, library.cblas_sgemv)
@@ -78,7 +86,7 @@ def best_kernels(library: ctypes.CDLL) -> None:
     """Have an OpenBLAS that does not know this processor use the vectors that it has.
 
     Debian 12's (0.3.21) takes Intel's of 2023 and AMD's of 2024 for the oldest. The kernels are
-    chosen while the library is loaded, by KERNELS before its own guess: so it is unloaded again.
+    chosen while it is loaded, by KERNELS before its own guess: it is unloaded, and `publish` loads.
     """
     name = getattr(library, "openblas_get_corename", None)
     if name is None or KERNELS in os.environ:

@@ -112,10 +112,10 @@ def shared_length(prompts: list[list[int]]) -> int:
 
 def read_shared(model: nn.Module, prompts: list[list[int]],
                 one_length: bool = False) -> tuple[list[KVCache], list[list[int]]]:
-    """Caches, of one row, of what all prompts begin with, and the rest of each prompt.
+    """Read once what all prompts begin with: its caches, of one row, and the rest of each prompt.
 
-    Without caches, and the prompts as they are, where that is not worth it.
-    one_length   nor where lengths differ, since padding would be needed behind what is shared
+    ([], prompts) where they share too little to be worth a pass of its own.
+    one_length   also where lengths differ: left padding would stand behind what is shared
     """
     n = shared_length(prompts) if len(prompts) > 1 else 0
     if n < SHARED or one_length and len(set(map(len, prompts))) > 1:

@@ -38,11 +38,11 @@ DECODED_ROWS, CACHED_TOKENS = 512, 2 ** 16      # that many tokens are 8 GiB of 
 LENS_ROWS, LENS_PROMPTS = 128, 64      # LENS_PROMPTS: of those that an inspection reads
 # of so many logits a call of the head is made: fewer, and its matrix product runs slowly
 LOGITS_PER_CALL = 2 ** 24
-# so many logits are reduced at once on a CPU: with what is computed of them they fit its L2 cache
-LOGITS_IN_CACHE = 2 ** 19
+# so many logits are reduced at once on a CPU: of fewer, operations cost more than their arithmetic
+LOGITS_REDUCED = 2 ** 19
 # arrays of the logits' size that are there at once. An exp written out is six of them (ops.exp)
 DRAWN = 9           # to draw a token: logits, shifted, exp, sum so far, ... (generate.choose)
-FINAL = 22          # of two pieces, one read ahead, each two exps (lens.final_distribution)
+FINAL = 11          # of a piece: two exps, nearly (lens.final_distribution). Two are there at least
 # pieces and products that wait in line where weights are packed (quant.PIECE)
 UNPACKED = 36 * 2 ** 21 * 4
 LOGITS_AT_ONCE = 2 ** 19    # in training: 2 MiB; some ten such arrays wait in line
@@ -208,7 +208,8 @@ def inspection_bytes(args, cfg: Config, load: Load, width: int = 4) -> int:
         taps = min(L + 1, max(1, parts * LOGITS_PER_CALL // max(at_tap, 1)))
         few = at_tap
         if default_dtype():
-            few = min(at_tap, max(1, LOGITS_IN_CACHE // args.vocab_size) * args.vocab_size)
+            few = max(2, parts) * max(1, LOGITS_REDUCED // args.vocab_size) * args.vocab_size
+            few = min(max(2, parts) * at_tap, few)
         lens = max(4 * ((taps + 1) * at_tap + FINAL * few), rows * T * block * width)
     return max(decode, lens)
 
@@ -376,7 +377,7 @@ def reduce_taps_in_turn(model: nn.Module, resids: mx.array, targets: mx.array, d
     resids = resids.transpose(1, 0, 2)                                          # (L+1, R, D)
     (taps, R, _), V = resids.shape, model.args.vocab_size
     at_once = max(1, LOGITS_PER_CALL // (R * V))
-    rows = max(1, LOGITS_IN_CACHE // V) if blas.linux_cpu() else R
+    rows = max(1, LOGITS_REDUCED // V) if blas.linux_cpu() else R
     cuts = [slice(i, i + rows) for i in range(0, R, rows)]
     final, previous, done = [], [], []
 

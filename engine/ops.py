@@ -22,7 +22,7 @@ MAGIC = 12582912.0      # 1.5 * 2^23: added to x, the sum's last bits are x roun
 COEFFICIENTS = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2,
                 1.6666665459e-1, 5.0000001201e-1)
 GROUP = 128     # tokens; see top_tokens
-FEW = 2 ** 15   # weights of one token's attention
+FEW = 2 ** 15   # attention weights of one query a row: rows x heads x keys
 
 
 def rms_norm(x: mx.array, gain: mx.array, eps: float) -> mx.array:

@@ -200,8 +200,7 @@ def write_training() -> None:
                     [[cell, share_text(share), str(share["n"])]
                      for cell, share in json.loads(base.read_text())["accuracy_by"].items()]))
     path = Path("docs/training.md")
-    _, heading, speed = path.read_text().partition("\n## Speed")    # the benchmark's: it stays
-    write_text(path, text + heading + speed)
+    write_text(path, text)
     print(text)
     take_numbers(path)
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, assert_one_clear_line, run
 
 from bench import __main__ as bench
-from bench import fullsize, growth, limit, ours, whole
+from bench import fullsize, limit, ours, page, whole
 from bench.__main__ import Peer, summarise
 from bench.limit import minimal_flops
 from bench.ours import llama_config, write_random_model
@@ -22,6 +22,7 @@ SMALL = {"sft": {"rows": 2, "tokens": 7, "answer": 3},
          "dual_reward": {"rows": 2, "tokens": 7, "answer": 3},
          "grpo": {"rows": 2, "group": 3, "tokens": 5, "completion": 4},
          "generate": {"rows": 3, "group": 1, "tokens": 5, "completion": 4},
+         "chat": {"rows": 1, "group": 1, "tokens": 5, "completion": 4},
          "lens": {"rows": 4, "tokens": 6}, "load": {}}
 
 
@@ -109,7 +110,7 @@ def test_minimal_flops_by_enumeration(args, work, blocks):
     elif work == "lens":
         counted.forward(s["rows"], s["tokens"], 1)
         counted.head(s["rows"] * (args.num_hidden_layers + 1))
-    elif work in ("generate", "grpo"):
+    elif work in limit.DECODING:
         R, steps = s["rows"] * s["group"], s["completion"] - 1
         for _ in range(2 if work == "grpo" else 1):     # sampling; and the reference
             counted.forward(s["rows"], s["tokens"], 1)
@@ -145,6 +146,19 @@ def test_limit_takes_the_slower_of_operations_and_bytes(args):
     assert limit.decode_bytes(args, sizes) == read
     assert least(1e30, 1e3) == pytest.approx(read / 1e3)
     assert least(1e9, 1e3) == pytest.approx((flops - decoding) / 1e9 + read / 1e3)
+    # the second limit: decoding alone at the rate of few rows
+    machine = {"flops_per_s": 1e9, "few_rows_flops_per_s": 1e8, "bytes_per_s": 1e30}
+    assert limit.limit_seconds("generate", args, sizes, machine, "few_rows_flops_per_s") == (
+        pytest.approx((flops - decoding) / 1e9 + decoding / 1e8))
+
+
+def test_the_machine_is_measured():
+    """Rates of this machine, each within what any machine has; few rows only where asked for."""
+    found = limit.measure_machine(64, 128, rows=2)
+    assert found.keys() == {"flops_per_s", "few_rows_flops_per_s", "bytes_per_s"}
+    assert found["flops_per_s"] > found["few_rows_flops_per_s"] > 1e7
+    assert 1e8 < found["bytes_per_s"] < 1e13
+    assert "few_rows_flops_per_s" not in limit.measure_machine(64, 128)
 
 
 @pytest.mark.parametrize("work", SMALL)
@@ -169,7 +183,7 @@ def test_ratios_are_taken_within_rounds(args):
 def test_table():
     peer = lambda ratio: {"seconds": ratio, "spread": [1, 2], "peak_gib": 2.0, "ratio": ratio}
     result = {"work": "sft", "shape": "1b", "seconds": 1.0, "spread": [0.9, 1.2], "peak_gib": 1.3,
-              "tokens_per_s": 512.0, "limit_share": 0.8,
+              "tokens_per_s": 512.0, "limit_share": 0.8, "few_rows_share": None,
               "peers": {"transformers + peft": peer(1.4), "mlx-lm": peer(1.7)}}
     head, ours, *peers = bench.table([result]).split("\n")
     assert ours.split() == ["sft,", "1b", "1,000.0", "900.0", "-", "1,200.0", "512", "1.30", "80",
@@ -184,13 +198,14 @@ def test_contract(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "find_python", lambda named: (sys.executable, {"numpy": "2"}))
     monkeypatch.setattr(bench, "peers_of", lambda *_: {
         "absent": Peer(("no_such_package",), []), "broken": Peer((), ["-c", "1 / 0"]),
-        "there": Peer((), ["-c", "print('{\"seconds\": 9.0, \"peak_gib\": 0.5}')"], once=True)})
+        "there": Peer((), ["-c", "print('{\"seconds\": 9.0, \"peak_gib\": 0.5}')"])})
     bench.main(["--json", str(tmp_path / "b.json"), "--only", "lens", "--model", str(folder),
                 "--rounds", "1"])
     said = capsys.readouterr().out
     assert "absent: not installed, skipped" in said and "ZeroDivisionError" in said
     result, = json.loads((tmp_path / "b.json").read_text())
     assert result["work"] == "lens" and 0 < result["limit_share"] < 1 and result["rounds"] == 1
+    assert result["few_rows_share"] is None     # the lens decodes nothing
     assert {"seconds", "spread", "tokens_per_s", "peak_gib", "machine", "sizes", "shape",
             "versions", "device", "minimal_flops", "other_cores"} <= result.keys()
     assert result["peers"].keys() == {"there"}
@@ -207,46 +222,11 @@ def test_packages_are_found():
                             "mlx_lm"}
 
 
-def test_exponent():
-    assert growth.fit_exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
-    x = np.array([64, 128, 256, 512])
-    noisy = 5 * x ** 1.5 * np.array([1.1, 0.9, 1.1, 0.9])
-    assert growth.fit_exponent(x, noisy) == pytest.approx(1.5, abs=0.15)
-
-
-def test_growth_is_judged():
-    """Quadratic time over linear work is named; memory may be linear where work is not."""
-    point = lambda n, t: {"value": n, "seconds": t, "memory_gib": n / 10, "flops": 1e6 * n ** 0.5}
-    slow = growth.judge("vocabulary", [point(n, n * n) for n in (1, 2, 4, 8)])
-    assert not slow["time_ok"] and slow["memory_ok"] and "time FASTER" in growth.line(slow)
-    good = growth.judge("vocabulary", [point(n, n ** 0.4) for n in (1, 2, 4, 8)])
-    assert good["time_ok"] and growth.line(good).endswith("not faster than its work")
-
-
-def test_growth_measures_a_point(monkeypatch):
-    """The command that a point's process gets, done here: the size asked for, the rest as it is."""
-    def run_here(command):
-        assert command[:3] == [sys.executable, "-m", "bench.ours"]
-        work, folder, sizes, count = command[3:]
-        asked.append(json.loads(sizes))
-        return json.dumps(ours.time_here(work, folder, asked[-1], int(count)))
-
-    asked, shape = [], dict(zip(growth.SHAPE, (12, 1, 3, 1, 20, 256)))
-    monkeypatch.setattr(growth, "run_other", lambda command: run_here([*map(str, command)]))
-    found = [growth.measure_point("prompts", n, shape, 1) for n in (8, 16)]
-    assert [s["rows"] for s in asked] == [8, 16] and found[0]["seconds"] > 0
-    assert found[1]["flops"] == 2 * found[0]["flops"] and found[0]["memory_gib"] > 0
-    for name, (work, values) in growth.SWEEPS.items():
-        assert len(values) >= 4
-        assert name in growth.SHAPE or growth.SIZE_KEYS.get(name, name) in bench.SIZES[work]
-
-
 @pytest.mark.parametrize("main,words,said", [
     (bench.main, ["--only", "sleep"], "unknown work sleep; expected sft, dual_reward"),
     (bench.main, ["--rounds", "0"], "--rounds 0: expected at least 1"),
     (bench.main, ["--peer-python", "/no/python"], "--peer-python /no/python does not run"),
-    (bench.main, ["--model", "/no/model", "--peer-python", "none"], "/no/model"),
-    (growth.main, ["--only", "width"], "unknown size width; expected tokens, batch")])
+    (bench.main, ["--model", "/no/model", "--peer-python", "none"], "/no/model")])
 def test_bad_input(main, words, said):
     with pytest.raises(BadInput, match=re.escape(said)):
         main(words)
@@ -254,26 +234,6 @@ def test_bad_input(main, words, said):
 
 def test_one_line_and_exit_code():
     assert_one_clear_line(run("-m", "bench", "--only", "sleep"), "sleep", "dual_reward")
-
-
-def test_start_is_timed_to_the_first_step(tmp_path):
-    """A stand-in for train.py: an inspection's record does not count, a step's does."""
-    script = tmp_path / "train.py"
-    script.write_text("""
-import json, pathlib, sys, time
-folder = pathlib.Path(sys.argv[1].removeprefix("run_dir="))
-folder.mkdir()
-with open(folder / "metrics.jsonl", "a", buffering=1) as file:
-    file.write(json.dumps({"step": 0, "valid_accuracy": 0.5}) + "\\n")
-    time.sleep(0.3)
-    file.write(json.dumps({"step": 1, "grad_norm": 1.0, "peak_gib": 0.25}) + "\\n")
-    time.sleep(60)
-""")
-    found = bench.time_start([str(script)])
-    assert 0.3 < found["seconds"] < 30 and found["peak_gib"] == 0.25
-    script.write_text("raise SystemExit('error: no data')")
-    with pytest.raises(BadInput, match="before its first step: error: no data"):
-        bench.time_start([str(script)])
 
 
 def test_peers_compile():
@@ -308,3 +268,11 @@ def test_the_whole_wait_is_told_by_part():
     assert min(found.values()) > 0
     with pytest.raises(BadInput, match="did not finish: .*steps"):
         whole.time_whole("configs/sft.yaml", ["steps=-1"])
+
+
+def test_the_page_holds_what_was_measured():
+    """docs/speed.md's tables are those of the committed files, to the character."""
+    text = page.PAGE.read_text()
+    assert text == page.fill(text) and len(page.MARKS.findall(text)) == 2
+    at = text.index(" rounds; ", text.index("<!-- speed_40m.json"))
+    assert page.fill(text[:at - 1] + "9" + text[at:]) == text != text[:at - 1] + "9" + text[at:]

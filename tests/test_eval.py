@@ -18,15 +18,17 @@ from conftest import (
 
 from checkpoint import load_checkpoint
 from config import load_config
+from data import make_batch
 from engine import memory
-from eval import evaluate, make_report, measure_accuracy, measure_loss
+from eval import complete, evaluate, make_report, measure_accuracy, read_series
 from files.keys import BadInput
 from generate import Completion
 from lens import Reading
+from report.loss import measure_loss
 from report.stats import summarize_accuracy, summarize_classifier, wilson
 from report.terminal import format_line, report_text
 from tasks.__main__ import write_task
-from text.arithmetic import Problem, held_out, make_problem, named_problems
+from text.arithmetic import Problem, evenly, held_out, make_problem, named_problems
 from text.chat import STOPS
 from text.rows import class_ids, encode_problem, load_split, target_ids
 from text.tokenizer import load_tokenizer
@@ -238,7 +240,7 @@ def test_loss_in_numpy(kind, model, tokenizer, monkeypatch):
     for batch_size, logits_per_call in ((2, 2 ** 24), (32, 5000)):
         monkeypatch.setattr(memory, "LOGITS_PER_CALL", logits_per_call)
         cfg = config(data="own", template=template, batch_size=batch_size, **keys)
-        found = measure_loss(model, tokenizer, problems, cfg)
+        found = measure_loss(model, tokenizer, problems, cfg, make_batch)
         assert [count for _, count in found] == [count for _, count in expected]
         np.testing.assert_allclose([nats for nats, _ in found], [nats for nats, _ in expected],
                                    rtol=1e-5)
@@ -262,7 +264,8 @@ def test_report_on_long_answers(tmp_path, small_folder, write_config, recwarn):
     for judged, model in ((report, folder), (report["base"], small_folder)):
         loaded, tokenizer, cfg = load_checkpoint(model)
         cfg = cfg or config(data=str(data))
-        nats, counts = zip(*measure_loss(loaded, tokenizer, load_split(cfg, "test"), cfg))
+        rows = load_split(cfg, "test")
+        nats, counts = zip(*measure_loss(loaded, tokenizer, rows, cfg, make_batch))
         assert judged["loss"]["value"] == pytest.approx(sum(nats) / sum(counts), rel=1e-6)
         assert judged["loss"]["low"] <= judged["loss"]["value"] <= judged["loss"]["high"]
         assert judged["perplexity"]["value"] == pytest.approx(np.exp(judged["loss"]["value"]))
@@ -313,6 +316,28 @@ def test_report_on_short_answers(operation, tmp_path, small_folder):
     # the same answers, when fewer tokens are allowed: an answer needs its EOS too
     report = make_report(small_folder, False, overrides=[f"data={data}", "max_completion_tokens=1"])
     assert "accuracy" not in report and "generated" in report["prompts"][0]
+
+
+def test_the_lens_of_prompts_that_were_read_for_their_answers(model, tokenizer):
+    """The same Reading as when they are read again, in their order."""
+    problems = evenly(held_out(config(), "test"), 40)
+    done = complete(model, tokenizer, problems, 2, "none", taps=True)
+    (once, ids), (again, same) = (read_series(model, tokenizer, problems, "none", given)
+                                  for given in (done, None))
+    assert (ids == same).all() and once.probs.shape == again.probs.shape == (3, 40, 1, 3)
+    np.testing.assert_allclose(once.logprobs, again.logprobs, atol=1e-4)
+    np.testing.assert_allclose(once.entropy, again.entropy, atol=1e-4)
+    assert (once.ranks == again.ranks).mean() > 0.99
+
+
+def test_a_reply_that_begins_otherwise_is_read_again(model, tokenizer, monkeypatch):
+    """Where a template opens a reply with more than training saw, the lens reads training's."""
+    problems = evenly(held_out(config(), "test"), 3)
+    expected = read_series(model, tokenizer, problems, "none")[0].logprobs
+    monkeypatch.setattr("eval.encode_prompt_of", lambda p, tokenizer, template: [1, 2, 3])
+    wrong = complete(model, tokenizer, problems, 1, "none", taps=True)
+    again = read_series(model, tokenizer, problems, "none", wrong)[0].logprobs
+    np.testing.assert_array_equal(again, expected)
 
 
 def test_replies_of_many_lines(model, tokenizer, monkeypatch):

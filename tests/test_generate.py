@@ -99,6 +99,19 @@ def test_what_prompts_share_is_read_once(model, tokenizer, monkeypatch, lengths)
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
 
 
+@pytest.mark.parametrize("at_once", [4, 512])
+def test_kept_taps_are_those_of_each_prompt_alone(model, tokenizer, prompts, monkeypatch, at_once):
+    """Padded or behind a shared beginning, in batches or not: the stream at the last token."""
+    monkeypatch.setattr(generate, "DECODED_ROWS", at_once)
+    prompts = prompts + few_shot([2] * 9)
+    done = sample(model, tokenizer, prompts, 3, group=2, keep_taps=True)
+    for i, ids in enumerate(prompts):
+        alone = np.array(model.residuals(mx.array([ids]))[:, 0, -1])                # (L+1, D)
+        for completion in done[2 * i:2 * i + 2]:
+            np.testing.assert_allclose(np.array(completion.taps), alone, atol=2e-5)
+    assert sample(model, tokenizer, prompts, 1)[0].taps is None
+
+
 def test_shared_length_leaves_a_token_of_each():
     assert shared_length([[5, 6, 7], [5, 6, 8, 9], [5, 6, 7, 1]]) == 2
     assert shared_length([[1, 2, 3], [1, 2, 3]]) == 2 and shared_length([[1], [1, 2]]) == 0

@@ -99,7 +99,7 @@ def test_taps_at_once_change_nothing(model, monkeypatch):
     together = read_prompts(model, prompts, targets, 3)
     for file in (lens, memory):
         monkeypatch.setattr(file, "LOGITS_PER_CALL", 1)
-    monkeypatch.setattr(memory, "LOGITS_IN_CACHE", 1)
+    monkeypatch.setattr(memory, "LOGITS_REDUCED", 1)
     alone = read_prompts(model, prompts, targets, 3)
     for name in lens.Reading.__dataclass_fields__:
         np.testing.assert_allclose(getattr(together, name), getattr(alone, name), rtol=1e-4,

@@ -259,9 +259,10 @@ def test_this_processor_has_its_kernels():
 
 
 @pytest.mark.skipif(not OPENBLAS, reason="no OpenBLAS to load")
-def test_a_product_of_one_row_goes_to_gemv():
+def test_a_product_of_one_row_goes_to_gemv(tmp_path):
     """gemv.c in front of OpenBLAS: one row of each layout to gemv, others to gemm, all as numpy."""
-    assert engine.blas.ONE_ROW.exists(), "setup.sh compiles it"
+    if not engine.blas.ONE_ROW.exists():
+        pytest.skip("no compiler when setup.sh ran")
     rng = np.random.default_rng(0)
     for m, n, k in [(1, 5, 7), (1, 1, 3), (1, 300, 64), (1, 64, 300), (2, 5, 7), (3, 1, 4)]:
         x, w = rng.random((m, k), np.float32), rng.random((n, k), np.float32)
@@ -283,6 +284,10 @@ def test_a_product_of_one_row_goes_to_gemv():
     code = ("import sys; sys.prefix = '/nowhere'; import engine.blas as b, mlx.core as mx; "
             "print(b.LOADED, (mx.ones((1, 4)) @ mx.ones((4, 4))).sum().item())")
     assert run("-c", code, check=0).stdout.split() == [engine.blas.LOADED, "16.0"]
+    (tmp_path / "lib").mkdir()      # nor does a broken one stop anything
+    (tmp_path / "lib/libone_row.so").write_bytes(b"half a file")
+    done = run("-c", code.replace("/nowhere", str(tmp_path)), check=0)
+    assert done.stdout.split() == [engine.blas.LOADED, "16.0"] and "make setup" in done.stderr
 
 
 # --- numbers below 1e-38
