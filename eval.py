@@ -14,7 +14,6 @@ there to be read.
 """
 import json
 import sys
-from functools import partial
 from pathlib import Path
 
 import engine.blas  # noqa: F401  (before mlx)
@@ -145,7 +144,6 @@ def look_inside(cfg: Config, run: Run, model: Llama, tokenizer: Tokenizer, valid
 
 def evaluate(model: Llama, tokenizer: Tokenizer, cfg: Config, called: str = "") -> dict:
     """Everything report.json says about one model, over test problems and named prompts."""
-    say = partial(print, file=sys.stderr, flush=True) if called else lambda line: None
     test = load_split(cfg, "test")
     if cfg.method == "markovian":
         return evaluate_on_chains(model, tokenizer, test, cfg)
@@ -162,7 +160,7 @@ def evaluate(model: Llama, tokenizer: Tokenizer, cfg: Config, called: str = "") 
         return {**own, "reward": stats.bootstrap_mean([r["reward"] for r in rows]), "layers": [],
                 "prompts": rows}
     if cfg.has_loss and not to_reason:
-        from report.loss import measure_loss  # as above
+        from report.loss import measure_loss
         own |= stats.summarize_loss(measure_loss(model, tokenizer, test, cfg, make_batch))
     named = {name: named_problems(name) for name in NAMED_PROMPTS if cfg.data == "arithmetic"}
     problems = test + [p for group in named.values() for p in group]
@@ -170,7 +168,8 @@ def evaluate(model: Llama, tokenizer: Tokenizer, cfg: Config, called: str = "") 
     short = is_short(test, tokenizer, cfg)
     asked = evenly(range(len(problems)), len(problems) if short else REPLIES)
     some = [problems[i] for i in asked]     # all, where answers can be matched
-    say(f"{called}: {len(some)} answers, the lens on {len(problems)} prompts ...")
+    if called and sys.stderr.isatty():
+        print(f"{called}: {len(some)} answers, {len(problems)} prompts' lens ...", file=sys.stderr)
     done = complete(model, tokenizer, some, limit, cfg.template, taps=short)
     reading, ids = read_series(model, tokenizer, problems, cfg.template, done if short else None)
     rows = grade(some, done)
