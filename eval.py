@@ -160,7 +160,7 @@ def evaluate(model: Llama, tokenizer: Tokenizer, cfg: Config, called: str = "") 
         return {**own, "reward": stats.bootstrap_mean([r["reward"] for r in rows]), "layers": [],
                 "prompts": rows}
     if cfg.has_loss and not to_reason:
-        from report.loss import measure_loss
+        from report.loss import measure_loss  # as above
         own |= stats.summarize_loss(measure_loss(model, tokenizer, test, cfg, make_batch))
     named = {name: named_problems(name) for name in NAMED_PROMPTS if cfg.data == "arithmetic"}
     problems = test + [p for group in named.values() for p in group]
