@@ -60,10 +60,11 @@ def read_series(model: Llama, tokenizer: Tokenizer, problems: list[Problem], tem
 
 
 def complete(model: Llama, tokenizer: Tokenizer, problems: list[Problem],
-             max_completion_tokens: int, template: str, taps: bool = False) -> list[Completion]:
+             max_completion_tokens: int, template: str,
+             keep_taps: bool = False) -> list[Completion]:
     """One greedy reply each, of a conversation the last one, given the earlier turns."""
     prompts = [encode_prompt_of(p, tokenizer, template) for p in problems]
-    return sample(model, tokenizer, prompts, max_completion_tokens, keep_taps=taps,
+    return sample(model, tokenizer, prompts, max_completion_tokens, keep_taps=keep_taps,
                   **ends_of_reply(problems, tokenizer, template))
 
 
@@ -170,7 +171,7 @@ def evaluate(model: Llama, tokenizer: Tokenizer, cfg: Config, called: str = "") 
     some = [problems[i] for i in asked]     # all, where answers can be matched
     if called and sys.stderr.isatty():
         print(f"{called}: {len(some)} answers, {len(problems)} prompts' lens ...", file=sys.stderr)
-    done = complete(model, tokenizer, some, limit, cfg.template, taps=short)
+    done = complete(model, tokenizer, some, limit, cfg.template, keep_taps=short)
     reading, ids = read_series(model, tokenizer, problems, cfg.template, done if short else None)
     rows = grade(some, done)
     for i, row in zip(asked, rows):

@@ -23,7 +23,8 @@ from engine.decode import KVCache, in_batches, left_pad, read_shared
 from engine.memory import CACHED_TOKENS, DECODED_ROWS
 from engine.ops import blocked_reduction, exp
 from engine.parallel import map_rows
-from model import Llama, gather_positions
+from lens import gather_taps
+from model import Llama
 from text.rows import check_context, choose_template
 from text.tokenizer import Tokenizer, first_stop, tokens_until_stop
 
@@ -128,9 +129,7 @@ def prefill(model: Llama, prompts: list[list[int]], group: int, room: int,
         rows = part["tokens"]
         cache = [c.repeat(len(rows), T) for c in shared] or model.make_cache(T, part["start"])
         last = mx.full((len(rows), 1), rows.shape[1] - 1)
-        *below, final = model.stream(rows, cache, positions=last)
-        # gathered: a slice would keep all positions of its tap in memory
-        taps = [gather_positions(resid, last)[:, 0] for resid in below] + [final[:, 0]]
+        taps = [resid[:, 0] for resid in gather_taps(model, rows, last, cache)]     # (P, D)
         # slice the residual stream, not the logits: the unembedding runs for one position only
         logits = model.head(taps[-1])
         return logits, [(c.keys, c.values) for c in cache], taps if keep_taps else []

@@ -89,23 +89,23 @@ def tap_statistics(logits: mx.array, targets: mx.array, last_probs: mx.array,
 # from tokens to a Reading
 
 
+def gather_taps(model: Llama, tokens: mx.array, positions: mx.array,
+                cache: list[KVCache] = ()) -> list[mx.array]:
+    """The residual stream at some positions (B, A) of tokens (B, T): L+1 arrays (B, A, D)."""
+    # tap L comes at the positions alone: nobody reads the last block's other rows
+    *below, last = model.stream(tokens, cache, positions=positions)
+    # gathered: slices would keep all positions of their taps in memory
+    return [gather_positions(resid, positions) for resid in below] + [last]
+
+
 def taps_at(model: Llama, tokens: mx.array, positions: mx.array,
             shared: list[KVCache] = ()) -> list[mx.array]:
-    """The residual stream at some positions (B, A) of tokens (B, T): L+1 arrays (B, A, D).
-
-    shared   caches of what all rows begin with (read_shared); tokens and positions begin behind it
-    """
-    L, T = model.args.num_hidden_layers, tokens.shape[1]
-
+    """gather_taps of parts side by side; shared: caches of what stands before (read_shared)."""
     def read(part):
-        rows, taps = part["tokens"], []
-        cache = [c.repeat(len(rows), c.offset + T) for c in shared]
-        for tap, resid in enumerate(model.stream(rows, cache, positions=part["positions"])):
-            # tap L comes at the positions alone: nobody reads the last block's other rows
-            taps.append(resid if tap == L else gather_positions(resid, part["positions"]))
-        return taps
+        rows = part["tokens"]                                                       # (b, T)
+        cache = [c.repeat(len(rows), c.offset + rows.shape[1]) for c in shared]
+        return gather_taps(model, rows, part["positions"], cache)
 
-    # rows are independent, so a Linux CPU reads parts of them side by side
     parts = map_rows(read, {"tokens": tokens, "positions": positions}, model.parts)
     return [mx.concatenate(taps) for taps in zip(*parts)]
 
@@ -139,7 +139,6 @@ def read_taps(model: Llama, tokens: mx.array, positions: mx.array, targets: mx.a
     tokens     (B, T) int32, right-padded if rows differ (beyond every position asked for)
     positions  (B, A) int32: position p predicts token p+1
     targets    (B, A, N) int32 token ids to follow, N at least 1
-    source     logit lens; at tap L the probabilities are the model's own (tested)
     """
     return read_resids(model, taps_at(model, tokens, positions), targets, k)
 

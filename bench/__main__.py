@@ -126,8 +126,7 @@ def measure(work: str, folder: str, sizes: dict, python: str, packages: dict[str
     for _ in range(rounds):     # in turn, so that a slow minute of the machine hits all
         taken[""].append(own(work, folder, sizes, count, keys))
         if minimal_flops(work, args, sizes):
-            decoded = sizes["rows"] * sizes["group"] if work in DECODING else 0
-            taken["machine"].append(own("machine", folder, {"rows": decoded}, 1))
+            taken["machine"].append(own("machine", folder, {"rows": few_rows(work, sizes)}, 1))
         for name, peer in list(peers.items()):
             try:
                 taken[name].append(last_line(python, *peer.command, **peer.env))
@@ -139,6 +138,15 @@ def measure(work: str, folder: str, sizes: dict, python: str, packages: dict[str
         print(f"note: other processes took {others:.1f} of {os.cpu_count()} cores while {work} was "
               "timed; repeat on a quiet machine before quoting", flush=True)
     return summarise(work, args, sizes, taken) | {"other_cores": others}
+
+
+def few_rows(work: str, sizes: dict) -> int:
+    """Rows that are decoded together, of which the second limit is made; 0: it has none.
+
+    One row alone waits for bytes, and those the first limit counts.
+    """
+    rows = sizes["rows"] * sizes["group"] if work in DECODING else 0
+    return rows if rows > 1 else 0
 
 
 def busy_elsewhere() -> float:
@@ -159,8 +167,6 @@ def summarise(work: str, args: ModelArgs, sizes: dict, taken: dict[str, list[dic
     ours, machine = taken[""], taken["machine"]
     middle = lambda runs, key: statistics.median(r[key] for r in runs)
     ends = lambda values: [min(values), max(values)]
-    # one row waits for bytes, which the first limit counts
-    few_rows = work in DECODING and sizes["rows"] * sizes["group"] > 1
     tokens = sizes.get("rows", 0) * sizes.get("group", 1) * (
         sizes.get("completion") or sizes.get("tokens", 0))
     share_of = lambda *rate: statistics.median(
@@ -170,7 +176,8 @@ def summarise(work: str, args: ModelArgs, sizes: dict, taken: dict[str, list[dic
               "tokens_per_s": tokens / middle(ours, "seconds") if tokens else None,
               "peak_gib": middle(ours, "peak_gib"),
               "limit_share": share_of() if machine else None,
-              "few_rows_share": share_of("few_rows_flops_per_s") if few_rows else None,
+              "few_rows_share": (share_of("few_rows_flops_per_s") if few_rows(work, sizes)
+                                 else None),
               "minimal_flops": minimal_flops(work, args, sizes), "sizes": sizes, "peers": {}}
     if machine:
         result["machine"] = {key: middle(machine, key) for key in machine[0]}

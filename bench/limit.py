@@ -138,8 +138,6 @@ def minimal_flops(work: str, args: ModelArgs, sizes: dict) -> int:
     """
     if work == "load":
         return 0
-    if work == "chat":
-        work = "generate"
     rows, T = sizes["rows"], sizes["tokens"]
     if work in ("sft", "dual_reward"):
         answers = sizes["answer"]   # the class is read where the first answer token is predicted
@@ -149,7 +147,7 @@ def minimal_flops(work: str, args: ModelArgs, sizes: dict) -> int:
     if work == "lens":
         return forward_flops(args, prompts) + head_flops(args, rows * (args.num_hidden_layers + 1))
     sampled = forward_flops(args, prompts) + head_flops(args, rows) + decode_flops(args, sizes)
-    if work == "generate":
+    if work in ("generate", "chat"):
         return sampled
     R, steps = rows * sizes["group"], sizes["completion"] - 1
     return (2 * sampled + training_flops(args, prompts, rows)

@@ -19,7 +19,7 @@ def fill(text: str) -> str:
     def block(mark: re.Match) -> str:
         results = json.loads((PAGE.parent / mark[2]).read_text())
         about, busy = results[0], max(result["other_cores"] for result in results)
-        rounds = min(result["rounds"] for result in results)
+        rounds = " to ".join(map(str, sorted({result["rounds"] for result in results})))
         packages = [f"{name} {about['versions'][name]}" for name in PACKAGES
                     if name in about["versions"]]
         return (f"{mark[1]}```text bench\n{table(results)}\n{about['device']}, {rounds} rounds; "

@@ -208,8 +208,8 @@ def inspection_bytes(args, cfg: Config, load: Load, width: int = 4) -> int:
         taps = min(L + 1, max(1, parts * LOGITS_PER_CALL // max(at_tap, 1)))
         few = at_tap
         if default_dtype():
-            few = max(2, parts) * max(1, LOGITS_REDUCED // args.vocab_size) * args.vocab_size
-            few = min(max(2, parts) * at_tap, few)
+            piece = max(1, LOGITS_REDUCED // args.vocab_size) * args.vocab_size
+            few = max(2, parts) * min(at_tap, piece)
         lens = max(4 * ((taps + 1) * at_tap + FINAL * few), rows * T * block * width)
     return max(decode, lens)
 

@@ -156,7 +156,7 @@ def test_the_machine_is_measured():
     """Rates of this machine, each within what any machine has; few rows only where asked for."""
     found = limit.measure_machine(64, 128, rows=2)
     assert found.keys() == {"flops_per_s", "few_rows_flops_per_s", "bytes_per_s"}
-    assert found["flops_per_s"] > found["few_rows_flops_per_s"] > 1e7
+    assert all(1e7 < found[key] < 1e15 for key in ("flops_per_s", "few_rows_flops_per_s"))
     assert 1e8 < found["bytes_per_s"] < 1e13
     assert "few_rows_flops_per_s" not in limit.measure_machine(64, 128)
 

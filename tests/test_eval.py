@@ -321,7 +321,7 @@ def test_report_on_short_answers(operation, tmp_path, small_folder):
 def test_the_lens_of_prompts_that_were_read_for_their_answers(model, tokenizer):
     """The same Reading as when they are read again, in their order."""
     problems = evenly(held_out(config(), "test"), 40)
-    done = complete(model, tokenizer, problems, 2, "none", taps=True)
+    done = complete(model, tokenizer, problems, 2, "none", keep_taps=True)
     (once, ids), (again, same) = (read_series(model, tokenizer, problems, "none", given)
                                   for given in (done, None))
     assert (ids == same).all() and once.probs.shape == again.probs.shape == (3, 40, 1, 3)
@@ -335,7 +335,7 @@ def test_a_reply_that_begins_otherwise_is_read_again(model, tokenizer, monkeypat
     problems = evenly(held_out(config(), "test"), 3)
     expected = read_series(model, tokenizer, problems, "none")[0].logprobs
     monkeypatch.setattr("eval.encode_prompt_of", lambda p, tokenizer, template: [1, 2, 3])
-    wrong = complete(model, tokenizer, problems, 1, "none", taps=True)
+    wrong = complete(model, tokenizer, problems, 1, "none", keep_taps=True)
     again = read_series(model, tokenizer, problems, "none", wrong)[0].logprobs
     np.testing.assert_array_equal(again, expected)
 
@@ -346,7 +346,7 @@ def test_replies_of_many_lines(model, tokenizer, monkeypatch):
     monkeypatch.setattr("eval.sample", lambda *_, **given: asked.append(given) or [])
     for answer in ("one\ntwo", "one"):
         measure_accuracy(model, tokenizer, [Problem("a ", answer, "", "file")], 9)
-    assert [given.get("many_lines", False) for given in asked] == [True, False]
+    assert asked == [{"many_lines": True, "keep_taps": False}, {"keep_taps": False}]
 
 
 def test_compare_needs_the_same_tokens(tmp_path, small_folder, word_bpe):

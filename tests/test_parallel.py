@@ -232,7 +232,7 @@ INTEL, AMD = "avx2 fma avx512f avx512bw avx512dq avx512vl", "sse2 avx avx2 fma"
     (b"Prescott", INTEL, "SkylakeX"), (b"Prescott", AMD, "Haswell"), (b"Prescott", "avx", None),
     (b"SkylakeX", INTEL, None), (b"Zen", AMD, None)])
 def test_kernels_of_an_unknown_processor(name, flags, told, monkeypatch, tmp_path):
-    """A library that takes the processor for the oldest is unloaded, to be told what to use."""
+    """A library that takes the processor for the oldest is loaded again, told what to use."""
     (tmp_path / "cpuinfo").write_text(f"model name\t: X\nflags\t\t: fpu {flags}\nbugs\t\t:\n")
     monkeypatch.setattr(engine.blas, "CPU_INFO", tmp_path / "cpuinfo")
     monkeypatch.setenv(engine.blas.KERNELS, "")
@@ -242,10 +242,13 @@ def test_kernels_of_an_unknown_processor(name, flags, told, monkeypatch, tmp_pat
     library = SimpleNamespace(openblas_get_corename=lambda: name, _handle=7)
     engine.blas.best_kernels(library)
     assert engine.blas.os.environ.get(engine.blas.KERNELS) == told
-    assert calls == ([7] if told else [])
+    monkeypatch.setattr(engine.blas, "ONE_ROW", tmp_path / "not compiled")
+    monkeypatch.setattr(engine.blas.ctypes, "CDLL", lambda path, mode: calls.append(path))
+    engine.blas.publish("lib.so")
+    assert calls == ([7, "lib.so"] if told else ["lib.so"])
     monkeypatch.setenv(engine.blas.KERNELS, "Prescott")     # the user has chosen
     engine.blas.best_kernels(library)
-    assert len(calls) == (1 if told else 0)
+    assert len(calls) == (2 if told else 1)
 
 
 @pytest.mark.skipif(not OPENBLAS, reason="no OpenBLAS to load")
