@@ -5,9 +5,9 @@ help:  ## this list
 	@grep -E '^[a-z0-9_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: .venv/ready  ## virtual environment, packages, OpenBLAS on Linux (CUDA=1: MLX's CUDA backend)
-.venv/ready: requirements.txt setup.sh engine/gemv.c
+.venv/ready: requirements.txt setup.sh engine/few_rows.c
 	sh setup.sh requirements.txt && touch $@
-.venv/ready_dev: requirements.txt requirements-dev.txt setup.sh engine/gemv.c
+.venv/ready_dev: requirements.txt requirements-dev.txt setup.sh engine/few_rows.c
 	sh setup.sh requirements-dev.txt && touch $@ .venv/ready
 
 run: .venv/ready  ## train dual-reward on the bundled model and show the classifier emerge (2 minutes)

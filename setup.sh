@@ -15,5 +15,8 @@ if [ "$(uname -s)" = Linux ] && [ -z "${CUDA:-}" ] && ! .venv/bin/python -c 'imp
     { $root apt-get update -qq && $root apt-get install -qq -y libopenblas0; } >/dev/null 2>&1 ||
         echo "note: could not install libopenblas0; all works, slower. By hand: sudo apt-get install libopenblas0"
 fi
-[ "$(uname -s)" != Linux ] || [ -n "${CUDA:-}" ] || { cc -O2 -shared -fPIC -nostdlib -o .venv/lib/one_row.tmp engine/gemv.c && mv .venv/lib/one_row.tmp .venv/lib/libone_row.so; } 2>/dev/null ||
-    echo "note: could not compile engine/gemv.c; all works, a chat takes half as long again. By hand: sudo apt-get install gcc"
+few_rows() { cc -O3 -fopenmp -shared -fPIC "-march=$2" -o .venv/lib/few_rows.tmp engine/few_rows.c && mv .venv/lib/few_rows.tmp ".venv/lib/libfew_rows$1.so"; }
+if [ "$(uname -s)" = Linux ] && [ -z "${CUDA:-}" ]; then    # for each kind of processor, since a folder may move to another machine
+    case "$(uname -m)" in x86_64) few_rows Haswell haswell && few_rows SkylakeX skylake-avx512 ;; *) few_rows "" armv8-a ;; esac 2>/dev/null ||
+        echo "note: could not compile engine/few_rows.c; all works, decoding takes a third longer. By hand: sudo apt-get install gcc"
+fi

@@ -12,9 +12,9 @@ anew, page by page, which costs an operation on a large array ten times its arit
 `keep_freed_memory` tells glibc to keep them. (4) That backend uses one core for everything but
 BLAS: PARTS says in how many parts parallel.py may cut a batch. (5) A trained model's attention is
 full of numbers below 1e-38, over which a processor takes a hundred times as long: its threads take
-them for 0 (`subnormals_as_zero`). (6) OpenBLAS copies the whole matrix for a product of one row, a
-chat's: gemv.c has it done by gemv, in half of the time. macOS (Accelerate, Metal) and CUDA need
-none of it.
+them for 0 (`subnormals_as_zero`). (6) OpenBLAS copies the whole matrix even for a product of few
+rows, such as decoding makes: few_rows.c spares that, for half to two thirds of the time. macOS
+(Accelerate, Metal) and CUDA need none of it.
 
 NANOLENS_PLAIN=1 gives a Linux CPU the arithmetic of Metal and CUDA, for tests: MLX's own functions
 (`linux_cpu` is false), batches in one part. A process that imports this file and forks can use MLX
@@ -35,9 +35,9 @@ DEBIAN_PATH = f"/usr/lib/{os.uname().machine}-linux-gnu/libopenblas.so.0"
 MOST = 4    # parts
 ORDER, IN_TURN = "MLX_BFS_MAX_WIDTH", "1000"
 KERNELS = "OPENBLAS_CORETYPE"
+BEHIND = "cblas_sgemm", "cblas_sgemv", "openblas_get_num_threads"   # few_rows.c calls these
 CPU_INFO = Path("/proc/cpuinfo")
 LEAST_ADDRESSES = 2 ** 31   # bytes: libraries, threads' stacks and malloc's arenas take most of it
-ONE_ROW = Path(sys.prefix, "lib/libone_row.so")     # gemv.c, compiled
 OLDEST = b"Prescott"    # what an OpenBLAS takes an x86-64 processor for that it does not know
 REMEDY = "run `apt-get install libopenblas0`, or set NANOLENS_BLAS=/path/to/libopenblas.so.0"
 
@@ -66,20 +66,26 @@ def load_openblas() -> str:
 
 
 def publish(path: str) -> None:
-    """Let MLX find an OpenBLAS: its cblas_sgemm, or in front of that the one of gemv.c."""
-    front = None
-    if ONE_ROW.exists():
-        try:    # as a private library first: once it is public, MLX calls it
-            for file, function in (ONE_ROW, "use_functions"), (path, "cblas_sgemv"):
-                getattr(ctypes.CDLL(str(file)), function)
-            front = ctypes.CDLL(str(ONE_ROW), mode=ctypes.RTLD_GLOBAL)
+    """Let MLX find an OpenBLAS: its cblas_sgemm, or in front of that the one of few_rows.c."""
+    front, own = None, str(few_rows_file())
+    if Path(own).exists():
+        try:    # as private libraries first: once it is public, MLX calls it
+            for file, function in (own, "use_functions"), (path, BEHIND[1]), (path, BEHIND[2]):
+                getattr(ctypes.CDLL(file), function)
+            front = ctypes.CDLL(own, mode=ctypes.RTLD_GLOBAL)
         except (OSError, AttributeError) as error:
-            print(f"note: {error}; a chat takes longer; run `make setup`", file=sys.stderr)
+            print(f"note: {error}; decoding takes longer; run `make setup`", file=sys.stderr)
     # without RTLD_GLOBAL the symbols stay private and MLX keeps its bundled BLAS. Behind the front:
     # of two functions of one name MLX gets the first
     library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
     if front:
-        front.use_functions(library.cblas_sgemm, library.cblas_sgemv)
+        front.use_functions(*(getattr(library, name) for name in BEHIND))
+
+
+def few_rows_file(kernels: str | None = None) -> Path:
+    """few_rows.c as setup.sh has compiled it, for this processor or a named one's."""
+    kernels = kernels_of_processor() if kernels is None else kernels
+    return Path(sys.prefix, f"lib/libfew_rows{kernels}.so")
 
 
 def best_kernels(library: ctypes.CDLL) -> None:
@@ -94,11 +100,17 @@ def best_kernels(library: ctypes.CDLL) -> None:
     name.restype = ctypes.c_char_p
     if name() != OLDEST:
         return
+    if kernels := kernels_of_processor():
+        os.environ[KERNELS] = kernels
+        _ctypes.dlclose(library._handle)
+
+
+def kernels_of_processor() -> str:
+    """The name of OpenBLAS's kernels for an x86-64 with such vectors; "": older, or another."""
     flags = set(CPU_INFO.read_text().partition("flags")[2].partition("\n")[0].split())
     if not {"avx2", "fma"} <= flags:
-        return
-    os.environ[KERNELS] = "SkylakeX" if {"avx512bw", "avx512dq", "avx512vl"} <= flags else "Haswell"
-    _ctypes.dlclose(library._handle)
+        return ""
+    return "SkylakeX" if {"avx512bw", "avx512dq", "avx512vl"} <= flags else "Haswell"
 
 
 def count_cores() -> int:

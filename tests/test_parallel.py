@@ -1,5 +1,6 @@
 """A batch cut in parts gives what the whole gives; BLAS has its cores back afterwards."""
 import ctypes
+import shutil
 from types import SimpleNamespace
 
 import engine.blas
@@ -242,7 +243,7 @@ def test_kernels_of_an_unknown_processor(name, flags, told, monkeypatch, tmp_pat
     library = SimpleNamespace(openblas_get_corename=lambda: name, _handle=7)
     engine.blas.best_kernels(library)
     assert engine.blas.os.environ.get(engine.blas.KERNELS) == told
-    monkeypatch.setattr(engine.blas, "ONE_ROW", tmp_path / "not compiled")
+    monkeypatch.setattr(engine.blas.sys, "prefix", tmp_path)        # nothing is compiled there
     monkeypatch.setattr(engine.blas.ctypes, "CDLL", lambda path, mode: calls.append(path))
     engine.blas.publish("lib.so")
     assert calls == ([7, "lib.so"] if told else ["lib.so"])
@@ -262,12 +263,40 @@ def test_this_processor_has_its_kernels():
 
 
 @pytest.mark.skipif(not OPENBLAS, reason="no OpenBLAS to load")
-def test_a_product_of_one_row_goes_to_gemv(tmp_path):
-    """gemv.c in front of OpenBLAS: one row of each layout to gemv, others to gemm, all as numpy."""
-    if not engine.blas.ONE_ROW.exists():
+@pytest.mark.parametrize("kernels", ["SkylakeX", "Haswell", ""])
+def test_products_of_few_rows(kernels, tmp_path):
+    """few_rows.c in front of OpenBLAS: every shape and layout as numpy, into a part of an array."""
+    file = engine.blas.few_rows_file(kernels)
+    if not file.exists() or kernels == "SkylakeX" != engine.blas.kernels_of_processor():
+        pytest.skip("no compiler when setup.sh ran, or of another processor")
+    own = shutil.copy(file, tmp_path)       # a library of its own, not the one that MLX calls
+    front, behind = ctypes.CDLL(own), ctypes.CDLL(engine.blas.LOADED)
+    rng = np.random.default_rng(0)
+    point = lambda x: ctypes.c_void_p(x.ctypes.data)
+    for threads in (1, 2):
+        count = ctypes.CFUNCTYPE(ctypes.c_int)(lambda threads=threads: threads)
+        front.use_functions(behind.cblas_sgemm, behind.cblas_sgemv, count)
+        for m, n, k in [(1, 300, 64), (2, 1030, 128), (3, 999, 131), (16, 500, 128), (17, 301, 200),
+                        (32, 333, 257), (33, 1000, 128), (64, 77, 300), (65, 100, 200), (2, 3, 4)]:
+            x, w = rng.random((m, k + 3), np.float32), rng.random((n, k + 5), np.float32)
+            for alpha, beta in ((1, 0), (2, 1), (0.5, -1)):
+                # with beta 0 what stands there is not read
+                c = np.full((m, n + 2), np.nan if beta == 0 else 3, np.float32)
+                front.cblas_sgemm(101, 111, 112, m, n, k, ctypes.c_float(alpha), point(x), k + 3,
+                                  point(w), k + 5, ctypes.c_float(beta), point(c), n + 2)
+                product = x[:, :k].astype(np.float64) @ w[:, :k].T
+                np.testing.assert_allclose(c[:, :n], alpha * product + 3 * beta, rtol=1e-4)
+                np.testing.assert_array_equal(c[:, n:], np.nan if beta == 0 else 3)
+
+
+@pytest.mark.skipif(not OPENBLAS, reason="no OpenBLAS to load")
+def test_which_products_go_where(tmp_path):
+    """One row to gemv, up to 64 to our own kernel, all else to gemm; in every layout as numpy."""
+    if not engine.blas.few_rows_file().exists():
         pytest.skip("no compiler when setup.sh ran")
     rng = np.random.default_rng(0)
-    for m, n, k in [(1, 5, 7), (1, 1, 3), (1, 300, 64), (1, 64, 300), (2, 5, 7), (3, 1, 4)]:
+    for m, n, k in [(1, 5, 7), (1, 1, 3), (1, 300, 64), (1, 64, 300), (2, 5, 7), (3, 1, 4),
+                    (9, 700, 150)]:
         x, w = rng.random((m, k), np.float32), rng.random((n, k), np.float32)
         a, b = mx.array(x), mx.array(w)
         column = mx.array(np.ascontiguousarray(x.T)).T        # the row, stored as a column
@@ -277,18 +306,19 @@ def test_a_product_of_one_row_goes_to_gemv(tmp_path):
             np.testing.assert_allclose(left @ mx.contiguous(b.T), x @ w.T, rtol=1e-5)
             np.testing.assert_allclose(mx.addmm(mx.ones((m, n)), left, b.T), 1 + x @ w.T, rtol=1e-5)
     code = ("import engine.blas, ctypes, mlx.core as mx; calls = []; "
-            "front = ctypes.CDLL(str(engine.blas.ONE_ROW)); "
-            "kept = [ctypes.CFUNCTYPE(None)(lambda name=name: calls.append(name)) for name in "
-            "('gemm', 'gemv')]; front.use_functions(*kept); "
-            "mx.eval(mx.ones((1, 4)) @ mx.ones((4, 4))); mx.eval(mx.ones((2, 4)) @ mx.ones((4, 4)))"
-            "; print(calls)")
-    assert run("-c", code, check=0).stdout.strip() == "['gemv', 'gemm']"
+            "front = ctypes.CDLL(str(engine.blas.few_rows_file())); "
+            "kept = [ctypes.CFUNCTYPE(ctypes.c_int)(lambda name=name: calls.append(name) or 1) "
+            "for name in ('gemm', 'gemv', 'few')]; front.use_functions(*kept)\n"
+            "for m, n, k in (1, 4, 4), (64, 999, 128), (65, 999, 128), (64, 999, 127), (2, 9, 128):"
+            " mx.eval(mx.ones((m, k)) @ mx.ones((n, k)).T)\n"
+            "mx.eval(mx.ones((64, 128)) @ mx.ones((128, 999))); print(*calls)")
+    assert run("-c", code, check=0).stdout.strip() == "gemv few gemm gemm gemm gemm"
     # without the compiled file all is as before
     code = ("import sys; sys.prefix = '/nowhere'; import engine.blas as b, mlx.core as mx; "
             "print(b.LOADED, (mx.ones((1, 4)) @ mx.ones((4, 4))).sum().item())")
     assert run("-c", code, check=0).stdout.split() == [engine.blas.LOADED, "16.0"]
     (tmp_path / "lib").mkdir()      # nor does a broken one stop anything
-    (tmp_path / "lib/libone_row.so").write_bytes(b"half a file")
+    (tmp_path / "lib" / engine.blas.few_rows_file().name).write_bytes(b"half a file")
     done = run("-c", code.replace("/nowhere", str(tmp_path)), check=0)
     assert done.stdout.split() == [engine.blas.LOADED, "16.0"] and "make setup" in done.stderr
 
