@@ -141,10 +141,7 @@ def measure(work: str, folder: str, sizes: dict, python: str, packages: dict[str
 
 
 def few_rows(work: str, sizes: dict) -> int:
-    """Rows that are decoded together, of which the second limit is made; 0: it has none.
-
-    One row alone waits for bytes, and those the first limit counts.
-    """
+    """Rows decoded together, for the second limit; 0: none. One waits for bytes alone."""
     rows = sizes["rows"] * sizes["group"] if work in DECODING else 0
     return rows if rows > 1 else 0
 

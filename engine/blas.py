@@ -67,25 +67,17 @@ def load_openblas() -> str:
 
 def publish(path: str) -> None:
     """Let MLX find an OpenBLAS: its cblas_sgemm, or in front of that the one of few_rows.c."""
-    front, own = None, str(few_rows_file())
-    if Path(own).exists():
-        try:    # as private libraries first: once it is public, MLX calls it
-            for file, function in (own, "use_functions"), (path, BEHIND[1]), (path, BEHIND[2]):
-                getattr(ctypes.CDLL(file), function)
-            front = ctypes.CDLL(own, mode=ctypes.RTLD_GLOBAL)
+    own = f"{sys.prefix}/lib/libfew_rows{kernels_of_processor()}.so"
+    if os.path.exists(own):
+        try:
+            library = ctypes.CDLL(path)
+            ctypes.CDLL(own).use_functions(*(getattr(library, name) for name in BEHIND))
+            # public only now, when it is whole; and first, since MLX gets the first of a name
+            ctypes.CDLL(own, mode=ctypes.RTLD_GLOBAL)
         except (OSError, AttributeError) as error:
             print(f"note: {error}; decoding takes longer; run `make setup`", file=sys.stderr)
-    # without RTLD_GLOBAL the symbols stay private and MLX keeps its bundled BLAS. Behind the front:
-    # of two functions of one name MLX gets the first
-    library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
-    if front:
-        front.use_functions(*(getattr(library, name) for name in BEHIND))
-
-
-def few_rows_file(kernels: str | None = None) -> Path:
-    """few_rows.c as setup.sh has compiled it, for this processor or a named one's."""
-    kernels = kernels_of_processor() if kernels is None else kernels
-    return Path(sys.prefix, f"lib/libfew_rows{kernels}.so")
+    # without RTLD_GLOBAL the symbols stay private and MLX keeps its bundled BLAS
+    ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
 
 
 def best_kernels(library: ctypes.CDLL) -> None:
@@ -98,9 +90,8 @@ def best_kernels(library: ctypes.CDLL) -> None:
     if name is None or KERNELS in os.environ:
         return
     name.restype = ctypes.c_char_p
-    if name() != OLDEST:
-        return
-    if kernels := kernels_of_processor():
+    kernels = kernels_of_processor() if name() == OLDEST else ""
+    if kernels:
         os.environ[KERNELS] = kernels
         _ctypes.dlclose(library._handle)
 

@@ -1,6 +1,8 @@
 """A batch cut in parts gives what the whole gives; BLAS has its cores back afterwards."""
 import ctypes
 import shutil
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import engine.blas
@@ -262,11 +264,16 @@ def test_this_processor_has_its_kernels():
     assert name and (name != "Prescott" or not vectors)
 
 
+def few_rows_file(kernels=None):
+    kernels = engine.blas.kernels_of_processor() if kernels is None else kernels
+    return Path(sys.prefix, f"lib/libfew_rows{kernels}.so")
+
+
 @pytest.mark.skipif(not OPENBLAS, reason="no OpenBLAS to load")
 @pytest.mark.parametrize("kernels", ["SkylakeX", "Haswell", ""])
 def test_products_of_few_rows(kernels, tmp_path):
     """few_rows.c in front of OpenBLAS: every shape and layout as numpy, into a part of an array."""
-    file = engine.blas.few_rows_file(kernels)
+    file = few_rows_file(kernels)
     if not file.exists() or kernels == "SkylakeX" != engine.blas.kernels_of_processor():
         pytest.skip("no compiler when setup.sh ran, or of another processor")
     own = shutil.copy(file, tmp_path)       # a library of its own, not the one that MLX calls
@@ -292,7 +299,7 @@ def test_products_of_few_rows(kernels, tmp_path):
 @pytest.mark.skipif(not OPENBLAS, reason="no OpenBLAS to load")
 def test_which_products_go_where(tmp_path):
     """One row to gemv, up to 64 to our own kernel, all else to gemm; in every layout as numpy."""
-    if not engine.blas.few_rows_file().exists():
+    if not few_rows_file().exists():
         pytest.skip("no compiler when setup.sh ran")
     rng = np.random.default_rng(0)
     for m, n, k in [(1, 5, 7), (1, 1, 3), (1, 300, 64), (1, 64, 300), (2, 5, 7), (3, 1, 4),
@@ -305,20 +312,21 @@ def test_which_products_go_where(tmp_path):
             np.testing.assert_allclose(left @ b.T, x @ w.T, rtol=1e-5)
             np.testing.assert_allclose(left @ mx.contiguous(b.T), x @ w.T, rtol=1e-5)
             np.testing.assert_allclose(mx.addmm(mx.ones((m, n)), left, b.T), 1 + x @ w.T, rtol=1e-5)
-    code = ("import engine.blas, ctypes, mlx.core as mx; calls = []; "
-            "front = ctypes.CDLL(str(engine.blas.few_rows_file())); "
+    code = ("import sys, engine.blas, ctypes, mlx.core as mx; calls = []; "
+            "front = ctypes.CDLL(sys.argv[1]); "
             "kept = [ctypes.CFUNCTYPE(ctypes.c_int)(lambda name=name: calls.append(name) or 1) "
             "for name in ('gemm', 'gemv', 'few')]; front.use_functions(*kept)\n"
             "for m, n, k in (1, 4, 4), (64, 999, 128), (65, 999, 128), (64, 999, 127), (2, 9, 128):"
             " mx.eval(mx.ones((m, k)) @ mx.ones((n, k)).T)\n"
             "mx.eval(mx.ones((64, 128)) @ mx.ones((128, 999))); print(*calls)")
-    assert run("-c", code, check=0).stdout.strip() == "gemv few gemm gemm gemm gemm"
+    done = run("-c", code, few_rows_file(), check=0)
+    assert done.stdout.strip() == "gemv few gemm gemm gemm gemm"
     # without the compiled file all is as before
     code = ("import sys; sys.prefix = '/nowhere'; import engine.blas as b, mlx.core as mx; "
             "print(b.LOADED, (mx.ones((1, 4)) @ mx.ones((4, 4))).sum().item())")
     assert run("-c", code, check=0).stdout.split() == [engine.blas.LOADED, "16.0"]
     (tmp_path / "lib").mkdir()      # nor does a broken one stop anything
-    (tmp_path / "lib" / engine.blas.few_rows_file().name).write_bytes(b"half a file")
+    (tmp_path / "lib" / few_rows_file().name).write_bytes(b"half a file")
     done = run("-c", code.replace("/nowhere", str(tmp_path)), check=0)
     assert done.stdout.split() == [engine.blas.LOADED, "16.0"] and "make setup" in done.stderr
 
