@@ -9,7 +9,7 @@ turn, each in a process of its own (a BLAS cannot be exchanged in a running one)
 matrix product, which says what the machine gives at that moment. The limit of a work is the
 operations that it cannot do without (limit.py) over the rate of that product; where tokens are
 decoded, the bytes that must be read count too, if they take longer. "Few rows" is what the share
-would be if decoding had only the rate that this BLAS reaches with so few rows. Peers live in
+would be if decoding had only the rate that products of so few rows reach here. Peers live in
 bench/peers and run in an environment of their own (`make bench-peers`); a missing one is skipped.
 Training starts from ids on every side: no text is tokenised and no file written. Quote nothing from
 a busy machine, of which a note tells: torch's threads then wait for each other, ours hardly.
