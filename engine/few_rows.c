@@ -6,7 +6,7 @@
 
        for every number w of W:   sums of W's row += w * (x's column, LANES rows at a time)
 
-   One row alone goes to OpenBLAS's gemv, all else to its gemm.
+   One row alone is multiplied by each row of W. All other products go to OpenBLAS.
    setup.sh compiles this file for each kind of processor; blas.py loads it before OpenBLAS. */
 #include <stdlib.h>
 
@@ -25,23 +25,21 @@ enum {
     MOST = 64,                  /* rows; with more, OpenBLAS is as fast */
     DEEP = 128,                 /* numbers of a row; of fewer, putting away the sums costs too much */
     WORTH = 1 << 18,            /* multiplications; for fewer OpenBLAS has kernels that copy nothing */
+    ALONE = 1 << 16,            /* fewer are done before a second thread would begin */
     LINE = 16                   /* numbers of a cache line */
 };
 typedef float vector __attribute__((vector_size(4 * LANES)));
+typedef float anywhere __attribute__((vector_size(4 * LANES), aligned(4)));     /* in memory */
 
 typedef void (*gemm_t)(int order, int trans_a, int trans_b, int m, int n, int k, float alpha,
                        const float *a, int lda, const float *b, int ldb, float beta, float *c, int ldc);
-typedef void (*gemv_t)(int order, int trans, int rows, int columns, float alpha,
-                       const float *matrix, int ld, const float *x, int incx, float beta, float *y, int incy);
 static gemm_t gemm;
-static gemv_t gemv;
 static int (*count_threads)(void);
 static __thread float *turned;      /* x, as tile() reads it; kept from call to call */
 static __thread size_t room;
 
-void use_functions(gemm_t openblas_gemm, gemv_t openblas_gemv, int (*openblas_get_num_threads)(void)) {
+void use_functions(gemm_t openblas_gemm, int (*openblas_get_num_threads)(void)) {
     gemm = openblas_gemm;
-    gemv = openblas_gemv;
     count_threads = openblas_get_num_threads;
 }
 
@@ -106,30 +104,58 @@ static int turn(int m, int k, const float *x, long ldx) {
     return turned != 0;
 }
 
+/* numbers first to last of c (n) = alpha w x + beta c: one row has no columns to fill a vector, so
+   that vectors go along x (k) and along the rows of w (n, k), COLUMNS of them at a time */
+static inline __attribute__((always_inline))
+void dots(int columns, int k, float alpha, const float *x, const float *w, long ldw, float beta, float *c) {
+    vector sums[COLUMNS];
+    int p = 0;
+    for (int j = 0; j < columns; j++)
+        sums[j] = (vector){0};
+    for (; p + LANES <= k; p += LANES)
+        for (int j = 0; j < columns; j++) {
+            __builtin_prefetch(w + (j + columns) * ldw + p);
+            sums[j] += *(const anywhere *)(x + p) * *(const anywhere *)(w + j * ldw + p);
+        }
+    for (int j = 0; j < columns; j++) {
+        float sum = 0;
+        for (int lane = 0; lane < LANES; lane++)
+            sum += sums[j][lane];
+        for (int rest = p; rest < k; rest++)
+            sum += x[rest] * w[j * ldw + rest];
+        c[j] = beta == 0 ? alpha * sum : alpha * sum + beta * c[j];
+    }
+}
+
+static void some_dots(int first, int last, int k, float alpha, const float *x,
+                      const float *w, long ldw, float beta, float *c) {
+    int j = first;
+    for (; j + COLUMNS <= last; j += COLUMNS)
+        dots(COLUMNS, k, alpha, x, w + j * ldw, ldw, beta, c + j);
+    for (; j < last; j++)
+        dots(1, k, alpha, x, w + j * ldw, ldw, beta, c + j);
+}
+
 /* c (m, n) = alpha a (m, k) b (k, n) + beta c; a transposed matrix is stored as (k, m) or (n, k) */
 void cblas_sgemm(int order, int trans_a, int trans_b, int m, int n, int k, float alpha,
                  const float *a, int lda, const float *b, int ldb, float beta, float *c, int ldc) {
-    int one = order == ROW_MAJOR && m == 1 && k > 0;
-    int few = order == ROW_MAJOR && trans_a == AS_IS && trans_b == TRANSPOSED &&
-              m <= MOST && k >= DEEP && (long)m * n * k >= WORTH;
-    if (one) {
-        int step = trans_a == TRANSPOSED ? lda : 1;     /* from one number of the row to the next */
-        if (beta == 0)                                  /* gemv might read what c holds */
-            for (int i = 0; i < n; i++)
-                c[i] = 0;
-        if (trans_b == TRANSPOSED)
-            gemv(ROW_MAJOR, AS_IS, n, k, alpha, b, ldb, a, step, beta, c, 1);
-        else
-            gemv(ROW_MAJOR, TRANSPOSED, k, n, alpha, b, ldb, a, step, beta, c, 1);
-    } else if (few && turn(m, k, a, lda)) {
-        int parts = count_threads();
-        const float *x = turned;        /* of this thread, for all */
-#pragma omp parallel for num_threads(parts) if (parts > 1)
-        for (int part = 0; part < parts; part++) {
-            int first = (long)n * part / parts / COLUMNS * COLUMNS;
-            int next = (long)n * (part + 1) / parts / COLUMNS * COLUMNS;
-            some_columns(first, part + 1 == parts ? n : next, m, k, alpha, x, b, ldb, beta, c, ldc);
-        }
-    } else
+    long work = (long)m * n * k;
+    int ours = order == ROW_MAJOR && trans_a == AS_IS && trans_b == TRANSPOSED &&
+               (m == 1 || (m <= MOST && k >= DEEP && work >= WORTH));
+    if (!ours || (m > 1 && !turn(m, k, a, lda))) {
         gemm(order, trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+        return;
+    }
+    int parts = work < ALONE ? 1 : count_threads();
+    const float *x = m == 1 ? a : turned;       /* `turned` of this thread, for all */
+#pragma omp parallel for num_threads(parts) if (parts > 1)
+    for (int part = 0; part < parts; part++) {
+        int first = (long)n * part / parts / COLUMNS * COLUMNS;
+        int next = (long)n * (part + 1) / parts / COLUMNS * COLUMNS;
+        int last = part + 1 == parts ? n : next;
+        if (m == 1)
+            some_dots(first, last, k, alpha, x, b, ldb, beta, c);
+        else
+            some_columns(first, last, m, k, alpha, x, b, ldb, beta, c, ldc);
+    }
 }
