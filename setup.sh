@@ -16,7 +16,8 @@ if [ "$(uname -s)" = Linux ] && [ -z "${CUDA:-}" ] && ! .venv/bin/python -c 'imp
         echo "note: could not install libopenblas0; all works, slower. By hand: sudo apt-get install libopenblas0"
 fi
 few_rows() { cc -O3 -fopenmp -shared -fPIC "-march=$2" -o .venv/lib/few_rows.tmp engine/few_rows.c && mv .venv/lib/few_rows.tmp ".venv/lib/libfew_rows$1.so"; }
+rm -f .venv/lib/lib*_row*.so
 if [ "$(uname -s)" = Linux ] && [ -z "${CUDA:-}" ]; then    # for each kind of processor, since a folder may move to another machine
-    case "$(uname -m)" in x86_64) few_rows Haswell haswell && few_rows SkylakeX skylake-avx512 ;; *) few_rows "" armv8-a ;; esac 2>/dev/null ||
-        echo "note: could not compile engine/few_rows.c; all works, decoding takes a third longer. By hand: sudo apt-get install gcc"
+    case "$(uname -m)" in x86_64) few_rows Haswell haswell && few_rows SkylakeX skylake-avx512 ;; *) few_rows "" armv8-a ;; esac 2>.venv/few_rows.log ||
+        echo "note: could not compile engine/few_rows.c ($(head -n 1 .venv/few_rows.log)); all works, decoding takes a third longer. Without a compiler: sudo apt-get install gcc, then sh setup.sh"
 fi

@@ -13,7 +13,7 @@ anew, page by page, which costs an operation on a large array ten times its arit
 BLAS: PARTS says in how many parts parallel.py may cut a batch. (5) A trained model's attention is
 full of numbers below 1e-38, over which a processor takes a hundred times as long: its threads take
 them for 0 (`subnormals_as_zero`). (6) OpenBLAS copies the whole matrix even for a product of few
-rows, such as decoding makes: few_rows.c spares that, for half to two thirds of the time. macOS
+rows, such as decoding makes: few_rows.c does without, in half to two thirds of the time. macOS
 (Accelerate, Metal) and CUDA need none of it.
 
 NANOLENS_PLAIN=1 gives a Linux CPU the arithmetic of Metal and CUDA, for tests: MLX's own functions
@@ -35,7 +35,6 @@ DEBIAN_PATH = f"/usr/lib/{os.uname().machine}-linux-gnu/libopenblas.so.0"
 MOST = 4    # parts
 ORDER, IN_TURN = "MLX_BFS_MAX_WIDTH", "1000"
 KERNELS = "OPENBLAS_CORETYPE"
-BEHIND = "cblas_sgemm", "openblas_get_num_threads"  # few_rows.c calls these
 CPU_INFO = Path("/proc/cpuinfo")
 LEAST_ADDRESSES = 2 ** 31   # bytes: libraries, threads' stacks and malloc's arenas take most of it
 OLDEST = b"Prescott"    # what an OpenBLAS takes an x86-64 processor for that it does not know
@@ -68,14 +67,15 @@ def load_openblas() -> str:
 def publish(path: str) -> None:
     """Let MLX find an OpenBLAS: its cblas_sgemm, or in front of that the one of few_rows.c."""
     own = f"{sys.prefix}/lib/libfew_rows{kernels_of_processor()}.so"
-    if os.path.exists(own):
+    if os.path.exists(own) and hasattr(ctypes.CDLL(path), "openblas_get_num_threads"):
         try:
             library = ctypes.CDLL(path)
-            ctypes.CDLL(own).use_functions(*(getattr(library, name) for name in BEHIND))
+            ctypes.CDLL(own).put_few_rows_before(
+                library.cblas_sgemm, library.openblas_get_num_threads)
             # public only now, when it is whole; and first, since MLX gets the first of a name
             ctypes.CDLL(own, mode=ctypes.RTLD_GLOBAL)
         except (OSError, AttributeError) as error:
-            print(f"note: {error}; decoding takes longer; run `make setup`", file=sys.stderr)
+            print(f"note: {error}; decoding takes longer; run `sh setup.sh`", file=sys.stderr)
     # without RTLD_GLOBAL the symbols stay private and MLX keeps its bundled BLAS
     ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
 
@@ -97,7 +97,9 @@ def best_kernels(library: ctypes.CDLL) -> None:
 
 
 def kernels_of_processor() -> str:
-    """The name of OpenBLAS's kernels for an x86-64 with such vectors; "": older, or another."""
+    """OpenBLAS's name for x86-64 with vectors such as this one has; "": for any other."""
+    if not CPU_INFO.exists():
+        return ""
     flags = set(CPU_INFO.read_text().partition("flags")[2].partition("\n")[0].split())
     if not {"avx2", "fma"} <= flags:
         return ""

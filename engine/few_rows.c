@@ -2,7 +2,7 @@
 
    Decoding multiplies a few rows x by a matrix W of many, x W^T. OpenBLAS copies all of W into
    panels first, which pays for hundreds of rows. Here W is read once, where it lies, and the small
-   x is turned instead, so that a vector holds one column of it:
+   x is transposed instead, `turned`, so that a vector holds one column of it:
 
        for every number w of W:   sums of W's row += w * (x's column, LANES rows at a time)
 
@@ -12,7 +12,8 @@
 
 enum { ROW_MAJOR = 101, AS_IS = 111, TRANSPOSED = 112 };    /* cblas.h's numbers */
 
-/* as many sums as a processor has registers for, less those of x and w */
+/* a tile is COLUMNS rows of W by VECTORS vectors of rows of x. Its sums stay in registers: 16 of 32,
+   which keep both multipliers busy; 12 of 16; 24 of 32 */
 #if defined __AVX512F__
 enum { LANES = 16, VECTORS = 2, COLUMNS = 8 };
 #elif defined __AVX2__
@@ -24,8 +25,9 @@ enum {
     ROWS = LANES * VECTORS,     /* of x, at once */
     MOST = 64,                  /* rows; with more, OpenBLAS is as fast */
     DEEP = 128,                 /* numbers of a row; of fewer, putting away the sums costs too much */
-    WORTH = 1 << 18,            /* multiplications; for fewer OpenBLAS has kernels that copy nothing */
-    ALONE = 1 << 16,            /* fewer are done before a second thread would begin */
+    WORTH = 1 << 18,            /* multiplications; fewer are left to OpenBLAS */
+    ALONE = 1 << 16,            /* multiplications; fewer are not worth a thread of their own */
+    LONG = 384,                 /* numbers of a sum */
     LINE = 16                   /* numbers of a cache line */
 };
 typedef float vector __attribute__((vector_size(4 * LANES)));
@@ -35,35 +37,48 @@ typedef void (*gemm_t)(int order, int trans_a, int trans_b, int m, int n, int k,
                        const float *a, int lda, const float *b, int ldb, float beta, float *c, int ldc);
 static gemm_t gemm;
 static int (*count_threads)(void);
-static __thread float *turned;      /* x, as tile() reads it; kept from call to call */
+/* x, as tile() reads it, kept from call to call; one for each of MLX's streams, which may multiply at once */
+static __thread float *turned;
 static __thread size_t room;
 
-void use_functions(gemm_t openblas_gemm, int (*openblas_get_num_threads)(void)) {
+/* blas.py calls this before MLX can see cblas_sgemm. Other arguments need another name: a file that
+   was compiled before would take them for what they are not */
+void put_few_rows_before(gemm_t openblas_gemm, int (*openblas_get_num_threads)(void)) {
     gemm = openblas_gemm;
     count_threads = openblas_get_num_threads;
 }
 
-/* c (rows, columns) = alpha x w^T + beta c: x turned, (k, vectors * LANES); w (columns, k) */
+/* c (rows, columns) = alpha x w^T + beta c: x turned, (k, vectors * LANES); w (columns, k), of which
+   each row gives a column of c. Only where vectors and columns are constants are sums registers */
 static inline __attribute__((always_inline))
 void tile(int vectors, int columns, int rows, int k, float alpha, const float *x,
           const float *w, long ldw, float beta, float *c, long ldc) {
-    vector sums[COLUMNS][VECTORS];
-    for (int j = 0; j < columns; j++)
-        for (int v = 0; v < vectors; v++)
-            sums[j][v] = (vector){0};
-    for (int p = 0; p < k; p++) {
-        if (p % LINE == 0)      /* a processor does not guess what the next tile will read */
-            for (int j = 0; j < columns; j++)
-                __builtin_prefetch(w + (j + columns) * ldw + p);
-        const vector *column = (const vector *)x + (long)p * vectors;
+    vector totals[COLUMNS][VECTORS] = {0};
+    for (int p = 0; p < k;) {
+        /* a sum of sums: one long float32 sum of 1,536 numbers would round twice as much */
+        int end = k - p < LONG ? k : p + LONG;
+        vector sums[COLUMNS][VECTORS];
         for (int j = 0; j < columns; j++)
             for (int v = 0; v < vectors; v++)
-                sums[j][v] += w[j * ldw + p] * column[v];
+                sums[j][v] = (vector){0};
+        for (; p < end; p++) {
+            if (p % LINE == 0)  /* the next tile's w, which a processor does not guess. Behind the last
+                                   one nothing is there: a prefetch may ask for that, a read may not */
+                for (int j = 0; j < columns; j++)
+                    __builtin_prefetch(w + (j + columns) * ldw + p);
+            const vector *column = (const vector *)x + (long)p * vectors;
+            for (int j = 0; j < columns; j++)
+                for (int v = 0; v < vectors; v++)
+                    sums[j][v] += w[j * ldw + p] * column[v];
+        }
+        for (int j = 0; j < columns; j++)
+            for (int v = 0; v < vectors; v++)
+                totals[j][v] += sums[j][v];
     }
     for (int j = 0; j < columns; j++)
         for (int i = 0; i < rows; i++) {
             float *to = c + i * ldc + j;
-            float sum = alpha * sums[j][i / LANES][i % LANES];
+            float sum = alpha * totals[j][i / LANES][i % LANES];
             *to = beta == 0 ? sum : sum + beta * *to;   /* with 0, c may hold anything, a NaN too */
         }
 }
@@ -75,7 +90,7 @@ static void some_columns(int first, int last, int m, int k, float alpha, const f
         columns = last - j < COLUMNS ? 1 : COLUMNS;
         for (int i = 0; i < m; i += ROWS) {
             int rows = m - i < ROWS ? m - i : ROWS, vectors = rows <= LANES ? 1 : VECTORS;
-            /* a loop is unrolled, and sums are registers, only where its ends are constants */
+            /* at i * k: the rows before these are all in groups of ROWS */
 #define TILE(V, C) tile(V, C, rows, k, alpha, x + (long)i * k, w + j * ldw, ldw, beta, c + i * ldc + j, ldc)
             if (columns == 1 && vectors == 1) TILE(1, 1);
             else if (columns == 1) TILE(VECTORS, 1);
@@ -104,8 +119,8 @@ static int turn(int m, int k, const float *x, long ldx) {
     return turned != 0;
 }
 
-/* numbers first to last of c (n) = alpha w x + beta c: one row has no columns to fill a vector, so
-   that vectors go along x (k) and along the rows of w (n, k), COLUMNS of them at a time */
+/* c (columns) = alpha w x + beta c of one row x (k), which has no columns to fill a vector: vectors go
+   along x and along the rows of w (columns, k) */
 static inline __attribute__((always_inline))
 void dots(int columns, int k, float alpha, const float *x, const float *w, long ldw, float beta, float *c) {
     vector sums[COLUMNS];
@@ -114,7 +129,8 @@ void dots(int columns, int k, float alpha, const float *x, const float *w, long 
         sums[j] = (vector){0};
     for (; p + LANES <= k; p += LANES)
         for (int j = 0; j < columns; j++) {
-            __builtin_prefetch(w + (j + columns) * ldw + p);
+            if (p % LINE == 0)
+                __builtin_prefetch(w + (j + columns) * ldw + p);
             sums[j] += *(const anywhere *)(x + p) * *(const anywhere *)(w + j * ldw + p);
         }
     for (int j = 0; j < columns; j++) {
@@ -127,6 +143,7 @@ void dots(int columns, int k, float alpha, const float *x, const float *w, long 
     }
 }
 
+/* numbers first to last of c (n) */
 static void some_dots(int first, int last, int k, float alpha, const float *x,
                       const float *w, long ldw, float beta, float *c) {
     int j = first;
@@ -140,18 +157,22 @@ static void some_dots(int first, int last, int k, float alpha, const float *x,
 void cblas_sgemm(int order, int trans_a, int trans_b, int m, int n, int k, float alpha,
                  const float *a, int lda, const float *b, int ldb, float beta, float *c, int ldc) {
     long work = (long)m * n * k;
+    /* even for one row of few numbers OpenBLAS copies all of b */
     int ours = order == ROW_MAJOR && trans_a == AS_IS && trans_b == TRANSPOSED &&
                (m == 1 || (m <= MOST && k >= DEEP && work >= WORTH));
     if (!ours || (m > 1 && !turn(m, k, a, lda))) {
         gemm(order, trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
         return;
     }
-    int parts = work < ALONE ? 1 : count_threads();
-    const float *x = m == 1 ? a : turned;       /* `turned` of this thread, for all */
+    long most = 1 + work / ALONE, parts = count_threads();
+    if (parts > most)
+        parts = most;
+    const float *x = m == 1 ? a : turned;       /* here: every other thread has its own `turned`, empty */
 #pragma omp parallel for num_threads(parts) if (parts > 1)
-    for (int part = 0; part < parts; part++) {
-        int first = (long)n * part / parts / COLUMNS * COLUMNS;
-        int next = (long)n * (part + 1) / parts / COLUMNS * COLUMNS;
+    for (long part = 0; part < parts; part++) {
+        /* borders between tiles: single columns, which are slower, only at the end */
+        int first = n * part / parts / COLUMNS * COLUMNS;
+        int next = n * (part + 1) / parts / COLUMNS * COLUMNS;
         int last = part + 1 == parts ? n : next;
         if (m == 1)
             some_dots(first, last, k, alpha, x, b, ldb, beta, c);

@@ -1,7 +1,10 @@
 """A batch cut in parts gives what the whole gives; BLAS has its cores back afterwards."""
 import ctypes
+import os
 import shutil
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +12,7 @@ import engine.blas
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import TINY, TINY_COT, config, lora_model, run, small_config, write_model
+from conftest import ROOT, TINY, TINY_COT, config, lora_model, run, small_config, write_model
 from mlx.utils import tree_flatten
 
 from engine import parallel
@@ -264,44 +267,74 @@ def test_this_processor_has_its_kernels():
     assert name and (name != "Prescott" or not vectors)
 
 
-def few_rows_file(kernels=None):
-    kernels = engine.blas.kernels_of_processor() if kernels is None else kernels
-    return Path(sys.prefix, f"lib/libfew_rows{kernels}.so")
+MARCH = {"SkylakeX": "skylake-avx512", "Haswell": "haswell", "": "x86-64"}
+
+
+@pytest.fixture(scope="module", params=MARCH)
+def few_rows(request, tmp_path_factory):
+    """few_rows.c compiled as it is now, for each kind of processor that this one can play."""
+    mine = engine.blas.kernels_of_processor()
+    if not shutil.which("cc") or os.uname().machine != "x86_64" or (
+            list(MARCH).index(request.param) < list(MARCH).index(mine)):
+        pytest.skip("no compiler, or not a processor of this kind")
+    file = tmp_path_factory.mktemp("few_rows") / "few_rows.so"
+    subprocess.run(["cc", "-O3", "-fopenmp", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror",
+                    f"-march={MARCH[request.param]}", "-o", file, ROOT / "engine/few_rows.c"],
+                   check=True)
+    return ctypes.CDLL(str(file))
+
+
+def multiply(front, x, w, k, alpha=1, beta=0, c=None):
+    """alpha x w^T + beta c of the first k columns; c has a row and two columns more than that."""
+    point = lambda array: ctypes.c_void_p(array.ctypes.data)
+    c = np.full((len(x) + 1, len(w) + 2), np.nan, np.float32) if c is None else c
+    front.cblas_sgemm(101, 111, 112, len(x), len(w), k, ctypes.c_float(alpha), point(x), x.shape[1],
+                      point(w), w.shape[1], ctypes.c_float(beta), point(c), c.shape[1])
+    return c
 
 
 @pytest.mark.skipif(not OPENBLAS, reason="no OpenBLAS to load")
-@pytest.mark.parametrize("kernels", ["SkylakeX", "Haswell", ""])
-def test_products_of_few_rows(kernels, tmp_path):
-    """few_rows.c in front of OpenBLAS: every shape and layout as numpy, into a part of an array."""
-    file = few_rows_file(kernels)
-    if not file.exists() or kernels == "SkylakeX" != engine.blas.kernels_of_processor():
-        pytest.skip("no compiler when setup.sh ran, or of another processor")
-    own = shutil.copy(file, tmp_path)       # a library of its own, not the one that MLX calls
-    front, behind = ctypes.CDLL(own), ctypes.CDLL(engine.blas.LOADED)
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_products_of_few_rows(few_rows, threads):
+    """Every shape as numpy, into a part of an array; no product of those goes to OpenBLAS."""
+    others, rng = [], np.random.default_rng(0)
+    kept = [ctypes.CFUNCTYPE(ctypes.c_int)(does) for does in (lambda: others.append(1) or 0,
+                                                              lambda: threads)]
+    few_rows.put_few_rows_before(*kept)
+    for m, n, k in [(1, 300, 64), (1, 2001, 35), (1, 3, 5), (1, 5, 20000), (1, 4, 0),
+                    (2, 1030, 128), (3, 999, 131), (12, 300, 128), (16, 500, 128), (17, 301, 200),
+                    (32, 333, 257), (33, 1000, 128), (47, 300, 128), (64, 5, 1000), (64, 77, 300)]:
+        x, w = rng.random((m, k + 3), np.float32), rng.random((n, k + 5), np.float32)
+        product = x[:, :k].astype(np.float64) @ w[:, :k].T
+        for alpha, beta in ((1, 0), (2, 1), (0.5, -1)):
+            # with beta 0 what stands there is not read
+            before = np.full((m + 1, n + 2), np.nan if beta == 0 else 3, np.float32)
+            c = multiply(few_rows, x, w, k, alpha, beta, before.copy())
+            np.testing.assert_allclose(c[:m, :n], alpha * product + 3 * beta, rtol=1e-4, atol=1e-5)
+            np.testing.assert_array_equal(c[m], before[m])
+            np.testing.assert_array_equal(c[:, n:], before[:, n:])
+    assert not others
+
+
+@pytest.mark.skipif(not OPENBLAS, reason="no OpenBLAS to load")
+def test_two_streams_multiply_at_once(few_rows):
+    """Each has its own place for the rows that it turns."""
+    kept = [ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 2) for _ in range(2)]
+    few_rows.put_few_rows_before(*kept)
     rng = np.random.default_rng(0)
-    point = lambda x: ctypes.c_void_p(x.ctypes.data)
-    for threads in (1, 2):
-        count = ctypes.CFUNCTYPE(ctypes.c_int)(lambda threads=threads: threads)
-        front.use_functions(behind.cblas_sgemm, count)
-        for m, n, k in [(1, 300, 64), (1, 2001, 35), (1, 3, 5), (2, 1030, 128), (3, 999, 131),
-                        (16, 500, 128), (17, 301, 200), (32, 333, 257), (33, 1000, 128),
-                        (64, 77, 300), (65, 100, 200), (2, 3, 4)]:
-            x, w = rng.random((m, k + 3), np.float32), rng.random((n, k + 5), np.float32)
-            for alpha, beta in ((1, 0), (2, 1), (0.5, -1)):
-                # with beta 0 what stands there is not read
-                c = np.full((m, n + 2), np.nan if beta == 0 else 3, np.float32)
-                front.cblas_sgemm(101, 111, 112, m, n, k, ctypes.c_float(alpha), point(x), k + 3,
-                                  point(w), k + 5, ctypes.c_float(beta), point(c), n + 2)
-                product = x[:, :k].astype(np.float64) @ w[:, :k].T
-                np.testing.assert_allclose(c[:, :n], alpha * product + 3 * beta, rtol=1e-4,
-                                           atol=1e-5)
-                np.testing.assert_array_equal(c[:, n:], np.nan if beta == 0 else 3)
+    pairs = [(rng.random((m, 256), np.float32), rng.random((700, 256), np.float32))
+             for m in (20, 40)]
+    with ThreadPoolExecutor(2) as pool:
+        for found, (x, w) in zip(pool.map(lambda i: multiply(few_rows, *pairs[i % 2], 256),
+                                          range(100)), pairs * 50):
+            np.testing.assert_allclose(found[:-1, :-2], x @ w.T, rtol=1e-4)
 
 
 @pytest.mark.skipif(not OPENBLAS, reason="no OpenBLAS to load")
 def test_which_products_go_where(tmp_path):
     """Up to 64 rows to our own kernel, all else to gemm; in every layout as numpy."""
-    if not few_rows_file().exists():
+    own = Path(sys.prefix, f"lib/libfew_rows{engine.blas.kernels_of_processor()}.so")
+    if not own.exists():
         pytest.skip("no compiler when setup.sh ran")
     rng = np.random.default_rng(0)
     for m, n, k in [(1, 5, 7), (1, 1, 3), (1, 300, 64), (1, 64, 300), (2, 5, 7), (3, 1, 4),
@@ -317,20 +350,26 @@ def test_which_products_go_where(tmp_path):
     code = ("import sys, engine.blas, ctypes, mlx.core as mx; calls = []; "
             "front = ctypes.CDLL(sys.argv[1]); "
             "kept = [ctypes.CFUNCTYPE(ctypes.c_int)(lambda name=name: calls.append(name) or 1) "
-            "for name in ('gemm', 'ours')]; front.use_functions(*kept)\n"
+            "for name in ('gemm', 'ours')]; front.put_few_rows_before(*kept)\n"
             "for m, n, k in [(1, 999, 128), (64, 999, 128), (65, 999, 128), (64, 999, 127),"
             "                (2, 9, 999)]: mx.eval(mx.ones((m, k)) @ mx.ones((n, k)).T)\n"
             "mx.eval(mx.ones((64, 128)) @ mx.ones((128, 999))); print(*calls)")
-    done = run("-c", code, few_rows_file(), check=0)
+    done = run("-c", code, own, check=0)
     assert done.stdout.strip() == "ours ours gemm gemm gemm gemm"
+    # numbers below 1e-38 are 0 on every thread that multiplies
+    code = ("import engine.blas, mlx.core as mx; x, w = mx.full((32, 128), 1e-20), "
+            "mx.full((999, 128), 1e-20); print((x @ w.T).max().item())")
+    assert run("-c", code, check=0, OPENBLAS_NUM_THREADS="2").stdout.strip() == "0.0"
     # without the compiled file all is as before
     code = ("import sys; sys.prefix = '/nowhere'; import engine.blas as b, mlx.core as mx; "
             "print(b.LOADED, (mx.ones((1, 4)) @ mx.ones((4, 4))).sum().item())")
     assert run("-c", code, check=0).stdout.split() == [engine.blas.LOADED, "16.0"]
-    (tmp_path / "lib").mkdir()      # nor does a broken one stop anything
-    (tmp_path / "lib" / few_rows_file().name).write_bytes(b"half a file")
-    done = run("-c", code.replace("/nowhere", str(tmp_path)), check=0)
-    assert done.stdout.split() == [engine.blas.LOADED, "16.0"] and "make setup" in done.stderr
+    # nor does one stop anything that is broken, or was compiled for an older blas.py
+    (tmp_path / "lib").mkdir()
+    for content in (b"half a file", Path(engine.blas.LOADED).read_bytes()):
+        (tmp_path / "lib" / own.name).write_bytes(content)
+        done = run("-c", code.replace("/nowhere", str(tmp_path)), check=0)
+        assert done.stdout.split() == [engine.blas.LOADED, "16.0"] and "sh setup.sh" in done.stderr
 
 
 # --- numbers below 1e-38
