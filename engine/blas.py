@@ -67,9 +67,9 @@ def load_openblas() -> str:
 def publish(path: str) -> None:
     """Let MLX find an OpenBLAS: its cblas_sgemm, or in front of that the one of few_rows.c."""
     own = f"{sys.prefix}/lib/libfew_rows{kernels_of_processor()}.so"
-    if os.path.exists(own) and hasattr(ctypes.CDLL(path), "openblas_get_num_threads"):
+    library = ctypes.CDLL(path) if os.path.exists(own) else None
+    if hasattr(library, "openblas_get_num_threads"):
         try:
-            library = ctypes.CDLL(path)
             ctypes.CDLL(own).put_few_rows_before(
                 library.cblas_sgemm, library.openblas_get_num_threads)
             # public only now, when it is whole; and first, since MLX gets the first of a name
@@ -100,10 +100,10 @@ def kernels_of_processor() -> str:
     """OpenBLAS's name for x86-64 with vectors such as this one has; "": for any other."""
     if not CPU_INFO.exists():
         return ""
-    flags = set(CPU_INFO.read_text().partition("flags")[2].partition("\n")[0].split())
-    if not {"avx2", "fma"} <= flags:
-        return ""
-    return "SkylakeX" if {"avx512bw", "avx512dq", "avx512vl"} <= flags else "Haswell"
+    with CPU_INFO.open() as lines:      # of many cores the first says it: no need to read all
+        flags = next((set(line.split()) for line in lines if line.startswith("flags")), set())
+    avx2 = "Haswell" if {"avx2", "fma"} <= flags else ""
+    return "SkylakeX" if avx2 and {"avx512bw", "avx512dq", "avx512vl"} <= flags else avx2
 
 
 def count_cores() -> int:
