@@ -45,14 +45,15 @@ def rms_norm(x: mx.array, gain: mx.array, eps: float) -> mx.array:
     return gain * wide.astype(x.dtype)
 
 
-def rope(x: mx.array, offset: int, periods: mx.array) -> mx.array:
+def rope(x: mx.array, offset: int, periods: np.ndarray) -> mx.array:
     """Rotate each pair of features by position / period, so that q k^T sees relative positions.
 
     x (B, H, T, d) at positions offset, offset + 1, ...; periods (d/2,) of rope_periods: positions
     for one radian
     """
     T, d = x.shape[-2:]
-    angles = (offset + mx.arange(T))[:, None] / periods                                 # (T, d/2)
+    # as MLX's own array: numpy's would be cut to whole numbers beside positions, which are whole
+    angles = (offset + mx.arange(T))[:, None] / mx.array(periods)                       # (T, d/2)
     cos, sin = mx.cos(angles), mx.sin(angles)
     # feature i is paired with i + d/2, as in the Hub's weights; the paper pairs 2i with 2i + 1
     first, second = x[..., :d // 2], x[..., d // 2:]                             # (B, H, T, d/2)
@@ -89,7 +90,7 @@ FORMULAS = {f.__name__: f for f in (rms_norm, rope, attention, swiglu)}
 from engine.ops import attention, rms_norm, rope, swiglu  # noqa: E402
 
 
-def rope_periods(args: ModelArgs) -> mx.array:
+def rope_periods(args: ModelArgs) -> np.ndarray:
     """Of each of d/2 pairs the positions that turn it by one radian; `mx.fast.rope`'s `freqs`.
 
     Plain RoPE turns pair i by position / theta^(2i/d); linear scaling slows all by `factor`.
@@ -108,7 +109,7 @@ def rope_periods(args: ModelArgs) -> mx.array:
         turns = context * freqs / (2 * math.pi)              # full turns in the original context
         blend = np.clip((turns - low) / (high - low), 0, 1)  # 0: slow pair, 1: fast pair
         freqs = (1 - blend) * freqs / factor + blend * freqs
-    return mx.array((1 / freqs).astype(np.float32))
+    return (1 / freqs).astype(np.float32)
 
 
 def gather_positions(resid: mx.array, positions: mx.array) -> mx.array:
@@ -144,7 +145,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(D, K * d, bias=args.qkv_bias)
         self.v_proj = nn.Linear(D, K * d, bias=args.qkv_bias)
         self.o_proj = nn.Linear(H * d, D, bias=args.o_bias)
-        self._periods = rope_periods(args)  # (d/2,); the underscore keeps it out of parameters()
+        self.periods = rope_periods(args)   # (d/2,); numpy's, so it is no parameter
 
     def __call__(self, x: mx.array, cache: KVCache | None = None,
                  positions: mx.array | None = None) -> mx.array:
@@ -162,7 +163,7 @@ class Attention(nn.Module):
         k = k.reshape(B, T, -1, self.head_dim).transpose(0, 2, 1, 3)                # (B, K, T, d)
         v = v.reshape(B, T, -1, self.head_dim).transpose(0, 2, 1, 3)
         offset = cache.offset if cache else 0
-        q, k = rope(q, offset, self._periods), rope(k, offset, self._periods)
+        q, k = rope(q, offset, self.periods), rope(k, offset, self.periods)
         # right padding needs no mask of its own, since no real token can look to its right. Asked
         # before the update: the mask counts the T new tokens itself
         mask = cache.mask(T) if cache else "causal"

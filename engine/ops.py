@@ -11,9 +11,12 @@ with a polynomial for exp(r) (Cephes' expf), and 2^i put together from its bits.
 through those bits, so what is built on it has its gradient written out (`mx.custom_function`).
 tests/test_ops.py holds values and gradients against the plain formulas.
 """
+import functools
+
 import engine.blas  # noqa: F401  (before mlx)
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from engine.blas import linux_cpu
 
 LINUX_CPU = linux_cpu()
@@ -22,11 +25,15 @@ MAGIC = 12582912.0      # 1.5 * 2^23: added to x, the sum's last bits are x roun
 COEFFICIENTS = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2,
                 1.6666665459e-1, 5.0000001201e-1)
 GROUP = 128     # tokens; see top_tokens
-FEW = 2 ** 15   # attention weights of one query a row: rows x heads x keys
+FEW = 2 ** 12   # numbers; an operation on fewer costs more than its arithmetic: MLX's own are fewer
+
+
+compiled_rms_norm = mx.compile(lambda x, gain, eps: mx.fast.rms_norm(x, gain, eps))
 
 
 def rms_norm(x: mx.array, gain: mx.array, eps: float) -> mx.array:
-    return mx.fast.rms_norm(x, gain, eps)
+    # put together from ten operations there; compiled, they are three
+    return compiled_rms_norm(x, gain, eps) if LINUX_CPU else mx.fast.rms_norm(x, gain, eps)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -101,7 +108,7 @@ compiled_swiglu.vjp(
 
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    if LINUX_CPU and gate.dtype == mx.float32:
+    if LINUX_CPU and gate.dtype == mx.float32 and gate.size > FEW:
         return compiled_swiglu(gate, up)
     return nn.silu(gate) * up
 
@@ -116,21 +123,29 @@ def fast_rope(x: mx.array, offset, periods: mx.array) -> mx.array:
                         freqs=periods)
 
 
-compiled_rope = mx.compile(fast_rope)
+@functools.lru_cache(maxsize=8)
+def turns(periods: bytes, offset: int, T: int) -> tuple[mx.array, mx.array]:
+    """cos and sin of T positions' angles, (T, d/2) each: once a pass, for q and k of all blocks."""
+    angles = np.arange(offset, offset + T)[:, None] / np.frombuffer(periods, np.float32)
+    return mx.array(np.cos(angles).astype(np.float32)), mx.array(np.sin(angles).astype(np.float32))
 
 
-def rope(x: mx.array, offset: int, periods: mx.array) -> mx.array:
+@mx.compile
+def turn(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+    first, second = mx.split(x, 2, axis=-1)
+    rotated = [first * cos - second * sin, first * sin + second * cos]
+    return mx.concatenate(rotated, axis=-1).astype(x.dtype)
+
+
+def rope(x: mx.array, offset: int, periods: np.ndarray) -> mx.array:
     if LINUX_CPU:
-        # put together from twenty operations there; compiled, they are six. The offset is an
-        # array, or each one would have a trace of its own
-        return compiled_rope(x, mx.array(offset), periods)
-    return fast_rope(x, offset, periods)
+        return turn(x, *turns(np.asarray(periods).tobytes(), offset, x.shape[-2]))
+    return fast_rope(x, offset, mx.array(periods))
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | str | None) -> mx.array:
     (B, H, T, d), S = q.shape, k.shape[2]
     scale = d ** -0.5
-    # of few numbers each operation costs more than its arithmetic, and MLX's own has fewer
     if LINUX_CPU and q.dtype == mx.float32 and (T > 1 or B * H * S > FEW):
         return attention_by_exp(q, k, v, scale, mask)
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)

@@ -1,4 +1,6 @@
 """The fast versions of the formulas: against the formulas, and against float64 at every size."""
+import functools
+
 import engine.blas
 import mlx.core as mx
 import numpy as np
@@ -171,19 +173,25 @@ def test_attention_and_gradient(T, S, mask):
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 5, 16), (4, 1, 1, 64)])
-def test_compiled_rope(shape):
-    """As MLX's own at any offset, one trace for all of them; its gradient is the rotation back."""
-    periods = 10000 ** (np.arange(0, shape[-1], 2, dtype=np.float32) / shape[-1])
-    x, periods = mx.random.normal(shape), mx.array(periods)
-    traced = []
-    compiled = mx.compile(lambda *args: traced.append(1) or ops.fast_rope(*args))
-    for offset in (0, 7, 300):
-        expected = ops.fast_rope(x, offset, periods)
-        assert mx.abs(ops.rope(x, offset, periods) - expected).max() < 1e-5
-        assert mx.abs(compiled(x, mx.array(offset), periods) - expected).max() < 1e-5
-        back = mx.vjp(lambda x, at=offset: ops.rope(x, at, periods), [x], [expected])[1][0]
-        assert mx.abs(back - x).max() < 1e-5
-    assert len(traced) == 1
+def test_rope(shape):
+    """As MLX's own at any offset, whatever came before it; its gradient is the rotation back."""
+    x = mx.random.normal(shape)
+    for offset in (0, 7, 300, 7):
+        for theta in (10000, 500):
+            periods = theta ** (np.arange(0, shape[-1], 2, dtype=np.float32) / shape[-1])
+            expected = ops.fast_rope(x, offset, mx.array(periods))
+            assert mx.abs(ops.rope(x, offset, periods) - expected).max() < 1e-4
+            turn = functools.partial(ops.rope, offset=offset, periods=periods)
+            back = mx.vjp(turn, [x], [expected])[1][0]
+            assert mx.abs(back - x).max() < 1e-4
+
+
+def test_rope_met_first_by_a_function_being_compiled():
+    """The angles that it leaves behind are numbers, which serve outside of the trace as well."""
+    periods, x = 77 ** (np.arange(8, dtype=np.float32) / 8), mx.random.normal((1, 2, 3, 16))
+    traced = mx.compile(lambda x: ops.rope(x, 5, periods))(x)
+    assert mx.allclose(traced, ops.rope(x, 5, periods), atol=1e-6)
+    assert mx.allclose(traced, FORMULAS["rope"](x, 5, periods), atol=1e-4)
 
 
 def test_the_plain_path_is_what_metal_and_cuda_take():
