@@ -21,7 +21,7 @@ smollm2: .venv/ready  ## a real Llama, SmolLM2-135M-Instruct, into models/smollm
 	$(PY) -m files.convert smollm2 models/smollm2
 
 test: .venv/ready_dev  ## all tests, offline once models/smollm2 is there
-	OPENBLAS_NUM_THREADS=1 $(PY) -m pytest -q -n 2
+	OPENBLAS_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist worksteal
 
 PLAIN_TESTS = bfloat16 ops train losses generate lens
 test-plain: .venv/ready_dev  ## training, sampling and lens on the path of Metal and CUDA, on a Linux CPU

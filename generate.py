@@ -32,7 +32,7 @@ from text.tokenizer import Tokenizer, first_stop, tokens_until_stop
 @dataclass
 class Completion:
     ids: list[int]          # sampled tokens, the stop token included
-    text: str               # decoded, cut at the first line break unless many lines were asked for
+    text: str               # decoded; cut at a stop, and but for many_lines at the first line break
     finished: bool          # ended by a stop token or text; otherwise cut by the length limit
     logprobs: np.ndarray    # (len(ids),) float32 at the temperature used; empty for greedy
     entropies: np.ndarray   # (len(ids),) float32 nats of the distribution drawn from; the same
@@ -62,7 +62,7 @@ def choose(logits: mx.array, uniform: mx.array | None, temperature: float, top_k
         inside = mx.cumsum(falling, axis=-1) - falling < top_p * total  # the first always is
         kept = mx.where(mass >= mx.where(inside, falling, mx.inf).min(-1, keepdims=True), kept, 0)
     cdf = mx.cumsum(kept, axis=-1)
-    # a hair inside (0, 1): at 0 a token of no probability would do, at 1 rounding could find none
+    # a hair inside (0, 1): at 0 any first token would do, at 1 rounding could find none
     level = (1e-7 + (1 - 1e-6) * uniform[:, None]) * cdf[:, -1:]
     tokens = mx.argmax(cdf > level, axis=-1)
     logprobs = mx.take_along_axis(shifted, tokens[:, None], axis=-1) - mx.log(total)

@@ -52,7 +52,7 @@ def rope(x: mx.array, offset: int, periods: np.ndarray) -> mx.array:
     for one radian
     """
     T, d = x.shape[-2:]
-    # as MLX's own array: numpy's would be cut to whole numbers beside positions, which are whole
+    # mx.array: beside positions, which are whole, MLX would make numpy's numbers whole ones too
     angles = (offset + mx.arange(T))[:, None] / mx.array(periods)                       # (T, d/2)
     cos, sin = mx.cos(angles), mx.sin(angles)
     # feature i is paired with i + d/2, as in the Hub's weights; the paper pairs 2i with 2i + 1
@@ -84,8 +84,8 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     return gate * mx.sigmoid(gate) * up
 
 
-# The same four by faster kernels: mx.fast's, and on a Linux CPU our own for swiglu and float32
-# attention. Without the last of these lines all runs on the formulas; test_ops.py holds both equal
+# The same four, faster: mx.fast's, and on a Linux CPU our own for rope, swiglu and attention.
+# Without the last of these lines all runs on the formulas; test_ops.py holds both equal
 FORMULAS = {f.__name__: f for f in (rms_norm, rope, attention, swiglu)}
 from engine.ops import attention, rms_norm, rope, swiglu  # noqa: E402
 

@@ -77,6 +77,10 @@ def peers_of(work: str, folder: str, args: ModelArgs, sizes: dict, count: int) -
     n = [size for key, size in sizes.items() if key != "group"]
     theirs, lm = ["bench/peers/hf.py", work, folder, count, *n], "bench/peers/mlxlm.py"
     found = {"mlx-lm": Peer(("mlx_lm",), [lm, work, folder, count, *n])}
+    if work == "chat":
+        # mlx_lm brings the mlx that writes its file
+        found["llama.cpp"] = Peer(("llama_cpp", "mlx_lm"), [
+            "bench/peers/llamacpp.py", work, folder, count, *n])
     if work != "sft":
         return {"transformers": Peer(hf, theirs)} | found
     return {"transformers + peft": Peer((*hf, "peft"), theirs)} | found
@@ -86,7 +90,8 @@ def packages_in(python: str) -> dict[str, str]:
     """{module: version} of the peers' packages that a Python has."""
     code = ("import importlib.metadata as m, importlib.util as u, json; names = {'torch': 'torch', "
             "'transformers': 'transformers', 'peft': 'peft', 'trl': 'trl', 'datasets': 'datasets', "
-            "'transformer_lens': 'transformer-lens', 'mlx_lm': 'mlx-lm'}; print(json.dumps("
+            "'transformer_lens': 'transformer-lens', 'mlx_lm': 'mlx-lm', "
+            "'llama_cpp': 'llama-cpp-python'}; print(json.dumps("
             "{k: m.version(v) for k, v in names.items() if u.find_spec(k)}))")
     try:
         return json.loads(run_other([python, "-c", code]).splitlines()[-1])

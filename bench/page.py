@@ -11,7 +11,8 @@ from config import run_main
 from files.disk import write_text
 
 PAGE = ROOT / "docs/speed.md"
-PACKAGES = ("mlx", "mlx_lm", "torch", "transformers", "peft", "trl", "transformer_lens")
+PACKAGES = ("mlx", "mlx_lm", "torch", "transformers", "peft", "trl", "transformer_lens",
+            "llama_cpp")
 MARKS = re.compile(r"(<!-- (\w+\.json) -->\n).*?(<!-- end -->)", re.S)
 
 

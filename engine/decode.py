@@ -115,7 +115,7 @@ def read_shared(model: nn.Module, prompts: list[list[int]],
     """Read once what all prompts begin with: its caches, of one row, and the rest of each prompt.
 
     ([], prompts) where they share too little to be worth a pass of its own.
-    one_length   also where lengths differ: left padding would stand behind what is shared
+    one_length   so too where lengths differ: left padding would stand behind what is shared
     """
     n = shared_length(prompts) if len(prompts) > 1 else 0
     if n < SHARED or one_length and len(set(map(len, prompts))) > 1:

@@ -1,8 +1,8 @@
 /* Products of few rows, fast: stands in front of OpenBLAS's cblas_sgemm, which MLX calls.
 
    Decoding multiplies a few rows x by a matrix W of many, x W^T. OpenBLAS copies all of W into
-   panels first, which pays for hundreds of rows. Here W is read once, where it lies, and the small
-   x is transposed instead, `turned`, so that a vector holds one column of it:
+   panels first, which pays from some 64 rows on. Here W is read once, where it lies, and the small
+   x is transposed instead, `transposed`, so that a vector holds one column of it:
 
        for every number w of W:   sums of W's row += w * (x's column, LANES rows at a time)
 
@@ -12,8 +12,9 @@
 
 enum { ROW_MAJOR = 101, AS_IS = 111, TRANSPOSED = 112 };    /* cblas.h's numbers */
 
-/* a tile is COLUMNS rows of W by VECTORS vectors of rows of x. Its sums stay in registers: 16 of 32,
-   which keep both multipliers busy; 12 of 16; 24 of 32 */
+/* a tile is COLUMNS columns of c, each from one row of W, by VECTORS vectors of c's rows, a lane for
+   each row of x. Its sums stay in registers: 16 of 32 (AVX-512), which keep both multipliers busy;
+   12 of 16 (AVX2); 24 of 32 (NEON) */
 #if defined __AVX512F__
 enum { LANES = 16, VECTORS = 2, COLUMNS = 8 };
 #elif defined __AVX2__
@@ -24,10 +25,11 @@ enum { LANES = 4, VECTORS = 4, COLUMNS = 6 };
 enum {
     ROWS = LANES * VECTORS,     /* of x, at once */
     MOST = 64,                  /* rows; with more, OpenBLAS is as fast */
-    DEEP = 128,                 /* numbers of a row; of fewer, putting away the sums costs too much */
-    WORTH = 1 << 18,            /* multiplications; fewer are left to OpenBLAS */
+    /* for two rows and more: numbers of a row, of fewer putting away the sums costs too much; and
+       multiplications, fewer are left to OpenBLAS */
+    DEEP = 128, WORTH = 1 << 18,
     ALONE = 1 << 16,            /* multiplications; fewer are not worth a thread of their own */
-    LONG = 384,                 /* numbers of a sum */
+    LONG = 384,                 /* products in one sum, which then goes to the totals: see tile() */
     LINE = 16                   /* numbers of a cache line */
 };
 typedef float vector __attribute__((vector_size(4 * LANES)));
@@ -38,17 +40,17 @@ typedef void (*gemm_t)(int order, int trans_a, int trans_b, int m, int n, int k,
 static gemm_t gemm;
 static int (*count_threads)(void);
 /* x, as tile() reads it, kept from call to call; one for each of MLX's streams, which may multiply at once */
-static __thread float *turned;
+static __thread float *transposed;
 static __thread size_t room;
 
-/* blas.py calls this before MLX can see cblas_sgemm. Other arguments need another name: a file that
-   was compiled before would take them for what they are not */
+/* blas.py calls this before MLX can see cblas_sgemm. Whoever changes its arguments renames it: a
+   library compiled before would take the new ones for the old */
 void put_few_rows_before(gemm_t openblas_gemm, int (*openblas_get_num_threads)(void)) {
     gemm = openblas_gemm;
     count_threads = openblas_get_num_threads;
 }
 
-/* c (rows, columns) = alpha x w^T + beta c: x turned, (k, vectors * LANES); w (columns, k), of which
+/* c (rows, columns) = alpha x w^T + beta c: x transposed, (k, vectors * LANES); w (columns, k), of which
    each row gives a column of c. Only where vectors and columns are constants are sums registers */
 static inline __attribute__((always_inline))
 void tile(int vectors, int columns, int rows, int k, float alpha, const float *x,
@@ -100,26 +102,26 @@ static void some_columns(int first, int last, int m, int k, float alpha, const f
     }
 }
 
-/* x (m, k) to `turned`: (k, width) for each ROWS rows, the rows beyond m being 0 */
-static int turn(int m, int k, const float *x, long ldx) {
+/* x (m, k) to `transposed`: (k, width) for each ROWS rows, the rows beyond m being 0 */
+static int transpose(int m, int k, const float *x, long ldx) {
     size_t needed = 4 * (size_t)(m + ROWS) * k;
     if (needed > room) {
-        free(turned);
-        turned = aligned_alloc(64, (needed + 63) / 64 * 64);
-        room = turned ? needed : 0;
+        free(transposed);
+        transposed = aligned_alloc(64, (needed + 63) / 64 * 64);
+        room = transposed ? needed : 0;
     }
-    for (int i = 0; i < m && turned; i += ROWS) {
+    for (int i = 0; i < m && transposed; i += ROWS) {
         int rows = m - i < ROWS ? m - i : ROWS, width = rows <= LANES ? LANES : ROWS;
         for (int p = 0; p < k; p++) {
-            float *to = turned + (long)i * k + (long)p * width;
+            float *to = transposed + (long)i * k + (long)p * width;
             for (int r = 0; r < width; r++)
                 to[r] = r < rows ? x[(i + r) * ldx + p] : 0;
         }
     }
-    return turned != 0;
+    return transposed != 0;
 }
 
-/* c (columns) = alpha w x + beta c of one row x (k), which has no columns to fill a vector: vectors go
+/* c (columns) = alpha w x + beta c of one row x (k), whose columns are single numbers: vectors go
    along x and along the rows of w (columns, k) */
 static inline __attribute__((always_inline))
 void dots(int columns, int k, float alpha, const float *x, const float *w, long ldw, float beta, float *c) {
@@ -160,14 +162,14 @@ void cblas_sgemm(int order, int trans_a, int trans_b, int m, int n, int k, float
     /* even for one row of few numbers OpenBLAS copies all of b */
     int ours = order == ROW_MAJOR && trans_a == AS_IS && trans_b == TRANSPOSED &&
                (m == 1 || (m <= MOST && k >= DEEP && work >= WORTH));
-    if (!ours || (m > 1 && !turn(m, k, a, lda))) {
+    if (!ours || (m > 1 && !transpose(m, k, a, lda))) {
         gemm(order, trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
         return;
     }
     long most = 1 + work / ALONE, parts = count_threads();
     if (parts > most)
         parts = most;
-    const float *x = m == 1 ? a : turned;       /* here: every other thread has its own `turned`, empty */
+    const float *x = m == 1 ? a : transposed;       /* before the threads part: `transposed` is each one's own */
 #pragma omp parallel for num_threads(parts) if (parts > 1)
     for (long part = 0; part < parts; part++) {
         /* borders between tiles: single columns, which are slower, only at the end */

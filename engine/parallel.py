@@ -3,9 +3,9 @@
 MLX's CPU backend runs the operations of a stream one after the other on one thread; only a matrix
 product uses more cores, inside BLAS. A third of a small model's step then leaves all but one core
 idle. Rows of a batch do not depend on each other, so here they are cut into as many parts as there
-are cores, up to four. Each part is built on a stream of its own, then all are evaluated together,
-with BLAS on one thread meanwhile, since two products at a time would wait for each other's threads.
-Nothing is cut on Metal and CUDA.
+are cores, up to four; more than that one Python could not feed. Each part is built on a stream of
+its own, then all are evaluated together, with BLAS on one thread meanwhile, since two products at a
+time would wait for each other's threads. Nothing is cut on Metal and CUDA.
 
     logits = mx.concatenate(map_rows(lambda part: model(part["tokens"]), {"tokens": tokens}))
 """
@@ -42,7 +42,7 @@ def map_rows(fn: Callable[[dict[str, Any]], Any], batch: dict[str, Any],
     batch   arrays, tuples of arrays, and other values. Arrays are cut along their first axis, each
             into as many parts even where they differ in length, such as prompts and their
             completions; scalars, arrays of one row and other values go to every part
-    limit   the most parts at a time; None: one a core
+    limit   the most parts at a time; None: blas.PARTS
     rows    the most rows of a part, for arrays of one length, where more would not fit
     """
     def is_cut(x):

@@ -219,7 +219,7 @@ def test_packages_are_found():
     python, found = bench.find_python(sys.executable)
     assert python == sys.executable
     assert found.keys() <= {"torch", "transformers", "peft", "trl", "datasets", "transformer_lens",
-                            "mlx_lm"}
+                            "mlx_lm", "llama_cpp"}
 
 
 @pytest.mark.parametrize("main,words,said", [
