@@ -34,8 +34,9 @@ compiled_rms_norm = mx.compile(lambda x, gain, eps: mx.fast.rms_norm(x, gain, ep
 
 
 def rms_norm(x: mx.array, gain: mx.array, eps: float) -> mx.array:
-    # put together from ten operations there; compiled, they are three
-    return compiled_rms_norm(x, gain, eps) if LINUX_CPU else mx.fast.rms_norm(x, gain, eps)
+    # ten operations there; compiled, three, of which one takes a root for each number, not each row
+    few = LINUX_CPU and x.size <= FEW
+    return compiled_rms_norm(x, gain, eps) if few else mx.fast.rms_norm(x, gain, eps)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -23,5 +23,5 @@ import mlx.core as mx
 
 
 def rope(x: mx.array, offset: int, periods: mx.array) -> mx.array:
-    """x (B, H, T, d), periods (d/2,) -> (B, H, T, d)."""
+    """x (B, H, T, d), periods (d/2,) -> (B, H, T, d). In model.py periods are numpy's."""
     raise NotImplementedError

@@ -5,6 +5,8 @@ import json
 import re
 import sys
 
+import engine.blas  # noqa: F401  (before mlx)
+import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import ROOT, assert_one_clear_line, run
@@ -14,6 +16,7 @@ from bench import fullsize, limit, ours, page, whole
 from bench.__main__ import Peer, summarise
 from bench.limit import minimal_flops
 from bench.ours import llama_config, write_random_model
+from files.gguf import read_config, read_gguf, read_tensors
 from files.keys import BadInput
 from files.model_folder import parse_args
 
@@ -240,6 +243,25 @@ def test_peers_compile():
     """They run in other environments; here at least they are Python, and say what they do."""
     for path in sorted((ROOT / "bench" / "peers").glob("*.py")):
         assert len(ast.get_docstring(ast.parse(path.read_text())).split()) > 12
+
+
+def test_what_llama_cpp_is_given(folder, tmp_path):
+    """Read back by files/gguf.py, whose order of rows is held against transformers'."""
+    script = ROOT / "bench" / "peers" / "llamacpp.py"
+    run(script, "write", folder, tmp_path / "model.gguf", check=0)
+    file, raw = read_gguf(tmp_path / "model.gguf"), json.loads((folder / "config.json").read_text())
+    found = read_tensors(file)
+    for shard in folder.glob("*.safetensors"):
+        for key, weight in mx.load(str(shard)).items():
+            assert mx.array_equal(found.pop(key), weight), key
+    assert not found
+    config = read_config(file)
+    same = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size",
+            "intermediate_size", "vocab_size", "rope_theta", "head_dim")
+    assert [config[key] for key in same] == [raw[key] for key in same]
+    assert config["rms_norm_eps"] == pytest.approx(raw["rms_norm_eps"])
+    done = run(script, "write", ROOT / "tests" / "golden" / "llama3_2", tmp_path / "no.gguf")
+    assert done.returncode == 1 and "plain RoPE" in done.stderr
 
 
 def test_fullsize_takes_every_work(tmp_path, monkeypatch, capsys):

@@ -35,6 +35,7 @@ PERIODS = 10000 ** (np.arange(0, 16, 2, dtype=np.float32) / 16)
 # by name: arrays that have gradients, and what else the function takes
 CASES = {
     "rms_norm": ("rms_norm", [normal(2, 5, 32, size=3), normal(32, seed=1)], [1e-5]),
+    "rms_norm of many": ("rms_norm", [normal(8, 20, 32, size=3), normal(32, seed=1)], [1e-5]),
     "rms_norm of nearly nothing": ("rms_norm", [normal(2, 5, 32, size=1e-3), normal(32)], [1e-5]),
     "rope": ("rope", [normal(2, 3, 5, 16)], [0, PERIODS]),
     "rope of one token behind a cache": ("rope", [normal(2, 3, 1, 16)], [300, PERIODS]),
