@@ -104,7 +104,7 @@ class Config:
 
     # --- memory
     # activations that the backward pass computes again: none | mlp (a quarter more time) | block
-    # (a third more); both also bound the logits that exist at once
+    # (a third more); where all weights train, both also bound the logits that exist at once
     recompute: str = "none"
     memory_limit_gib: float | None = None   # what a run may take; null: what the machine has
 
@@ -170,7 +170,7 @@ def resolved(cfg: Config) -> dict:
 
 
 def run_main(main) -> None:
-    """Call an entry point and exit with a code: 0 done, 2 bad input, 3 guard, 130 interrupted."""
+    """Call an entry point and exit with a code: 0 done, 2 bad input, 3 Stopped, 130 interrupted."""
     steady_output()
     try:
         code = main(check_words(sys.argv[1:]))

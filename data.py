@@ -22,8 +22,8 @@ def make_batch(rows: list[Row], indices: list[int], T: int, A: int,
                cfg: Config) -> dict[str, np.ndarray]:
     """Pad the rows to T tokens and say where their targets are.
 
-    rows     their targets (Row.targets): the answer and EOS; of a conversation every reply and what
-             ends it; all tokens after the first where cfg.mask_prompt is false
+    rows     Row.targets says what counts in the loss: the answer and EOS; of a conversation every
+             reply and what ends it; all tokens after the first where cfg.mask_prompt is false
     indices  rows to take; -1 fills the batch up with a row of zeros that counts for nothing
     example  ids [1, 7, *, 8, =, 56, 2], 5 of them the prompt, A 3: target_positions [4, 5, 0],
              targets [56, 2, 7], target_mask [1, 1, 0]

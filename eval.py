@@ -50,7 +50,10 @@ REPLIES = 10            # to be read, where answers are too long to be matched
 
 def read_series(model: Llama, tokenizer: Tokenizer, problems: list[Problem], template: str,
                 done: list[Completion] | None = None) -> tuple[Reading, np.ndarray]:
-    """The lens at each prompt's last token: a Reading (A = 1, N = 3) of SERIES, and series_ids."""
+    """The lens at each prompt's last token: a Reading (A = 1), and the tokens that it looks for.
+
+    Those are (B, N), of report.stats.SERIES: N is 3, or 1 where no problem names an operation.
+    """
     prompts, ids = series_ids(tokenizer, problems, template)
     # a template may begin a reply otherwise where it is still to come
     if done and prompts == [encode_prompt_of(p, tokenizer, template) for p in problems]:

@@ -35,7 +35,7 @@ class Completion:
     text: str               # decoded; cut at a stop, and but for many_lines at the first line break
     finished: bool          # ended by a stop token or text; otherwise cut by the length limit
     logprobs: np.ndarray    # (len(ids),) float32 at the temperature used; empty for greedy
-    entropies: np.ndarray   # (len(ids),) float32 nats of the distribution drawn from; the same
+    entropies: np.ndarray   # (len(ids),) float32 nats of the whole distribution then; the same
     stop: str = ""          # which of `stops` ended it; "": a stop token did, or nothing
     taps: mx.array | None = None    # (L+1, D): the stream at the prompt's last token, if asked for
 

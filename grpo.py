@@ -3,8 +3,8 @@
 A completion's advantage is its reward minus the mean of its group's others, so no value network is
 needed (DeepSeekMath 2402.03300). This file makes the batches and the loss; the optimizer stays in
 train.py. Where we differ from the paper: the mean leaves the completion itself out (RLOO
-2402.14740) and is not divided by the group's standard deviation, and the loss is divided by a
-constant, not by each completion's length (Dr. GRPO 2503.20783). The last two are options.
+2402.14740), advantages are not divided by the group's standard deviation, and the loss is divided
+by a constant, not by each completion's length (Dr. GRPO 2503.20783). The last two are options.
 What public code got wrong here, and tests look for: study/prior_work.md.
 
     old policy        the weights that sampled; its log-probabilities come with the samples
@@ -137,14 +137,13 @@ def advantage_divisors(rewards: np.ndarray, scale: str = "none", floor: float = 
 
     scale    none | batch (the standard deviation of all rewards) | group (the group's own, as
              DeepSeekMath: it weighs a prompt of success rate p by 1 / sqrt(p (1 - p)))
-    floor    the least divisor: groups that hardly differ are not blown up to unit deviation.
+    floor    the least of them: groups that hardly differ are not blown up to unit deviation.
              Zero-variance groups are no exception: Markovian training divides its answer term by
              the same, which would jump where a group's variance becomes zero
     """
-    if scale == "group":
-        own = rewards.std(1)
-    else:
-        own = np.full(len(rewards), rewards.std() if scale == "batch" else 1.0)
+    if scale == "none":
+        return np.ones((len(rewards), 1))
+    own = rewards.std(1) if scale == "group" else np.full(len(rewards), rewards.std())
     return np.maximum(own, floor)[:, None]
 
 

@@ -76,14 +76,10 @@ def apply_lora(model: Llama, rank: int, alpha: float, targets: tuple[str, ...]) 
 
 def wrap(model: Llama, paths: list[str], rank: int, scale: float) -> None:
     """`apply_lora` for a list of paths, such as model.layers.0.self_attn.q_proj."""
-    model.freeze()      # everything: only what is thawed below has gradients and optimizer state
+    model.freeze()      # everything: only arrays made below have gradients and optimizer state
     named = dict(model.named_modules())
     model.update_modules(tree_unflatten(
         [(path, LoRALinear(named[path], rank, scale)) for path in paths]))
-    # `linear` inside the wrapper stays frozen; only the wrapper's own two arrays thaw
-    for _, module in model.named_modules():
-        if isinstance(module, LoRALinear):
-            module.unfreeze(recurse=False, keys=["lora_a", "lora_b"])
 
 
 def merge(model: Llama) -> None:
@@ -110,8 +106,8 @@ def adapters_off(model: Llama) -> Iterator[None]:
 def load_adapters(model: Llama, folder: str | Path) -> None:
     """Wrap the model in place with an adapter, ours, mlx-lm's or PEFT's; BadInput lists misfits.
 
-    The adapter may be on any of the blocks' linear layers, in any blocks. A PEFT adapter does not
-    store its base's identity, nor does one of mlx-lm's; ours does, and it is checked.
+    The adapter may be on any of the blocks' linear layers, in any blocks. PEFT's and mlx-lm's
+    store their base's name alone; ours a fingerprint too, which is checked.
     """
     about, found, file = read_adapter(Path(folder), model.args.num_hidden_layers)
     wrap(model, about["paths"], about["rank"], about["scale"])

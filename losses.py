@@ -31,7 +31,7 @@ def token_logprobs(logits: mx.array, tokens: mx.array) -> mx.array:
     return chosen - mx.logsumexp(logits, axis=-1)
 
 
-# The same with one array of the logits' size kept for the gradient; tests hold the two equal
+# The same, on a Linux CPU with one array of the logits' size for the gradient; tested equal
 FORMULAS = {"token_logprobs": token_logprobs}
 from engine.ops import token_logprobs  # noqa: E402
 
@@ -58,7 +58,7 @@ def inputs_of(cfg: Config, batch: dict[str, mx.array]) -> tuple[mx.array, mx.arr
     tokens, positions = batch["tokens"], batch["target_positions"]
     if cfg.answer_shift:
         return tokens[:, :-1], positions    # position t predicts t + 1: the last has no target
-    # the published error: the logits at t are compared with the token at t itself, for all T
+    # the published error: the logits at t are compared with the token at t: all T are read
     return tokens, positions + 1
 
 
@@ -119,8 +119,8 @@ def policy_loss(logprobs: mx.array, old_logprobs: mx.array, advantages: mx.array
     example       ratio 1.5, A 1, clip_high .28 -> -1.28; ratio 5, A -1, dual_clip 3 -> 3
     source        PPO 1707.06347; clip_high > clip_low: DAPO 2503.14476
     """
-    # e^89 would be inf. Beyond e^20 the gradient is 0. The clip below makes it 0 too, but where an
-    # advantage is negative and dual_clip is 0
+    # e^89 would be inf. Beyond e^20 the gradient is 0, as PPO's clip or dual_clip would make it but
+    # where an advantage is negative and dual_clip is 0
     ratio = mx.exp(mx.clip(logprobs - old_logprobs, -20, 20))
     clipped = mx.clip(ratio, 1 - clip_low, 1 + clip_high)
     # the smaller of the two: an update never gains from leaving the clip range

@@ -52,7 +52,7 @@ def rope(x: mx.array, offset: int, periods: np.ndarray) -> mx.array:
     for one radian
     """
     T, d = x.shape[-2:]
-    # mx.array: beside positions, which are whole, MLX would make numpy's numbers whole ones too
+    # mx.array: MLX gives a numpy operand the other side's type, here that of whole numbers
     angles = (offset + mx.arange(T))[:, None] / mx.array(periods)                       # (T, d/2)
     cos, sin = mx.cos(angles), mx.sin(angles)
     # feature i is paired with i + d/2, as in the Hub's weights; the paper pairs 2i with 2i + 1
@@ -84,7 +84,7 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     return gate * mx.sigmoid(gate) * up
 
 
-# The same four, faster: mx.fast's, and on a Linux CPU our own for rope, swiglu and attention.
+# The same four, faster: MLX's own, and on a Linux CPU ours where it takes less time.
 # Without the last of these lines all runs on the formulas; test_ops.py holds both equal
 FORMULAS = {f.__name__: f for f in (rms_norm, rope, attention, swiglu)}
 from engine.ops import attention, rms_norm, rope, swiglu  # noqa: E402
@@ -175,7 +175,7 @@ class Attention(nn.Module):
             q = mx.take_along_axis(q, rows, axis=2)
             mask = (mx.take_along_axis(mask, rows, axis=2) if isinstance(mask, mx.array)
                     else mx.arange(k.shape[2]) <= offset + rows)                    # (B, 1, A, S)
-        y = attention(q, k, v, mask)                                                # (B, H, T, d)
+        y = attention(q, k, v, mask)                                      # (B, H, T or A, d)
         return y.transpose(0, 2, 1, 3).reshape(B, y.shape[2], -1)
 
 
@@ -236,7 +236,7 @@ class Llama(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.args = args
-        self.parts = None   # the most that engine.parallel cuts a batch into; None: blas.PARTS
+        self.parts = None   # the most that engine.parallel runs at a time; None: blas.PARTS
         self.model = Body(args)
         if not args.tie_word_embeddings:
             self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)

@@ -80,8 +80,8 @@ def prepare_model(cfg: Config) -> tuple[Llama, Tokenizer]:
         model.parts = 1     # each part of a batch would hold gradients of all weights
     else:
         apply_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
-    # where memory is short, activations and logits are made again for the gradient: the same
-    # numbers. Puts other functions at model.run_block and model.read_logits
+    # logits exist for few rows at a time; with cfg.recompute activations are computed again for the
+    # gradient. The same numbers, by other functions at model.read_logits and model.run_block
     memory.spare(model, cfg)
     mx.eval(model.parameters())
     return model, tokenizer
@@ -110,11 +110,11 @@ def lr_at(step: int, cfg: Config) -> float:
 
 
 def compile_step(cfg: Config, model: Llama, optimizer: AdamW, loss):
-    """Return (loss_and_grads, update): two functions, since a host check stands between them.
+    """Return (loss_and_grads, update). Compiled in two, since update first checks on the host.
 
-    inputs: the state that a trace reads anew; a model that it just closed over would be baked in as
-    it is now, and the loss would stay the same for ever. outputs: what it leaves changed, if only
-    value_and_grad's placeholders for weights.
+    mx.compile's inputs: the state that a trace reads anew; a model that it just closed over would
+    be baked in as it is now, and the loss would stay the same for ever. outputs: what it leaves
+    changed, if only value_and_grad's placeholders for weights.
     """
     @partial(mx.compile, inputs=[model.state], outputs=[model.state])
     def loss_and_grads(batch):
@@ -168,7 +168,7 @@ def accumulate(loss_and_grads, micro_batches: list[dict[str, mx.array]], parts: 
                 grads = tree_map(lambda g, h: g.astype(mx.float32) + h, grads, more_grads)
                 sums = tree_map(mx.add, sums, more_sums)
                 maxima = tree_map(mx.maximum, maxima, more_maxima)
-        # the sums are evaluated here, or one graph would hold all micro-batches' activations
+        # evaluated here, or the gradients of every micro-batch would wait to be added
         mx.eval(grads, sums, maxima)
     return grads, sums, maxima
 
@@ -247,7 +247,7 @@ def train(cfg: Config, with_base: bool = True) -> dict:
     """Train as cfg says, or continue where the run folder stands; returns the report.
 
     with_base  evaluate the model it started from as well
-    raises     BadInput, Stopped (a guard), KeyboardInterrupt (after a clean save)
+    raises     BadInput, Stopped (guard; loss not finite), KeyboardInterrupt (after a clean save)
     """
     run_folder.check_free(cfg.run_dir)     # or it would be said after loading a model
     workers.connect()

@@ -2,8 +2,8 @@
 
 Without the cache each new token would read all earlier ones again; without the fusion each adapted
 matrix would be three products. What all prompts begin with, such as worked examples or a system's
-message, is read once. Rows go through the model together, so they are padded to one length: prompts
-that are continued on the left, those that are only read on the right.
+message, is read once. Rows go through the model together, so they are padded to one length: on the
+left where they are to be continued, on the right where they are only read.
 """
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ import mlx.nn as nn
 import numpy as np
 
 SHARED = 8      # tokens; fewer are not worth a pass of their own
-STEP_COST = 32  # a step of few rows reads all weights, as a pass over so many tokens does
+STEP_COST = 32  # tokens: a pass over so many takes as long as a step of few rows does
 
 
 class KVCache:

@@ -34,7 +34,8 @@ compiled_rms_norm = mx.compile(lambda x, gain, eps: mx.fast.rms_norm(x, gain, ep
 
 
 def rms_norm(x: mx.array, gain: mx.array, eps: float) -> mx.array:
-    # ten operations there; compiled, three, of which one takes a root for each number, not each row
+    # mx.fast's is ten operations on that backend. Compiled it is three, but takes a root for each
+    # number in place of each row
     few = LINUX_CPU and x.size <= FEW
     return compiled_rms_norm(x, gain, eps) if few else mx.fast.rms_norm(x, gain, eps)
 
@@ -74,8 +75,8 @@ exp = compiled_exp if LINUX_CPU else mx.exp
 def blocked_reduction(reduce, x: mx.array) -> mx.array:
     """reduce(x, -1) for mx.sum or mx.max: (..., V) -> (...).
 
-    Rows of 128 laid on each other are vectorised on a Linux CPU, the sum along one row is not: a
-    quarter of the time.
+    On a Linux CPU 128 rows of V / 128 laid on each other are added by vectors; the sum along one
+    row is not, and takes four times as long.
     """
     *lead, V = x.shape
     if V % 128 == 0:
@@ -120,7 +121,7 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
 # rotary positions and attention
 
 
-# their keys are bytes, since an array cannot be one
+# bytes, since a key of lru_cache must be hashable
 @functools.lru_cache(maxsize=2)
 def cos_and_sin(periods: bytes, offset: int, T: int) -> tuple[mx.array, mx.array]:
     """Of T positions' angles, (T, d/2) each; kept, so that q and k of all blocks share them.
@@ -204,7 +205,7 @@ def softmax_gradient(logits, is_chosen, total, cotangent):
 
 
 def token_logprobs(logits: mx.array, tokens: mx.array) -> mx.array:
-    """losses.token_logprobs with one array of the logits' size held for its gradient.
+    """losses.token_logprobs, on a Linux CPU with one array of the logits' size for its gradient.
 
     Autodiff would hold four more for onehot - softmax.
     """

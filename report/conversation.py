@@ -61,19 +61,22 @@ def stream_text(model, tokenizer: Tokenizer, prompt: list[int], max_completion_t
     ends = {*ends, *(tokenizer.eos_ids if many_lines else tokenizer.stop_ids)}
     # half of a multi-byte character waits for the rest, and so does half of a stop
     halves = ("\ufffd", *(stop[:n] for stop in stops for n in range(1, len(stop))))
-    ids, shown = [], 0
+    ids, shown, last = [], 0, max_completion_tokens - 1
+    token, _, _ = choose(model.head(model.last_resid(tokens, cache)), uniforms[:, 0])
     for t in range(max_completion_tokens):
-        logits = model.head(model.last_resid(tokens, cache))
-        token, _, _ = choose(logits, uniforms[:, t])
         ids.append(token.item())
+        ended = ids[-1] in ends or t == last
+        if not ended:
+            logits = model.head(model.last_resid(token[:, None], cache))
+            token, _, _ = choose(logits, uniforms[:, t + 1])
+            mx.async_eval(token)    # the device goes on while this token's text is made and shown
         text, stop = tokenizer.decode_until(ids, many_lines, stops)
-        over = stop or ids[-1] in ends or t + 1 == max_completion_tokens
+        over = ended or stop != ""
         whole = over or not text.endswith(halves)
         yield text[shown:] if whole else ""
         shown = len(text) if whole else shown
         if over:
             return
-        tokens = token[:, None]
 
 
 def converse(model, tokenizer: Tokenizer, texts: Iterable[str], template: str,

