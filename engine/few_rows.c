@@ -2,7 +2,7 @@
 
    Decoding multiplies a few rows x by a matrix W of many, x W^T. OpenBLAS copies all of W into
    panels first, which pays from some 64 rows on. Here W is read once, where it lies, and the small
-   x is transposed instead, `transposed`, so that a vector holds one column of it:
+   x is transposed instead (`transposed`), so that a vector holds one column of it:
 
        for every number w of W:   sums of W's row += w * (x's column, LANES rows at a time)
 
@@ -169,7 +169,7 @@ void cblas_sgemm(int order, int trans_a, int trans_b, int m, int n, int k, float
     long most = 1 + work / ALONE, parts = count_threads();
     if (parts > most)
         parts = most;
-    const float *x = m == 1 ? a : transposed;       /* before the threads part: `transposed` is each one's own */
+    const float *x = m == 1 ? a : transposed;   /* before the threads part: `transposed` is each one's own */
 #pragma omp parallel for num_threads(parts) if (parts > 1)
     for (long part = 0; part < parts; part++) {
         /* borders between tiles: single columns, which are slower, only at the end */
