@@ -29,8 +29,7 @@ GROUP = 128     # tokens; see top_tokens
 # operations, are faster then
 FEW = 2 ** 12
 
-
-compiled_rms_norm = mx.compile(lambda x, gain, eps: mx.fast.rms_norm(x, gain, eps))
+compiled_rms_norm = mx.compile(mx.fast.rms_norm)
 
 
 def rms_norm(x: mx.array, gain: mx.array, eps: float) -> mx.array:

@@ -66,7 +66,7 @@ def half_folder(tmp_path, which):
 
 @pytest.mark.parametrize("which", METHODS)
 def test_bfloat16_trains_as_float32(which, tmp_path, sums_data):
-    """The same updates in both types: loss within 0.5 % or 0.01, gradient norm within 2 %.
+    """The same updates in both types: loss within 0.5 % or 0.005, gradient norm within 2 %.
 
     0.01 for GRPO's second updates from the same samples: over six seeds up to 0.006.
 
@@ -80,10 +80,10 @@ def test_bfloat16_trains_as_float32(which, tmp_path, sums_data):
     assert half.model.model.norm.weight.dtype == mx.bfloat16
     start, same_start = half.trained(), whole.trained()
     for step in range(STEPS):
-        for update in half.source.at(step)[0]:
+        for n, update in enumerate(half.source.at(step)[0]):
             ours, expected = half.take(update), whole.take(update)
-            error = abs(ours["loss"] - expected["loss"])
-            assert error < max(0.005 * abs(expected["loss"]), 0.01), (ours, expected)
+            error, near = abs(ours["loss"] - expected["loss"]), 0.01 if n else 0.005
+            assert error < max(0.005 * abs(expected["loss"]), near), (ours, expected)
             error = abs(ours["grad_norm"] - expected["grad_norm"])
             assert error < 0.02 * expected["grad_norm"], (ours, expected)
     arrays = training_arrays(half.model, half.optimizer)

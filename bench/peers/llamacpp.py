@@ -30,7 +30,8 @@ FLOATS = {"rms_norm_eps": "attention.layer_norm_rms_epsilon", "rope_theta": "rop
 def write_gguf(folder: str, path: str) -> None:
     import mlx.core as mx  # in this process alone: timing has no use for it
     raw, arrays = json.loads(Path(folder, "config.json").read_text()), {}
-    if raw.get("rope_scaling") or raw.get("attention_bias") or raw["model_type"] != "llama":
+    others = ("rope_scaling", "attention_bias", "mlp_bias")
+    if any(map(raw.get, others)) or raw["model_type"] != "llama":
         sys.exit("only a Llama of plain RoPE without biases is written")
     about = {"general.architecture": "llama", "tokenizer.ggml.model": "none"}
     for keys, kind in ((COUNTS, mx.uint32), (FLOATS, mx.float32)):
